@@ -1,0 +1,1 @@
+"""Probes go in, numbers come out."""

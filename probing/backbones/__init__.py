@@ -1,0 +1,1 @@
+"""Multimodal LLMs behind one interface, one file per family."""

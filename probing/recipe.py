@@ -1,0 +1,271 @@
+"""Typed recipes: a YAML file, dotted overrides, and the resolved copy that every run keeps.
+
+A recipe fully describes a run. Its fields are declared once, here, as pydantic models; a field that does not exist is
+answered with the nearest one that does.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from probing.errors import UserError
+
+DEFAULT_PROMPT = "Describe the image in two lines."
+TOKEN_KINDS = ("system", "image", "gen", "depth", "seg", "text", "answer", "padding")
+
+TokenKind = Literal["system", "image", "gen", "depth", "seg", "text", "answer"]
+R = TypeVar("R", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Base of every recipe: unknown fields are errors, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+
+class BackboneRecipe(Strict):
+    """Which checkpoint is probed, and how it is loaded and asked."""
+
+    checkpoint: str
+    """Folder or Hub id of the checkpoint."""
+    revision: str | None = None
+    """Hub revision."""
+    prompt: str = DEFAULT_PROMPT
+    """The user's turn; it goes through the checkpoint's own chat template, after the image."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Numbers the checkpoint is loaded in."""
+    device_map: str | None = None
+    """Passed to transformers, for checkpoints larger than one device."""
+    quantization_config: dict[str, Any] | None = None
+    """Passed to transformers, e.g. {quant_method: bitsandbytes, load_in_8bit: true}."""
+    attn_implementation: str | None = None
+    """Passed to transformers: sdpa, flash_attention_2, eager."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint. Off unless asked for."""
+
+
+class TeacherRecipe(Strict):
+    """One teacher: where it comes from and the grid of its target."""
+
+    id: str
+    """Folder or Hub id of the teacher."""
+    revision: str | None = None
+    """Hub revision."""
+    grid: int | None = Field(default=None, ge=1)
+    """Side of the target grid of a spatial teacher; by default the teacher's own, at most 24 (the paper's)."""
+
+
+class DataRecipe(Strict):
+    """Which images the probes are trained and scored on."""
+
+    path: str
+    """`coco:DIR`, a folder in COCO's official layout."""
+    train_split: str = "train2017"
+    """Split the probes are trained on."""
+    eval_split: str = "val2017"
+    """Held-out split the probes are scored on."""
+    train_limit: int | None = Field(default=None, ge=2)
+    """Take only the first so many training images."""
+    eval_limit: int | None = Field(default=None, ge=2)
+    """Take only the first so many held-out images."""
+    view: Literal["square", "own"] = "square"
+    """`square`: student and teachers see the same image squashed to a square, so that grids line up (the paper's
+    evaluation view); `own`: each applies its own preprocessing to the original image (the paper's training view)."""
+
+    @field_validator("path")
+    @classmethod
+    def _known_scheme(cls, value: str) -> str:
+        if not value.startswith("coco:"):
+            raise ValueError(f"must look like coco:DIR, not {value!r}")
+        return value
+
+
+class ProbeRecipe(Strict):
+    """The single-layer Perceiver resampler (OLA-VLM, sec. 3; its width is the target's width)."""
+
+    heads: int = Field(default=4, ge=1)
+    """Attention heads."""
+    dim_head: int = Field(default=32, ge=1)
+    """Width of one head."""
+    ff_mult: int = Field(default=1, ge=1)
+    """Hidden width of the feed-forward block, in multiples of the probe's width."""
+    keys: list[TokenKind] = Field(default=["system", "image", "gen", "depth", "seg", "text", "answer"], min_length=1)
+    """Kinds of tokens the probe may attend to; the default is the whole sequence without padding."""
+
+
+class FitRecipe(Strict):
+    """How the probes are trained."""
+
+    epochs: int = Field(default=2, ge=1)
+    """Passes over the training images."""
+    batch_size: int = Field(default=256, ge=2)
+    """Images per optimiser step, over all processes."""
+    micro_batch: int = Field(default=16, ge=2)
+    """Images per forward pass and process; the rest of the batch is accumulated."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps over which the rate rises linearly; then it falls as a cosine to zero."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Gradient clipping, per probe, so that no probe depends on another."""
+    seeds: list[int] = Field(default=[0], min_length=1)
+    """One probe bank per seed, all trained in the same pass. The seed sets initialisation; the order of the images
+    follows the first."""
+    ridge: bool = True
+    """Also gather the sums for the closed-form ridge readout."""
+    ridge_penalty: float = Field(default=1e-3, gt=0)
+    """Ridge penalty, as a multiple of the mean eigenvalue of the states' covariance."""
+    save_minutes: float = Field(default=10.0, ge=0)
+    """Minutes between saved training states; 0 saves after every step."""
+    workers: int = Field(default=2, ge=0)
+    """Processes that read and preprocess images."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: list[int]) -> list[int]:
+        if len(set(value)) != len(value):
+            raise ValueError("names a seed twice")
+        return value
+
+
+Control = Literal["shuffled", "random"]
+
+
+class ProbeRunRecipe(Strict):
+    """A whole run of `probing train`."""
+
+    backbone: BackboneRecipe
+    data: DataRecipe
+    teachers: dict[Literal["depth", "seg", "gen"], TeacherRecipe] = Field(min_length=1)
+    layers: str = "all"
+    """`all` (0 to L), or a list such as `0,4,8-12,final`; `final` is the state after the last norm."""
+    probe: ProbeRecipe = ProbeRecipe()
+    fit: FitRecipe = FitRecipe()
+    controls: list[Control] = ["shuffled"]
+    """Trained controls: `shuffled` pairs every image with another image's target; `random` probes the same
+    architecture with random weights in LLM and projector. The mean-target control is always there."""
+
+    @field_validator("controls")
+    @classmethod
+    def _no_repeats(cls, value: list[Control]) -> list[Control]:
+        return sorted(set(value))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.fit.micro_batch > self.fit.batch_size:
+            raise ValueError(
+                f"fit.micro_batch {self.fit.micro_batch} is larger than fit.batch_size {self.fit.batch_size}; "
+                "lower fit.micro_batch"
+            )
+        if self.data.train_split == self.data.eval_split:
+            raise ValueError(
+                f"data.train_split and data.eval_split are both {self.data.eval_split!r}; name a held-out split"
+            )
+        return self
+
+
+def _fields_of(model: type[BaseModel], location: Iterable[str | int]) -> list[str]:
+    """Names of the fields valid where an unknown one was found."""
+    current: Any = model
+    for part in location:
+        field = getattr(current, "model_fields", {}).get(part)
+        if field is None:
+            current = TeacherRecipe if current is dict else current
+            continue
+        annotation = field.annotation
+        origin = getattr(annotation, "__origin__", None)
+        current = origin if origin is dict else annotation
+    return list(getattr(current, "model_fields", {}))
+
+
+def _explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    """One line for the first problem of a recipe."""
+    problems = error.errors()
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    if first["type"] == "extra_forbidden":
+        *parents, name = first["loc"]
+        valid = _fields_of(model, parents)
+        near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(valid)}"
+        return f"{source}: unknown field {where!r}; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{source}: {where + ': ' if where else ''}{message}"
+
+
+def validate(model: type[R], values: Any, source: str) -> R:
+    """Builds a recipe from plain values.
+
+    Raises:
+        UserError: a field is unknown, missing, of the wrong type or contradicts another; the message names it.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, model, source)) from None
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Sets dotted `key=value` pairs in nested plain values; values are read as YAML.
+
+    Raises:
+        UserError: an override has no `=`, or goes through something that is not a section.
+    """
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            raise UserError(f"override {override!r} is not of the form key=value; write e.g. fit.lr=3e-3")
+        *parents, last = key.split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise UserError(f"override {override!r}: {parent!r} is a value, not a section")
+        section[last] = parse_scalar(text)
+    return values
+
+
+def parse_scalar(text: str) -> Any:
+    """Reads one value as YAML, and `1e-3` as the number that YAML 1.1 takes for a string."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def load_recipe(model: type[R], path: Path, overrides: Iterable[str] = ()) -> R:
+    """Reads a recipe file and applies overrides.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or does not describe a valid recipe.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no recipe at {path}; see examples/ for recipes to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        at = "" if line is None else f" (line {line + 1})"
+        raise UserError(f"recipe {path} is not valid YAML{at}; mend it or start from one in examples/") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} holds no fields; start from one in examples/")
+    return validate(model, apply_overrides(values, overrides), str(path))
+
+
+def dump_recipe(recipe: BaseModel) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,1 @@
+"""Frozen vision teachers, one file per kind."""

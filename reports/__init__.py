@@ -1,0 +1,1 @@
+"""Numbers go in, pictures and pages come out (no torch here)."""
