@@ -169,6 +169,20 @@ class ProbeRunRecipe(Strict):
             )
         return self
 
+    def with_absolute_paths(self) -> Self:
+        """A copy whose existing local folders are absolute, so that the run can be used from anywhere."""
+        recipe = self.model_copy(deep=True)
+        recipe.backbone.checkpoint = _absolute(recipe.backbone.checkpoint)
+        recipe.data.path = "coco:" + _absolute(recipe.data.path.removeprefix("coco:"))
+        for teacher in recipe.teachers.values():
+            teacher.id = _absolute(teacher.id)
+        return recipe
+
+
+def _absolute(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
 
 def _fields_of(model: type[BaseModel], location: Iterable[str | int]) -> list[str]:
     """Names of the fields valid where an unknown one was found."""
@@ -245,11 +259,11 @@ def parse_scalar(text: str) -> Any:
     return value
 
 
-def load_recipe(model: type[R], path: Path, overrides: Iterable[str] = ()) -> R:
-    """Reads a recipe file and applies overrides.
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads the plain values of a recipe file.
 
     Raises:
-        UserError: the file is missing, is not YAML, or does not describe a valid recipe.
+        UserError: the file is missing, is not YAML, or holds no fields.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -263,7 +277,16 @@ def load_recipe(model: type[R], path: Path, overrides: Iterable[str] = ()) -> R:
         raise UserError(f"recipe {path} is not valid YAML{at}; mend it or start from one in examples/") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} holds no fields; start from one in examples/")
-    return validate(model, apply_overrides(values, overrides), str(path))
+    return values
+
+
+def load_recipe(model: type[R], path: Path, overrides: Iterable[str] = ()) -> R:
+    """Reads a recipe file and applies overrides.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or does not describe a valid recipe.
+    """
+    return validate(model, apply_overrides(read_yaml(path), overrides), str(path))
 
 
 def dump_recipe(recipe: BaseModel) -> str:

@@ -3,4 +3,42 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
 import probing.compat  # noqa: E402,F401
+from tests import tiny  # noqa: E402
+
+torch.set_num_threads(1)  # tests run in several processes
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Tiny random checkpoint and teachers, by name: llava, depth, seg, gen."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "llava": tiny.llava(root / "llava"),
+        "depth": tiny.depth_teacher(root / "depth"),
+        "seg": tiny.seg_teacher(root / "seg"),
+        "gen": tiny.gen_teacher(root / "gen"),
+    }
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory) -> Path:
+    """A small COCO folder; do not write into it."""
+    return tiny.coco(tmp_path_factory.mktemp("data") / "coco")
+
+
+@pytest.fixture
+def recipe_values(models, coco):
+    """Plain values of a small whole run, to be changed by a test."""
+    return {
+        "backbone": {"checkpoint": str(models["llava"])},
+        "data": {"path": f"coco:{coco}"},
+        "teachers": {name: {"id": str(models[name])} for name in ("depth", "seg", "gen")},
+        "layers": "all",
+        "fit": {"epochs": 2, "batch_size": 6, "micro_batch": 3, "workers": 0},
+    }

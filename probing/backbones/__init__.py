@@ -1,1 +1,59 @@
 """Multimodal LLMs behind one interface, one file per family."""
+
+from typing import Any
+
+import torch
+
+from probing.backbones import llava
+from probing.backbones.base import FINAL, Backbone, Batch, Layer, TokenMap, layer_name, parse_layers
+from probing.errors import UserError
+from probing.hub import load_config, locate
+from probing.recipe import BackboneRecipe
+
+__all__ = [
+    "FINAL",
+    "Backbone",
+    "Batch",
+    "Layer",
+    "TokenMap",
+    "describe_checkpoint",
+    "layer_name",
+    "load_backbone",
+    "parse_layers",
+]
+
+FAMILIES = {llava.MODEL_TYPE: llava}
+
+
+def _open(recipe: BackboneRecipe) -> tuple[str, Any, Any]:
+    source = locate(recipe.checkpoint, "checkpoint")
+    config = load_config(source, "checkpoint", revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        found = ", ".join(config.architectures or [config.model_type])
+        raise UserError(
+            f"{recipe.checkpoint} is no LLaVA-style checkpoint but {found} (model type {config.model_type!r}); "
+            f"give one of the families: {', '.join(FAMILIES)}"
+        )
+    return source, config, family
+
+
+def load_backbone(recipe: BackboneRecipe, device: torch.device, random_seed: int | None = None) -> Backbone:
+    """Loads a checkpoint.
+
+    Args:
+        recipe: which, and how.
+        device: where to put it, unless the recipe has a device map.
+        random_seed: draws LLM and projector anew with this seed (the random-weights control).
+
+    Raises:
+        UserError: there is no such checkpoint, it is of no known family, or it is incomplete.
+    """
+    source, config, family = _open(recipe)
+    return family.load(source, config, recipe, device, random_seed)
+
+
+def describe_checkpoint(recipe: BackboneRecipe) -> dict[str, Any]:
+    """What a checkpoint is, from its configuration and processor, without its weights."""
+    source, config, family = _open(recipe)
+    return {"checkpoint": recipe.checkpoint, **family.describe(config, family.make_inputs(source, config, recipe))}

@@ -1,0 +1,5 @@
+"""`python -m probing` is the command `probing`."""
+
+from probing.cli import main
+
+main()

@@ -1,0 +1,238 @@
+"""A loaded checkpoint behind the one interface that the rest of the code sees.
+
+Layer convention: layer 0 is the embedded input sequence (projector output in place), layer k the state after decoder
+block k before any final norm, layer L the state after the last block; ``final`` is the state after the final norm.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probing.errors import UserError
+from probing.recipe import TOKEN_KINDS
+
+Layer = int | str
+FINAL = "final"
+Visit = Callable[[Layer, Tensor], None]
+
+
+def layer_name(layer: Layer) -> str:
+    """`0` … `L`, or `final`, as results and files write it."""
+    return str(layer)
+
+
+def parse_layers(text: str, count: int) -> list[Layer]:
+    """Reads a layer selection such as `all`, `0,4,8-12`, `all,final`.
+
+    Args:
+        text: the selection.
+        count: number L of decoder blocks.
+
+    Returns:
+        Distinct layers in ascending order, `final` last.
+
+    Raises:
+        UserError: a part is not a layer, or out of range.
+    """
+    chosen: set[int] = set()
+    final = False
+    for part in (p.strip() for p in text.split(",")):
+        first, dash, last = part.partition("-")
+        if part == "all":
+            chosen.update(range(count + 1))
+        elif part == FINAL:
+            final = True
+        elif first.isdecimal() and (last.isdecimal() if dash else True):
+            start, stop = int(first), int(last or first)
+            if start > stop:
+                raise UserError(f"layers {part!r} run backwards; write {stop}-{start}")
+            if stop > count:
+                raise UserError(f"layer {stop} is out of range: this checkpoint has layers 0 to {count}, and 'final'")
+            chosen.update(range(start, stop + 1))
+        else:
+            raise UserError(f"cannot read layers {part!r}; write 'all', '0,4,8-12' or 'final' (range 0 to {count})")
+    return [*sorted(chosen), *([FINAL] if final else [])]
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Which positions of a batch of sequences are what.
+
+    Attributes:
+        kinds: (B, T) integer codes, indices into `probing.recipe.TOKEN_KINDS`.
+        grid: rows and columns of the image tokens of one image.
+    """
+
+    kinds: Tensor
+    grid: tuple[int, int]
+
+    def mask(self, *kinds: str) -> Tensor:
+        """(B, T), True where a position is one of the kinds."""
+        codes = torch.tensor([TOKEN_KINDS.index(kind) for kind in kinds], device=self.kinds.device)
+        return torch.isin(self.kinds, codes)
+
+    def counts(self) -> dict[str, int]:
+        """Positions of each kind in the first sequence, absent kinds left out."""
+        codes, numbers = self.kinds[0].unique(return_counts=True)
+        return {TOKEN_KINDS[int(code)]: int(number) for code, number in zip(codes, numbers, strict=True)}
+
+    def select(self, states: Tensor, kinds: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Keeps the positions of some kinds.
+
+        Args:
+            states: (B, T, H).
+            kinds: kinds to keep.
+
+        Returns:
+            The states (B, T', H) and the mask (B, T') of valid positions; the mask is None where all are valid, which
+            is the rule when every sequence of the batch has the same layout.
+        """
+        mask = self.mask(*kinds)
+        if bool((mask == mask[:1]).all()):
+            return (states if bool(mask[0].all()) else states[:, mask[0]]), None
+        columns = mask.any(dim=0)
+        return states[:, columns], mask[:, columns]
+
+    def image_states(self, states: Tensor) -> Tensor:
+        """The states of the image tokens, (B, rows * columns, H), row-major."""
+        rows, columns = self.grid
+        return states[self.mask("image")].view(states.shape[0], rows * columns, states.shape[-1])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass takes: the checkpoint's own inputs, and where everything is in the sequence."""
+
+    inputs: dict[str, Tensor]
+    tokens: TokenMap
+
+    def to(self, device: torch.device) -> "Batch":
+        """A copy on a device."""
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        return Batch(inputs, TokenMap(self.tokens.kinds.to(device), self.tokens.grid))
+
+    def pin_memory(self) -> "Batch":
+        """A copy in page-locked memory, for the data loader."""
+        inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
+        return Batch(inputs, TokenMap(self.tokens.kinds.pin_memory(), self.tokens.grid))
+
+
+class _DeepestLayerReached(Exception):  # noqa: N818 - control flow, not an error
+    pass
+
+
+@dataclass
+class Backbone:
+    """A checkpoint ready to be asked for hidden states.
+
+    Attributes:
+        name: short name for tables and legends.
+        source: folder or Hub id.
+        family: model type, e.g. `llava`.
+        core: the model without its `lm_head`.
+        blocks: the LLM's decoder blocks.
+        norm: the LLM's final norm.
+        hidden_size: width H of the LLM.
+        prepare: images (RGB) → `Batch` on the CPU, through the checkpoint's own processor and chat template. Holds no
+            weights, so data-loader workers can carry it.
+        sha256: identifies the weights.
+    """
+
+    name: str
+    source: str
+    family: str
+    core: nn.Module
+    blocks: nn.ModuleList
+    norm: nn.Module
+    hidden_size: int
+    prepare: Callable[[Sequence[Any]], Batch]
+    sha256: str
+
+    @property
+    def layers(self) -> int:
+        """Number L of decoder blocks."""
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return next(self.core.parameters()).device
+
+    def stream(self, batch: Batch, layers: Sequence[Layer], visit: Visit) -> None:
+        """Runs one forward pass and hands over each chosen layer's state as soon as it exists.
+
+        `visit(layer, state)` gets the state (B, T, H) in the backbone's dtype, with gradients enabled, and must not
+        keep it: that way memory does not grow with the number of layers. The pass ends after the deepest chosen
+        layer; no logits are computed.
+
+        Args:
+            batch: from `prepare`, on the backbone's device.
+            layers: chosen layers, each at most once.
+            visit: called once per layer, in ascending order.
+
+        Raises:
+            RuntimeError: a layer was not reached exactly once, or its state is not (B, T, H).
+        """
+        expected = (*batch.tokens.kinds.shape, self.hidden_size)
+        pending = set(layers)
+        visited: list[Layer] = []
+
+        def deliver(layer: Layer, value: Any) -> None:
+            state = value[0] if isinstance(value, tuple) else value
+            if not isinstance(state, Tensor) or tuple(state.shape) != expected:
+                got = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
+                raise RuntimeError(f"layer {layer} of {self.name} gave {got}, expected {expected}")
+            if layer not in pending:
+                raise RuntimeError(f"layer {layer} of {self.name} ran twice in one forward pass")
+            pending.remove(layer)
+            visited.append(layer)
+            with torch.enable_grad():
+                visit(layer, state.detach())
+            if not pending:
+                raise _DeepestLayerReached
+
+        def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            deliver(0, args[0] if args else kwargs["hidden_states"])
+
+        def on_output(layer: Layer) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                deliver(layer, output)
+
+            return hook
+
+        handles = []
+        try:
+            for layer in layers:
+                if layer == 0:
+                    handles.append(self.blocks[0].register_forward_pre_hook(on_input, with_kwargs=True))
+                elif layer == FINAL:
+                    handles.append(self.norm.register_forward_hook(on_output(FINAL)))
+                else:
+                    handles.append(self.blocks[int(layer) - 1].register_forward_hook(on_output(layer)))
+            with torch.no_grad():
+                self.core(**batch.inputs, use_cache=False)
+        except _DeepestLayerReached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        if pending:
+            raise RuntimeError(f"{self.name}: layers {sorted(map(str, pending))} were never reached")
+
+    def hidden_states(self, images: Sequence[Any], layers: str = "all") -> tuple[dict[Layer, Tensor], TokenMap]:
+        """Hidden states of a few images, all kept: for notebooks; `stream` is for data sets.
+
+        Args:
+            images: RGB images.
+            layers: selection as in `parse_layers`.
+
+        Returns:
+            {layer: (B, T, H)} on the backbone's device, and the token map.
+        """
+        batch = self.prepare(images).to(self.device)
+        states: dict[Layer, Tensor] = {}
+        self.stream(batch, parse_layers(layers, self.layers), states.__setitem__)
+        return states, batch.tokens

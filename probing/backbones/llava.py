@@ -1,0 +1,192 @@
+"""LLaVA-1.5 in the format of transformers (`LlavaForConditionalGeneration`, any LLM inside)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+import probing.compat  # noqa: F401
+from probing.backbones.base import Backbone, Batch, TokenMap
+from probing.errors import UserError
+from probing.hub import first_line, identity
+from probing.recipe import TOKEN_KINDS, BackboneRecipe
+
+MODEL_TYPE = "llava"
+
+
+@dataclass(frozen=True)
+class LlavaInputs:
+    """Images → `Batch`, through the checkpoint's processor; all sequences carry the same text.
+
+    Attributes:
+        processor: the checkpoint's `LlavaProcessor`.
+        text: the rendered chat template, with one image tag.
+        image_token_id: id of the placeholder that stands for one image token.
+        grid: rows and columns of the image tokens.
+    """
+
+    processor: Any
+    text: str
+    image_token_id: int
+    grid: tuple[int, int]
+
+    def __call__(self, images: Sequence[Image.Image]) -> Batch:
+        """Prepares a batch of RGB images."""
+        inputs = dict(
+            self.processor(images=list(images), text=[self.text] * len(images), return_tensors="pt", padding=True)
+        )
+        inputs.pop("token_type_ids", None)
+        return Batch(inputs, self._token_map(inputs["input_ids"], inputs["attention_mask"]))
+
+    def _token_map(self, ids: torch.Tensor, attention: torch.Tensor) -> TokenMap:
+        code = {kind: index for index, kind in enumerate(TOKEN_KINDS)}
+        image = ids == self.image_token_id
+        rows, columns = self.grid
+        counts = image.sum(dim=1)
+        if bool((counts != rows * columns).any()):
+            raise UserError(
+                f"the processor places {counts.tolist()} image tokens where the vision tower gives {rows * columns}; "
+                "mend patch_size, num_additional_image_tokens or vision_feature_select_strategy in processor_config.json"
+            )
+        kinds = torch.full_like(ids, code["text"])
+        kinds[image.cumsum(dim=1) == 0] = code["system"]
+        kinds[image] = code["image"]
+        kinds[attention == 0] = code["padding"]
+        return TokenMap(kinds, self.grid)
+
+
+def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs:
+    """Builds the input side of a checkpoint; needs its processor, not its weights.
+
+    Raises:
+        UserError: the processor is missing or has no chat template.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(
+            source, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {source} has no usable processor ({first_line(error)}); save one beside the weights with "
+            "AutoProcessor.save_pretrained"
+        ) from None
+    if getattr(processor, "chat_template", None) is None:
+        raise UserError(f"checkpoint {source} has no chat template; put chat_template.jinja beside its weights")
+    content = [{"type": "image"}, {"type": "text", "text": recipe.prompt}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    tokenizer = processor.tokenizer
+    if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
+        # The tokenizer puts its own in front; a template that writes one too would give two.
+        if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+            text = text.removeprefix(tokenizer.bos_token)
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return LlavaInputs(processor, text, config.image_token_id, (side, side))
+
+
+def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device, random_seed: int | None) -> Backbone:
+    """Loads the checkpoint.
+
+    Args:
+        source: folder or Hub id.
+        config: its configuration.
+        recipe: how to load and ask it.
+        device: where to put it, unless `recipe.device_map` says.
+        random_seed: None for the checkpoint's own weights; else the seed of the random-weights control, in which LLM
+            and projector are drawn anew and the vision tower is kept.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    kwargs: dict[str, Any] = {"dtype": recipe.dtype}
+    if recipe.attn_implementation:
+        kwargs["attn_implementation"] = recipe.attn_implementation
+    loading = dict(kwargs, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    if recipe.device_map:
+        loading["device_map"] = recipe.device_map
+    if recipe.quantization_config:
+        loading["quantization_config"] = _quantization(recipe.quantization_config)
+    inputs = make_inputs(source, config, recipe)
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True, **loading)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"checkpoint {source} cannot be loaded: {first_line(error)}") from None
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(
+            f"checkpoint {source} lacks {len(missing)} tensors of its architecture (first: {missing[0]}); "
+            "complete the weights"
+        )
+    if random_seed is not None:
+        model = _randomised(model, config, random_seed)
+    if not recipe.device_map and not recipe.quantization_config:
+        model = model.to(device)
+    core = model.model.eval().requires_grad_(False)
+    llm = core.language_model
+    return Backbone(
+        name=source.rstrip("/").rsplit("/", 1)[-1],
+        source=source,
+        family=MODEL_TYPE,
+        core=core,
+        blocks=llm.layers,
+        norm=llm.norm,
+        hidden_size=config.text_config.hidden_size,
+        prepare=inputs,
+        sha256=identity(source, getattr(config, "_commit_hash", None)),
+    )
+
+
+def _randomised(model: Any, config: Any, seed: int) -> Any:
+    """The same architecture with fresh LLM and projector around the trained vision tower."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = AutoModelForImageTextToText.from_config(
+            config, dtype=model.dtype, attn_implementation=config._attn_implementation
+        )
+    fresh.model.vision_tower = model.model.vision_tower
+    return fresh
+
+
+def _quantization(values: dict[str, Any]) -> Any:
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    try:
+        return AutoQuantizationConfig.from_dict(dict(values))
+    except (ValueError, ImportError) as error:
+        raise UserError(f"quantization_config cannot be used: {first_line(error)}") from None
+
+
+def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
+    """What `probing inspect` shows, from configuration and processor alone."""
+    text, vision = config.text_config, config.vision_config
+    image = Image.new("RGB", (vision.image_size, vision.image_size))
+    batch = inputs([image])
+    dtype = getattr(config, "dtype", None)
+    return {
+        "family": config.model_type,
+        "class": (config.architectures or ["?"])[0],
+        "llm": {
+            "type": text.model_type,
+            "layers": text.num_hidden_layers,
+            "hidden_size": text.hidden_size,
+            "vocabulary": text.vocab_size,
+        },
+        "vision_tower": {
+            "type": vision.model_type,
+            "layers": vision.num_hidden_layers,
+            "hidden_size": vision.hidden_size,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "feature_layer": config.vision_feature_layer,
+        },
+        "projector": {"type": f"MLP, {config.projector_hidden_act}", "in": vision.hidden_size, "out": text.hidden_size},
+        "dtype": str(dtype).removeprefix("torch.") if dtype is not None else "not stated",
+        "prompt": inputs.text,
+        "layers": f"0 to {text.num_hidden_layers}, and final",
+        "tokens": {"total": int(batch.tokens.kinds.shape[1]), **batch.tokens.counts()},
+        "image_grid": list(inputs.grid),
+    }

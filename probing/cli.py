@@ -1,0 +1,249 @@
+"""The command line. Each verb imports its own weight, so that `--help` answers at once."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from probing import __version__
+from probing.errors import UserError
+
+TEACHERS = ("depth", "seg", "gen")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="probing")
+@click.option("--quiet", "-q", is_flag=True, help="Only warnings and errors.")
+def cli(quiet: bool) -> None:
+    """What does each layer of a multimodal LLM know about the picture?
+
+    Start with `probing demo`. On your own checkpoint: train, evaluate, report.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    level = logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for package in ("probing", "analysis", "reports"):
+        logging.getLogger(package).setLevel(level)
+
+
+def _quiet_libraries() -> None:
+    """Loading bars of every tiny model would bury the program's own lines."""
+    import warnings
+
+    import probing.compat  # noqa: F401
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@cli.command()
+@click.option(
+    "--preset",
+    type=click.Choice(["quick", "full"]),
+    default="quick",
+    show_default=True,
+    help="quick: ready-made tiny models, 3 minutes; full: everything from nothing, 25 minutes.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Folder for the world, the run and the report.",
+)
+def demo(preset: str, out: Path) -> None:
+    """The whole story on the toy world, ending in a report."""
+    _quiet_libraries()
+    from probing.demo import run_demo
+
+    page = run_demo(preset, out)
+    click.echo(f"report: {page}")
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--prompt", help="The user's turn of the sample prompt.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(checkpoint: str, prompt: str | None, as_json: bool) -> None:
+    """What CHECKPOINT (a folder or Hub id) is: parts, layers, widths, token map of a sample prompt."""
+    _quiet_libraries()
+    from probing.backbones import describe_checkpoint
+    from probing.recipe import BackboneRecipe, validate
+
+    values = {"checkpoint": checkpoint} | ({"prompt": prompt} if prompt else {})
+    found = describe_checkpoint(validate(BackboneRecipe, values, "inspect"))
+    click.echo(json.dumps(found, indent=2) if as_json else _as_lines(found))
+
+
+def _as_lines(values: dict[str, Any]) -> str:
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{inner} {part}" for inner, part in value.items())
+        elif isinstance(value, list):
+            value = " x ".join(map(str, value))
+        elif isinstance(value, str) and ("\n" in value or name == "prompt"):
+            value = json.dumps(value)
+        lines.append(f"{name.replace('_', ' '):<14}{value}")
+    return "\n".join(lines)
+
+
+@cli.command()
+def teachers() -> None:
+    """The teachers: default id, target, licence of the weights."""
+    from probing.teachers.catalogue import CATALOGUE
+
+    for name, entry in CATALOGUE.items():
+        click.echo(f"{name:<6} {entry.default_id}\n       class    {entry.class_name}\n       target   {entry.target}")
+        click.echo(f"       licence  {entry.licences[entry.default_id]}")
+        for other, licence in entry.licences.items():
+            if other != entry.default_id:
+                click.echo(f"       also     {other}: {licence}")
+    click.echo("Another one: --teacher NAME=FOLDER_OR_HUB_ID, of the same class. Its licence is its own.")
+
+
+@cli.command()
+@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="Recipe to start from.")
+@click.option("--checkpoint", help="Folder or Hub id of the checkpoint.")
+@click.option("--data", help="coco:DIR, a folder in COCO's official layout.")
+@click.option(
+    "--teacher",
+    "teacher_options",
+    multiple=True,
+    metavar="NAME[=ID]",
+    help="depth, seg or gen, with a folder or Hub id; repeat. By default all three of the paper.",
+)
+@click.option("--layers", help="all, or a list such as 0,4,8-12,final.")
+@click.option(
+    "--control",
+    "controls",
+    multiple=True,
+    type=click.Choice(["shuffled", "random"]),
+    help="Trained control besides those of the recipe; repeat. shuffled is on by default.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run directory; an unfinished run goes on.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def train(
+    recipe_file: Path | None,
+    checkpoint: str | None,
+    data: str | None,
+    teacher_options: tuple[str, ...],
+    layers: str | None,
+    controls: tuple[str, ...],
+    out: Path,
+    overrides: tuple[str, ...],
+) -> None:
+    """Train the probes of every layer and teacher in one pass.
+
+    KEY=VALUE sets any field of the recipe, e.g. fit.lr=3e-3 fit.batch_size=64 fit.seeds=[0,1,2].
+    """
+    from probing.recipe import ProbeRunRecipe, apply_overrides, read_yaml, validate
+
+    values: dict[str, Any] = read_yaml(recipe_file) if recipe_file else {}
+    if checkpoint:
+        values.setdefault("backbone", {})["checkpoint"] = checkpoint
+    if data:
+        values.setdefault("data", {})["path"] = data
+    if layers:
+        values["layers"] = layers
+    if controls:
+        values["controls"] = [*values.get("controls", ["shuffled"]), *controls]
+    if teacher_options or "teachers" not in values:
+        values["teachers"] = _teacher_values(teacher_options or TEACHERS)
+    apply_overrides(values, overrides)
+    for section, field, option in (("backbone", "checkpoint", "--checkpoint"), ("data", "path", "--data")):
+        if field not in (values.get(section) or {}):
+            raise UserError(f"no {section}.{field}; give {option} or --recipe")
+    recipe = validate(ProbeRunRecipe, values, str(recipe_file or "command line")).with_absolute_paths()
+    _quiet_libraries()
+    from probing.fit import Interrupted
+    from probing.train import train as train_run
+
+    try:
+        run = train_run(recipe, out)
+    except Interrupted:
+        click.echo(
+            f"interrupted; the state is saved. Go on with: probing train --recipe {out}/recipe.yaml --out {out}",
+            err=True,
+        )
+        sys.exit(130)
+    click.echo(f"probes: {run.path / 'probes'}; next: probing evaluate {run.path}")
+
+
+def _teacher_values(options: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    from probing.teachers.catalogue import CATALOGUE
+
+    values = {}
+    for option in options:
+        name, _, identifier = option.partition("=")
+        if name not in CATALOGUE:
+            raise UserError(f"no teacher is called {name!r}; there are {', '.join(CATALOGUE)}")
+        values[name] = {"id": identifier or CATALOGUE[name].default_id}
+    return values
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--metric", "metrics", multiple=True, type=click.Choice(["cosine"]), help="Default: cosine.")
+@click.option("--protocol", "protocols", multiple=True, type=click.Choice(["strict", "paper"]), help="Default: both.")
+def evaluate(run: Path, metrics: tuple[str, ...], protocols: tuple[str, ...]) -> None:
+    """Score the probes of RUN on its held-out split; writes results.csv."""
+    _quiet_libraries()
+    from analysis.evaluate import evaluate as evaluate_run
+
+    results = evaluate_run(run, protocols or ("strict", "paper"))
+    click.echo(f"results: {results}; next: probing report {run}")
+
+
+@cli.command()
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the report; by default report/ in the first run."
+)
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """One self-contained page of one or more RUNs, with plots as files beside it."""
+    from reports.page import write_report
+
+    page = write_report(list(runs), out or runs[0] / "report")
+    click.echo(f"report: {page}")
+
+
+@cli.command()
+@click.argument("recipe_file", type=click.Path(path_type=Path), metavar="RECIPE")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the new checkpoint.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def distill(recipe_file: Path, out: Path, overrides: tuple[str, ...]) -> None:
+    """Train a checkpoint: stage pt or ift of RECIPE. An interrupted stage goes on."""
+    _quiet_libraries()
+    from probing.distill.recipe import DistillRecipe
+    from probing.distill.train import run_stage
+    from probing.recipe import load_recipe
+
+    folder = run_stage(load_recipe(DistillRecipe, recipe_file, overrides), out)
+    click.echo(f"checkpoint: {folder}; next: probing inspect {folder}")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"probing: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Entry point: one line and exit code 2 for what the user can mend, 130 when interrupted, 1 for our faults."""
+    try:
+        cli.main(prog_name="probing", standalone_mode=False)
+    except UserError as error:
+        _fail(str(error), 2)
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "probing"
+        _fail(f"{error.format_message()} See: {path} --help", 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; the same command goes on from the last saved state", 130)

@@ -1,0 +1,57 @@
+"""Did a probe's training end because it was done, or because the steps ran out?"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FALLING = 0.01
+"""A probe whose loss fell by more than this share between the last two tenths of its training was still learning."""
+STUCK = 0.98
+"""A probe whose final loss is above this share of the mean target's has learned no more than the mean."""
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """How a probe's training ended.
+
+    Attributes:
+        state: `converged`, `still falling` or `stuck at the mean`.
+        last_loss: mean training loss of the last tenth of the steps.
+        mean_loss: loss of the running mean target over the same steps.
+        slope_percent: change from the last tenth but one to the last, in percent (negative: falling).
+    """
+
+    state: str
+    last_loss: float
+    mean_loss: float
+    slope_percent: float
+
+
+def judge(losses: NDArray[np.float64], mean_losses: NDArray[np.float64]) -> Convergence:
+    """Judges a learning curve.
+
+    A fall counts when it exceeds both `FALLING` and two standard errors of the difference: the loss of a step is that
+    of its batch, and batches differ.
+
+    Args:
+        losses: training loss per step.
+        mean_losses: the mean target's loss on the same batches.
+    """
+    tenth = max(len(losses) // 10, 1)
+    last, before = losses[-tenth:], losses[-2 * tenth : -tenth]
+    reference = float(np.nanmean(mean_losses[-tenth:]))
+    final = float(np.nanmean(last))
+    if not len(before):
+        return Convergence("still falling", final, reference, float("nan"))
+    change = final / float(np.nanmean(before)) - 1
+    # Batch difficulty moves both curves alike: the spread of the ratio to the mean target's loss is the probe's own.
+    ratio_last, ratio_before = last / mean_losses[-tenth:], before / mean_losses[-2 * tenth : -tenth]
+    spread = float(np.sqrt((np.nanvar(ratio_last) + np.nanvar(ratio_before)) / tenth))
+    relative = float(np.nanmean(ratio_last) - np.nanmean(ratio_before))
+    state = "converged"
+    if relative < -2 * spread and relative < -FALLING * float(np.nanmean(ratio_before)):
+        state = "still falling"
+    elif final > STUCK * reference:
+        state = "stuck at the mean"
+    return Convergence(state, final, reference, 100 * change)

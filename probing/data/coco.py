@@ -1,0 +1,136 @@
+"""Images of a folder in COCO's official layout."""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from probing.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+ANNOTATION_KINDS = ("captions", "instances", "panoptic")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that was left out, and why."""
+
+    image: str
+    split: str
+    reason: str
+
+
+@dataclass
+class ImageList:
+    """The images of one split.
+
+    Attributes:
+        folder: folder that holds them.
+        split: name of the split.
+        names: file names, in order of their official ids.
+        skipped: images that the annotations name and the folder lacks.
+        unlisted: number of image files that no annotation file names; they are not used.
+    """
+
+    folder: Path
+    split: str
+    names: list[str]
+    skipped: list[Skipped] = field(default_factory=list)
+    unlisted: int = 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def digest(self) -> str:
+        """SHA-256 over file names and sizes, in order: identifies the data without reading every pixel."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            digest.update(f"{name} {(self.folder / name).stat().st_size}\n".encode())
+        return digest.hexdigest()
+
+    def read(self, index: int) -> Image.Image:
+        """One image as RGB.
+
+        Raises:
+            OSError: the file is corrupt or unreadable.
+        """
+        try:
+            with Image.open(self.folder / self.names[index]) as image:
+                return image.convert("RGB")
+        except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise OSError(str(error)) from None  # how Pillow reports broken PNGs and absurd sizes
+
+
+def _safe_name(name: object, source: Path) -> str:
+    path = PurePosixPath(str(name))
+    if not isinstance(name, str) or not name or path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise UserError(f"{source} names the image {name!r}, which is not a plain path below its split; mend the file")
+    return name
+
+
+def _listed_images(source: Path) -> dict[str, int]:
+    """File name → official id, from one annotation file."""
+    try:
+        entries = json.loads(source.read_text(encoding="utf-8"))["images"]
+        return {_safe_name(entry["file_name"], source): int(entry["id"]) for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{source} is not an annotation file of COCO ({type(error).__name__}: {error}); download it again"
+        ) from None
+
+
+def list_images(root: Path, split: str, limit: int | None = None) -> ImageList:
+    """Lists the images of a split: those that its annotation files name and that are there.
+
+    Args:
+        root: folder with one sub-folder per split and `annotations/`.
+        split: e.g. `train2017`.
+        limit: take only the first so many.
+
+    Raises:
+        UserError: folder, images or annotations are missing, or an annotation file is broken or names a path outside.
+    """
+    folder = root / split
+    if not root.is_dir():
+        raise UserError(f"no such COCO folder: {root}; give coco:DIR with DIR/{split}/ and DIR/annotations/")
+    if not folder.is_dir():
+        splits = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name != "annotations")
+        there = ", ".join(splits) or "none"
+        raise UserError(f"{root} has no split {split!r} (there: {there}); set data.train_split and data.eval_split")
+    present = {p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES}
+    if not present:
+        raise UserError(f"{folder} holds no images; unpack {split}.zip there")
+    sources = [root / "annotations" / f"{kind}_{split}.json" for kind in ANNOTATION_KINDS]
+    found = [source for source in sources if source.exists()]
+    if not found:
+        names = ", ".join(source.name for source in sources)
+        raise UserError(f"{root / 'annotations'} has no annotations of {split}; put one of {names} there")
+    listed: dict[str, int] = {}
+    for source in found:
+        listed |= _listed_images(source)
+    ordered = sorted(listed, key=lambda name: (listed[name], name))
+    names = [name for name in ordered if name in present or (folder / name).is_file()]
+    kept = set(names)
+    missing = [name for name in ordered if name not in kept]
+    unlisted = len(present - kept)
+    if not names:
+        raise UserError(
+            f"none of the {len(listed)} images that {found[0].name} names is in {folder}; unpack {split}.zip"
+        )
+    if missing:
+        logger.warning("%s: %d of %d listed images are missing, first %s", split, len(missing), len(listed), missing[0])
+    if unlisted:
+        logger.warning("%s: %d image files are in no annotation file and are not used", split, unlisted)
+    skipped = [Skipped(name, split, "missing") for name in missing]
+    return ImageList(folder, split, names[:limit], skipped, unlisted)
+
+
+def square(image: Image.Image) -> Image.Image:
+    """Squashes an image to a square of its longer side, so that no processor crops it and all grids line up."""
+    side = max(image.size)
+    return image if image.width == image.height else image.resize((side, side), Image.Resampling.BICUBIC)

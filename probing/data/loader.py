@@ -1,0 +1,103 @@
+"""Batches for student and teachers alike, read and preprocessed in worker processes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from probing.backbones.base import Batch
+from probing.data.coco import ImageList, Skipped, square
+
+Prepare = Callable[[Sequence[Any]], Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One micro-batch, on the CPU.
+
+    Attributes:
+        indices: positions of its images in the image list.
+        student: the checkpoint's inputs; None where every image of the micro-batch is corrupt.
+        pixels: pixel values per teacher.
+        skipped: images that could not be read.
+    """
+
+    indices: list[int]
+    student: Batch | None
+    pixels: dict[str, Tensor]
+    skipped: list[Skipped]
+
+    def pin_memory(self) -> "Prepared":
+        """A copy in page-locked memory, for the data loader."""
+        student = self.student.pin_memory() if self.student else None
+        return Prepared(self.indices, student, {n: p.pin_memory() for n, p in self.pixels.items()}, self.skipped)
+
+
+class _MicroBatches(Dataset[Prepared]):
+    """A map-style data set whose items are whole micro-batches."""
+
+    def __init__(
+        self,
+        images: ImageList,
+        plan: Sequence[Sequence[int]],
+        student: Callable[[Sequence[Any]], Batch],
+        teachers: dict[str, Prepare],
+        squared: bool,
+    ) -> None:
+        self.images, self.plan, self.student, self.teachers, self.squared = images, plan, student, teachers, squared
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, position: int) -> Prepared:
+        indices, pictures, skipped = [], [], []
+        for index in self.plan[position]:
+            try:
+                picture = self.images.read(index)
+            except OSError as error:
+                reason = f"corrupt: {str(error).splitlines()[0][:120]}" if str(error) else "corrupt"
+                skipped.append(Skipped(self.images.names[index], self.images.split, reason))
+                continue
+            indices.append(index)
+            pictures.append(square(picture) if self.squared else picture)
+        if not pictures:
+            return Prepared([], None, {}, skipped)
+        pixels = {name: prepare(pictures) for name, prepare in self.teachers.items()}
+        return Prepared(indices, self.student(pictures), pixels, skipped)
+
+
+def micro_batches(
+    images: ImageList,
+    plan: Sequence[Sequence[int]],
+    student: Callable[[Sequence[Any]], Batch],
+    teachers: dict[str, Prepare],
+    view: str,
+    workers: int,
+    device: torch.device,
+) -> Iterator[Prepared]:
+    """Yields one `Prepared` per entry of the plan, in its order.
+
+    Args:
+        images: where indices point.
+        plan: indices of each micro-batch.
+        student: the backbone's `prepare`.
+        teachers: each teacher's `prepare`.
+        view: `square` or `own`, see `DataRecipe.view`.
+        workers: reading processes; 0 reads in this one.
+        device: where batches will go.
+    """
+    loader = DataLoader(
+        _MicroBatches(images, plan, student, teachers, view == "square"),
+        batch_size=None,
+        num_workers=min(workers, len(plan)),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_one_thread,
+    )
+    yield from loader
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

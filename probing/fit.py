@@ -1,0 +1,398 @@
+"""One pass over the data trains every probe.
+
+Each micro-batch goes through the backbone once. As soon as a layer's state exists, the probes of that layer (every
+teacher, every seed, the shuffled control) run forward and backward on it, and the state is free again: memory grows
+with the probes, not with the states. Probes share nothing, so training many gives the same numbers as training one.
+"""
+
+import itertools
+import json
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from probing.backbones.base import Backbone, Layer, layer_name
+from probing.bank import ProbeBank, ProbeKey
+from probing.data.coco import ImageList, Skipped
+from probing.data.loader import Prepared, micro_batches
+from probing.errors import UserError
+from probing.progress import Progress
+from probing.recipe import FitRecipe, ProbeRunRecipe
+from probing.resampler import ResamplerConfig
+from probing.ridge import RidgeKey, RidgeReadout, RidgeSums, place_states
+from probing.run import Interruption, disk_errors, whole_file
+from probing.teachers import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the state is saved
+    """The user stopped the run; it goes on from the saved state."""
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the first share of the steps, then a cosine to zero.
+
+    Args:
+        step: 0-based step about to be taken.
+        steps: number of steps.
+        peak: highest rate.
+        warmup: share of the steps spent rising.
+    """
+    rise = math.ceil(warmup * steps)
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
+
+
+def plan_steps(images: int, fit: FitRecipe, process: int = 0, processes: int = 1) -> list[list[list[int]]]:
+    """Which images each optimiser step sees: steps → micro-batches of this process → image indices.
+
+    The order depends on the first seed and the epoch alone, so a resumed run needs no saved sampler state.
+    """
+    steps = []
+    for epoch in range(fit.epochs):
+        generator = torch.Generator().manual_seed(fit.seeds[0] * 1_000_003 + epoch)
+        order = torch.randperm(images, generator=generator).tolist()
+        for start in range(0, images, fit.batch_size):
+            mine = order[start : start + fit.batch_size][process::processes]
+            parts = np.array_split(mine, math.ceil(len(mine) / fit.micro_batch)) if mine else []
+            steps.append([part.tolist() for part in parts])
+    return steps
+
+
+@dataclass
+class FitState:
+    """Everything that changes while probes are trained.
+
+    Attributes:
+        banks: probes by control (`no` and `shuffled`, or `random`).
+        optimizer: one AdamW over all of them.
+        step: optimiser steps taken.
+        losses: one row per step; columns as in `columns`, then one per teacher for its running mean target.
+        ridge: sums of the ridge readout.
+        target_sums: per teacher, the sum (N, D) of its targets in float64, and their number.
+        skipped: images left out.
+        seconds: time spent, over all resumptions.
+    """
+
+    banks: dict[str, ProbeBank]
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    losses: list[list[float]] = field(default_factory=list)
+    ridge: dict[RidgeKey, RidgeSums] = field(default_factory=lambda: defaultdict(RidgeSums))
+    target_sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    skipped: dict[str, Skipped] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def columns(self) -> list[tuple[str, ProbeKey]]:
+        """The probes, in the order of the loss columns."""
+        return [(control, key) for control, bank in self.banks.items() for key in bank.probes]
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values and tensors, for `torch.save`."""
+        return {
+            "banks": {
+                c: {k.teacher + "/" + k.prefix: p.state_dict() for k, p in b.probes.items()}
+                for c, b in self.banks.items()
+            },
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "ridge": [(teacher, layer, sums.sums) for (teacher, layer), sums in self.ridge.items()],
+            "target_sums": {name: [total, count] for name, (total, count) in self.target_sums.items()},
+            "skipped": [[s.image, s.split, s.reason] for s in self.skipped.values()],
+            "seconds": self.seconds,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over saved values.
+
+        Raises:
+            UserError: the saved probes have other shapes, because checkpoint or teacher changed meanwhile.
+        """
+        for control, bank in self.banks.items():
+            for key, probe in bank.probes.items():
+                try:
+                    probe.load_state_dict(saved["banks"][control][key.teacher + "/" + key.prefix])
+                except (RuntimeError, KeyError):
+                    raise UserError(
+                        f"the saved state of this run has another shape for teacher {key.teacher!r}, layer "
+                        f"{key.layer}: checkpoint or teacher changed since; put them back or choose another --out"
+                    ) from None
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step = saved["step"]
+        self.losses = saved["losses"].tolist()
+        for teacher, layer, sums in saved["ridge"]:
+            self.ridge[teacher, layer] = RidgeSums(sums)
+        self.target_sums = {name: (total, count) for name, (total, count) in saved["target_sums"].items()}
+        self.skipped = {row[0]: Skipped(*row) for row in saved["skipped"]}
+        self.seconds = saved["seconds"]
+
+
+@dataclass
+class Fit:
+    """The training of all probes on one set of backbone weights.
+
+    Attributes:
+        recipe: of the run.
+        backbone: where the hidden states come from.
+        teachers: where the targets come from.
+        images: training images.
+        layers: probed layers.
+        controls: what is trained: `no` and perhaps `shuffled`, or `random`.
+        folder: where the training state is kept while the work lasts.
+        accelerator: device and processes.
+    """
+
+    recipe: ProbeRunRecipe
+    backbone: Backbone
+    teachers: dict[str, Teacher]
+    images: ImageList
+    layers: Sequence[Layer]
+    controls: Sequence[str]
+    folder: Path
+    accelerator: Accelerator
+
+    def start(self) -> FitState:
+        """Fresh probes and optimiser."""
+        configs = {
+            name: ResamplerConfig(
+                key_width=self.backbone.hidden_size,
+                queries=teacher.shape[0],
+                width=teacher.shape[1],
+                output_width=teacher.shape[1],
+                heads=self.recipe.probe.heads,
+                dim_head=self.recipe.probe.dim_head,
+                ff_mult=self.recipe.probe.ff_mult,
+            )
+            for name, teacher in self.teachers.items()
+        }
+        fit, device = self.recipe.fit, self.accelerator.device
+        banks = {c: ProbeBank.build(configs, self.layers, fit.seeds, device) for c in self.controls}
+        parameters = [p for bank in banks.values() for p in bank.parameters()]
+        fused = device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(parameters, lr=fit.lr, weight_decay=fit.weight_decay, fused=fused)
+        return FitState(banks, optimizer)
+
+    def run(self) -> FitState:
+        """Trains to the end, from the last saved state where there is one.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM; the state is saved.
+            UserError: the disk is full, or the saved state does not fit.
+        """
+        fit, main = self.recipe.fit, self.accelerator.is_main_process
+        state = self.start()
+        self._resume(state)
+        processes = self.accelerator.num_processes
+        if min(len(self.images), fit.batch_size) < processes:
+            raise UserError(
+                f"{processes} processes for {len(self.images)} images in batches of {fit.batch_size}; use fewer"
+            )
+        steps = plan_steps(len(self.images), fit, self.accelerator.process_index, processes)
+        first_epoch = len(steps) // fit.epochs
+        batches = self._batches(steps[state.step :])
+        saved = time.monotonic()
+        what = "random-weights control" if "random" in self.controls else "probes"
+        with Interruption().watch() as interruption, Progress(what, len(steps), state.step, show=main) as progress:
+            while state.step < len(steps):
+                started = time.monotonic()
+                row = self._step(state, steps[state.step], batches, len(steps), gather=state.step < first_epoch)
+                state.losses.append(row)
+                state.step += 1
+                state.seconds += time.monotonic() - started
+                progress.advance(f"mean loss {np.nanmean(row[: len(state.columns)]):.4f}")
+                stop, due = self._agree(interruption.asked, time.monotonic() - saved >= 60 * fit.save_minutes)
+                if stop or due or state.step == len(steps):
+                    self._save(state)
+                    saved = time.monotonic()
+                if stop and state.step < len(steps):
+                    raise Interrupted
+        return state
+
+    def _batches(self, steps: list[list[list[int]]]) -> Iterator[Prepared]:
+        plan = [micro for step in steps for micro in step]
+        if not plan:
+            return iter(())
+        prepare = {name: teacher.prepare for name, teacher in self.teachers.items()}
+        return micro_batches(
+            self.images,
+            plan,
+            self.backbone.prepare,
+            prepare,
+            self.recipe.data.view,
+            self.recipe.fit.workers,
+            self.accelerator.device,
+        )
+
+    def _step(
+        self, state: FitState, micros: list[list[int]], batches: Iterator[Prepared], steps: int, gather: bool
+    ) -> list[float]:
+        """One optimiser step; returns one loss per column, then the mean targets' losses."""
+        world = self.accelerator.num_processes
+        columns = {column: index for index, column in enumerate(state.columns)}
+        losses = torch.zeros(len(columns) + len(self.teachers), dtype=torch.float64, device=self.accelerator.device)
+        share = 1.0 / self._global_batch(micros)
+        seen = 0
+        for prepared in itertools.islice(batches, len(micros)):
+            state.skipped |= {skip.image: skip for skip in prepared.skipped}
+            if prepared.student is not None:
+                weight = len(prepared.indices) * share
+                seen += len(prepared.indices)
+                losses += self._micro_batch(state, prepared, weight, gather, columns)
+        parameters = state.optimizer.param_groups[0]["params"]
+        if world > 1:
+            self._reduce(parameters)
+            losses = self.accelerator.reduce(losses, "sum")
+        if not seen and world == 1:
+            return [math.nan] * len(losses)
+        fit = self.recipe.fit
+        if fit.max_grad_norm is not None:
+            for bank in state.banks.values():
+                for probe in bank.probes.values():
+                    torch.nn.utils.clip_grad_norm_(probe.parameters(), fit.max_grad_norm)
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(state.step, steps, fit.lr, fit.warmup)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        return losses.tolist()
+
+    def _global_batch(self, micros: list[list[int]]) -> int:
+        mine = torch.tensor(sum(map(len, micros)), dtype=torch.float64, device=self.accelerator.device)
+        return int(self.accelerator.reduce(mine, "sum"))
+
+    def _reduce(self, parameters: list[Tensor]) -> None:
+        """Adds up the gradients of all processes, in one message."""
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def _micro_batch(
+        self, state: FitState, prepared: Prepared, weight: float, gather: bool, columns: dict[tuple[str, ProbeKey], int]
+    ) -> Tensor:
+        """Forward and backward of every probe on one micro-batch; returns its share of the losses."""
+        assert prepared.student is not None
+        device = self.accelerator.device
+        batch = prepared.student.to(self.backbone.device)
+        targets = {name: teacher.target(prepared.pixels[name]) for name, teacher in self.teachers.items()}
+        shuffled = {name: target.roll(1, dims=0) for name, target in targets.items()}
+        losses = torch.zeros(len(columns) + len(self.teachers), dtype=torch.float64, device=device)
+        for index, (name, target) in enumerate(targets.items()):
+            total, count = state.target_sums.get(name, (torch.zeros_like(target[0], dtype=torch.float64), 0))
+            if gather:
+                total, count = total + target.sum(dim=0, dtype=torch.float64), count + len(target)
+                state.target_sums[name] = (total, count)
+            mean = (total / max(count, 1)).float().expand_as(target)
+            losses[len(columns) + index] = F.smooth_l1_loss(mean, target).double() * weight
+
+        def visit(layer: Layer, hidden: Tensor) -> None:
+            keys, mask = batch.tokens.select(hidden.to(device=device, dtype=torch.float32), self.recipe.probe.keys)
+            for control, bank in state.banks.items():
+                wanted = shuffled if control == "shuffled" else targets
+                if control == "shuffled" and len(prepared.indices) < 2:
+                    continue  # one image cannot be paired with another
+                for key, probe in bank.at(layer):
+                    loss = F.smooth_l1_loss(probe(keys, mask), wanted[key.teacher])
+                    (loss * weight).backward()
+                    losses[columns[control, key]] += loss.detach().double() * weight
+            if gather and self.recipe.fit.ridge:
+                image_states = batch.tokens.image_states(hidden).to(device)
+                for name, teacher in self.teachers.items():
+                    placed = place_states(image_states, batch.tokens.grid, teacher.grid)
+                    state.ridge[name, layer].add(placed, targets[name])
+
+        self.backbone.stream(batch, self.layers, visit)
+        return losses
+
+    @property
+    def _state_file(self) -> Path:
+        return self.folder / "state.pt"
+
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Raises a flag on every process where one process raises it, so that all save at the same step."""
+        if self.accelerator.num_processes == 1:
+            return list(flags)
+        raised = self.accelerator.reduce(
+            torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device), "sum"
+        )
+        return [bool(flag) for flag in raised > 0]
+
+    def _collect(self, state: FitState) -> None:
+        """Moves the sums and skipped images of all processes into the main one's state."""
+        if self.accelerator.num_processes == 1:
+            return
+        for sums in state.ridge.values():
+            sums.sums = {name: self._to_main(value) for name, value in sums.sums.items()}
+        for name, (total, count) in state.target_sums.items():
+            number = self._to_main(torch.tensor(count, dtype=torch.float64, device=total.device))
+            state.target_sums[name] = (self._to_main(total), int(number))
+        state.skipped = {skip.image: skip for skip in gather_object(list(state.skipped.values()))}
+
+    def _to_main(self, value: Tensor) -> Tensor:
+        total = self.accelerator.reduce(value, "sum")
+        return total if self.accelerator.is_main_process else torch.zeros_like(value)
+
+    def _save(self, state: FitState) -> None:
+        """Saves the training state; the last one is replaced only when the new one is whole."""
+        self._collect(state)
+        if self.accelerator.is_main_process:
+            with disk_errors(self.folder), whole_file(self._state_file) as temporary:
+                torch.save(state.dump(), temporary)
+            logger.info("saved the training state at step %d", state.step)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, state: FitState) -> None:
+        if not self._state_file.exists():
+            return
+        state.restore(torch.load(self._state_file, map_location=self.accelerator.device, weights_only=True))
+        if not self.accelerator.is_main_process:  # the main process holds the sums of all
+            state.ridge.clear()
+            state.target_sums.clear()
+        logger.info("going on from step %d", state.step)
+
+    def readout(self, state: FitState) -> RidgeReadout:
+        """Solves the ridge readouts from the sums; call it on the main process, after `run`."""
+        penalty = self.recipe.fit.ridge_penalty
+        return RidgeReadout({key: sums.solve(penalty) for key, sums in state.ridge.items()})
+
+    def means(self, state: FitState) -> dict[str, Tensor]:
+        """Mean target (N, D) per teacher over the training split, float32."""
+        return {name: (total / count).float().cpu() for name, (total, count) in state.target_sums.items()}
+
+
+def summary(state: FitState, teachers: Sequence[str]) -> dict[str, Any]:
+    """What a finished fit leaves for the manifest, as plain values."""
+    table = np.asarray(state.losses, dtype=np.float64)
+    means = {name: table[:, len(state.columns) + index].tolist() for index, name in enumerate(teachers)}
+    curves = [
+        {
+            "control": control,
+            "teacher": key.teacher,
+            "layer": layer_name(key.layer),
+            "seed": key.seed,
+            "losses": table[:, index].tolist(),
+        }
+        for index, (control, key) in enumerate(state.columns)
+    ]
+    return {
+        "curves": curves,
+        "mean_losses": means,
+        "skipped": [{"image": s.image, "split": s.split, "reason": s.reason} for s in state.skipped.values()],
+        "seconds": state.seconds,
+        "steps": state.step,
+    }

@@ -1,0 +1,30 @@
+"""What a run was made of: hashes of weights, versions, licences."""
+
+import hashlib
+import importlib.metadata
+from pathlib import Path
+
+PACKAGES = ("mllm-probing", "torch", "torchvision", "transformers", "accelerate", "timm", "numpy", "pillow")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that numbers depend on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over the configuration and all weight files of a model folder, in name order."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and (path.suffix in WEIGHT_SUFFIXES or path.name == "config.json"):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

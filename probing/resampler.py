@@ -1,0 +1,103 @@
+"""The single-layer Perceiver resampler: probe at every layer, and embedding predictor inside distillation.
+
+The block is the resampler of OLA-VLM's probes (arXiv:2412.09585, sec. 3 and Fig. 4) in the tensor layout of its
+published checkpoints, so that those load by name.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """Sizes of one resampler.
+
+    Attributes:
+        key_width: width H of the hidden states it reads.
+        queries: number of latent queries, i.e. of target tokens.
+        width: inner width D; the paper sets it to the target's width.
+        output_width: width of the target.
+        heads: attention heads.
+        dim_head: width of one head.
+        ff_mult: hidden width of the feed-forward block over D.
+    """
+
+    key_width: int
+    queries: int
+    width: int
+    output_width: int
+    heads: int = 4
+    dim_head: int = 32
+    ff_mult: int = 1
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain values, for `config.json`."""
+        return asdict(self)
+
+
+class PerceiverAttention(nn.Module):
+    """Latents attend to the keys and to themselves."""
+
+    def __init__(self, width: int, heads: int, dim_head: int) -> None:
+        super().__init__()
+        inner = heads * dim_head
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
+        """Attends from latents (B, Nq, D) to keys x (B, T, D) and latents; mask (B, T) is True for keys in use."""
+        batch, queries, _ = latents.shape
+        x, latents = self.norm1(x), self.norm2(latents)
+        q = self.to_q(latents)
+        k, v = self.to_kv(torch.cat((x, latents), dim=1)).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        if mask is not None:
+            mask = torch.cat((mask, mask.new_ones(batch, queries)), dim=1)[:, None, None, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class Resampler(nn.Module):
+    """Maps hidden states (B, T, H) to a target (B, Nq, O)."""
+
+    def __init__(self, config: ResamplerConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.latents = nn.Parameter(torch.randn(1, config.queries, width) / width**0.5)
+        self.proj_in = nn.Linear(config.key_width, width)
+        feed_forward = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, config.ff_mult * width, bias=False),
+            nn.GELU(),
+            nn.Linear(config.ff_mult * width, width, bias=False),
+        )
+        attention = PerceiverAttention(width, config.heads, config.dim_head)
+        self.layers = nn.ModuleList([nn.ModuleList([attention, feed_forward])])
+        self.proj_out = nn.Linear(width, config.output_width)
+        self.norm_out = nn.LayerNorm(config.output_width)
+
+    def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Predicts the target.
+
+        Args:
+            states: hidden states of one layer, (B, T, H), in the dtype of the probe.
+            mask: (B, T), True where a position may be attended to; None uses every position.
+
+        Returns:
+            The prediction (B, Nq, O), a LayerNorm's output.
+        """
+        latents = self.latents.expand(states.shape[0], -1, -1)
+        x = self.proj_in(states)
+        for block in self.layers:
+            attention, feed_forward = block  # type: ignore[misc]
+            latents = latents + attention(x, latents, mask)
+            latents = latents + feed_forward(latents)
+        return self.norm_out(self.proj_out(latents))

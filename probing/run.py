@@ -1,0 +1,234 @@
+"""A run is a directory: recipe, probes, manifest, scores, results, report.
+
+Everything is written beside its place and renamed into it, and the manifest comes last: a run without manifest is
+unfinished, a file that exists is whole.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from probing.errors import UserError
+from probing.recipe import ProbeRunRecipe, dump_recipe, validate
+
+
+SPEED_ONLY = ("fit.workers", "fit.save_minutes")
+"""Fields that a resumed run may change: they do not move a number."""
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary file that becomes `path` when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that it is either whole or not there."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder that becomes `path` when the block ends well, replacing what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            path.replace(old / path.name)
+            temporary.replace(path)
+            shutil.rmtree(old)
+        else:
+            temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turns a full disk or a folder that cannot be written into one line.
+
+    Raises:
+        UserError: in place of the OSError or of safetensors' own wrapping of it.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+            raise UserError(f"no disk space left at {where}; free some and run the same command again") from None
+        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+            raise UserError(f"{where} cannot be written ({error}); choose another --out") from None
+        raise
+
+
+def require_space(where: Path, needed: int) -> None:
+    """Refuses to start what will not fit.
+
+    Raises:
+        UserError: fewer than `needed` bytes are free where the run will lie.
+    """
+    existing = where
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"no disk space: the run needs about {needed / 1e9:.2f} GB at {where} and {free / 1e9:.2f} GB are free; "
+            "free some, probe fewer layers, or choose another --out"
+        )
+
+
+class Interruption:
+    """Notes Ctrl-C or SIGTERM, so that the loop can stop between two steps; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator["Interruption"]:
+        """Installs the handlers for the duration of a block (in the main thread only)."""
+        try:
+            old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: a notebook's worker, say
+            yield self
+            return
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory.
+
+    Attributes:
+        path: the directory.
+        recipe: its resolved recipe.
+    """
+
+    path: Path
+    recipe: ProbeRunRecipe
+
+    @classmethod
+    def create(cls, path: Path, recipe: ProbeRunRecipe) -> "Run":
+        """Starts a run, or takes up an unfinished one with the same recipe.
+
+        Raises:
+            UserError: the folder holds another run, or something else.
+        """
+        text = dump_recipe(recipe)
+        saved = path / "recipe.yaml"
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; choose another --out")
+        if saved.exists():
+            difference = _first_difference(yaml.safe_load(saved.read_text(encoding="utf-8")), yaml.safe_load(text))
+            if difference:
+                raise UserError(f"{path} holds another run ({difference}); choose another --out, or remove it")
+        elif path.exists() and any(p for p in path.iterdir() if not p.name.startswith(".")):
+            raise UserError(f"{path} is not empty and holds no run; choose another --out")
+        else:
+            with disk_errors(path):
+                write_text(saved, text)
+        for left_over in path.rglob(".*"):  # of a run that was killed while it wrote
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink(missing_ok=True)
+        return cls(path, recipe)
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        """Opens a finished run.
+
+        Raises:
+            UserError: there is no run, or its training has not finished.
+        """
+        saved = path / "recipe.yaml"
+        if not saved.exists():
+            raise UserError(f"no run at {path} (it has no recipe.yaml); make one with: probing train --out {path}")
+        recipe = validate(ProbeRunRecipe, yaml.safe_load(saved.read_text(encoding="utf-8")), str(saved))
+        run = cls(path, recipe)
+        if not run.finished:
+            raise UserError(
+                f"the training of {path} has not finished; go on with: probing train --recipe {saved} --out {path}"
+            )
+        return run
+
+    @property
+    def finished(self) -> bool:
+        """Whether training is over."""
+        return (self.path / "manifest.json").exists()
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the run was made of."""
+        return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+
+    def probes(self, control: str) -> Path:
+        """Folder of the resamplers of a control (`no`, `shuffled`, `random`)."""
+        return self.path / ("probes" if control == "no" else f"controls/{control}/probes")
+
+    def ridge(self, control: str) -> Path:
+        """Folder of the ridge readouts of a control (`no`, `random`)."""
+        return self.path / ("ridge" if control == "no" else f"controls/{control}/ridge")
+
+    @property
+    def means(self) -> Path:
+        """File of the training split's mean targets."""
+        return self.path / "mean_targets.safetensors"
+
+
+def _first_difference(old: Any, new: Any, where: str = "") -> str:
+    """Names the first field in which two recipes differ, or returns an empty string."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            name = f"{where}.{key}".lstrip(".")
+            if name in SPEED_ONLY:
+                continue
+            inner = _first_difference(old.get(key), new.get(key), name)
+            if inner:
+                return inner
+        return ""
+    return "" if old == new else f"{where} is {old!r} there and {new!r} here"

@@ -1,0 +1,161 @@
+"""What every teacher offers: images → pixels on the CPU, pixels → target features."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import probing.compat  # noqa: F401
+from probing.errors import UserError
+from probing.hub import first_line, identity, load_config, locate
+from probing.recipe import TeacherRecipe
+from probing.teachers.catalogue import CATALOGUE
+
+PAPER_GRID = 24
+"""Side of the spatial targets in the paper (576 tokens); finer teachers are brought down to it by default."""
+
+
+@dataclass
+class Teacher:
+    """A frozen encoder whose features the probes predict.
+
+    Attributes:
+        name: `depth`, `seg` or `gen`.
+        id: folder or Hub id.
+        model: the whole teacher, in eval mode, without gradients.
+        prepare: RGB images → pixel values (B, 3, S, S) on the CPU; holds no weights.
+        encode: pixel values → features (B, N, D), float32.
+        grid: rows and columns of a spatial target, None for a single token.
+        licence: licence of the weights, as far as it is known.
+        sha256: identifies the weights.
+        shape: (N, D), read off a forward pass.
+    """
+
+    name: str
+    id: str
+    model: nn.Module
+    prepare: Callable[[Sequence[Any]], Tensor]
+    encode: Callable[[Tensor], Tensor]
+    grid: tuple[int, int] | None
+    licence: str
+    sha256: str
+    shape: tuple[int, int] = (0, 0)
+
+    @property
+    def class_name(self) -> str:
+        """Name of the real class."""
+        return type(self.model).__name__
+
+    @torch.no_grad()
+    def target(self, pixels: Tensor) -> Tensor:
+        """Features (B, N, D) of pixel values, float32; N and D are `shape`."""
+        device = next(self.model.parameters()).device
+        return self.encode(pixels.to(device, non_blocking=True)).float().contiguous()
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """RGB images → pixel values, through an image processor of transformers."""
+
+    processor: Any
+
+    def __call__(self, images: Sequence[Any]) -> Tensor:
+        """RGB images → (B, 3, S, S)."""
+        return self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+
+def square_pixels(source: str, revision: str | None, size: int | None = None) -> tuple[Pixels, int]:
+    """Reads a teacher's preprocessing and pins it to a square.
+
+    Only the statistics and the size are taken from the folder: aspect-keeping resizes would give every image its own
+    grid, and OneFormer's own processor wants class names from another repository for something that needs none.
+
+    Args:
+        source: folder or Hub id.
+        revision: Hub revision.
+        size: side in pixels; by default the teacher's own.
+
+    Returns:
+        The preprocessing and its side in pixels.
+    """
+    from transformers import ViTImageProcessor
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"teacher {source} has no preprocessing: {first_line(error)}") from None
+    own = values.get("size") or {}
+    side = size or own.get("height") or own.get("shortest_edge")
+    if not side:
+        raise UserError(f"teacher {source}: preprocessor_config.json states no size")
+    kept = ("image_mean", "image_std", "resample", "rescale_factor")
+    processor = ViTImageProcessor(
+        size={"height": side, "width": side}, **{name: values[name] for name in kept if name in values}
+    )
+    return Pixels(processor), int(side)
+
+
+def open_teacher(recipe: TeacherRecipe, name: str, model_types: Sequence[str], **kwargs: Any) -> tuple[str, Any]:
+    """Finds a teacher and reads its configuration.
+
+    Raises:
+        UserError: there is no such teacher, or it is of another class than this kind of teacher needs.
+    """
+    source = locate(recipe.id, f"{name} teacher")
+    config = load_config(source, f"{name} teacher", revision=recipe.revision, **kwargs)
+    if config.model_type not in model_types:
+        found = ", ".join(config.architectures or [config.model_type])
+        raise UserError(
+            f"{recipe.id} cannot be the {name} teacher: it holds {found} (model type {config.model_type!r}), and "
+            f"{name} needs one of {', '.join(model_types)}"
+        )
+    return source, config
+
+
+def load_model(model_class: Any, source: str, name: str, **kwargs: Any) -> nn.Module:
+    """Loads a frozen model in float32.
+
+    Raises:
+        UserError: the weights cannot be read, or some are missing.
+    """
+    try:
+        model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{name} teacher {source} cannot be loaded: {first_line(error)}") from None
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"{name} teacher {source} lacks {len(missing)} tensors (first: {missing[0]})")
+    return model.eval().requires_grad_(False)
+
+
+def finish(
+    name: str,
+    recipe: TeacherRecipe,
+    source: str,
+    config: Any,
+    model: nn.Module,
+    prepare: Pixels,
+    encode: Callable[[Tensor], Tensor],
+) -> Teacher:
+    """Puts a teacher together; its target shape is read off a forward pass of a blank image."""
+    from PIL import Image
+
+    teacher = Teacher(
+        name=name,
+        id=recipe.id,
+        model=model,
+        prepare=prepare,
+        encode=encode,
+        grid=None,
+        licence=CATALOGUE[name].licences.get(recipe.id, "see the source of the weights"),
+        sha256=identity(source, getattr(config, "_commit_hash", None)),
+    )
+    tokens, width = teacher.target(prepare([Image.new("RGB", (64, 64))])).shape[1:]
+    teacher.shape = (tokens, width)
+    side = round(tokens**0.5)
+    if tokens > 1 and side * side == tokens:
+        teacher.grid = (side, side)
+    return teacher

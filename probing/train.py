@@ -1,0 +1,254 @@
+"""`probing train`: from a recipe to a finished run."""
+
+import gc
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from probing.backbones import Backbone, Layer, load_backbone, parse_layers
+from probing.convergence import judge
+from probing.data.coco import ImageList, list_images
+from probing.errors import UserError
+from probing.fit import Fit, summary
+from probing.provenance import versions
+from probing.recipe import DataRecipe, ProbeRunRecipe
+from probing.resampler import Resampler, ResamplerConfig
+from probing.run import Run, disk_errors, require_space, whole_file, whole_folder, write_text
+from probing.teachers import Teacher, load_teacher
+
+logger = logging.getLogger(__name__)
+
+RANDOM_WEIGHTS_SEED = 2412_09585
+"""Seed of the random-weights control: no checkpoint's own initialisation."""
+
+
+def image_lists(data: DataRecipe) -> tuple[ImageList, ImageList]:
+    """Training and held-out images.
+
+    Raises:
+        UserError: see `probing.data.coco.list_images`; or a split is too small.
+    """
+    root = Path(data.path.removeprefix("coco:")).expanduser()
+    train = list_images(root, data.train_split, data.train_limit)
+    held_out = list_images(root, data.eval_split, data.eval_limit)
+    for images in (train, held_out):
+        if len(images) < 2:
+            raise UserError(f"{images.split} has {len(images)} image; probes need at least 2")
+    return train, held_out
+
+
+def load_teachers(recipe: ProbeRunRecipe, device: torch.device) -> dict[str, Teacher]:
+    """The teachers of a recipe."""
+    return {name: load_teacher(name, teacher, device) for name, teacher in recipe.teachers.items()}
+
+
+def arm_backbone(recipe: ProbeRunRecipe, arm: str, device: torch.device) -> Backbone:
+    """The checkpoint (`no`), or the same architecture with random weights (`random`)."""
+    return load_backbone(recipe.backbone, device, RANDOM_WEIGHTS_SEED if arm == "random" else None)
+
+
+def bytes_needed(
+    recipe: ProbeRunRecipe, backbone: Backbone, teachers: dict[str, Teacher], layers: Sequence[Layer]
+) -> int:
+    """Disk that a run takes at its fullest: probes, and twice the training state while it is replaced."""
+    parameters = 0
+    sums = 0
+    for teacher in teachers.values():
+        tokens, width = teacher.shape
+        config = ResamplerConfig(backbone.hidden_size, tokens, width, width, recipe.probe.heads, recipe.probe.dim_head)
+        with torch.device("meta"):
+            parameters += sum(p.numel() for p in Resampler(config).parameters())
+        sums += backbone.hidden_size * (backbone.hidden_size + width) * 8 if recipe.fit.ridge else 0
+    arms = 1 + ("shuffled" in recipe.controls)
+    probes = 4 * parameters * len(layers) * len(recipe.fit.seeds)
+    state = 3 * probes * arms + sums * len(layers)
+    return 2 * state + probes * (arms + ("random" in recipe.controls))
+
+
+def train(recipe: ProbeRunRecipe, out: Path) -> Run:
+    """Trains the probe banks of a run, or goes on with an unfinished one.
+
+    Args:
+        recipe: the whole run.
+        out: its directory.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: something in recipe, checkpoint, teachers or data does not fit; nothing is written then.
+        Interrupted: stopped by the user; the same call goes on.
+    """
+    accelerator = Accelerator()
+    train_images, eval_images = image_lists(recipe.data)
+    backbone = arm_backbone(recipe, "no", accelerator.device)
+    layers = parse_layers(recipe.layers, backbone.layers)
+    teachers = load_teachers(recipe, accelerator.device)
+    if not (out / "manifest.json").exists():
+        require_space(out, bytes_needed(recipe, backbone, teachers, layers))
+    with accelerator.main_process_first():
+        run = Run.create(out, recipe)
+    if run.finished:
+        logger.info("%s is finished already", out)
+        return run
+    provenance = _provenance(recipe, backbone, teachers, train_images, eval_images)
+    arms: list[tuple[str, list[str]]] = [("no", ["no", *(["shuffled"] if "shuffled" in recipe.controls else [])])]
+    if "random" in recipe.controls:
+        arms.append(("random", ["random"]))
+    for arm, controls in arms:
+        if _summary_file(run, arm).exists():
+            continue
+        if arm == "random":
+            del backbone
+            gc.collect()
+            backbone = arm_backbone(recipe, arm, accelerator.device)
+        _train_arm(run, arm, controls, backbone, teachers, train_images, layers, provenance, accelerator)
+    if accelerator.is_main_process:
+        with disk_errors(out):
+            _finish(run, [arm for arm, _ in arms], provenance, train_images, eval_images)
+    accelerator.wait_for_everyone()
+    return run
+
+
+def _summary_file(run: Run, arm: str) -> Path:
+    return run.path / "state" / arm / "summary.json"
+
+
+def _train_arm(
+    run: Run,
+    arm: str,
+    controls: list[str],
+    backbone: Backbone,
+    teachers: dict[str, Teacher],
+    images: ImageList,
+    layers: Sequence[Layer],
+    provenance: dict[str, Any],
+    accelerator: Accelerator,
+) -> None:
+    """Trains on one set of backbone weights; its summary, written last, says that its probes are in place."""
+    fit = Fit(run.recipe, backbone, teachers, images, layers, controls, run.path / "state" / arm, accelerator)
+    _check_same_inputs(fit.folder, provenance, accelerator.is_main_process)
+    state = fit.run()
+    if not accelerator.is_main_process:
+        return
+    with disk_errors(run.path):
+        for control, bank in state.banks.items():
+            with whole_folder(run.probes(control)) as folder:
+                bank.save(folder, {"control": control, **provenance})
+        if run.recipe.fit.ridge:
+            with whole_folder(run.ridge(arm)) as folder:
+                fit.readout(state).save(folder, {"control": arm, **provenance})
+        if arm == "no":
+            with whole_file(run.means) as file:
+                save_file(fit.means(state), file)
+        write_text(_summary_file(run, arm), json.dumps(summary(state, list(teachers))))
+
+
+def _check_same_inputs(folder: Path, provenance: dict[str, Any], main: bool) -> None:
+    """Refuses to go on with a checkpoint, teacher or data that changed since the run began.
+
+    Raises:
+        UserError: naming what changed.
+    """
+    file = folder / "inputs.json"
+    now = {
+        "checkpoint": provenance["checkpoint"]["sha256"],
+        "training images": provenance["data"]["train_digest"],
+        **{f"{name} teacher": [t["sha256"], t["shape"]] for name, t in provenance["teachers"].items()},
+    }
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in now.items():
+            if before.get(name) != value:
+                detail = f" (target shape {before[name][1]} then, {value[1]} now)" if isinstance(value, list) else ""
+                raise UserError(
+                    f"{folder.parent.parent}: the {name} changed since this run began{detail}; put it back or choose "
+                    "another --out"
+                )
+    elif main:
+        with disk_errors(folder):
+            write_text(file, json.dumps(now))
+
+
+def _provenance(
+    recipe: ProbeRunRecipe, backbone: Backbone, teachers: dict[str, Teacher], train: ImageList, held_out: ImageList
+) -> dict[str, Any]:
+    return {
+        "checkpoint": {
+            "name": backbone.name,
+            "path": backbone.source,
+            "family": backbone.family,
+            "sha256": backbone.sha256,
+            "layers": backbone.layers,
+            "hidden_size": backbone.hidden_size,
+        },
+        "prompt": recipe.backbone.prompt,
+        "rendered_prompt": getattr(backbone.prepare, "text", ""),
+        "teachers": {
+            name: {
+                "id": teacher.id,
+                "class": teacher.class_name,
+                "shape": list(teacher.shape),
+                "licence": teacher.licence,
+                "sha256": teacher.sha256,
+            }
+            for name, teacher in teachers.items()
+        },
+        "data": {
+            "path": recipe.data.path,
+            "train_split": train.split,
+            "eval_split": held_out.split,
+            "train_images": len(train),
+            "eval_images": len(held_out),
+            "train_digest": train.digest(),
+            "eval_digest": held_out.digest(),
+            "unlisted": {train.split: train.unlisted, held_out.split: held_out.unlisted},
+            "view": recipe.data.view,
+        },
+        "preprocessing": "RGB; each model's own image processor"
+        + (" after squashing to a square" if recipe.data.view == "square" else ""),
+        "versions": versions(),
+    }
+
+
+def _finish(run: Run, arms: list[str], provenance: dict[str, Any], train: ImageList, held_out: ImageList) -> None:
+    """Writes learning curves and, last, the manifest; then the training state is no longer needed."""
+    summaries = [json.loads(_summary_file(run, arm).read_text(encoding="utf-8")) for arm in arms]
+    lines = ["control,teacher,layer,seed,step,loss"]
+    convergence = []
+    for one in summaries:
+        for curve in one["curves"]:
+            place = [curve["control"], curve["teacher"], curve["layer"], curve["seed"]]
+            lines += [f"{','.join(map(str, place))},{step},{loss:.6g}" for step, loss in enumerate(curve["losses"])]
+            verdict = judge(np.asarray(curve["losses"]), np.asarray(one["mean_losses"][curve["teacher"]]))
+            names = ("control", "teacher", "layer", "seed")
+            convergence.append({**dict(zip(names, place, strict=True)), **vars(verdict)})
+    write_text(run.path / "learning_curves.csv", "\n".join(lines) + "\n")
+    skipped = {(s["image"], s["split"]): s for one in summaries for s in one["skipped"]}
+    skipped |= {(s.image, s.split): vars(s) for images in (train, held_out) for s in images.skipped}
+    fit = run.recipe.fit
+    manifest = {
+        **provenance,
+        "fit": {
+            "epochs": fit.epochs,
+            "batch_size": fit.batch_size,
+            "steps": summaries[0]["steps"],
+            "seeds": fit.seeds,
+            "lr": fit.lr,
+        },
+        "convergence": convergence,
+        "skipped": list(skipped.values()),
+        "seconds": sum(one["seconds"] for one in summaries),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_text(run.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    shutil.rmtree(run.path / "state", ignore_errors=True)
