@@ -37,7 +37,10 @@ from probing.train import arm_backbone, image_lists, load_teachers
 logger = logging.getLogger(__name__)
 
 METRICS = {"strict": ("cosine", "cosine_centred"), "paper": ("cosine",)}
-COLUMNS = "checkpoint,teacher,layer,probe,control,metric,protocol,split,seed,value,ci_low,ci_high,n".split(",")
+COLUMNS = (
+    *("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "split", "seed"),
+    *("value", "ci_low", "ci_high", "n"),
+)
 
 
 @dataclass(frozen=True, order=True)

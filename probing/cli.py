@@ -35,8 +35,9 @@ def _quiet_libraries() -> None:
     """Loading bars of every tiny model would bury the program's own lines."""
     import warnings
 
-    import probing.compat  # noqa: F401
     from transformers.utils import logging as transformers_logging
+
+    import probing.compat  # noqa: F401
 
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)

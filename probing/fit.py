@@ -6,7 +6,6 @@ with the probes, not with the states. Probes share nothing, so training many giv
 """
 
 import itertools
-import json
 import logging
 import math
 import time
@@ -38,7 +37,7 @@ from probing.teachers import Teacher
 logger = logging.getLogger(__name__)
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the state is saved
+class Interrupted(Exception):
     """The user stopped the run; it goes on from the saved state."""
 
 
@@ -351,8 +350,9 @@ class Fit:
         """Saves the training state; the last one is replaced only when the new one is whole."""
         self._collect(state)
         if self.accelerator.is_main_process:
-            with disk_errors(self.folder), whole_file(self._state_file) as temporary:
-                torch.save(state.dump(), temporary)
+            # Through a file of Python's own: torch's would report a full disk as an unnamed stream error.
+            with disk_errors(self.folder), whole_file(self._state_file) as temporary, temporary.open("wb") as file:
+                torch.save(state.dump(), file)
             logger.info("saved the training state at step %d", state.step)
         self.accelerator.wait_for_everyone()
 

@@ -18,10 +18,10 @@ from types import FrameType
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from probing.errors import UserError
 from probing.recipe import ProbeRunRecipe, dump_recipe, validate
-
 
 SPEED_ONLY = ("fit.workers", "fit.save_minutes")
 """Fields that a resumed run may change: they do not move a number."""
@@ -90,13 +90,26 @@ def disk_errors(where: Path) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
-        text = str(error)
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if any(_is_full_disk(link) for link in _chain(error)):
             raise UserError(f"no disk space left at {where}; free some and run the same command again") from None
-        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"{where} cannot be written ({error}); choose another --out") from None
         raise
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those it was raised from: torch wraps the system's own in one without number or text."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    # safetensors keeps the system's message, but not its number
+    return isinstance(error, SafetensorError) and ("No space left" in str(error) or "File too large" in str(error))
 
 
 def require_space(where: Path, needed: int) -> None:

@@ -3,13 +3,13 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-import probing.compat  # noqa: E402,F401
-from tests import tiny  # noqa: E402
+import probing.compat  # noqa: F401
+from tests import tiny
 
 torch.set_num_threads(1)  # tests run in several processes
 

@@ -120,7 +120,7 @@ class Batch:
         return Batch(inputs, TokenMap(self.tokens.kinds.pin_memory(), self.tokens.grid))
 
 
-class _DeepestLayerReached(Exception):  # noqa: N818 - control flow, not an error
+class _DeepestLayerReached(Exception):
     pass
 
 

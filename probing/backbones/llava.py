@@ -48,7 +48,7 @@ class LlavaInputs:
         if bool((counts != rows * columns).any()):
             raise UserError(
                 f"the processor places {counts.tolist()} image tokens where the vision tower gives {rows * columns}; "
-                "mend patch_size, num_additional_image_tokens or vision_feature_select_strategy in processor_config.json"
+                "mend patch_size or vision_feature_select_strategy in processor_config.json"
             )
         kinds = torch.full_like(ids, code["text"])
         kinds[image.cumsum(dim=1) == 0] = code["system"]
@@ -79,10 +79,9 @@ def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs
     content = [{"type": "image"}, {"type": "text", "text": recipe.prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     tokenizer = processor.tokenizer
-    if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
+    if tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
         # The tokenizer puts its own in front; a template that writes one too would give two.
-        if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
-            text = text.removeprefix(tokenizer.bos_token)
+        text = text.removeprefix(tokenizer.bos_token)
     side = config.vision_config.image_size // config.vision_config.patch_size
     return LlavaInputs(processor, text, config.image_token_id, (side, side))
 

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests import tiny
 from transformers import AutoModelForImageTextToText
 
 from probing.backbones import describe_checkpoint, load_backbone, parse_layers
 from probing.backbones.base import TokenMap
 from probing.errors import UserError
 from probing.recipe import TOKEN_KINDS, BackboneRecipe
+from tests import tiny
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,235 @@
+"""The command line end to end, on tiny models of the real classes and on bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+REAL_COCO = ROOT.parent / "shared" / "data" / "coco"
+
+
+def probing(*arguments: object, code: int = 0, **kwargs) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "probing", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, **kwargs
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def train_arguments(models, data, out, *more):
+    teachers = [f"--teacher={name}={models[name]}" for name in ("depth", "seg", "gen")]
+    small = ["fit.batch_size=6", "fit.micro_batch=3", "fit.workers=0"]
+    return ["train", "--checkpoint", models["llava"], "--data", f"coco:{data}", *teachers, "--out", out, *small, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(models, coco, tmp_path_factory):
+    """A trained, evaluated and reported run."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    more = ["--layers", "all,final", "--control", "random", "fit.seeds=[0,1]"]
+    probing(*train_arguments(models, coco, out, *more))
+    probing("evaluate", out)
+    probing("report", out)
+    return out
+
+
+def test_results_hold_every_number_once(finished):
+    results = pd.read_csv(finished / "results.csv", dtype=str, keep_default_na=False)
+    place = [c for c in results.columns if c not in ("value", "ci_low", "ci_high", "n")]
+    assert not results.duplicated(place).any()
+    layers = {"0", "1", "2", "3", "final"}
+    for (probe, control), part in results.groupby(["probe", "control"]):
+        assert set(part["layer"]) == ({""} if control == "mean" else layers), (probe, control)
+        assert set(part["teacher"]) == {"depth", "seg", "gen"}
+    pairs = {("resampler", c) for c in ("no", "shuffled", "random")} | {("ridge", c) for c in ("no", "random")}
+    assert set(results.groupby(["probe", "control"]).groups) == pairs | {("constant", "mean")}
+    numbers = results[["value", "ci_low", "ci_high"]].astype(float)
+    assert (numbers["ci_low"] <= numbers["value"]).all() and (numbers["value"] <= numbers["ci_high"]).all()
+    centred_mean = results[(results["control"] == "mean") & (results["metric"] == "cosine_centred")]
+    assert (centred_mean["value"].astype(float) == 0).all()
+
+
+def test_probes_carry_their_provenance(finished, models):
+    config = json.loads((finished / "probes" / "depth" / "config.json").read_text())
+    assert config["checkpoint"]["sha256"].startswith("sha256:") and config["teacher"]["id"] == str(models["depth"])
+    assert config["prompt"] == "Describe the image in two lines." and "torch" in config["versions"]
+    names = load_file(finished / "probes" / "depth" / "model.safetensors")
+    assert "seed_1.layer_final.layers.0.0.to_kv.weight" in names
+    assert not list(finished.rglob("*.pt")) and not list(finished.rglob(".*"))
+
+
+def test_report_shows_the_run(finished):
+    page = (finished / "report" / "index.html").read_text()
+    assert "llava" in page and "random" in page and len(page) < 5_000_000
+
+
+def test_a_finished_run_is_not_trained_again(finished, models, coco):
+    before = (finished / "manifest.json").stat().st_mtime_ns
+    more = ["--layers", "all,final", "--control", "random", "fit.seeds=[0,1]"]
+    probing(*train_arguments(models, coco, finished, *more))
+    assert (finished / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_help_answers_at_once():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        probing("--help")
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--checkpoint", "/nowhere/llava"], "no such checkpoint"),
+        (["--checkpoint", "{depth}"], "no LLaVA-style checkpoint but DepthAnything"),
+        (["--layers", "0,7"], "layer 7 is out of range: this checkpoint has layers 0 to 3"),
+        (["--teacher=seg={gen}"], "cannot be the seg teacher: it holds CLIPVisionModelWithProjection"),
+        (["--teacher=sge"], "no teacher is called 'sge'"),
+        (["--data", "coco:{root}"], "has no split 'train2017'"),
+        (["fit.batchsize=3"], "did you mean 'batch_size'"),
+        (["fit.micro_batch=9"], "larger than fit.batch_size"),
+        (["--recipe", "/nowhere.yaml"], "no recipe at"),
+        (["--bogus"], "No such option"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(models, coco, tmp_path, change, message):
+    out = tmp_path / "run"
+    change = [part.format(root=tmp_path, **models) for part in change]
+    done = probing(*train_arguments(models, coco, out, *change), code=2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("probing: ")]
+    assert len(lines) == 1 and message in lines[0] and "Traceback" not in done.stderr
+    assert not out.exists()
+
+
+def test_verbs_on_folders_that_are_no_runs(tmp_path, models, coco):
+    for verb in ("evaluate", "report"):
+        assert "probing: " in probing(verb, tmp_path, code=2).stderr
+    (tmp_path / "note.txt").write_text("mine")
+    done = probing(*train_arguments(models, coco, tmp_path), code=2)
+    assert "is not empty and holds no run" in done.stderr and (tmp_path / "note.txt").read_text() == "mine"
+
+
+def test_another_recipe_in_the_same_folder_is_refused(finished, models, coco):
+    done = probing(*train_arguments(models, coco, finished, "fit.lr=0.5"), code=2)
+    assert "holds another run" in done.stderr
+
+
+def test_a_full_disk_is_one_line(models, coco, tmp_path):
+    """A limit on file size, because writes then fail as on a full disk, and without root."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "probing", *map(str, train_arguments(models, coco, out))]
+    script = 'trap "" XFSZ; ulimit -f 64; exec "$@"'
+    done = subprocess.run(["bash", "-c", script, "bash", *command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert f"no disk space left at {out}" in done.stderr and "Traceback" not in done.stderr
+    assert not (out / "manifest.json").exists() and not list(out.rglob(".*"))
+    probing(*train_arguments(models, coco, out))  # with space again, the same command goes through
+
+
+def test_corrupt_and_missing_images_are_named(models, tmp_path):
+    data = tiny.coco(tmp_path / "coco")
+    (data / "train2017" / "000000000002.jpg").write_bytes(b"broken")
+    (data / "val2017" / "000000000013.jpg").write_bytes(b"broken")
+    (data / "train2017" / "000000000003.jpg").unlink()
+    out = tmp_path / "run"
+    probing(*train_arguments(models, data, out))
+    probing("evaluate", out)
+    skipped = {s["image"]: s["reason"] for s in json.loads((out / "manifest.json").read_text())["skipped"]}
+    assert skipped["000000000003.jpg"] == "missing"
+    assert skipped["000000000002.jpg"].startswith("corrupt") and skipped["000000000013.jpg"].startswith("corrupt")
+    assert set(pd.read_csv(out / "results.csv")["n"]) == {5}
+
+
+def test_resuming_with_another_teacher_is_refused(models, tmp_path):
+    own = tiny.depth_teacher(tmp_path / "depth")
+    data = tiny.coco(tmp_path / "coco")
+    out = tmp_path / "run"
+    arguments = train_arguments({**models, "depth": own}, data, out, "fit.save_minutes=0", "fit.epochs=50")
+    kill_when(arguments, lambda: (out / "state" / "no" / "state.pt").exists())
+    shutil.rmtree(own)
+    tiny.depth_teacher(own, width=24)
+    done = probing(*arguments, code=2)
+    assert "the depth teacher changed since this run began (target shape [16, 16] then, [16, 24] now)" in done.stderr
+
+
+def kill_when(arguments, ready, number=signal.SIGKILL, delay=0.0):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "probing", *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    limit = time.monotonic() + 60
+    while not ready() and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def test_interrupting_saves_and_says_how_to_go_on(models, coco, tmp_path):
+    out = tmp_path / "run"
+    arguments = train_arguments(models, coco, out, "fit.epochs=200")
+    code, errors = kill_when(arguments, (out / "state" / "no" / "inputs.json").exists, signal.SIGINT, delay=1.0)
+    assert code == 130 and f"probing train --recipe {out}/recipe.yaml --out {out}" in errors
+    assert (out / "state" / "no" / "state.pt").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bytes(models, coco, tmp_path):
+    more = ["--control", "random", "fit.epochs=12", "fit.save_minutes=0"]
+    probing(*train_arguments(models, coco, tmp_path / "whole", *more))
+    probing("evaluate", tmp_path / "whole")
+    out = tmp_path / "killed"
+    kills = 0
+    for moment in (0.0, 0.15, 0.4, 0.9, 0.05, 1.5, 0.6, 0.3):
+        step = out / "state"
+        code, _ = kill_when(train_arguments(models, coco, out, *more), step.exists, delay=moment)
+        kills += code == -signal.SIGKILL
+    assert kills >= 3
+    probing(*train_arguments(models, coco, out, *more))
+    probing("evaluate", out)
+    assert (out / "results.csv").read_bytes() == (tmp_path / "whole" / "results.csv").read_bytes()
+    assert (out / "learning_curves.csv").read_bytes() == (tmp_path / "whole" / "learning_curves.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(models, coco, tmp_path):
+    """Same global batch, gradients and sums reduced: the same probes up to the order of additions."""
+    more = ["fit.epochs=2", "controls=[]"]
+    probing(*train_arguments(models, coco, tmp_path / "one", *more))
+    environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "probing"]
+    arguments = list(map(str, train_arguments(models, coco, tmp_path / "two", *more)))
+    done = subprocess.run([*launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for kind in ("probes", "ridge"):
+        for teacher in ("depth", "seg", "gen"):
+            one, two = (load_file(tmp_path / run / kind / teacher / "model.safetensors") for run in ("one", "two"))
+            for name, tensor in one.items():
+                assert (tensor - two[name]).abs().max() < 2e-3, (kind, teacher, name)
+
+
+@pytest.mark.skipif(not REAL_COCO.exists(), reason="the small piece of real COCO is not beside the repository")
+def test_real_coco_images_of_all_shapes(models, tmp_path):
+    out = tmp_path / "run"
+    done = probing(
+        *train_arguments(models, REAL_COCO, out, "data.train_limit=24", "data.eval_limit=12", "fit.epochs=1")
+    )
+    assert "in no annotation file" in done.stderr
+    probing("evaluate", out)
+    assert len(pd.read_csv(out / "results.csv")) > 0
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert recipe["data"]["path"] == f"coco:{REAL_COCO.resolve()}"

@@ -1,0 +1,63 @@
+import pytest
+
+from probing.errors import UserError
+from probing.recipe import ProbeRunRecipe, apply_overrides, dump_recipe, load_recipe, parse_scalar, validate
+
+
+@pytest.fixture
+def values():
+    return {"backbone": {"checkpoint": "org/name"}, "data": {"path": "coco:x"}, "teachers": {"gen": {"id": "org/gen"}}}
+
+
+def test_the_papers_defaults(values):
+    recipe = validate(ProbeRunRecipe, values, "x")
+    assert (recipe.probe.heads, recipe.probe.dim_head, recipe.probe.ff_mult) == (4, 32, 1)
+    fit = recipe.fit
+    assert (fit.epochs, fit.batch_size, fit.lr, fit.warmup, fit.weight_decay) == (2, 256, 1e-3, 0.03, 0.0)
+    assert recipe.backbone.prompt == "Describe the image in two lines."
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("fit.learning_rate=1", "'fit.learning_rate'; valid here: epochs, batch_size"),
+        ("fit.epoch=1", "'fit.epoch'; did you mean 'epochs'"),
+        ("bakbone.x=1", "'bakbone'; did you mean 'backbone'"),
+        ("teachers.gen.idd=1", "'teachers.gen.idd'; did you mean 'id'"),
+        ("fit.micro_batch=512", "fit.micro_batch 512 is larger than fit.batch_size 256"),
+        ("data.eval_split=train2017", "both 'train2017'"),
+        ("fit.lr=-1", "fit.lr: "),
+        ("fit.seeds=[1,1]", "fit.seeds: names a seed twice"),
+        ("data.path=/x", "data.path: must look like coco:DIR"),
+        ("probe.keys=[pictures]", "probe.keys.0: "),
+        ("teachers={}", "teachers: "),
+    ],
+)
+def test_wrong_fields_are_named(values, override, message):
+    with pytest.raises(UserError) as caught:
+        validate(ProbeRunRecipe, apply_overrides(values, [override]), "recipe.yaml")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_overrides_read_numbers_as_people_write_them():
+    assert parse_scalar("1e-3") == 1e-3 and parse_scalar("[0, 1]") == [0, 1] and parse_scalar("all") == "all"
+    with pytest.raises(UserError, match="key=value"):
+        apply_overrides({}, ["fit.lr"])
+    with pytest.raises(UserError, match="not a section"):
+        apply_overrides({"fit": 3}, ["fit.lr=1"])
+
+
+def test_a_saved_recipe_reads_back_the_same(values, tmp_path):
+    recipe = validate(ProbeRunRecipe, apply_overrides(values, ["fit.lr=3e-4"]), "x")
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(ProbeRunRecipe, tmp_path / "r.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "no fields"), (None, "no recipe at")]
+)
+def test_files_that_are_no_recipes(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_recipe(ProbeRunRecipe, tmp_path / "r.yaml")
