@@ -62,8 +62,8 @@ class Curve:
     @classmethod
     def from_key(cls, key: str) -> "Curve":
         """The inverse of `key`."""
-        *texts, seed = key.split("/")
-        return cls(*texts, int(seed))  # type: ignore[call-arg]
+        teacher, layer, probe, control, metric, protocol, seed = key.split("/")
+        return cls(teacher, layer, probe, control, metric, protocol, int(seed))
 
 
 Scores = dict[Curve, list[Tensor]]

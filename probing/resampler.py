@@ -5,6 +5,7 @@ published checkpoints, so that those load by name.
 """
 
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -96,8 +97,7 @@ class Resampler(nn.Module):
         """
         latents = self.latents.expand(states.shape[0], -1, -1)
         x = self.proj_in(states)
-        for block in self.layers:
-            attention, feed_forward = block  # type: ignore[misc]
-            latents = latents + attention(x, latents, mask)
-            latents = latents + feed_forward(latents)
+        block = cast(nn.ModuleList, self.layers[0])
+        latents = latents + block[0](x, latents, mask)
+        latents = latents + block[1](latents)
         return self.norm_out(self.proj_out(latents))

@@ -109,9 +109,10 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
         loading["quantization_config"] = _quantization(recipe.quantization_config)
     inputs = make_inputs(source, config, recipe)
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True, **loading)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True, **loading)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"checkpoint {source} cannot be loaded: {first_line(error)}") from None
+    model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(

@@ -108,8 +108,8 @@ def list_images(root: Path, split: str, limit: int | None = None) -> ImageList:
     sources = [root / "annotations" / f"{kind}_{split}.json" for kind in ANNOTATION_KINDS]
     found = [source for source in sources if source.exists()]
     if not found:
-        names = ", ".join(source.name for source in sources)
-        raise UserError(f"{root / 'annotations'} has no annotations of {split}; put one of {names} there")
+        wanted = ", ".join(source.name for source in sources)
+        raise UserError(f"{root / 'annotations'} has no annotations of {split}; put one of {wanted} there")
     listed: dict[str, int] = {}
     for source in found:
         listed |= _listed_images(source)

@@ -1,0 +1,38 @@
+# Two commands on a fresh clone: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-fast lint bench clean
+.DEFAULT_GOAL := demo
+
+$(BIN)/activate:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/activate pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed  ## The whole story on the toy world, about three minutes on two CPU cores
+	$(BIN)/probing demo
+
+test: lint  ## Style, types and all tests
+	$(BIN)/pytest -n 2 --dist loadfile
+
+test-fast: $(VENV)/.installed-dev  ## Only the quick tests
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev  ## The figures of the README
+	$(BIN)/python -m tests.benchmarks.fit_step
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
