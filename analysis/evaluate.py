@@ -32,7 +32,7 @@ from probing.progress import Progress
 from probing.ridge import RidgeReadout, place_states
 from probing.run import Run, disk_errors, whole_file, write_text
 from probing.teachers import Teacher
-from probing.train import arm_backbone, image_lists, load_teachers
+from probing.train import arm_backbone, held_out_images, load_teachers
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def evaluate(path: Path, protocols: Iterable[str] = ("strict", "paper")) -> Path
     if accelerator.num_processes > 1:
         raise UserError("probing evaluate runs as one process; start it without accelerate launch")
     device = accelerator.device
-    _, images = image_lists(run.recipe.data)
+    images = held_out_images(run.recipe.data)
     teachers = load_teachers(run.recipe, device)
     means = load_file(run.means, device=str(device))
     scores: Scores = {}
@@ -181,11 +181,11 @@ def _score_arm(
             def visit(layer: Layer, hidden: Tensor, note=note, batch=batch) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
                 where = layer_name(layer)
                 with torch.no_grad():
-                    keys, mask = batch.tokens.select(hidden.float(), recipe.probe.keys)
+                    keys, mask = batch.tokens.select(hidden.to(device).float(), recipe.probe.keys)
                     for control, bank in banks.items():
                         for key, probe in bank.at(layer):
                             note(probe(keys, mask), key.teacher, where, "resampler", control, key.seed)
-                    image_states = batch.tokens.image_states(hidden)
+                    image_states = batch.tokens.image_states(hidden.to(device))
                     for teacher, weight, bias in ridge.at(layer):
                         placed = place_states(image_states, batch.tokens.grid, teachers[teacher].grid)
                         note(F.linear(placed, weight, bias), teacher, where, "ridge", arm, recipe.fit.seeds[0])

@@ -50,7 +50,8 @@ def load_config(source: str, what: str, **kwargs: Any) -> Any:
     try:
         return AutoConfig.from_pretrained(source, **kwargs)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{what} {source} cannot be read: {first_line(error)}") from None
+        place = "" if Path(source).exists() else "there is no such folder, and as a Hub id "
+        raise UserError(f"{what} {source} cannot be read: {place}{first_line(error)}") from None
 
 
 def first_line(error: BaseException) -> str:

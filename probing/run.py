@@ -39,7 +39,7 @@ def _sync(path: Path) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """Gives a temporary file that becomes `path` when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:
@@ -62,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder that becomes `path` when the block ends well, replacing what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -70,7 +70,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 _sync(file)
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
             path.replace(old / path.name)
             temporary.replace(path)
             shutil.rmtree(old)
@@ -187,8 +187,11 @@ class Run:
         else:
             with disk_errors(path):
                 write_text(saved, text)
-        for left_over in path.rglob(".*"):  # of a run that was killed while it wrote
-            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink(missing_ok=True)
+        for left_over in list(path.rglob(".*.tmp")):  # of a run that was killed while it wrote
+            if left_over.is_dir():
+                shutil.rmtree(left_over, ignore_errors=True)
+            else:
+                left_over.unlink(missing_ok=True)
         return cls(path, recipe)
 
     @classmethod

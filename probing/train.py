@@ -31,19 +31,21 @@ RANDOM_WEIGHTS_SEED = 2412_09585
 """Seed of the random-weights control: no checkpoint's own initialisation."""
 
 
-def image_lists(data: DataRecipe) -> tuple[ImageList, ImageList]:
-    """Training and held-out images.
+def _images(data: DataRecipe, split: str, limit: int | None) -> ImageList:
+    images = list_images(Path(data.path.removeprefix("coco:")).expanduser(), split, limit)
+    if len(images) < 2:
+        raise UserError(f"{split} has {len(images)} image; probes need at least 2")
+    return images
 
-    Raises:
-        UserError: see `probing.data.coco.list_images`; or a split is too small.
-    """
-    root = Path(data.path.removeprefix("coco:")).expanduser()
-    train = list_images(root, data.train_split, data.train_limit)
-    held_out = list_images(root, data.eval_split, data.eval_limit)
-    for images in (train, held_out):
-        if len(images) < 2:
-            raise UserError(f"{images.split} has {len(images)} image; probes need at least 2")
-    return train, held_out
+
+def training_images(data: DataRecipe) -> ImageList:
+    """Images the probes are trained on; raises UserError as `probing.data.coco.list_images` does."""
+    return _images(data, data.train_split, data.train_limit)
+
+
+def held_out_images(data: DataRecipe) -> ImageList:
+    """Images the probes are scored on; raises UserError as `probing.data.coco.list_images` does."""
+    return _images(data, data.eval_split, data.eval_limit)
 
 
 def load_teachers(recipe: ProbeRunRecipe, device: torch.device) -> dict[str, Teacher]:
@@ -89,7 +91,7 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
         Interrupted: stopped by the user; the same call goes on.
     """
     accelerator = Accelerator()
-    train_images, eval_images = image_lists(recipe.data)
+    train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
     backbone = arm_backbone(recipe, "no", accelerator.device)
     layers = parse_layers(recipe.layers, backbone.layers)
     teachers = load_teachers(recipe, accelerator.device)

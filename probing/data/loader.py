@@ -1,5 +1,6 @@
 """Batches for student and teachers alike, read and preprocessed in worker processes."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,10 +95,13 @@ def micro_batches(
         batch_size=None,
         num_workers=min(workers, len(plan)),
         pin_memory=device.type == "cuda",
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
     yield from loader
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # A terminal sends Ctrl-C to every process of the group; the main one decides when the workers stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

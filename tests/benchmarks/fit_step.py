@@ -27,7 +27,7 @@ import probing.compat  # noqa: F401
 from probing.data.loader import micro_batches
 from probing.fit import Fit, plan_steps
 from probing.recipe import ProbeRunRecipe
-from probing.train import arm_backbone, image_lists, load_teachers
+from probing.train import arm_backbone, load_teachers, training_images
 from tests import tiny
 
 BATCH = 32
@@ -59,7 +59,7 @@ def make_fit(root: Path, layers: int) -> Fit:
         }
     )
     accelerator = Accelerator(cpu=True)
-    images, _ = image_lists(recipe.data)
+    images = training_images(recipe.data)
     backbone = arm_backbone(recipe, "no", accelerator.device)
     chosen = list(range(32 - layers + 1, 33))  # the last ones: the forward is as deep in both cases
     return Fit(

@@ -168,20 +168,24 @@ def test_resuming_with_another_teacher_is_refused(models, tmp_path):
 
 def kill_when(arguments, ready, number=signal.SIGKILL, delay=0.0):
     process = subprocess.Popen(
-        [sys.executable, "-m", "probing", *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "probing", *map(str, arguments)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     limit = time.monotonic() + 60
     while not ready() and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.01)
     time.sleep(delay)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal does: the reading processes get it too
     _, errors = process.communicate(timeout=60)
     return process.returncode, errors
 
 
 def test_interrupting_saves_and_says_how_to_go_on(models, coco, tmp_path):
     out = tmp_path / "run"
-    arguments = train_arguments(models, coco, out, "fit.epochs=200")
+    arguments = train_arguments(models, coco, out, "fit.epochs=200", "fit.workers=2")
     code, errors = kill_when(arguments, (out / "state" / "no" / "inputs.json").exists, signal.SIGINT, delay=1.0)
     assert code == 130 and f"probing train --recipe {out}/recipe.yaml --out {out}" in errors
     assert (out / "state" / "no" / "state.pt").exists()

@@ -12,7 +12,7 @@ from probing.data.coco import square
 from probing.fit import Fit, learning_rate, plan_steps
 from probing.recipe import FitRecipe, ProbeRunRecipe
 from probing.resampler import ResamplerConfig
-from probing.train import arm_backbone, image_lists, load_teachers
+from probing.train import arm_backbone, load_teachers, training_images
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def fitted(recipe_values, tmp_path):
         values = dict(recipe_values, fit=recipe_values["fit"] | changes)
         values["teachers"] = {teacher: values["teachers"][teacher] for teacher in teachers}
         recipe = ProbeRunRecipe.model_validate(values)
-        images, _ = image_lists(recipe.data)
+        images = training_images(recipe.data)
         fit = Fit(
             recipe,
             arm_backbone(recipe, "no", CPU),

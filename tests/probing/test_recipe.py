@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from probing.errors import UserError
@@ -61,3 +63,10 @@ def test_files_that_are_no_recipes(tmp_path, text, message):
         (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         load_recipe(ProbeRunRecipe, tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "examples" / "probe").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_examples_are_valid(path):
+    assert load_recipe(ProbeRunRecipe, path).layers
