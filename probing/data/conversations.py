@@ -1,0 +1,212 @@
+"""LLaVA-format conversations: reading, checking, and tokens with labels on the answers alone.
+
+A file is a JSON list or one JSON object per line:
+``{"id", "image" (optional, below the image root), "conversations": [{"from": "human" | "gpt", "value"}, ...]}``.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from probing.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+TAG = "<image>"
+IGNORED = -100
+ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One sample.
+
+    Attributes:
+        id: for messages.
+        images: files below the image root, in the order of their tags.
+        turns: (role, text) with roles `user` and `assistant` in turn; the texts carry no image tag.
+        tags: number of images in each turn; they come first in it, as in LLaVA.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[tuple[str, str], ...]
+    tags: tuple[int, ...]
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The turns as a chat template takes them."""
+        return [
+            {"role": role, "content": [*[{"type": "image"}] * tags, {"type": "text", "text": text}]}
+            for (role, text), tags in zip(self.turns, self.tags, strict=True)
+        ]
+
+
+def _parse(entry: Any, where: str) -> Conversation:
+    """Checks one entry; raises UserError naming it."""
+    try:
+        listed = entry.get("image") or []
+        images = tuple([listed] if isinstance(listed, str) else listed)
+        turns = [(ROLES[turn["from"]], str(turn["value"])) for turn in entry["conversations"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{where} is no LLaVA conversation ({type(error).__name__}: {error})") from None
+    for image in images:
+        path = PurePosixPath(str(image))
+        if path.is_absolute() or ".." in path.parts or "\\" in str(image):
+            raise UserError(f"{where} names the image {image!r}, which is not a plain path below the image root")
+    roles = [role for role, _ in turns]
+    if len(turns) < 2 or roles != ["user", "assistant"] * (len(turns) // 2):
+        raise UserError(f"{where}: turns must go human, gpt, human, gpt …, and end with gpt")
+    tags = tuple(text.count(TAG) for _, text in turns)
+    if sum(tags) != len(images) or any(tags[1::2]):
+        raise UserError(f"{where} has {len(images)} images and {sum(tags)} {TAG} tags in its turns")
+    clean = tuple((role, text.replace(TAG, "").strip()) for role, text in turns)
+    return Conversation(str(entry.get("id", "")), images, clean, tags)
+
+
+def read_conversations(path: Path, limit: int | None = None) -> list[Conversation]:
+    """Reads a conversation file.
+
+    Raises:
+        UserError: the file is missing or broken, or an entry is no conversation; the message names the entry.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            entries = json.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"no conversation file at {path}; set data.conversations") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} holds no list of conversations")
+    return [_parse(entry, f"{path.name}, entry {index}") for index, entry in enumerate(entries[:limit])]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns a conversation into model inputs with labels.
+
+    Attributes:
+        processor: the checkpoint's processor, with a chat template.
+        image_token_id: id of the placeholder of one image token.
+        max_length: longer samples are cut at the end; what is cut is neither read nor supervised.
+    """
+
+    processor: Any
+    image_token_id: int
+    max_length: int
+
+    def render(self, messages: list[dict[str, Any]], generation_prompt: bool = False) -> str:
+        """The chat template's text, without a leading BOS that the tokenizer adds again."""
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=generation_prompt)
+        tokenizer = self.processor.tokenizer
+        if tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+            text = text.removeprefix(tokenizer.bos_token)
+        return text
+
+    def _closed(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Ends every answer with the EOS token where the template puts nothing after it: a model must learn to stop."""
+        tokenizer = self.processor.tokenizer
+        special = [token for token in tokenizer.all_special_tokens if token != TAG]
+        before = self.render(messages[:1], generation_prompt=True)
+        answer = self.render(messages[:2])[len(before) :]
+        if any(token in answer for token in special):
+            return messages
+        closed = json.loads(json.dumps(messages))
+        for message in closed[1::2]:
+            message["content"][-1]["text"] += tokenizer.eos_token
+        return closed
+
+    def __call__(self, conversation: Conversation, images: list[Image.Image]) -> dict[str, Tensor]:
+        """Encodes one sample.
+
+        Supervised are exactly the tokens that lie within what the template adds for an answer, after its own
+        generation prompt: the answer and the marker that ends it.
+
+        Returns:
+            input_ids, attention_mask and labels (T), and pixel_values (images, 3, S, S) where there are images.
+
+        Raises:
+            UserError: the chat template does not extend its own generation prompt, so answers cannot be located.
+        """
+        messages = self._closed(conversation.messages())
+        full = self.render(messages)
+        spans = []
+        for index in range(1, len(messages), 2):
+            prefix, whole = self.render(messages[:index], generation_prompt=True), self.render(messages[: index + 1])
+            if not (whole.startswith(prefix) and full.startswith(whole)):
+                raise UserError(
+                    "the checkpoint's chat template changes earlier turns when later ones are added, so answers cannot "
+                    "be told apart; give the checkpoint a plain template (chat_template.jinja)"
+                )
+            spans.append((len(prefix), len(whole)))
+        inputs = self.processor(images=images or None, text=[full], return_tensors="pt")
+        ids = inputs["input_ids"][0]
+        tag = getattr(self.processor, "image_token", TAG)
+        times = int((ids == self.image_token_id).sum()) // max(len(images), 1)
+
+        def expanded(position: int) -> int:
+            return position + full[:position].count(tag) * (times - 1) * len(tag)
+
+        tokens = self.processor.tokenizer(full.replace(tag, tag * times), return_offsets_mapping=True)
+        if tokens["input_ids"] != ids.tolist():
+            raise UserError("the checkpoint's processor and tokenizer disagree about a text; answers cannot be located")
+        labels = torch.full_like(ids, IGNORED)
+        for start, stop in ((expanded(a), expanded(b)) for a, b in spans):
+            for position, (first, last) in enumerate(tokens["offset_mapping"]):
+                if start <= first < last <= stop:
+                    labels[position] = ids[position]
+        sample = {"input_ids": ids, "attention_mask": inputs["attention_mask"][0], "labels": labels}
+        sample = {name: tensor[: self.max_length] for name, tensor in sample.items()}
+        kept = int((sample["input_ids"] == self.image_token_id).sum())
+        if kept != times * len(images):
+            raise UserError(f"conversation {conversation.id!r} is cut inside an image; raise max_length")
+        return sample | ({"pixel_values": inputs["pixel_values"]} if images else {})
+
+
+def collate(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+    """Pads samples on the right and joins their images; samples that could not be read are named under `skipped`."""
+    skipped = [sample["skipped"] for sample in samples if "skipped" in sample]
+    good = [sample for sample in samples if "skipped" not in sample]
+    if not good:
+        raise UserError(f"every image of a batch is unreadable, first {skipped[0]}; check data.image_root")
+    fill = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORED}
+    batch: dict[str, Any] = {
+        name: torch.nn.utils.rnn.pad_sequence([s[name] for s in good], batch_first=True, padding_value=value)
+        for name, value in fill.items()
+    }
+    pixels = [sample["pixel_values"] for sample in good if "pixel_values" in sample]
+    if pixels:
+        batch["pixel_values"] = torch.cat(pixels)
+    if skipped:
+        batch["skipped"] = skipped
+    return batch
+
+
+class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """Encoded conversations; a sample whose image cannot be read is `{"skipped": its name}`."""
+
+    def __init__(self, conversations: list[Conversation], image_root: Path, encoder: Encoder) -> None:
+        self.conversations, self.image_root, self.encoder = conversations, image_root, encoder
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        conversation = self.conversations[index]
+        images = []
+        for name in conversation.images:
+            try:
+                with Image.open(self.image_root / name) as image:
+                    images.append(image.convert("RGB"))
+            except (OSError, SyntaxError, ValueError) as error:
+                return {"skipped": f"{name}: {str(error).splitlines()[0][:120] if str(error) else 'corrupt'}"}
+        return self.encoder(conversation, images)

@@ -1,0 +1,114 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from probing.data.conversations import IGNORED, Encoder, collate, read_conversations
+from probing.errors import UserError
+
+LLAMA3 = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}<|end|>\n\n"
+    "{% for part in message['content'] %}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
+)
+VICUNA = (  # no marker after an answer: the encoder must add one
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for part in message['content'] %}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %} "
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+TWO_TURNS = {
+    "id": "a",
+    "image": "x.jpg",
+    "conversations": [
+        {"from": "human", "value": "What is it?\n<image>"},
+        {"from": "gpt", "value": "a cube"},
+        {"from": "human", "value": "Its colour?"},
+        {"from": "gpt", "value": "red"},
+    ],
+}
+
+
+def write(tmp_path, *entries):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(list(entries)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("template", "supervised"), [(LLAMA3, ["a cube</s>", "red</s>"]), (VICUNA, [" a cube</s> ", " red</s> "])]
+)
+def test_exactly_the_answers_are_supervised(models, tmp_path, template, supervised):
+    processor = AutoProcessor.from_pretrained(models["llava"])
+    processor.chat_template = template
+    (conversation,) = read_conversations(write(tmp_path, TWO_TURNS))
+    sample = Encoder(processor, 3, 4096)(conversation, [Image.new("RGB", (40, 30))])
+    ids, labels = sample["input_ids"], sample["labels"]
+    assert int((ids == 3).sum()) == 16 and sample["pixel_values"].shape == (1, 3, 32, 32)
+    runs, current = [], []
+    for position in range(len(labels)):
+        if labels[position] != IGNORED:
+            assert labels[position] == ids[position]
+            current.append(int(ids[position]))
+        elif current:
+            runs.append(current)
+            current = []
+    runs += [current] if current else []
+    assert [processor.tokenizer.decode(run) for run in runs] == supervised
+    text = processor.tokenizer.decode(ids)
+    assert text.index("<image>") < text.index("What is it?")  # the tag moves to the front of its turn
+
+
+def test_text_only_samples_and_padding(models, tmp_path):
+    entry = {"id": "t", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello there"}]}
+    encoder = Encoder(AutoProcessor.from_pretrained(models["llava"]), 3, 4096)
+    with_image, text_only = read_conversations(write(tmp_path, TWO_TURNS, entry))
+    samples = [encoder(with_image, [Image.new("RGB", (8, 8))]), encoder(text_only, []), {"skipped": "y.jpg: corrupt"}]
+    batch = collate(samples, pad_id=2)
+    assert batch["input_ids"].shape[0] == 2 and batch["pixel_values"].shape[0] == 1
+    length = len(samples[1]["input_ids"])
+    assert (batch["labels"][1, length:] == IGNORED).all() and (batch["attention_mask"][1, length:] == 0).all()
+    assert batch["skipped"] == ["y.jpg: corrupt"]
+
+
+def test_cutting_never_splits_an_image(models, tmp_path):
+    processor = AutoProcessor.from_pretrained(models["llava"])
+    (conversation,) = read_conversations(write(tmp_path, TWO_TURNS))
+    whole = Encoder(processor, 3, 4096)(conversation, [Image.new("RGB", (8, 8))])
+    cut = Encoder(processor, 3, len(whole["input_ids"]) - 3)(conversation, [Image.new("RGB", (8, 8))])
+    assert torch.equal(cut["labels"], whole["labels"][:-3])
+    with pytest.raises(UserError, match="cut inside an image"):
+        Encoder(processor, 3, 10)(conversation, [Image.new("RGB", (8, 8))])
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(models, tmp_path):
+    processor = AutoProcessor.from_pretrained(models["llava"])
+    processor.chat_template = "{{ messages | length }}" + LLAMA3
+    (conversation,) = read_conversations(write(tmp_path, TWO_TURNS))
+    with pytest.raises(UserError, match="changes earlier turns"):
+        Encoder(processor, 3, 4096)(conversation, [Image.new("RGB", (8, 8))])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": "../x.jpg"}, "not a plain path"),
+        ({"image": None}, "0 images and 1 <image> tags"),
+        ({"conversations": TWO_TURNS["conversations"][:1]}, "end with gpt"),
+        ({"conversations": [{"from": "system", "value": "x"}]}, "KeyError: 'system'"),
+        ({"conversations": None}, "TypeError"),
+    ],
+)
+def test_entries_that_are_no_conversations_are_named(tmp_path, change, message):
+    with pytest.raises(UserError, match="data.json, entry 1") as caught:
+        read_conversations(write(tmp_path, TWO_TURNS, TWO_TURNS | change))
+    assert message in str(caught.value)
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(TWO_TURNS) + "\n\n" + json.dumps(TWO_TURNS) + "\n")
+    assert len(read_conversations(path)) == 2 and len(read_conversations(path, limit=1)) == 1
+    with pytest.raises(UserError, match="no conversation file"):
+        read_conversations(tmp_path / "nope.json")
