@@ -60,7 +60,7 @@ class DistillRecipe(Strict):
     """Optimiser steps between saved training states; the newest is kept."""
     workers: int = Field(default=2, ge=0)
     """Processes that read images."""
-    trainer: dict[str, Any] = {}
+    trainer: dict[str, Any] = Field(default_factory=dict)
     """Further fields of transformers' TrainingArguments: report_to, fsdp, deepspeed, logging_steps, …"""
 
     @property

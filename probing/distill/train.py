@@ -67,7 +67,7 @@ class Trainee(nn.Module):
         self.skipped.update(skipped or [])
         return {"loss": torch.stack(list(self.losses(labels, num_items_in_batch, inputs).values())).sum()}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Tied weights are listed once; safetensors refuses to write them twice."""
         state = super().state_dict(*args, **kwargs)
         seen: set[int] = set()

@@ -101,7 +101,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(models, tmp_path):
     ],
 )
 def test_entries_that_are_no_conversations_are_named(tmp_path, change, message):
-    with pytest.raises(UserError, match="data.json, entry 1") as caught:
+    with pytest.raises(UserError, match=r"data\.json, entry 1") as caught:
         read_conversations(write(tmp_path, TWO_TURNS, TWO_TURNS | change))
     assert message in str(caught.value)
 

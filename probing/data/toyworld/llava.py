@@ -1,0 +1,175 @@
+"""Makes the toy world's LLaVA: a tower trained by captioning, a language model that has read, then PT and IFT."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import probing.compat  # noqa: F401
+from probing.data.toyworld.language import CHAT_TEMPLATE, KINDS, caption, make_tokenizer
+from probing.data.toyworld.scenes import SIZE, Scenes, batches
+from probing.data.toyworld.teachers import PATCH, grid_positions, image_processor, pixels, train_loop
+from probing.distill.recipe import DistillRecipe
+from probing.distill.train import run_stage
+
+logger = logging.getLogger(__name__)
+
+CHOICES = ("size", "side", "nearer")
+"""Kinds of questions that name two possible answers: guessing scores one half."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long each part is trained, in optimiser steps."""
+
+    tower: int = 900
+    text: int = 300
+    pt: int = 250
+    ift: int = 900
+
+
+def build(layers: int, width: int, seed: int) -> tuple[Any, Any]:
+    """An untrained LLaVA of the real classes, and its processor."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE,
+            patch_size=PATCH,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, pad_token_id=0, bos_token_id=2,
+            eos_token_id=3,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(SIZE // PATCH) ** 2, vision_feature_layer=-1,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    grid_positions(model.model.vision_tower.embeddings)
+    processor = LlavaProcessor(
+        image_processor=image_processor(), tokenizer=tokenizer, patch_size=PATCH, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+    return model, processor
+
+
+def train_tower(scenes: Scenes, steps: int, seed: int = 0) -> Any:
+    """A CLIP vision tower, trained by captioning through a small language model that is then thrown away.
+
+    Captioning gives patch tokens that say what is where (Tschannen et al., 2023, arXiv:2306.07915); a contrastive loss
+    on so few scenes gives hardly any.
+    """
+    model, processor = build(layers=2, width=96, seed=seed)
+    tokenizer = processor.tokenizer
+    places = (SIZE // PATCH) ** 2
+    tag = model.config.image_token_id
+
+    def loss_of(batch: Scenes) -> torch.Tensor:
+        said = [caption(batch, index) + "</s>" for index in range(len(batch))]
+        ids = tokenizer(said, return_tensors="pt", padding=True)["input_ids"]
+        inputs = torch.cat([torch.full((len(batch), places), tag), ids], dim=1)
+        labels = inputs.masked_fill((inputs == tag) | (inputs == 0), -100)
+        attention = (inputs != 0).long()
+        return model(input_ids=inputs, attention_mask=attention, pixel_values=pixels(batch), labels=labels).loss
+
+    train_loop("vision tower", model.parameters(), batches(scenes, 64, steps, seed), loss_of, steps, 2e-3)
+    return model.model.vision_tower.eval()
+
+
+def make_llava(
+    world: Path, scenes: Scenes, folder: Path, schedule: Schedule, layers: int = 6, width: int = 128, seed: int = 0
+) -> Path:
+    """Trains the whole of a tiny LLaVA.
+
+    Args:
+        world: written by `write_world`, for the conversations.
+        scenes: for the tower.
+        folder: gets `untrained/`, `text/`, `pt/` and `ift/`, each a LLaVA folder; the last is the result.
+        schedule: steps.
+        layers: decoder blocks of the LLM.
+        width: its hidden size.
+        seed: of everything.
+    """
+    start = folder / "untrained"
+    if not (start / "config.json").exists():
+        model, processor = build(layers, width, seed + 1)
+        model.model.vision_tower = train_tower(scenes, schedule.tower, seed)
+        model.save_pretrained(start)
+        processor.save_pretrained(start)
+
+    def stage(name: str, source: Path, kind: str, file: str, steps: int, lr: float) -> Path:
+        recipe = {
+            "checkpoint": str(source), "stage": kind, "max_steps": steps, "lr": lr, "batch_size": 32, "micro_batch": 32,
+            "data": {"conversations": str(world / file), "image_root": str(world)}, "workers": 1, "warmup": 0.05,
+            "save_steps": 10_000, "seed": seed,
+            "trainer": {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no"},
+        }  # fmt: skip
+        logger.info("LLaVA, %s: %d steps", name, steps)
+        return run_stage(DistillRecipe.model_validate(recipe), folder / name)
+
+    read = stage("text", start, "ift", "text.json", schedule.text, 2e-3)
+    projected = stage("pt", read, "pt", "pt.json", schedule.pt, 2e-3)
+    return stage("ift", projected, "ift", "ift.json", schedule.ift, 1e-3)
+
+
+@torch.no_grad()
+def answer_accuracy(checkpoint: Path, world: Path, limit: int = 600) -> dict[str, dict[str, float]]:
+    """Greedy one-word answers to questions about held-out scenes.
+
+    Args:
+        checkpoint: LLaVA folder.
+        world: written by `write_world`.
+        limit: take only the first so many questions.
+
+    Returns:
+        Per kind of question, and for all: accuracy, what guessing scores (the commonest answer, or one half where the
+        question names two), and the number of questions.
+    """
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    lines = (world / "questions_val.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
+    asked = [json.loads(line) for line in lines]
+    right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    answers: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    processor.tokenizer.padding_side = "left"
+    for first in range(0, len(asked), 64):
+        part = asked[first : first + 64]
+        texts = []
+        for question in part:
+            content = [{"type": "image"}, {"type": "text", "text": question["question"]}]
+            texts.append(
+                processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            )
+        images = []
+        for question in part:
+            with Image.open(world / question["image"]) as image:
+                images.append(image.convert("RGB"))
+        inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
+        inputs.pop("token_type_ids", None)
+        said = model.generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1]
+        for question, word in zip(part, processor.tokenizer.batch_decode(said[:, None]), strict=True):
+            right[question["kind"]].append(word.strip() == question["answer"])
+            answers[question["kind"]].append(question["answer"])
+    found = {}
+    for kind in (kind for kind in KINDS if right[kind]):
+        commonest = max(answers[kind].count(a) for a in set(answers[kind])) / len(answers[kind])
+        found[kind] = {
+            "accuracy": sum(right[kind]) / len(right[kind]),
+            "chance": 0.5 if kind in CHOICES else commonest,
+            "n": len(right[kind]),
+        }
+    total = sum(row["n"] for row in found.values())
+    found["all"] = {
+        name: sum(row[name] * row["n"] for row in found.values()) / total for name in ("accuracy", "chance")
+    } | {"n": total}
+    return found

@@ -1,0 +1,98 @@
+"""Makes everything of the toy world from nothing, and the half-precision copies that ship with the package."""
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from probing.data.toyworld.layout import write_world
+from probing.data.toyworld.llava import Schedule, answer_accuracy, make_llava
+from probing.data.toyworld.scenes import generate
+from probing.data.toyworld.teachers import train_depth, train_gen, train_seg
+from probing.run import whole_folder, write_text
+
+logger = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parent / "assets"
+"""Ready-made models: depth/, seg/, gen/, llava/, quality.json."""
+TEACHER_SCENES_SEED, HELD_OUT_SEED = 90_001, 90_002
+"""Seeds of the scenes that teachers and tower learn from and are tested on; no world of the demo has them."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything; the defaults take about fifteen minutes on two CPU cores."""
+
+    teacher_scenes: int = 8000
+    held_out: int = 400
+    train: int = 6000
+    val: int = 400
+    depth_steps: int = 1400
+    seg_steps: int = 450
+    gen_steps: int = 600
+    llava: Schedule = field(default_factory=Schedule)
+
+
+def make_models(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
+    """Makes a world for the conversations, the teachers and a LLaVA; what is there already is kept.
+
+    Args:
+        folder: gets `world/`, `depth/`, `seg/`, `gen/`, `llava/` and `quality.json`.
+        sizes: how much of everything.
+        seed: of everything.
+
+    Returns:
+        Quality of each model on scenes it has not seen, each number beside what a trivial answer scores.
+    """
+    file = folder / "quality.json"
+    quality: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    scenes = generate(sizes.teacher_scenes, TEACHER_SCENES_SEED + seed)
+    held_out = generate(sizes.held_out, HELD_OUT_SEED + seed)
+    for name, make, steps in (
+        ("depth", train_depth, sizes.depth_steps),
+        ("seg", train_seg, sizes.seg_steps),
+        ("gen", train_gen, sizes.gen_steps),
+    ):
+        if name not in quality:
+            started = time.monotonic()
+            with whole_folder(folder / name) as part:
+                quality[name] = make(scenes, held_out, part, steps, seed)
+            quality[name]["seconds"] = round(time.monotonic() - started)
+            write_text(file, json.dumps(quality, indent=2) + "\n")
+    if "llava" not in quality:
+        started = time.monotonic()
+        world = write_world(folder / "world", sizes.train, sizes.val, seed)
+        last = make_llava(world, scenes, folder / "stages", sizes.llava, seed=seed)
+        with whole_folder(folder / "llava") as part:
+            shutil.copytree(last, part, dirs_exist_ok=True)
+        quality["llava"] = answer_accuracy(folder / "llava", world)
+        quality["llava"]["all"]["seconds"] = round(time.monotonic() - started)
+        write_text(file, json.dumps(quality, indent=2) + "\n")
+    return quality
+
+
+def write_assets(folder: Path, assets: Path = ASSETS) -> float:
+    """Copies made models in half precision; returns their size in MB.
+
+    Args:
+        folder: made by `make_models`.
+        assets: where the package keeps them.
+    """
+    with whole_folder(assets) as target:
+        for name in ("depth", "seg", "gen", "llava"):
+            (target / name).mkdir()
+            for path in sorted((folder / name).iterdir()):
+                if path.suffix == ".safetensors":
+                    tensors = load_file(path)
+                    half = {k: t.half() if t.dtype == torch.float32 else t for k, t in tensors.items()}
+                    save_file(half, target / name / path.name, metadata={"format": "pt"})
+                elif path.name not in ("training.json", "training_args.bin"):
+                    shutil.copy(path, target / name)
+        shutil.copy(folder / "quality.json", target)
+    return sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) / 1e6

@@ -1,0 +1,80 @@
+"""`probing demo`: the whole story on the toy world, through the same code as the real one."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis.evaluate import evaluate
+from probing.data.toyworld.layout import write_world
+from probing.data.toyworld.make import ASSETS, Sizes, make_models
+from probing.recipe import ProbeRunRecipe, validate
+from probing.train import train
+from reports.page import write_report
+
+logger = logging.getLogger(__name__)
+
+TRAIN_SCENES, VAL_SCENES, WORLD_SEED = 4000, 500, 11
+EPOCHS = {"quick": 3, "full": 8}
+
+
+def run_demo(preset: str, out: Path) -> Path:
+    """Probes every layer of a tiny LLaVA against the three teachers.
+
+    Args:
+        preset: `quick` takes the models that ship with the package; `full` makes them first.
+        out: gets `world/`, `models/` (full), `run/` and `report/`; what is finished there is kept.
+
+    Returns:
+        The report's page.
+    """
+    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
+    models = ASSETS
+    if preset == "full":
+        models = out / "models"
+        make_models(models, Sizes())
+    _tell_quality(json.loads((models / "quality.json").read_text(encoding="utf-8")))
+    world = write_world(out / "world", TRAIN_SCENES, VAL_SCENES, WORLD_SEED)
+    recipe = demo_recipe(models, world, EPOCHS[preset])
+    run = train(recipe, out / "run")
+    evaluate(run.path)
+    return write_report([run.path], out / "report")
+
+
+def demo_recipe(models: Path, world: Path, epochs: int) -> ProbeRunRecipe:
+    """The run's recipe: small batches and many steps, because that is what a tiny probe's attention needs to form."""
+    values = {
+        "backbone": {"checkpoint": str(models / "llava"), "dtype": "float32"},
+        "data": {"path": f"coco:{world}"},
+        "teachers": {name: {"id": str(models / name)} for name in ("depth", "seg", "gen")},
+        "controls": ["shuffled", "random"],
+        "fit": {"epochs": epochs, "batch_size": 16, "micro_batch": 16, "lr": 4e-3, "workers": 1, "save_minutes": 1},
+    }
+    return validate(ProbeRunRecipe, values, "demo").with_absolute_paths()
+
+
+def _tell_quality(quality: dict[str, Any]) -> None:
+    """Says how good the tiny models are, on scenes that they have not seen."""
+    depth, seg, gen, llava = (quality[name] for name in ("depth", "seg", "gen", "llava"))
+    logger.info(
+        "depth teacher: %.0f %% of hard pairs right (image row alone %.0f %%)",
+        100 * depth["pairs"],
+        100 * depth["pairs_from_image_row"],
+    )
+    logger.info("seg teacher: mIoU %.2f (mean feature %.2f)", seg["miou"], seg["miou_of_mean_feature"])
+    logger.info(
+        "gen teacher: finds the caption of %.0f %% of 200 images (chance %.1f %%)",
+        100 * gen["caption_r_at_1_of_200"],
+        100 * gen["caption_r_at_1_chance"],
+    )
+    kinds = ", ".join(f"{kind} {100 * row['accuracy']:.0f}" for kind, row in llava.items() if kind != "all")
+    logger.info(
+        "LLaVA: %.0f %% of %d questions about held-out scenes right (guessing %.0f %%): %s",
+        100 * llava["all"]["accuracy"],
+        llava["all"]["n"],
+        100 * llava["all"]["chance"],
+        kinds,
+    )

@@ -1,0 +1,178 @@
+"""Layerwise curves, after Fig. 3 of OLA-VLM: one panel per teacher, one line per checkpoint, controls dashed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from reports.results import FINAL, RunResults
+
+# Okabe & Ito's palette, darker ones first: told apart by colour-blind readers, and by lightness in grey print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+TITLES = {"depth": "Depth", "seg": "Segmentation", "gen": "Generation"}
+METRIC_LABELS = {
+    ("cosine_centred", "strict"): "centred cosine similarity",
+    ("cosine", "strict"): "cosine similarity per token",
+    ("cosine", "paper"): "cosine similarity, flattened",
+}
+PROBES = {"resampler": "Perceiver resampler", "ridge": "ridge readout"}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "svg.hashsalt": "mllm-probing",
+    "pdf.fonttype": 42,
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """How one line looks and where it comes from."""
+
+    label: str
+    run: RunResults
+    control: str
+    colour: str
+    dash: str
+    marker: str
+
+
+def series(runs: Sequence[RunResults]) -> list[Series]:
+    """The lines of every panel, checkpoints first; the same checkpoint has the same colour everywhere."""
+    lines = [
+        Series(run.label, run, "no", COLOURS[i % len(COLOURS)], "-", MARKERS[i % len(MARKERS)])
+        for i, run in enumerate(runs)
+    ]
+    for i, run in enumerate(runs):
+        ran = set(run.results["control"])
+        suffix = f", {run.label}" if len(runs) > 1 else ""
+        if "random" in ran:
+            colour = "#333333" if len(runs) == 1 else COLOURS[i % len(COLOURS)]
+            lines.append(Series(f"random weights{suffix}", run, "random", colour, "--", "x"))
+        if "shuffled" in ran:
+            lines.append(Series(f"shuffled pairs{suffix}", run, "shuffled", "#8a8a8a", ":", ""))
+    return lines
+
+
+MEAN_LABEL = "mean target"
+MEAN_STYLE: dict[str, Any] = {"color": "#8a8a8a", "linestyle": (0, (6, 2, 1, 2)), "linewidth": 1.2}
+
+
+def draw_panel(
+    axes: Axes, lines: Sequence[Series], teacher: str, probe: str, metric: str, protocol: str, ylabel: bool = True
+) -> None:
+    """Draws one teacher's curves; a layer's x is its number, `final` stands apart on the right."""
+    deepest = max(line.run.depth for line in lines)
+    final_at = deepest + max(1.0, 0.06 * deepest)
+    has_final = False
+    for line in lines:
+        curve = line.run.curve(teacher, probe, line.control, metric, protocol)
+        if curve.empty:
+            continue
+        width = 1.8 if line.control == "no" else 1.3
+        style: dict[str, Any] = {
+            "color": line.colour,
+            "linestyle": line.dash,
+            "linewidth": width,
+            "marker": line.marker or None,
+        }
+        for part in (curve[curve["layer"] != FINAL], curve[curve["layer"] == FINAL]):
+            if part.empty:
+                continue
+            at_final = part["layer"].iloc[0] == FINAL
+            has_final |= at_final
+            x = np.full(len(part), final_at) if at_final else part["layer"].astype(float).to_numpy()
+            low, high = part["ci_low"].to_numpy(), part["ci_high"].to_numpy()
+            axes.plot(x, part["value"], markersize=4, markevery=max(len(x) // 16, 1), label=line.label, **style)
+            if at_final or len(part) == 1:
+                error = [part["value"] - low, high - part["value"]]
+                axes.errorbar(x, part["value"], yerr=error, fmt="none", ecolor=line.colour, capsize=2, linewidth=1)
+            else:
+                axes.fill_between(x, low, high, color=line.colour, alpha=0.18, linewidth=0)
+    mean = lines[0].run.mean_target(teacher, metric, protocol)
+    if mean is not None:
+        axes.axhline(mean, label=MEAN_LABEL, **MEAN_STYLE)
+    step = max(1, int(np.ceil(deepest / 8)))
+    ticks: list[float] = list(range(0, deepest + 1, step))
+    labels = [str(tick) for tick in ticks]
+    if has_final:
+        if deepest - ticks[-1] < step / 2 and ticks[-1] != deepest:
+            ticks, labels = ticks[:-1], labels[:-1]
+        ticks, labels = [*ticks, final_at], [*labels, FINAL]
+        axes.axvspan(deepest + (final_at - deepest) / 2, final_at + (final_at - deepest) / 2, color="#f4f4f4", zorder=0)
+    axes.set_xticks(ticks, labels)
+    axes.set_title(TITLES.get(teacher, teacher), fontsize=10, loc="left", fontweight="bold")
+    axes.set_xlabel("LLM layer (0 = projector output)")
+    if ylabel:
+        axes.set_ylabel(METRIC_LABELS[metric, protocol])
+
+
+def legend_handles(lines: Sequence[Series]) -> list[Line2D]:
+    """One entry per line, and the mean target."""
+    handles = [
+        Line2D([], [], color=x.colour, linestyle=x.dash, marker=x.marker or None, markersize=4, label=x.label)
+        for x in lines
+    ]
+    return [*handles, Line2D([], [], label=MEAN_LABEL, **MEAN_STYLE)]
+
+
+def layer_figure(runs: Sequence[RunResults], metric: str, protocol: str) -> Figure:
+    """The whole figure: a column per teacher, a row per kind of probe, one legend below."""
+    lines = series(runs)
+    teachers = runs[0].teachers
+    probes = [p for p in PROBES if any((run.results["probe"] == p).any() for run in runs)]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * len(teachers), 2.7 * len(probes) + 0.7), layout="constrained")
+        grid = figure.subplots(len(probes), len(teachers), squeeze=False, sharey="col")
+        for row, probe in enumerate(probes):
+            for column, teacher in enumerate(teachers):
+                draw_panel(grid[row, column], lines, teacher, probe, metric, protocol, ylabel=column == 0)
+                name = PROBES[probe]
+                grid[row, column].set_title(f"{TITLES.get(teacher, teacher)}, {name}", fontsize=10, loc="left")
+        handles = legend_handles(lines)
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
+    return figure
+
+
+def panel_figure(runs: Sequence[RunResults], teacher: str, probe: str, metric: str, protocol: str) -> Figure:
+    """One panel alone, for the page, where panels stack on a narrow screen."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 3.0), layout="constrained")
+        draw_panel(figure.subplots(), series(runs), teacher, probe, metric, protocol)
+    return figure
+
+
+def learning_figure(run: RunResults) -> Figure:
+    """Training loss of every layer's probe, smoothed over a fortieth of the steps."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * len(run.teachers), 2.8), layout="constrained")
+        row = figure.subplots(1, len(run.teachers), squeeze=False)[0]
+        colours = mpl.colormaps["viridis"]
+        for axes, teacher in zip(row, run.teachers, strict=True):
+            chosen = run.curves[(run.curves["control"] == "no") & (run.curves["teacher"] == teacher)]
+            for (layer, _), curve in chosen.groupby(["layer", "seed"]):
+                place = 1.0 if layer == FINAL else float(layer) / max(run.depth, 1)
+                ordered = curve.sort_values("step")
+                window = max(len(ordered) // 40, 1)
+                smooth = ordered["loss"].rolling(window, center=True, min_periods=1).mean()
+                axes.plot(ordered["step"], smooth, color=colours(0.92 * place), linewidth=1)
+            axes.set_title(TITLES.get(teacher, teacher), fontsize=10, loc="left", fontweight="bold")
+            axes.set_xlabel("optimiser step")
+        row[0].set_ylabel("training loss (smooth L1)")
+        norm = mpl.colors.Normalize(0, run.depth / 0.92)
+        bar = figure.colorbar(
+            mpl.cm.ScalarMappable(norm, colours), ax=row, pad=0.01, boundaries=np.linspace(0, run.depth, 64)
+        )
+        bar.set_label("layer")
+        bar.set_ticks([0, run.depth // 2, run.depth])
+    return figure

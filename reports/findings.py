@@ -1,0 +1,131 @@
+"""What the numbers say, in words; every sentence is computed."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from reports.curves import TITLES
+from reports.results import RunResults
+
+METRIC, PROTOCOL = "cosine_centred", "strict"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Sentences about one teacher of one run."""
+
+    run: str
+    teacher: str
+    sentences: list[str]
+
+
+def _number(row: pd.Series) -> str:
+    return f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+
+
+def _apart(one: pd.Series, two: pd.Series) -> str:
+    """Whether two intervals overlap, in words."""
+    if one["ci_low"] > two["ci_high"] or two["ci_low"] > one["ci_high"]:
+        return "the intervals do not overlap"
+    return "the intervals overlap"
+
+
+def teacher_finding(run: RunResults, teacher: str) -> Finding:
+    """Best layer, trend, margin over the controls, and the ridge readout beside it."""
+    curve = run.curve(teacher, "resampler", "no", METRIC, PROTOCOL)
+    best = curve.loc[curve["value"].idxmax()]
+    sentences = [f"Read best at layer {best['layer']}: centred cosine {_number(best)}, over {int(best['n'])} images."]
+    numbered = curve[curve["layer"] != "final"]
+    if len(numbered) > 2:
+        first, last = numbered.iloc[0], numbered.iloc[-1]
+        if _apart(first, last).endswith("not overlap"):
+            direction = "rises" if last["value"] > first["value"] else "falls"
+            change = f"{direction} from {first['value']:.3f} to {last['value']:.3f}"
+        else:
+            change = f"ends where it began ({first['value']:.3f} and {last['value']:.3f}; the intervals overlap)"
+        sentences.append(f"From layer {first['layer']} to layer {last['layer']} it {change}.")
+    raw = run.curve(teacher, "resampler", "no", "cosine", PROTOCOL)
+    mean = run.mean_target(teacher, "cosine", PROTOCOL)
+    if len(raw) and mean is not None:
+        below = raw[raw["ci_low"] <= mean]
+        row = raw.loc[raw["value"].idxmax()]
+        verdict = (
+            "every layer is above it, interval included"
+            if below.empty
+            else f"not clearly above it: layers {', '.join(below['layer'])}"
+        )
+        sentences.append(f"Raw cosine at best {row['value']:.3f}; the mean target alone scores {mean:.3f}; {verdict}.")
+    shuffled = run.curve(teacher, "resampler", "shuffled", METRIC, PROTOCOL)
+    if len(shuffled):
+        top = shuffled.loc[shuffled["value"].idxmax()]
+        sentences.append(f"Trained on shuffled pairs, the best probe scores {_number(top)}; {_apart(best, top)}.")
+    ridge = run.curve(teacher, "ridge", "no", METRIC, PROTOCOL)
+    if len(ridge):
+        top = ridge.loc[ridge["value"].idxmax()]
+        text = f"The ridge readout, which needs no training, is best at layer {top['layer']} with {_number(top)}"
+        limited = top["ci_low"] > best["ci_high"]
+        sentences.append(
+            f"{text}: more than the resampler, which was limited by its training here." if limited else f"{text}."
+        )
+    return Finding(run.label, teacher, sentences)
+
+
+def random_control(run: RunResults) -> list[str]:
+    """What the random-weights control does, per teacher; never silent."""
+    sentences = []
+    for teacher in run.teachers:
+        trained = run.curve(teacher, "resampler", "no", METRIC, PROTOCOL)
+        random = run.curve(teacher, "resampler", "random", METRIC, PROTOCOL)
+        if random.empty:
+            continue
+        best, other = (curve.loc[curve["value"].idxmax()] for curve in (trained, random))
+        title = TITLES.get(teacher, teacher)
+        start = (
+            f"{title}: with random weights in LLM and projector the best layer scores {_number(other)}; "
+            f"the checkpoint's best scores {_number(best)}"
+        )
+        both = trained.merge(random, on="layer", suffixes=("", "_random"))
+        above = int((both["ci_low"] > both["ci_high_random"]).sum())
+        if best["ci_low"] > other["ci_high"]:
+            end = f"Training shows: the checkpoint's interval lies above its own at {above} of {len(both)} layers."
+        else:
+            verb = "higher than" if other["ci_low"] > best["ci_high"] else "as high as (the intervals overlap)"
+            end = (
+                f"A random network is {verb} the trained one: this curve alone does not show that training put the "
+                "information there, since the picture also travels through untrained layers."
+            )
+        sentences.append(f"{start}. {end}")
+    if not sentences:
+        return [
+            "Not run. A network with random weights often scores as high as a trained one; before reading anything "
+            "into a curve, add it: probing train … --control random"
+        ]
+    return sentences
+
+
+def convergence(run: RunResults) -> list[str]:
+    """Which probes had not finished learning, and which never left the mean target."""
+    rows = pd.DataFrame(run.manifest["convergence"])
+    sentences = []
+    for control, name in (("no", "of the checkpoint"), ("random", "of the random-weights control")):
+        part = rows[rows["control"] == control] if len(rows) else rows
+        if part.empty:
+            continue
+        for state in ("still falling", "stuck at the mean"):
+            bad = part[part["state"] == state]
+            if len(bad):
+                where = "; ".join(
+                    f"{teacher} {', '.join(map(str, dict.fromkeys(group['layer'])))}"
+                    for teacher, group in bad.groupby("teacher", sort=False)
+                )
+                meaning = (
+                    "more steps would raise them"
+                    if state == "still falling"
+                    else "their score says nothing about the layer"
+                )
+                sentences.append(
+                    f"{len(bad)} of {len(part)} probes {name} were {state} when training ended ({meaning}): {where}."
+                )
+        if not (part["state"] != "converged").any():
+            sentences.append(f"All {len(part)} probes {name} had converged when training ended.")
+    return sentences

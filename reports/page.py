@@ -1,0 +1,167 @@
+"""One self-contained HTML page per report, with the figures and the table as files beside it."""
+
+import base64
+import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from matplotlib.figure import Figure
+
+from probing.run import write_text
+from reports.curves import (
+    METRIC_LABELS,
+    PROBES,
+    TITLES,
+    layer_figure,
+    learning_figure,
+    legend_handles,
+    panel_figure,
+    series,
+)
+from reports.findings import METRIC, PROTOCOL, convergence, random_control, teacher_finding
+from reports.results import RunResults, load_runs
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = {
+    "resampler": ("resampler", "no"),
+    "resampler, shuffled pairs": ("resampler", "shuffled"),
+    "resampler, random weights": ("resampler", "random"),
+    "ridge": ("ridge", "no"),
+    "ridge, random weights": ("ridge", "random"),
+}
+DASHES = {"-": "solid", "--": "dashed", ":": "dotted"}
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Writes the page, `figures/` (PNG, SVG, PDF) and the merged `results.csv`.
+
+    Args:
+        runs: evaluated runs; the first names the teachers.
+        out: folder of the report.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        UserError: a folder is no run, or has no results yet.
+    """
+    loaded = load_runs(runs)
+    for metric, protocol in METRIC_LABELS:
+        if any(((r.results["metric"] == metric) & (r.results["protocol"] == protocol)).any() for r in loaded):
+            _save(layer_figure(loaded, metric, protocol), out / "figures" / f"layers_{metric}_{protocol}")
+    for run in loaded:
+        name = "learning" if len(loaded) == 1 else f"learning_{_slug(run.label)}"
+        _save(learning_figure(run), out / "figures" / name)
+    merged = pd.concat([run.results.assign(checkpoint=run.label) for run in loaded])
+    write_text(out / "results.csv", merged.to_csv(index=False))
+    page = out / "index.html"
+    write_text(page, _render(loaded))
+    return page
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)
+
+
+def _save(figure: Figure, stem: Path) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(stem.with_suffix(".png"), dpi=160)
+    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
+
+
+def _image(figure: Figure) -> str:
+    """A figure as a data URI: SVG sharp at every width, and no identifiers that could clash within the page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _cell(row: pd.Series) -> str:
+    return f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+
+
+def _table(run: RunResults, teacher: str, metric: str, protocol: str) -> dict[str, Any]:
+    """Layer by layer, every probe and control that was run."""
+    columns: dict[str, dict[str, str]] = {}
+    layers: list[str] = []
+    for title, (probe, control) in COLUMNS.items():
+        curve = run.curve(teacher, probe, control, metric, protocol)
+        if len(curve):
+            columns[title] = {row["layer"]: _cell(row) for _, row in curve.iterrows()}
+            layers = layers or list(curve["layer"])
+    rows = [[layer, *(cells.get(layer, "") for cells in columns.values())] for layer in layers]
+    return {
+        "title": f"{TITLES.get(teacher, teacher)}, {METRIC_LABELS[metric, protocol]}",
+        "run": run.label,
+        "head": ["layer", *columns],
+        "rows": rows,
+        "mean": run.mean_target(teacher, metric, protocol),
+    }
+
+
+def _sections(runs: list[RunResults]) -> list[dict[str, Any]]:
+    sections = []
+    for metric, protocol in METRIC_LABELS:
+        there = [r for r in runs if ((r.results["metric"] == metric) & (r.results["protocol"] == protocol)).any()]
+        if not there:
+            continue
+        rows = [
+            {
+                "probe": name,
+                "panels": [
+                    {
+                        "alt": f"{name}, {TITLES.get(teacher, teacher)}: {METRIC_LABELS[metric, protocol]} by layer",
+                        "src": _image(panel_figure(there, teacher, probe, metric, protocol)),
+                    }
+                    for teacher in there[0].teachers
+                ],
+            }
+            for probe, name in PROBES.items()
+            if any((run.results["probe"] == probe).any() for run in there)
+        ]
+        tables = [_table(run, teacher, metric, protocol) for run in there for teacher in run.teachers]
+        sections.append(
+            {
+                "title": METRIC_LABELS[metric, protocol].capitalize(),
+                "headline": (metric, protocol) == (METRIC, PROTOCOL),
+                "key": f"{metric}_{protocol}",
+                "rows": rows,
+                "tables": tables,
+            }
+        )
+    return sections
+
+
+def _render(runs: list[RunResults]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    handles = legend_handles(series(runs))
+    legend = [
+        {"label": h.get_label(), "colour": str(h.get_color()), "dash": DASHES.get(str(h.get_linestyle()), "dashed")}
+        for h in handles
+    ]
+    return environment.get_template("page.html").render(
+        runs=runs,
+        legend=legend,
+        findings=[teacher_finding(run, teacher) for run in runs for teacher in run.teachers] if _headline(runs) else [],
+        titles=TITLES,
+        random={run.label: random_control(run) for run in runs},
+        convergence={run.label: convergence(run) for run in runs},
+        sections=_sections(runs),
+        learning=[{"run": run.label, "src": _image(learning_figure(run))} for run in runs],
+    )
+
+
+def _headline(runs: list[RunResults]) -> bool:
+    """Whether the metric that the sentences are about was evaluated in every run."""
+    return all(((r.results["metric"] == METRIC) & (r.results["protocol"] == PROTOCOL)).any() for r in runs)

@@ -1,0 +1,184 @@
+"""Pages and figures from synthetic results: what is drawn and said must be what the table holds."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from probing.errors import UserError
+from reports.curves import draw_panel, layer_figure, legend_handles, series
+from reports.findings import convergence, random_control, teacher_finding
+from reports.page import write_report
+from reports.results import load_runs
+
+COLUMNS = [
+    *("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "split", "seed"),
+    *("value", "ci_low", "ci_high", "n"),
+]
+OFFSETS = {("resampler", "no"): 0.5, ("resampler", "shuffled"): 0.02, ("ridge", "no"): 0.6}
+
+
+def make_run(path, name="tiny", layers=12, random=0.3, width=0.01, final=True):
+    """A run whose curves fall by 0.01 a layer from their offset."""
+    places = [str(k) for k in range(layers + 1)] + (["final"] if final else [])
+    offsets = dict(OFFSETS) | (
+        {("resampler", "random"): random, ("ridge", "random"): random} if random is not None else {}
+    )
+    rows, convergence_rows = [], []
+    for teacher in ("gen", "depth", "seg"):
+        for metric, protocol, lift in (
+            ("cosine", "strict", 0.3),
+            ("cosine_centred", "strict", 0.0),
+            ("cosine", "paper", 0.3),
+        ):
+            mean = 0.0 if metric == "cosine_centred" else lift + 0.1
+            rows.append([name, teacher, "", "constant", "mean", metric, protocol, "val2017", 0, mean, mean, mean, 50])
+            for (probe, control), offset in offsets.items():
+                for rank, layer in enumerate(reversed(places)):  # out of order on purpose
+                    value = offset + lift - 0.01 * (len(places) - 1 - rank)
+                    place = [name, teacher, layer, probe, control, metric, protocol, "val2017", 0]
+                    rows.append([*place, value, value - width, value + width, 50])
+        convergence_rows += [
+            {"control": "no", "teacher": teacher, "layer": layer, "seed": 0, "state": "converged"} for layer in places
+        ]
+    path.mkdir(parents=True)
+    pd.DataFrame(rows, columns=COLUMNS).to_csv(path / "results.csv", index=False)
+    steps = np.arange(100)
+    curves = [
+        pd.DataFrame({"control": "no", "teacher": t, "layer": k, "seed": 0, "step": steps, "loss": np.exp(-steps / 30)})
+        for t in ("depth", "seg", "gen")
+        for k in places
+    ]
+    pd.concat(curves).to_csv(path / "learning_curves.csv", index=False)
+    teacher = {"id": "org/teacher", "class": "Teacher", "shape": [4, 8], "licence": "MIT", "sha256": "x"}
+    checkpoint = {
+        "name": name,
+        "path": "/models/x",
+        "family": "llava",
+        "sha256": "s",
+        "layers": layers,
+        "hidden_size": 8,
+    }
+    splits = {"train_split": "train2017", "eval_split": "val2017", "train_images": 9, "eval_images": 50}
+    manifest = {
+        "checkpoint": checkpoint,
+        "prompt": "Describe",
+        "teachers": {t: teacher for t in ("depth", "seg", "gen")},
+        "data": {"path": "coco:x", "view": "square", **splits},
+        "skipped": [{"image": "bad.jpg", "split": "train2017", "reason": "corrupt"}],
+        "versions": {"torch": "2"},
+        "fit": {"epochs": 1, "batch_size": 8, "steps": 100, "seeds": [0], "lr": 1e-3},
+        "convergence": convergence_rows,
+        "seconds": 1.0,
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path):
+    return load_runs([make_run(tmp_path / "run")])[0]
+
+
+def test_panels_draw_the_tables_values_in_layer_order(run):
+    figure = layer_figure([run], "cosine_centred", "strict")
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles[:3] == [f"{t}, Perceiver resampler" for t in ("Depth", "Segmentation", "Generation")]
+    line = next(x for x in figure.axes[0].lines if x.get_label() == "tiny")
+    np.testing.assert_array_equal(line.get_xdata(), np.arange(13))
+    np.testing.assert_allclose(line.get_ydata(), 0.5 - 0.01 * np.arange(13))
+    finals = [x for x in figure.axes[0].lines if x.get_label() == "tiny" and len(x.get_xdata()) == 1]
+    assert finals[0].get_xdata()[0] > 12 and finals[0].get_ydata()[0] == pytest.approx(0.5 - 0.13)
+    assert figure.axes[0].get_xticklabels()[-1].get_text() == "final"
+
+
+def test_every_line_of_a_panel_is_in_the_legend_and_looks_different(run):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    lines = series([run])
+    draw_panel(axes, lines, "depth", "resampler", "cosine", "strict")
+    drawn = {line.get_label() for line in axes.lines if not line.get_label().startswith("_")}
+    assert drawn == {h.get_label() for h in legend_handles(lines)}
+    looks = {(str(h.get_color()), str(h.get_linestyle())) for h in legend_handles(lines)}
+    assert len(looks) == len(drawn) == 4
+
+
+def test_findings_say_what_the_numbers_say(run):
+    text = " ".join(teacher_finding(run, "depth").sentences)
+    assert "Read best at layer 0: centred cosine 0.500 [0.490, 0.510]" in text
+    assert "From layer 0 to layer 12 it falls from 0.500 to 0.380" in text
+    assert "Raw cosine at best 0.800; the mean target alone scores 0.400; every layer is above it" in text
+    assert "shuffled pairs, the best probe scores 0.020" in text
+    assert "ridge readout, which needs no training, is best at layer 0 with 0.600" in text and "limited by its" in text
+
+
+@pytest.mark.parametrize(
+    ("random", "expected"),
+    [
+        (0.3, "above its own at 14 of 14 layers"),
+        (0.5, "as high as"),
+        (0.7, "higher than the trained one"),
+        (None, "Not run."),
+    ],
+)
+def test_the_random_control_cannot_be_overlooked(tmp_path, random, expected):
+    (run,) = load_runs([make_run(tmp_path / "run", random=random)])
+    sentences = random_control(run)
+    assert all(expected in sentence for sentence in sentences)
+    page = write_report([run.path], tmp_path / "report").read_text()
+    assert "What random weights do" in page and expected.split(".")[0] in page
+
+
+def test_probes_that_did_not_converge_are_named(run):
+    for row in run.manifest["convergence"]:
+        if row["teacher"] == "seg" and row["layer"] in ("3", "final"):
+            row["state"] = "still falling"
+    (sentence,) = convergence(run)
+    assert "2 of 42 probes of the checkpoint were still falling" in sentence and "seg 3, final" in sentence
+
+
+def test_a_hostile_name_is_only_text(tmp_path):
+    make_run(tmp_path / "run", name="<script>alert(1)</script>")
+    page = write_report([tmp_path / "run"], tmp_path / "report").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_the_page_stands_alone_and_stays_small(tmp_path):
+    paths = [make_run(tmp_path / f"run{k}", name=f"model {k}", layers=32, random=0.3 + 0.1 * k) for k in range(3)]
+    page = write_report(paths, tmp_path / "report").read_text()
+    assert len(page) < 5_000_000
+    sources = re.findall(r'(?:src|href)="([^"]{0,40})', page)
+    assert sources and all(source.startswith("data:") for source in sources)
+    assert "@import" not in page and "url(" not in page
+    for stem in ("layers_cosine_centred_strict", "layers_cosine_strict", "layers_cosine_paper"):
+        for suffix in (".png", ".svg", ".pdf"):
+            assert (tmp_path / "report" / "figures" / (stem + suffix)).stat().st_size > 1000
+
+
+def test_two_runs_of_one_checkpoint_are_told_apart(tmp_path):
+    runs = load_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b")])
+    assert [run.label for run in runs] == ["tiny (a)", "tiny (b)"]
+    write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "report")
+    assert set(pd.read_csv(tmp_path / "report" / "results.csv")["checkpoint"]) == {"tiny (a)", "tiny (b)"}
+
+
+def test_pooled_seeds_are_drawn_where_there_are_several(tmp_path):
+    path = make_run(tmp_path / "run")
+    table = pd.read_csv(path / "results.csv", dtype=str, keep_default_na=False)
+    pooled = table.assign(seed="all", value="0.123")
+    pd.concat([table, table.assign(seed="1"), pooled]).to_csv(path / "results.csv", index=False)
+    (run,) = load_runs([path])
+    curve = run.curve("depth", "resampler", "no", "cosine", "strict")
+    assert len(curve) == 14 and set(curve["value"].astype(float)) == {0.123}
+
+
+def test_folders_without_results_say_what_to_type(tmp_path):
+    with pytest.raises(UserError, match="probing train"):
+        load_runs([tmp_path])
+    path = make_run(tmp_path / "run")
+    (path / "results.csv").unlink()
+    with pytest.raises(UserError, match="probing evaluate"):
+        load_runs([path])
