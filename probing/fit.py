@@ -244,7 +244,7 @@ class Fit:
         """One optimiser step; returns one loss per column, then the mean targets' losses."""
         world = self.accelerator.num_processes
         columns = {column: index for index, column in enumerate(state.columns)}
-        losses = torch.zeros(len(columns) + len(self.teachers), dtype=torch.float64, device=self.accelerator.device)
+        losses = torch.zeros(len(columns) + len(self.teachers), dtype=self._wide, device=self.accelerator.device)
         share = 1.0 / self._global_batch(micros)
         seen = 0
         for prepared in itertools.islice(batches, len(micros)):
@@ -271,7 +271,7 @@ class Fit:
         return losses.tolist()
 
     def _global_batch(self, micros: list[list[int]]) -> int:
-        mine = torch.tensor(sum(map(len, micros)), dtype=torch.float64, device=self.accelerator.device)
+        mine = torch.tensor(sum(map(len, micros)), device=self.accelerator.device)
         return int(self.accelerator.reduce(mine, "sum"))
 
     def _reduce(self, parameters: list[Tensor]) -> None:
@@ -290,14 +290,14 @@ class Fit:
         batch = prepared.student.to(self.backbone.device)
         targets = {name: teacher.target(prepared.pixels[name]) for name, teacher in self.teachers.items()}
         shuffled = {name: target.roll(1, dims=0) for name, target in targets.items()}
-        losses = torch.zeros(len(columns) + len(self.teachers), dtype=torch.float64, device=device)
+        losses = torch.zeros(len(columns) + len(self.teachers), dtype=self._wide, device=device)
         for index, (name, target) in enumerate(targets.items()):
-            total, count = state.target_sums.get(name, (torch.zeros_like(target[0], dtype=torch.float64), 0))
+            total, count = state.target_sums.get(name, (torch.zeros_like(target[0], dtype=self._wide), 0))
             if gather:
-                total, count = total + target.sum(dim=0, dtype=torch.float64), count + len(target)
+                total, count = total + target.sum(dim=0, dtype=self._wide), count + len(target)
                 state.target_sums[name] = (total, count)
             mean = (total / max(count, 1)).float().expand_as(target)
-            losses[len(columns) + index] = F.smooth_l1_loss(mean, target).double() * weight
+            losses[len(columns) + index] = F.smooth_l1_loss(mean, target) * weight
 
         def visit(layer: Layer, hidden: Tensor) -> None:
             keys, mask = batch.tokens.select(hidden.to(device=device, dtype=torch.float32), self.recipe.probe.keys)
@@ -308,7 +308,7 @@ class Fit:
                 for key, probe in bank.at(layer):
                     loss = F.smooth_l1_loss(probe(keys, mask), wanted[key.teacher])
                     (loss * weight).backward()
-                    losses[columns[control, key]] += loss.detach().double() * weight
+                    losses[columns[control, key]] += loss.detach() * weight
             if gather and self.recipe.fit.ridge:
                 image_states = batch.tokens.image_states(hidden).to(device)
                 for name, teacher in self.teachers.items():
@@ -317,6 +317,11 @@ class Fit:
 
         self.backbone.stream(batch, self.layers, visit)
         return losses
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """Numbers for sums: float64, where the device has it."""
+        return torch.float32 if self.accelerator.device.type == "mps" else torch.float64
 
     @property
     def _state_file(self) -> Path:
@@ -338,7 +343,7 @@ class Fit:
         for sums in state.ridge.values():
             sums.sums = {name: self._to_main(value) for name, value in sums.sums.items()}
         for name, (total, count) in state.target_sums.items():
-            number = self._to_main(torch.tensor(count, dtype=torch.float64, device=total.device))
+            number = self._to_main(torch.tensor(count, device=total.device))
             state.target_sums[name] = (self._to_main(total), int(number))
         state.skipped = {skip.image: skip for skip in gather_object(list(state.skipped.values()))}
 

@@ -89,10 +89,11 @@ def random_control(run: RunResults) -> list[str]:
         if best["ci_low"] > other["ci_high"]:
             end = f"Training shows: the checkpoint's interval lies above its own at {above} of {len(both)} layers."
         else:
-            verb = "higher than" if other["ci_low"] > best["ci_high"] else "as high as (the intervals overlap)"
+            clear = other["ci_low"] > best["ci_high"]
+            verdict = "higher than the trained one" if clear else "as high as the trained one (the intervals overlap)"
             end = (
-                f"A random network is {verb} the trained one: this curve alone does not show that training put the "
-                "information there, since the picture also travels through untrained layers."
+                f"A random network scores {verdict}: this curve alone does not show that training put the information "
+                "there, since the picture also travels through untrained layers."
             )
         sentences.append(f"{start}. {end}")
     if not sentences:

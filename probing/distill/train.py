@@ -203,6 +203,7 @@ def _training_arguments(recipe: DistillRecipe, work: Path, conversations: int) -
         "save_total_limit": 1,
         "logging_steps": 10,
         "dataloader_num_workers": recipe.workers,
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
         "report_to": "tensorboard",
         "label_names": ["labels"],

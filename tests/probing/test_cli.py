@@ -237,3 +237,26 @@ def test_real_coco_images_of_all_shapes(models, tmp_path):
     assert len(pd.read_csv(out / "results.csv")) > 0
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     assert recipe["data"]["path"] == f"coco:{REAL_COCO.resolve()}"
+
+
+def test_distill_writes_a_checkpoint_that_train_reads(models, tmp_path):
+    tiny.coco(tmp_path / "coco", train=4, val=2)
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A thing"}]
+    entries = [{"id": str(k), "image": f"train2017/{k:012d}.jpg", "conversations": turns} for k in range(1, 5)]
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    recipe = {
+        "checkpoint": str(models["llava"]),
+        "stage": "pt",
+        "batch_size": 2,
+        "micro_batch": 2,
+        "workers": 0,
+        "data": {"conversations": str(tmp_path / "data.json"), "image_root": str(tmp_path / "coco")},
+    }
+    (tmp_path / "pt.yaml").write_text(yaml.safe_dump(recipe))
+    probing("distill", tmp_path / "pt.yaml", "--out", tmp_path / "new", "max_steps=2")
+    found = json.loads(probing("inspect", tmp_path / "new", "--json").stdout)
+    assert found["family"] == "llava" and found["tokens"]["image"] == 16
+    assert (
+        "did you mean 'stage'"
+        in probing("distill", tmp_path / "pt.yaml", "--out", tmp_path / "x", "stag=1", code=2).stderr
+    )
