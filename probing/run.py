@@ -68,6 +68,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)
                 _sync(file)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
@@ -187,12 +188,15 @@ class Run:
         else:
             with disk_errors(path):
                 write_text(saved, text)
-        for left_over in list(path.rglob(".*.tmp")):  # of a run that was killed while it wrote
+        return cls(path, recipe)
+
+    def remove_left_overs(self) -> None:
+        """Removes what a killed process was writing; for one process alone, while no other writes."""
+        for left_over in list(self.path.rglob(".*.tmp")):
             if left_over.is_dir():
                 shutil.rmtree(left_over, ignore_errors=True)
             else:
                 left_over.unlink(missing_ok=True)
-        return cls(path, recipe)
 
     @classmethod
     def open(cls, path: Path) -> "Run":

@@ -99,6 +99,8 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
         require_space(out, bytes_needed(recipe, backbone, teachers, layers))
     with accelerator.main_process_first():
         run = Run.create(out, recipe)
+        if accelerator.is_main_process:
+            run.remove_left_overs()
     if run.finished:
         logger.info("%s is finished already", out)
         return run

@@ -6,6 +6,7 @@ A file is a JSON list or one JSON object per line:
 
 import json
 import logging
+import signal
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 TAG = "<image>"
 IGNORED = -100
 ROLES = {"human": "user", "gpt": "assistant"}
+NOTES = ("skipped", "cut")
+"""What a batch tells about its samples, by name."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,14 @@ def _parse(entry: Any, where: str) -> Conversation:
     try:
         listed = entry.get("image") or []
         images = tuple([listed] if isinstance(listed, str) else listed)
-        turns = [(ROLES[turn["from"]], str(turn["value"])) for turn in entry["conversations"]]
+        turns = [(ROLES[turn["from"]], turn["value"]) for turn in entry["conversations"]]
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{where} is no LLaVA conversation ({type(error).__name__}: {error})") from None
+    if not all(isinstance(text, str) for _, text in turns):
+        raise UserError(f"{where} has a turn whose value is not text")
     for image in images:
         path = PurePosixPath(str(image))
-        if path.is_absolute() or ".." in path.parts or "\\" in str(image):
+        if not isinstance(image, str) or path.is_absolute() or ".." in path.parts or "\\" in image:
             raise UserError(f"{where} names the image {image!r}, which is not a plain path below the image root")
     roles = [role for role, _ in turns]
     if len(turns) < 2 or roles != ["user", "assistant"] * (len(turns) // 2):
@@ -69,6 +74,13 @@ def _parse(entry: Any, where: str) -> Conversation:
     return Conversation(str(entry.get("id", "")), images, clean, tags)
 
 
+def _load_line(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from None
+
+
 def read_conversations(path: Path, limit: int | None = None) -> list[Conversation]:
     """Reads a conversation file.
 
@@ -78,7 +90,8 @@ def read_conversations(path: Path, limit: int | None = None) -> list[Conversatio
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+            # not splitlines: JSON allows a bare U+2028 or U+0085 inside a string
+            entries = [_load_line(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         else:
             entries = json.loads(text)
     except FileNotFoundError:
@@ -88,6 +101,31 @@ def read_conversations(path: Path, limit: int | None = None) -> list[Conversatio
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} holds no list of conversations")
     return [_parse(entry, f"{path.name}, entry {index}") for index, entry in enumerate(entries[:limit])]
+
+
+def require_some_image(conversations: list[Conversation], image_root: Path, looked_for: int = 64) -> None:
+    """Notices a wrong image root before training rather than as one skipped image after another.
+
+    Args:
+        conversations: evenly spaced ones are looked at.
+        image_root: folder that image names are relative to.
+        looked_for: number of images to look for at most.
+
+    Raises:
+        UserError: the folder is missing, or has none of the images looked for.
+    """
+    if not image_root.is_dir():
+        raise UserError(f"no such image folder: {image_root}; set data.image_root")
+    names = [name for conversation in conversations for name in conversation.images]
+    some = names[:: max(1, len(names) // looked_for)][:looked_for]
+    if some and not any((image_root / name).is_file() for name in some):
+        raise UserError(
+            f"none of {len(some)} images looked for is in {image_root}, first {some[0]}; set data.image_root"
+        )
+
+
+class CutInsideImageError(ValueError):
+    """A conversation that is too long ends between two tokens of one image."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +170,12 @@ class Encoder:
         generation prompt: the answer and the marker that ends it.
 
         Returns:
-            input_ids, attention_mask and labels (T), and pixel_values (images, 3, S, S) where there are images.
+            input_ids, attention_mask and labels (T), and pixel_values (images, 3, S, S) where there are images;
+            `cut` where the end was cut off.
 
         Raises:
             UserError: the chat template does not extend its own generation prompt, so answers cannot be located.
+            CutInsideImageError: an image does not fit in `max_length`.
         """
         messages = self._closed(conversation.messages())
         full = self.render(messages)
@@ -144,8 +184,9 @@ class Encoder:
             prefix, whole = self.render(messages[:index], generation_prompt=True), self.render(messages[: index + 1])
             if not (whole.startswith(prefix) and full.startswith(whole)):
                 raise UserError(
-                    "the checkpoint's chat template changes earlier turns when later ones are added, so answers cannot "
-                    "be told apart; give the checkpoint a plain template (chat_template.jinja)"
+                    f"the chat template of {self.processor.tokenizer.name_or_path or 'the checkpoint'} changes earlier "
+                    "turns when later ones are added, so answers cannot be told apart; give the checkpoint a plain "
+                    "template (chat_template.jinja)"
                 )
             spans.append((len(prefix), len(whole)))
         inputs = self.processor(images=images or None, text=[full], return_tensors="pt")
@@ -161,23 +202,29 @@ class Encoder:
             raise UserError("the checkpoint's processor and tokenizer disagree about a text; answers cannot be located")
         labels = torch.full_like(ids, IGNORED)
         for start, stop in ((expanded(a), expanded(b)) for a, b in spans):
-            for position, (first, last) in enumerate(tokens["offset_mapping"]):
-                if start <= first < last <= stop:
-                    labels[position] = ids[position]
+            within = [k for k, (first, last) in enumerate(tokens["offset_mapping"]) if start <= first < last <= stop]
+            if within:  # the whole run: some tokenizers give a token of blanks no width
+                labels[within[0] : within[-1] + 1] = ids[within[0] : within[-1] + 1]
         sample = {"input_ids": ids, "attention_mask": inputs["attention_mask"][0], "labels": labels}
-        sample = {name: tensor[: self.max_length] for name, tensor in sample.items()}
-        kept = int((sample["input_ids"] == self.image_token_id).sum())
-        if kept != times * len(images):
-            raise UserError(f"conversation {conversation.id!r} is cut inside an image; raise max_length")
-        return sample | ({"pixel_values": inputs["pixel_values"]} if images else {})
+        length, sample = len(ids), {name: tensor[: self.max_length] for name, tensor in sample.items()}
+        kept, rest = divmod(int((sample["input_ids"] == self.image_token_id).sum()), max(times, 1))
+        if rest:
+            raise CutInsideImageError(f"cut inside an image at {self.max_length} of {length} tokens; raise max_length")
+        pixels = {"pixel_values": inputs["pixel_values"][:kept]} if kept else {}
+        return sample | pixels | ({"cut": True} if length > self.max_length else {})
 
 
 def collate(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """Pads samples on the right and joins their images; samples that could not be read are named under `skipped`."""
-    skipped = [sample["skipped"] for sample in samples if "skipped" in sample]
+    """Pads samples on the right and joins their images.
+
+    Samples that were left out or cut are named under `skipped` and `cut`. Where none is left, the batch is two
+    unsupervised tokens, which cost nothing and move nothing.
+    """
+    notes = {kind: [sample[kind] for sample in samples if kind in sample] for kind in NOTES}
     good = [sample for sample in samples if "skipped" not in sample]
     if not good:
-        raise UserError(f"every image of a batch is unreadable, first {skipped[0]}; check data.image_root")
+        ids = torch.full((2,), pad_id)
+        good = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, IGNORED)}]
     fill = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORED}
     batch: dict[str, Any] = {
         name: torch.nn.utils.rnn.pad_sequence([s[name] for s in good], batch_first=True, padding_value=value)
@@ -186,13 +233,15 @@ def collate(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     pixels = [sample["pixel_values"] for sample in good if "pixel_values" in sample]
     if pixels:
         batch["pixel_values"] = torch.cat(pixels)
-    if skipped:
-        batch["skipped"] = skipped
-    return batch
+    return batch | {kind: names for kind, names in notes.items() if names}
 
 
 class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Encoded conversations; a sample whose image cannot be read is `{"skipped": its name}`."""
+    """Encoded conversations.
+
+    A sample whose image cannot be read, or does not fit, is `{"skipped": name and reason}`; one whose end was cut off
+    has its own name under `cut`.
+    """
 
     def __init__(self, conversations: list[Conversation], image_root: Path, encoder: Encoder) -> None:
         self.conversations, self.image_root, self.encoder = conversations, image_root, encoder
@@ -201,12 +250,25 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.conversations)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if torch.utils.data.get_worker_info() is not None:
+            # A terminal sends Ctrl-C to every process of the group; the main one decides when its workers stop.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         conversation = self.conversations[index]
         images = []
         for name in conversation.images:
             try:
                 with Image.open(self.image_root / name) as image:
                     images.append(image.convert("RGB"))
-            except (OSError, SyntaxError, ValueError) as error:
-                return {"skipped": f"{name}: {str(error).splitlines()[0][:120] if str(error) else 'corrupt'}"}
-        return self.encoder(conversation, images)
+            except FileNotFoundError:
+                return {"skipped": f"{name}: missing"}
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                # without the image root, so that the note means the same elsewhere
+                reason = str(error).replace(f"{self.image_root}/", "")
+                return {"skipped": f"{name}: {reason.splitlines()[0][:120] if reason else 'corrupt'}"}
+        called = f"conversation {index}" + (f" (id {conversation.id})" if conversation.id else "")
+        try:
+            sample = self.encoder(conversation, images)
+        except CutInsideImageError as error:
+            return {"skipped": f"{called}: {error}"}
+        return sample | ({"cut": called} if "cut" in sample else {})

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from probing.recipe import Strict
 
+SPEED_ONLY = ("workers", "save_steps")
+"""Fields that a stage may change when it goes on: they do not move a number."""
+
 STAGE_DEFAULTS: dict[str, dict[str, float]] = {
     "pt": {"lr": 1e-3, "batch_size": 256},
     "ift": {"lr": 2e-5, "batch_size": 128},
@@ -49,7 +52,7 @@ class DistillRecipe(Strict):
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's weight decay."""
     max_length: int = Field(default=4096, ge=8)
-    """Longer conversations are cut at their end."""
+    """Longer conversations are cut at their end, and counted; one cut inside an image is left out, and named."""
     seed: int = 0
     """Of the order of the conversations."""
     bf16: bool = False
@@ -61,7 +64,16 @@ class DistillRecipe(Strict):
     workers: int = Field(default=2, ge=0)
     """Processes that read images."""
     trainer: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of transformers' TrainingArguments: report_to, fsdp, deepspeed, logging_steps, …"""
+    """Further fields of transformers' TrainingArguments: report_to, fsdp, deepspeed, logging_steps, … Not those that
+    the recipe has a field for."""
+
+    def difference(self, other: "DistillRecipe") -> str:
+        """The first field that moves a number and differs in another recipe, or an empty string."""
+        for name in type(self).model_fields:
+            mine, others = getattr(self, name), getattr(other, name)
+            if mine != others and name not in SPEED_ONLY:
+                return f"{name} is {others} there and {mine} here"
+        return ""
 
     @property
     def peak_lr(self) -> float:

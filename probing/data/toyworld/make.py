@@ -92,7 +92,7 @@ def write_assets(folder: Path, assets: Path = ASSETS) -> float:
                     tensors = load_file(path)
                     half = {k: t.half() if t.dtype == torch.float32 else t for k, t in tensors.items()}
                     save_file(half, target / name / path.name, metadata={"format": "pt"})
-                elif path.name not in ("training.json", "training_args.bin"):
+                elif path.is_file() and path.name not in ("training.json", "training_args.bin"):
                     shutil.copy(path, target / name)
         shutil.copy(folder / "quality.json", target)
     return sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) / 1e6

@@ -5,7 +5,15 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from probing.data.conversations import IGNORED, Encoder, collate, read_conversations
+from probing.data.conversations import (
+    IGNORED,
+    ConversationDataset,
+    CutInsideImageError,
+    Encoder,
+    collate,
+    read_conversations,
+    require_some_image,
+)
 from probing.errors import UserError
 
 LLAMA3 = (
@@ -77,9 +85,44 @@ def test_cutting_never_splits_an_image(models, tmp_path):
     (conversation,) = read_conversations(write(tmp_path, TWO_TURNS))
     whole = Encoder(processor, 3, 4096)(conversation, [Image.new("RGB", (8, 8))])
     cut = Encoder(processor, 3, len(whole["input_ids"]) - 3)(conversation, [Image.new("RGB", (8, 8))])
-    assert torch.equal(cut["labels"], whole["labels"][:-3])
-    with pytest.raises(UserError, match="cut inside an image"):
+    assert torch.equal(cut["labels"], whole["labels"][:-3]) and cut["cut"] and "cut" not in whole
+    with pytest.raises(CutInsideImageError, match=r"at 10 of \d+ tokens"):
         Encoder(processor, 3, 10)(conversation, [Image.new("RGB", (8, 8))])
+
+
+def test_a_second_image_that_does_not_fit_is_left_out_with_its_turn(models, tmp_path):
+    second = [{"from": "human", "value": "<image>And this?"}, {"from": "gpt", "value": "blue"}]
+    entry = TWO_TURNS | {"image": ["x.jpg", "y.jpg"], "conversations": TWO_TURNS["conversations"] + second}
+    (conversation,) = read_conversations(write(tmp_path, entry))
+    processor, images = AutoProcessor.from_pretrained(models["llava"]), [Image.new("RGB", (8, 8))] * 2
+    whole = Encoder(processor, 3, 4096)(conversation, images)
+    starts = [k for k in range(1, len(whole["input_ids"])) if (whole["input_ids"][k - 1 : k + 1] == 3).tolist()[0] == 0]
+    second_image = [k for k in starts if whole["input_ids"][k] == 3][1]
+    cut = Encoder(processor, 3, second_image)(conversation, images)
+    assert whole["pixel_values"].shape[0] == 2 and cut["pixel_values"].shape[0] == 1
+
+
+def test_what_cannot_be_used_is_named_and_a_batch_of_nothing_teaches_nothing(models, tmp_path):
+    text = {"id": "t", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello there"}]}
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
+    conversations = read_conversations(write(tmp_path, TWO_TURNS, TWO_TURNS | {"image": "no.jpg"}, text))
+    encoder = Encoder(AutoProcessor.from_pretrained(models["llava"]), 3, 12)
+    samples = [ConversationDataset(conversations, tmp_path, encoder)[k] for k in range(3)]
+    assert samples[0]["skipped"].startswith("conversation 0 (id a): cut inside an image")
+    assert samples[1] == {"skipped": "no.jpg: missing"}
+    assert samples[2]["cut"] == "conversation 2 (id t)" and len(samples[2]["labels"]) == 12
+    batch = collate(samples[:2], pad_id=2)
+    assert (batch["labels"] == IGNORED).all() and len(batch["skipped"]) == 2 and "pixel_values" not in batch
+
+
+def test_a_wrong_image_root_is_noticed_at_once(tmp_path):
+    conversations = read_conversations(write(tmp_path, TWO_TURNS))
+    with pytest.raises(UserError, match="none of 1 images"):
+        require_some_image(conversations, tmp_path)
+    with pytest.raises(UserError, match="no such image folder"):
+        require_some_image(conversations, tmp_path / "nope")
+    (tmp_path / "x.jpg").touch()
+    require_some_image(conversations, tmp_path)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(models, tmp_path):
@@ -94,6 +137,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(models, tmp_path):
     ("change", "message"),
     [
         ({"image": "../x.jpg"}, "not a plain path"),
+        ({"image": "/etc/x.jpg"}, "not a plain path"),
+        ({"image": [7]}, "not a plain path"),
+        ({"conversations": [{"from": "human", "value": None}, {"from": "gpt", "value": "x"}]}, "not text"),
         ({"image": None}, "0 images and 1 <image> tags"),
         ({"conversations": TWO_TURNS["conversations"][:1]}, "end with gpt"),
         ({"conversations": [{"from": "system", "value": "x"}]}, "KeyError: 'system'"),
@@ -108,7 +154,11 @@ def test_entries_that_are_no_conversations_are_named(tmp_path, change, message):
 
 def test_json_lines(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps(TWO_TURNS) + "\n\n" + json.dumps(TWO_TURNS) + "\n")
+    odd = TWO_TURNS | {"id": "a\u2028b"}  # a line separator to Python, an ordinary character to JSON
+    path.write_text(json.dumps(TWO_TURNS) + "\n\n" + json.dumps(odd, ensure_ascii=False) + "\n", encoding="utf-8")
     assert len(read_conversations(path)) == 2 and len(read_conversations(path, limit=1)) == 1
+    path.write_text(json.dumps(TWO_TURNS) + "\n{\n")
+    with pytest.raises(UserError, match=r"data\.jsonl is not valid JSON: line 2"):
+        read_conversations(path)
     with pytest.raises(UserError, match="no conversation file"):
         read_conversations(tmp_path / "nope.json")
