@@ -29,6 +29,10 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
         if self.bar is not None:
             self.bar.close()
 

@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor, nn
 
 import probing.compat  # noqa: F401  # isort: skip
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from probing.data.conversations import (
@@ -32,6 +32,7 @@ from probing.data.conversations import (
 from probing.distill.recipe import DistillRecipe
 from probing.errors import UserError
 from probing.hub import first_line, identity, load_config, locate
+from probing.progress import Progress
 from probing.provenance import versions
 from probing.recipe import dump_recipe, validate
 from probing.run import Interruption, disk_errors, whole_folder, write_text
@@ -197,6 +198,32 @@ class _Watch(TrainerCallback):
             )
 
 
+class _Bar(TrainerCallback):
+    """The program's own progress in place of the Trainer's, which prints every log where there is no terminal."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.progress: Progress | None = None
+        self.note = ""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.progress = Progress(self.what, state.max_steps, state.global_step, show=state.is_world_process_zero)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self.progress is not None
+        self.progress.advance(self.note)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            self.note = f"loss {float(logs['loss']):.4f}"
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self.progress is not None
+        self.progress.close()
+
+
 def run_stage(recipe: DistillRecipe, out: Path) -> Path:
     """Runs one stage and writes an ordinary LLaVA folder.
 
@@ -257,8 +284,9 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
                 args=arguments,
                 train_dataset=ConversationDataset(conversations, Path(recipe.data.image_root), encoder),
                 data_collator=functools.partial(collate, pad_id=processor.tokenizer.pad_token_id),
-                callbacks=[watch],
+                callbacks=[watch, _Bar(f"stage {recipe.stage}")],
             )
+            trainer.remove_callback(PrinterCallback)
         except ValueError as error:
             raise UserError(f"{REFUSED}: {first_line(error)}; see its section `trainer`") from None
         result = trainer.train(resume_from_checkpoint=_last_state(work))
@@ -380,6 +408,7 @@ def _training_arguments(recipe: DistillRecipe, work: Path, conversations: int) -
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
         "report_to": "tensorboard",
+        "disable_tqdm": True,
         "label_names": ["labels"],
         "average_tokens_across_devices": True,
         "ddp_find_unused_parameters": False,

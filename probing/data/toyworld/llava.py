@@ -109,9 +109,9 @@ def make_llava(
             "checkpoint": str(source), "stage": kind, "max_steps": steps, "lr": lr, "batch_size": 32, "micro_batch": 32,
             "data": {"conversations": str(world / file), "image_root": str(world)}, "workers": 1, "warmup": 0.05,
             "save_steps": 10_000, "seed": seed,
-            "trainer": {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no"},
+            "trainer": {"report_to": "none"},
         }  # fmt: skip
-        logger.info("LLaVA, %s: %d steps", name, steps)
+        logger.info("LLaVA, %s", name)
         return run_stage(DistillRecipe.model_validate(recipe), folder / name)
 
     read = stage("text", start, "ift", "text.json", schedule.text, 2e-3)

@@ -4,6 +4,7 @@ Every function trains one model, saves it with its image processor, and returns 
 each number beside what a trivial answer scores.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -146,26 +147,27 @@ def train_seg(scenes: Scenes, held_out: Scenes, folder: Path, steps: int, seed: 
     def dense(feature: Tensor) -> Tensor:
         return F.pixel_shuffle(head(feature), PATCH)
 
+    def without_early_stages(_: nn.Module, __: Any, output: Any) -> Any:
+        """Leaves the decoder the last stage alone, as when a probe's output is decoded."""
+        early = [m.mean((0, 2, 3), keepdim=True).detach().expand_as(m) for m in output.feature_maps[:-1]]
+        output.feature_maps = (*early, output.feature_maps[-1])
+        return output
+
     def loss_of(batch: Scenes) -> Tensor:
         nonlocal turn
         turn += 1
         images, labels = pixels(batch), torch.from_numpy(batch.semantic).long()
-        feature = model.model.pixel_level_module.encoder(images).feature_maps[-1]
-        loss = F.cross_entropy(dense(feature), labels)
+        encoder = model.model.pixel_level_module.encoder
+        loss = F.cross_entropy(dense(encoder(images).feature_maps[-1]), labels)
         if turn % 2:  # the matching loss is dear: every other step, on a part of the batch
             part = slice(0, 8)
             masks = [F.one_hot(one, len(CLASSES)).permute(2, 0, 1).float() for one in labels[part]]
             classes = [one.flatten(1).any(1).nonzero()[:, 0] for one in masks]
-            loss = (
-                loss
-                + 0.1
-                * model(
-                    images[part],
-                    task_inputs=task.expand(8, -1),
-                    mask_labels=[m[c] for m, c in zip(masks, classes, strict=True)],
-                    class_labels=classes,
-                ).loss.squeeze()
-            )
+            chosen = [m[c] for m, c in zip(masks, classes, strict=True)]
+            hook = encoder.register_forward_hook(without_early_stages) if turn % 4 == 3 else contextlib.nullcontext()
+            with hook:
+                found = model(images[part], task_inputs=task.expand(8, -1), mask_labels=chosen, class_labels=classes)
+            loss = loss + 0.1 * found.loss.squeeze()
         return loss
 
     parameters = [*model.parameters(), *head.parameters()]
@@ -180,14 +182,22 @@ def train_seg(scenes: Scenes, held_out: Scenes, folder: Path, steps: int, seed: 
     processor.repo_path = processor.class_info_file = None  # type: ignore[assignment]
     save(model, processor, folder)
     with torch.no_grad():
-        images = pixels(held_out)
-        feature = model.model.pixel_level_module.encoder(images).feature_maps[-1]
-        output = model(images, task_inputs=task.expand(len(images), -1))
-        maps: Any = processor.post_process_semantic_segmentation(output, [(SIZE, SIZE)] * len(images))
-        whole = torch.stack(maps)
+        images, sizes = pixels(held_out), [(SIZE, SIZE)] * len(held_out)
+        encoder = model.model.pixel_level_module.encoder
+        feature = encoder(images).feature_maps[-1]
+
+        def decoded() -> Tensor:
+            output = model(images, task_inputs=task.expand(len(images), -1))
+            maps: Any = processor.post_process_semantic_segmentation(output, sizes)
+            return torch.stack(maps)
+
+        whole = decoded()
+        with encoder.register_forward_hook(without_early_stages):
+            last = decoded()
         mean = dense(feature.mean(0, keepdim=True)).argmax(1).expand_as(whole)
         return {
             "miou": _miou(whole, held_out),
+            "miou_from_last_stage": _miou(last, held_out),
             "miou_last_stage_head": _miou(dense(feature).argmax(1), held_out),
             "miou_of_mean_feature": _miou(mean, held_out),
         }
