@@ -69,12 +69,13 @@ class Curve:
 Scores = dict[Curve, list[Tensor]]
 
 
-def evaluate(path: Path, protocols: Iterable[str] = ("strict", "paper")) -> Path:
+def evaluate(path: Path, protocols: Iterable[str] = ("strict", "paper"), micro_batch: int | None = None) -> Path:
     """Scores a finished run by cosine similarity.
 
     Args:
         path: the run.
         protocols: `strict` (per token; raw and centred) and/or `paper` (flattened).
+        micro_batch: images per forward pass; by default as in training.
 
     Returns:
         The path of `results.csv`.
@@ -96,7 +97,8 @@ def evaluate(path: Path, protocols: Iterable[str] = ("strict", "paper")) -> Path
     for arm in ("no", "random") if "random" in run.recipe.controls else ("no",):
         backbone = arm_backbone(run.recipe, arm, device)
         _check_unchanged(run, backbone, teachers, images)
-        names = _score_arm(run, arm, backbone, teachers, means, images, tuple(protocols), scores, skipped)
+        size = micro_batch or run.recipe.fit.micro_batch
+        names = _score_arm(run, arm, backbone, teachers, means, images, tuple(protocols), size, scores, skipped)
         del backbone
     if not names:
         raise UserError(f"no image of {images.split} could be read; check {images.folder}")
@@ -124,6 +126,7 @@ def _score_arm(
     means: dict[str, Tensor],
     images: ImageList,
     protocols: tuple[str, ...],
+    size: int,
     scores: Scores,
     skipped: dict[str, Skipped],
 ) -> list[str]:
@@ -134,7 +137,6 @@ def _score_arm(
     banks = {control: ProbeBank.load(run.probes(control), device, teachers) for control in controls}
     ridge = RidgeReadout.load(run.ridge(arm), device)
     names: list[str] = []
-    size = recipe.fit.micro_batch
     plan = [list(range(i, min(i + size, len(images)))) for i in range(0, len(images), size)]
     batches = micro_batches(
         images,

@@ -66,7 +66,7 @@ def kernel_distance(
     subset_size: int = KID_SUBSET_SIZE,
     seed: int = 0,
 ) -> KernelDistance:
-    """KID: unbiased squared MMD under the kernel (x·y / D + 1)³, mean over sub-samples (Bińkowski et al., 2018, sec. 4).
+    """KID: unbiased squared MMD of the kernel (x·y / D + 1)³, mean over sub-samples (Bińkowski et al., 2018, sec. 4).
 
     Args:
         one: features (n, D).

@@ -193,12 +193,13 @@ def _teacher_values(options: tuple[str, ...]) -> dict[str, dict[str, str]]:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--metric", "metrics", multiple=True, type=click.Choice(["cosine"]), help="Default: cosine.")
 @click.option("--protocol", "protocols", multiple=True, type=click.Choice(["strict", "paper"]), help="Default: both.")
-def evaluate(run: Path, metrics: tuple[str, ...], protocols: tuple[str, ...]) -> None:
+@click.option("--micro-batch", type=click.IntRange(1), help="Images per forward pass. Default: as in training.")
+def evaluate(run: Path, metrics: tuple[str, ...], protocols: tuple[str, ...], micro_batch: int | None) -> None:
     """Score the probes of RUN on its held-out split; writes results.csv."""
     _quiet_libraries()
     from analysis.evaluate import evaluate as evaluate_run
 
-    results = evaluate_run(run, protocols or ("strict", "paper"))
+    results = evaluate_run(run, protocols or ("strict", "paper"), micro_batch)
     click.echo(f"results: {results}; next: probing report {run}")
 
 

@@ -17,8 +17,8 @@ from reports.page import write_report
 
 logger = logging.getLogger(__name__)
 
-TRAIN_SCENES, VAL_SCENES, WORLD_SEED = 2400, 400, 11
-EPOCHS = {"quick": 2, "full": 5}
+TRAIN_SCENES, VAL_SCENES, WORLD_SEED = 2000, 400, 11
+EPOCHS = {"quick": 1, "full": 3}
 
 
 def run_demo(preset: str, out: Path) -> Path:
@@ -40,7 +40,7 @@ def run_demo(preset: str, out: Path) -> Path:
     world = write_world(out / "world", TRAIN_SCENES, VAL_SCENES, WORLD_SEED)
     recipe = demo_recipe(models, world, EPOCHS[preset])
     run = train(recipe, out / "run")
-    evaluate(run.path)
+    evaluate(run.path, micro_batch=32)
     return write_report([run.path], out / "report")
 
 
@@ -51,7 +51,7 @@ def demo_recipe(models: Path, world: Path, epochs: int) -> ProbeRunRecipe:
         "data": {"path": f"coco:{world}"},
         "teachers": {name: {"id": str(models / name)} for name in ("depth", "seg", "gen")},
         "controls": ["shuffled", "random"],
-        "fit": {"epochs": epochs, "batch_size": 8, "micro_batch": 8, "lr": 4e-3, "workers": 1, "save_minutes": 1},
+        "fit": {"epochs": epochs, "batch_size": 4, "micro_batch": 4, "lr": 3e-3, "workers": 1, "save_minutes": 1},
     }
     return validate(ProbeRunRecipe, values, "demo").with_absolute_paths()
 

@@ -5,6 +5,7 @@ teacher, every seed, the shuffled control) run forward and backward on it, and t
 with the probes, not with the states. Probes share nothing, so training many gives the same numbers as training one.
 """
 
+import functools
 import itertools
 import logging
 import math
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from probing.backbones.base import Backbone, Layer, layer_name
 from probing.bank import ProbeBank, ProbeKey
@@ -100,6 +101,11 @@ class FitState:
     def columns(self) -> list[tuple[str, ProbeKey]]:
         """The probes, in the order of the loss columns."""
         return [(control, key) for control, bank in self.banks.items() for key in bank.probes]
+
+    @functools.cached_property
+    def parameters(self) -> list[list[nn.Parameter]]:
+        """Of each probe; collected once, because modules are slow to walk through."""
+        return [list(probe.parameters()) for bank in self.banks.values() for probe in bank.probes.values()]
 
     def dump(self) -> dict[str, Any]:
         """Plain values and tensors, for `torch.save`."""
@@ -261,9 +267,8 @@ class Fit:
             return [math.nan] * len(losses)
         fit = self.recipe.fit
         if fit.max_grad_norm is not None:
-            for bank in state.banks.values():
-                for probe in bank.probes.values():
-                    torch.nn.utils.clip_grad_norm_(probe.parameters(), fit.max_grad_norm)
+            for own in state.parameters:
+                torch.nn.utils.clip_grad_norm_(own, fit.max_grad_norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.step, steps, fit.lr, fit.warmup)
         state.optimizer.step()

@@ -34,7 +34,7 @@ class Sizes:
     train: int = 6000
     val: int = 400
     depth_steps: int = 1400
-    seg_steps: int = 450
+    seg_steps: int = 600
     gen_steps: int = 600
     llava: Schedule = field(default_factory=Schedule)
 
