@@ -253,7 +253,9 @@ def test_distill_writes_a_checkpoint_that_train_reads(models, tmp_path):
         "data": {"conversations": str(tmp_path / "data.json"), "image_root": str(tmp_path / "coco")},
     }
     (tmp_path / "pt.yaml").write_text(yaml.safe_dump(recipe))
-    probing("distill", tmp_path / "pt.yaml", "--out", tmp_path / "new", "max_steps=2")
+    done = probing("distill", tmp_path / "pt.yaml", "--out", tmp_path / "new", "max_steps=2")
+    assert done.stdout.startswith("checkpoint: ") and done.stdout.count("\n") == 1  # no log of the Trainer's
+    assert "stage pt: 2/2 steps" in done.stderr
     found = json.loads(probing("inspect", tmp_path / "new", "--json").stdout)
     assert found["family"] == "llava" and found["tokens"]["image"] == 16
     assert (
