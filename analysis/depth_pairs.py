@@ -1,78 +1,14 @@
 """Relative depth: which of two points is closer, as DA-2K asks (Depth Anything V2, arXiv:2406.09414, sec. 6)."""
 
-import json
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from probing.errors import UserError
-
-Point = tuple[int, int]
+from probing.data.da2k import Pair
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two points (row, column), the closer one first."""
-
-    closer: Point
-    farther: Point
-
-
-def read_pairs(root: Path) -> dict[str, list[Pair]]:
-    """Reads `annotations.json` of a folder in DA-2K's layout.
-
-    Args:
-        root: folder that holds `annotations.json` and, below it, the images that it names.
-
-    Returns:
-        Pairs by image path relative to the root, in the file's order.
-
-    Raises:
-        UserError: the file is missing or broken, or names a path outside its root.
-    """
-    source = root / "annotations.json"
-    if not source.is_file():
-        raise UserError(f"no annotations.json in {root}; give da2k:DIR, a folder in DA-2K's layout")
-    try:
-        entries: dict[str, list[dict[str, Any]]] = json.loads(source.read_text(encoding="utf-8"))
-        return {_plain(name, source): [_pair(entry) for entry in pairs] for name, pairs in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{source} is not an annotation file of DA-2K ({type(error).__name__}: {error}); download it again"
-        ) from None
-
-
-def _plain(name: str, source: Path) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise UserError(f"{source} names the image {name!r}, which is not a plain path below its root; mend the file")
-    return name
-
-
-def _pair(entry: dict[str, Any]) -> Pair:
-    points = {name: (int(entry[name][0]), int(entry[name][1])) for name in ("point1", "point2")}
-    closer = entry["closer_point"]
-    if closer not in points:
-        raise ValueError(f"closer_point is {closer!r}, not point1 or point2")
-    return Pair(points[closer], points["point2" if closer == "point1" else "point1"])
-
-
-def inside(pair: Pair, size: tuple[int, int]) -> bool:
-    """Whether both points lie in an image of (rows, columns)."""
-    return all(0 <= row < size[0] and 0 <= column < size[1] for row, column in (pair.closer, pair.farther))
-
-
-def at_size(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Brings maps (B, h, w) to an image's own size (B, rows, columns), in floating point."""
-    return F.interpolate(maps.float()[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
-
-
-def score(depth: NDArray[np.floating], pairs: list[Pair]) -> NDArray[np.float64]:
+def score_pairs(depth: NDArray[np.floating], pairs: Sequence[Pair]) -> NDArray[np.float64]:
     """Scores one map.
 
     Args:
@@ -80,8 +16,14 @@ def score(depth: NDArray[np.floating], pairs: list[Pair]) -> NDArray[np.float64]
         pairs: of that image.
 
     Returns:
-        Per pair: 1 where the closer point has the larger value, 0.5 where both are equal, else 0.
+        Per pair: 1 where the closer point has the larger value, 0.5 where both are equal, else 0. A constant map
+        therefore scores one half.
     """
     near = np.array([depth[pair.closer] for pair in pairs])
     far = np.array([depth[pair.farther] for pair in pairs])
     return np.where(near > far, 1.0, np.where(near == far, 0.5, 0.0))
+
+
+def row_score(pairs: Sequence[Pair]) -> NDArray[np.float64]:
+    """What the image row alone scores: the point further down is taken for the closer one."""
+    return np.array([0.5 + 0.5 * np.sign(pair.closer[0] - pair.farther[0]) for pair in pairs])
