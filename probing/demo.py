@@ -18,7 +18,6 @@ from reports.page import write_report
 logger = logging.getLogger(__name__)
 
 TRAIN_SCENES, VAL_SCENES, WORLD_SEED = 2000, 400, 11
-EPOCHS = {"quick": 1, "full": 3}
 
 
 def run_demo(preset: str, out: Path) -> Path:
@@ -38,20 +37,20 @@ def run_demo(preset: str, out: Path) -> Path:
         make_models(models, Sizes())
     _tell_quality(json.loads((models / "quality.json").read_text(encoding="utf-8")))
     world = write_world(out / "world", TRAIN_SCENES, VAL_SCENES, WORLD_SEED)
-    recipe = demo_recipe(models, world, EPOCHS[preset])
+    recipe = demo_recipe(models, world)
     run = train(recipe, out / "run")
     evaluate(run.path, micro_batch=32)
     return write_report([run.path], out / "report")
 
 
-def demo_recipe(models: Path, world: Path, epochs: int) -> ProbeRunRecipe:
+def demo_recipe(models: Path, world: Path) -> ProbeRunRecipe:
     """The run's recipe: small batches and many steps, because that is what a tiny probe's attention needs to form."""
     values = {
         "backbone": {"checkpoint": str(models / "llava"), "dtype": "float32"},
         "data": {"path": f"coco:{world}"},
         "teachers": {name: {"id": str(models / name)} for name in ("depth", "seg", "gen")},
         "controls": ["shuffled", "random"],
-        "fit": {"epochs": epochs, "batch_size": 4, "micro_batch": 4, "lr": 3e-3, "workers": 1, "save_minutes": 1},
+        "fit": {"epochs": 1, "batch_size": 4, "micro_batch": 4, "lr": 3e-3, "workers": 1, "save_minutes": 1},
     }
     return validate(ProbeRunRecipe, values, "demo").with_absolute_paths()
 

@@ -44,7 +44,7 @@ def test_the_llava_answers_clearly_above_chance(world):
 
 
 def test_the_demos_recipe_probes_every_layer_with_every_control(tmp_path):
-    recipe = demo_recipe(ASSETS, tmp_path, 1)
+    recipe = demo_recipe(ASSETS, tmp_path)
     assert recipe.layers == "all" and recipe.controls == ["random", "shuffled"]
     assert list(recipe.teachers) == ["depth", "seg", "gen"]
 
