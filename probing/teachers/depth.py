@@ -1,5 +1,7 @@
 """Depth: the last backbone feature of Depth Anything (arXiv:2406.09414)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,3 +25,31 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
         return model.backbone(pixels).feature_maps[-1][:, 1:]  # type: ignore[operator]
 
     return finish("depth", recipe, source, config, model, prepare, encode)
+
+
+@torch.no_grad()
+def decode(teacher: Teacher, features: Tensor) -> Tensor:
+    """Depth maps of features, through the teacher's own neck and head.
+
+    One feature stands for all four inputs of the neck, as OLA-VLM decodes its probes (arXiv:2412.09585, sec. 3).
+
+    Args:
+        teacher: a depth teacher.
+        features: (B, N, D), a probe's output or the target itself.
+
+    Returns:
+        (B, S, S), larger is closer.
+    """
+    model: Any = teacher.model
+    assert teacher.grid is not None
+    features = features.to(model.device)
+    class_token = features.new_zeros(len(features), 1, features.shape[-1])  # the neck drops it
+    states = [torch.cat((class_token, features), dim=1)] * len(model.config.neck_hidden_sizes)
+    return model.head(model.neck(states, *teacher.grid), *teacher.grid)
+
+
+@torch.no_grad()
+def predict(teacher: Teacher, pixels: Tensor) -> Tensor:
+    """Depth maps (B, S, S) of the teacher as it is, from four true features."""
+    model: Any = teacher.model
+    return model(pixels.to(model.device)).predicted_depth

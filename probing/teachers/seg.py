@@ -1,11 +1,19 @@
 """Segmentation: the last stage of OneFormer's Swin backbone (arXiv:2211.06220), resized to the target grid."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from probing.errors import UserError
+from probing.hub import first_line, locate
 from probing.recipe import TeacherRecipe
 from probing.teachers.base import PAPER_GRID, Teacher, finish, load_model, open_teacher, square_pixels
+
+TASK = "the task is semantic"
 
 
 def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
@@ -24,3 +32,126 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
         return feature.flatten(2).transpose(1, 2)
 
     return finish("seg", recipe, source, config, model, prepare, encode)
+
+
+class _Given(nn.Module):
+    """Stands in for the backbone and hands over feature maps that are known already."""
+
+    def __init__(self, feature_maps: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.feature_maps = tuple(feature_maps)
+
+    def forward(self, pixel_values: Tensor) -> "_Given":
+        return self
+
+
+@dataclass
+class SegDecoder:
+    """OneFormer from a last-stage feature to a semantic map.
+
+    Attributes:
+        teacher: a seg teacher.
+        task: token ids of `TASK`, (1, length).
+    """
+
+    teacher: Teacher
+    task: Tensor
+
+    @classmethod
+    def load(cls, teacher: Teacher, recipe: TeacherRecipe) -> "SegDecoder":
+        """Reads the tokenizer that the task is put to the model with.
+
+        Raises:
+            UserError: the teacher's folder has none.
+        """
+        from transformers import AutoTokenizer
+        from transformers.utils import cached_file
+
+        source = locate(recipe.id, "seg teacher")
+        try:
+            # Without this file transformers would build a tokenizer that knows no word, and say nothing.
+            cached_file(source, "tokenizer_config.json", revision=recipe.revision)
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=recipe.revision)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"seg teacher {recipe.id} has no tokenizer, which decoding needs: {first_line(error)}; use the "
+                "whole folder"
+            ) from None
+        model: Any = teacher.model
+        length = model.config.task_seq_len
+        tokens = tokenizer(TASK, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return cls(teacher, tokens["input_ids"] * tokens["attention_mask"])
+
+    @property
+    def names(self) -> list[str]:
+        """Class names, by number."""
+        model: Any = self.teacher.model
+        labels = model.config.id2label
+        return [labels[number] for number in range(len(labels))]
+
+    @torch.no_grad()
+    def stages(self, pixels: Tensor) -> list[Tensor]:
+        """The backbone's four true feature maps (B, C, h, w), finest first."""
+        model: Any = self.teacher.model
+        return list(model.model.pixel_level_module.encoder(pixels.to(model.device)).feature_maps)
+
+    @torch.no_grad()
+    def decode(self, features: Tensor, stages: Sequence[Tensor]) -> Tensor:
+        """Class scores of a feature in place of the last stage.
+
+        Args:
+            features: (B, N, D) on the target grid; resized to the last stage's own grid.
+            stages: feature maps as `stages` gives them; the last one only tells the size.
+
+        Returns:
+            (B, classes, h, w): per pixel and class the sum over queries of class probability times mask probability.
+        """
+        assert self.teacher.grid is not None
+        last = features.to(stages[-1].device).transpose(1, 2).unflatten(2, self.teacher.grid)
+        if last.shape[-2:] != stages[-1].shape[-2:]:
+            last = F.interpolate(last, size=stages[-1].shape[-2:], mode="bilinear", align_corners=False)
+        return self._scores([*stages[:-1], last])
+
+    @torch.no_grad()
+    def predict(self, stages: Sequence[Tensor]) -> Tensor:
+        """Class scores (B, classes, h, w) of the teacher as it is."""
+        return self._scores(stages)
+
+    def _scores(self, stages: Sequence[Tensor]) -> Tensor:
+        model: Any = self.teacher.model
+        module = model.model.pixel_level_module
+        encoder, module.encoder = module.encoder, _Given(stages)
+        try:
+            # Of the pixels only the number and size of the images are read.
+            blank = stages[0].new_zeros(len(stages[0]), 3, *stages[0].shape[-2:])
+            output = model(blank, task_inputs=self.task.to(blank.device).expand(len(blank), -1))
+        finally:
+            module.encoder = encoder
+        classes = output.class_queries_logits.softmax(dim=-1)[..., :-1]
+        return torch.einsum("bqc,bqhw->bchw", classes, output.masks_queries_logits.sigmoid())
+
+
+def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Brings one image's scores (classes, h, w) to its own size and takes the best class: (rows, columns)."""
+    return F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
+
+
+def replace_early(stages: Sequence[Tensor], protocol: str, means: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Chooses what the decoder sees of the true image besides the probe's output.
+
+    Args:
+        stages: true feature maps (B, C, h, w), finest first.
+        protocol: `strict` keeps the early ones as they are; `paper` shrinks them to the size of the last, as OLA-VLM's
+            released evaluation does; `blind` puts a constant in their place, so that the probe alone is decoded.
+        means: per early stage, the mean (C) over images and places that `blind` puts there.
+
+    Returns:
+        As many maps; the last is untouched.
+    """
+    early, last = list(stages[:-1]), stages[-1]
+    if protocol == "paper":
+        early = [F.interpolate(m, size=last.shape[-2:], mode="bilinear", align_corners=False) for m in early]
+    elif protocol == "blind":
+        assert means is not None
+        early = [mean.to(m)[None, :, None, None].expand_as(m) for m, mean in zip(early, means, strict=True)]
+    return [*early, last]

@@ -181,6 +181,7 @@ def train_seg(scenes: Scenes, held_out: Scenes, folder: Path, steps: int, seed: 
     # The names are in the processor's metadata by now; a path would bind the model to this folder.
     processor.repo_path = processor.class_info_file = None  # type: ignore[assignment]
     save(model, processor, folder)
+    wordless_tokenizer().save_pretrained(folder)
     with torch.no_grad():
         images, sizes = pixels(held_out), [(SIZE, SIZE)] * len(held_out)
         encoder = model.model.pixel_level_module.encoder
@@ -201,6 +202,16 @@ def train_seg(scenes: Scenes, held_out: Scenes, folder: Path, steps: int, seed: 
             "miou_last_stage_head": _miou(dense(feature).argmax(1), held_out),
             "miou_of_mean_feature": _miou(mean, held_out),
         }
+
+
+def wordless_tokenizer() -> Any:
+    """The tokenizer of a OneFormer that knows a single task: every word of the task's name is padding to it."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>")), pad_token="<pad>"
+    )
 
 
 def _miou(found: Tensor, scenes: Scenes) -> float:
