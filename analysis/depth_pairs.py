@@ -27,3 +27,8 @@ def score_pairs(depth: NDArray[np.floating], pairs: Sequence[Pair]) -> NDArray[n
 def row_score(pairs: Sequence[Pair]) -> NDArray[np.float64]:
     """What the image row alone scores: the point further down is taken for the closer one."""
     return np.array([0.5 + 0.5 * np.sign(pair.closer[0] - pair.farther[0]) for pair in pairs])
+
+
+def pair_accuracy(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Share of pairs that are right, from sums (…, 2) of scores and of numbers of pairs."""
+    return totals[..., 0] / totals[..., 1]

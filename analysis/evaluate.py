@@ -1,87 +1,68 @@
-"""`probing evaluate`: scores the probes of a run on its held-out split.
+"""`probing evaluate`: scores the probes of a run.
 
-One pass over the images per set of backbone weights; every layer's probes predict while the layer's state exists.
-Scores are kept per image (`scores/`), so that any later comparison can be paired; `results.csv` summarises them.
+One pass over the images per metric and set of backbone weights; every layer's probes predict while the layer's state
+exists. Scores are kept per image (`scores/`), so that comparisons can be paired; `results.csv` summarises them.
 """
 
-import csv
-import io
 import json
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from analysis.similarity import centred_cosine, flat_cosine, token_cosine
-from analysis.statistics import bootstrap_mean
+from analysis.scorers import Cosine, DepthPairs, Row, Scorer, Segmentation
+from analysis.scores import Curve, score_file, write_results, write_scores
 from probing.backbones import Backbone, Layer, layer_name, parse_layers
+from probing.backbones.base import Batch
 from probing.bank import ProbeBank
 from probing.data.coco import ImageList, Skipped
 from probing.data.loader import micro_batches
 from probing.errors import UserError
 from probing.progress import Progress
 from probing.ridge import RidgeReadout, place_states
-from probing.run import Run, disk_errors, whole_file, write_text
+from probing.run import Run, disk_errors, write_text
 from probing.teachers import Teacher
-from probing.train import arm_backbone, held_out_images, load_teachers
+from probing.teachers.seg import SegDecoder
+from probing.train import arm_backbone, held_out_images, load_teachers, training_images
 
 logger = logging.getLogger(__name__)
 
-METRICS = {"strict": ("cosine", "cosine_centred"), "paper": ("cosine",)}
-COLUMNS = (
-    *("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "split", "seed"),
-    *("value", "ci_low", "ci_high", "n"),
-)
-
-
-@dataclass(frozen=True, order=True)
-class Curve:
-    """What one column of per-image scores belongs to."""
-
-    teacher: str
-    layer: str
-    probe: str
-    control: str
-    metric: str
-    protocol: str
-    seed: int
-
-    def key(self) -> str:
-        """Name of its tensor in the score file."""
-        return "/".join(map(str, vars(self).values()))
-
-    @classmethod
-    def from_key(cls, key: str) -> "Curve":
-        """The inverse of `key`."""
-        teacher, layer, probe, control, metric, protocol, seed = key.split("/")
-        return cls(teacher, layer, probe, control, metric, protocol, int(seed))
-
+PROTOCOLS = {"cosine": ("strict", "paper"), "da2k": ("strict",), "miou": ("blind", "strict", "paper")}
+"""Metrics, and the protocols of each."""
 
 Scores = dict[Curve, list[Tensor]]
 
 
-def evaluate(path: Path, protocols: Iterable[str] = ("strict", "paper"), micro_batch: int | None = None) -> Path:
-    """Scores a finished run by cosine similarity.
+def evaluate(
+    path: Path,
+    metrics: Sequence[str] = ("cosine",),
+    protocols: Iterable[str] = (),
+    micro_batch: int | None = None,
+    da2k: Path | None = None,
+    limit: int | None = None,
+) -> Path:
+    """Scores a finished run.
 
     Args:
         path: the run.
-        protocols: `strict` (per token; raw and centred) and/or `paper` (flattened).
+        metrics: some of `PROTOCOLS`.
+        protocols: those of them to compute; by default all of each metric.
         micro_batch: images per forward pass; by default as in training.
+        da2k: folder in DA-2K's layout, for the metric of that name.
+        limit: images per decoded metric; by default all.
 
     Returns:
         The path of `results.csv`.
 
     Raises:
-        UserError: the run is missing or unfinished, or its checkpoint, teachers or data changed since.
+        UserError: the run is missing or unfinished, or its checkpoint, teachers or data changed since, or what a metric
+            needs is not there.
     """
     run = Run.open(path)
     accelerator = Accelerator()
@@ -91,21 +72,55 @@ def evaluate(path: Path, protocols: Iterable[str] = ("strict", "paper"), micro_b
     images = held_out_images(run.recipe.data)
     teachers = load_teachers(run.recipe, device)
     means = load_file(run.means, device=str(device))
-    scores: Scores = {}
-    names: list[str] = []
-    skipped: dict[str, Skipped] = {}
-    for arm in ("no", "random") if "random" in run.recipe.controls else ("no",):
-        backbone = arm_backbone(run.recipe, arm, device)
-        _check_unchanged(run, backbone, teachers, images)
-        size = micro_batch or run.recipe.fit.micro_batch
-        names = _score_arm(run, arm, backbone, teachers, means, images, tuple(protocols), size, scores, skipped)
-        del backbone
-    if not names:
-        raise UserError(f"no image of {images.split} could be read; check {images.folder}")
+    wanted = set(protocols)
+    scorers: list[Scorer] = []
+    for metric in metrics:
+        chosen = [p for p in PROTOCOLS[metric] if not wanted or p in wanted]
+        if not chosen:
+            raise UserError(f"{metric} has the protocols {', '.join(PROTOCOLS[metric])}; choose one of them")
+        scorers.append(_scorer(metric, run, images, teachers, means, chosen, da2k, limit))
+    for scorer in scorers:
+        scores: Scores = {}
+        names: list[str] = []
+        skipped = {skip.image: skip for skip in scorer.images.skipped}
+        for arm in ("no", "random") if "random" in run.recipe.controls else ("no",):
+            backbone = arm_backbone(run.recipe, arm, device)
+            _check_unchanged(run, backbone, teachers, images)
+            size = micro_batch or run.recipe.fit.micro_batch
+            names = _score_arm(run, arm, backbone, scorer, means, size, scores, skipped)
+            del backbone
+        if not names:
+            raise UserError(f"no image of {scorer.images.split} could be read; check {scorer.images.folder}")
+        split = scorer.images.split
+        with disk_errors(path):
+            table = {curve: torch.cat(parts).float().numpy() for curve, parts in scores.items()}
+            write_scores(score_file(path, scorer.stem, split), split, table, names)
+            _note_skipped(run, skipped.values())
     with disk_errors(path):
-        _write_scores(run, images.split, scores, names)
-        _note_skipped(run, skipped.values())
-        return write_results(run, images.split, scores)
+        return write_results(run)
+
+
+def _scorer(
+    metric: str,
+    run: Run,
+    images: ImageList,
+    teachers: dict[str, Teacher],
+    means: dict[str, Tensor],
+    protocols: Sequence[str],
+    da2k: Path | None,
+    limit: int | None,
+) -> Scorer:
+    if metric == "cosine":
+        return Cosine(images, teachers, means, protocols)
+    if metric == "da2k":
+        if da2k is None:
+            raise UserError("the metric da2k needs its images and pairs; give --da2k DIR")
+        return DepthPairs.of(da2k, teachers, limit)
+    if "seg" not in teachers:
+        raise UserError("miou needs the seg teacher, which this run was made without")
+    decoder = SegDecoder.load(teachers["seg"], run.recipe.teachers["seg"])
+    root = Path(run.recipe.data.path.removeprefix("coco:"))
+    return Segmentation.of(root, images, teachers, decoder, training_images(run.recipe.data), protocols, limit)
 
 
 def _check_unchanged(run: Run, backbone: Backbone, teachers: dict[str, Teacher], images: ImageList) -> None:
@@ -122,35 +137,24 @@ def _score_arm(
     run: Run,
     arm: str,
     backbone: Backbone,
-    teachers: dict[str, Teacher],
+    scorer: Scorer,
     means: dict[str, Tensor],
-    images: ImageList,
-    protocols: tuple[str, ...],
     size: int,
     scores: Scores,
     skipped: dict[str, Skipped],
 ) -> list[str]:
     """Scores everything that was trained on one set of backbone weights; returns the names of the images scored."""
-    recipe, device = run.recipe, backbone.device
+    recipe, device, images, teachers = run.recipe, backbone.device, scorer.images, scorer.teachers
     layers = parse_layers(recipe.layers, backbone.layers)
     controls = [arm, *(["shuffled"] if arm == "no" and "shuffled" in recipe.controls else [])]
     banks = {control: ProbeBank.load(run.probes(control), device, teachers) for control in controls}
     ridge = RidgeReadout.load(run.ridge(arm), device)
     names: list[str] = []
     plan = [list(range(i, min(i + size, len(images)))) for i in range(0, len(images), size)]
-    batches = micro_batches(
-        images,
-        plan,
-        backbone.prepare,
-        {name: teacher.prepare for name, teacher in teachers.items()},
-        recipe.data.view,
-        recipe.fit.workers,
-        device,
-    )
-    with (
-        torch.no_grad(),
-        Progress(f"scoring ({'checkpoint' if arm == 'no' else arm})", len(plan), unit="batches") as bar,
-    ):
+    prepare = {name: teacher.prepare for name, teacher in teachers.items()}
+    batches = micro_batches(images, plan, backbone.prepare, prepare, recipe.data.view, recipe.fit.workers, device)
+    what = f"{scorer.stem} ({'checkpoint' if arm == 'no' else arm})"
+    with torch.no_grad(), Progress(what, len(plan), unit="batches") as bar:
         for prepared in batches:
             bar.advance()
             skipped |= {skip.image: skip for skip in prepared.skipped}
@@ -158,89 +162,38 @@ def _score_arm(
                 continue
             names += [images.names[index] for index in prepared.indices]
             targets = {name: teacher.target(prepared.pixels[name]) for name, teacher in teachers.items()}
+            context = scorer.begin(prepared, targets)
             batch = prepared.student.to(device)
 
-            def note(
-                prediction: Tensor,
-                teacher: str,
-                layer: str,
-                probe: str,
-                control: str,
-                seed: int,
-                targets: dict[str, Tensor] = targets,
-            ) -> None:
-                target, mean = targets[teacher], means[teacher]
-                found = {
-                    ("cosine", "strict"): lambda: token_cosine(prediction, target),
-                    ("cosine_centred", "strict"): lambda: centred_cosine(prediction, target, mean),
-                    ("cosine", "paper"): lambda: flat_cosine(prediction, target),
-                }
-                for (metric, protocol), score in found.items():
-                    if protocol in protocols:
-                        curve = Curve(teacher, layer, probe, control, metric, protocol, seed)
-                        scores.setdefault(curve, []).append(score().cpu())
+            def note(teacher: str, layer: str, probe: str, control: str, seed: int, rows: Iterable[Row]) -> None:
+                for metric, protocol, values in rows:
+                    curve = Curve(teacher, layer, probe, control, metric, protocol, seed)
+                    scores.setdefault(curve, []).append(values.cpu())
 
-            def visit(layer: Layer, hidden: Tensor, note=note, batch=batch) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
+            def visit(layer: Layer, hidden: Tensor, batch: Batch = batch, context: Any = context) -> None:
                 where = layer_name(layer)
                 with torch.no_grad():
                     keys, mask = batch.tokens.select(hidden.to(device).float(), recipe.probe.keys)
                     for control, bank in banks.items():
                         for key, probe in bank.at(layer):
-                            note(probe(keys, mask), key.teacher, where, "resampler", control, key.seed)
+                            rows = scorer.score(key.teacher, probe(keys, mask), context)
+                            note(key.teacher, where, "resampler", control, key.seed, rows)
                     image_states = batch.tokens.image_states(hidden.to(device))
                     for teacher, weight, bias in ridge.at(layer):
-                        placed = place_states(image_states, batch.tokens.grid, teachers[teacher].grid)
-                        note(F.linear(placed, weight, bias), teacher, where, "ridge", arm, recipe.fit.seeds[0])
+                        if teacher in teachers:
+                            placed = place_states(image_states, batch.tokens.grid, teachers[teacher].grid)
+                            rows = scorer.score(teacher, F.linear(placed, weight, bias), context)
+                            note(teacher, where, "ridge", arm, recipe.fit.seeds[0], rows)
 
             backbone.stream(batch, layers, visit)
             if arm == "no":
+                seed = recipe.fit.seeds[0]
                 for name, target in targets.items():
-                    note(means[name].expand_as(target), name, "", "constant", "mean", recipe.fit.seeds[0])
+                    rows = scorer.score(name, means[name].expand_as(target), context)
+                    note(name, "", "constant", "mean", seed, rows)
+                for name, probe, rows in scorer.ceiling(targets, context):
+                    note(name, "", probe, "teacher", seed, rows)
     return names
-
-
-def _score_file(run: Run, split: str) -> Path:
-    return run.path / "scores" / f"cosine-{split}.safetensors"
-
-
-def _write_scores(run: Run, split: str, scores: Scores, names: list[str]) -> None:
-    tensors = {curve.key(): torch.cat(parts) for curve, parts in scores.items()}
-    with whole_file(_score_file(run, split)) as file:
-        save_file(tensors, file, metadata={"images": json.dumps(names)})
-
-
-def read_scores(path: Path, split: str) -> tuple[dict[Curve, NDArray[np.float32]], list[str]]:
-    """Per-image scores of an evaluated run, and the images' names in the same order."""
-    with safe_open(path / "scores" / f"cosine-{split}.safetensors", framework="np") as file:
-        names = json.loads(file.metadata()["images"])
-        return {Curve.from_key(key): file.get_tensor(key) for key in file.keys()}, names  # noqa: SIM118
-
-
-def write_results(run: Run, split: str, scores: Scores) -> Path:
-    """Writes `results.csv`: one row per number, with its bootstrap interval."""
-    name = run.manifest["checkpoint"]["name"]
-    seeds = run.recipe.fit.seeds
-    grouped: dict[Curve, dict[int, NDArray[np.float64]]] = {}
-    for curve, parts in scores.items():
-        family = Curve(**{**vars(curve), "seed": 0})
-        grouped.setdefault(family, {})[curve.seed] = torch.cat(parts).double().numpy()
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for curve, by_seed in grouped.items():
-        trained = curve.probe == "resampler"
-        tables: dict[str, NDArray[np.float64]] = {str(seed): s[None] for seed, s in by_seed.items()} if trained else {}
-        if len(seeds) > 1 or not trained:
-            pooled = "all" if len(seeds) > 1 else str(seeds[0])
-            tables[pooled] = np.stack(list(by_seed.values()))
-        for seed, table in tables.items():
-            interval = bootstrap_mean(table)
-            place = [name, curve.teacher, curve.layer, curve.probe, curve.control, curve.metric, curve.protocol]
-            numbers = [f"{x:.8g}" for x in (interval.value, interval.low, interval.high)]
-            writer.writerow([*place, split, seed, *numbers, table.shape[1]])
-    target = run.path / "results.csv"
-    write_text(target, buffer.getvalue())
-    return target
 
 
 def _note_skipped(run: Run, skipped: Iterable[Skipped]) -> None:

@@ -1,6 +1,7 @@
 """Confidence intervals that say over what they generalise."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its confidence interval."""
+    """A number and its confidence interval."""
 
     value: float
     low: float
@@ -28,27 +29,44 @@ def _shares(items: int, resamples: int, seed: int) -> NDArray[np.float64]:
     return np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=resamples) / items
 
 
-def bootstrap_mean(scores: NDArray[np.floating], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Percentile bootstrap of a mean (Efron & Tibshirani, 1993, ch. 13).
+def share_mean(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The statistic of a plain mean: the shares of a resample add up to one, so its total is its mean."""
+    return totals[..., 0]
+
+
+def bootstrap(
+    scores: NDArray[np.floating],
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]] = share_mean,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap of a statistic of sums over images (Efron & Tibshirani, 1993, ch. 13).
 
     Args:
-        scores: (images,), or (seeds, images) with every seed scored on the same images; then seeds and images are
+        scores: (seeds, images), or (seeds, images, numbers): what every image adds to the sums. Seeds and images are
             resampled both, independently, so that the interval covers training noise too.
+        statistic: sums (…, numbers), divided by the number of images → the statistic (…).
         resamples: number of bootstrap samples.
         seed: of the resampling.
 
     Returns:
-        The mean and its 95 % interval.
+        The mean of the statistic over seeds, and its 95 % interval.
 
     Raises:
         ValueError: there is no score, or one is not finite.
     """
-    table = np.atleast_2d(np.asarray(scores, dtype=np.float64))
+    table = np.asarray(scores, dtype=np.float64)
     if table.size == 0 or not np.isfinite(table).all():
         raise ValueError(f"cannot bootstrap {table.size} scores, {int((~np.isfinite(table)).sum())} of them not finite")
-    seeds, images = table.shape
+    table = table[..., None] if table.ndim == 2 else table
+    seeds, images, _ = table.shape
     image_share, seed_share = _shares(images, resamples, seed), _shares(seeds, resamples, seed + 1)
-    means = ((image_share @ table.T) * seed_share).sum(axis=1)
+    drawn = np.stack([statistic(image_share @ one) for one in table], axis=1)  # (resamples, seeds)
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return Interval(float(table.mean()), float(low), float(high))
+    low, high = np.nanpercentile((drawn * seed_share).sum(axis=1), [tail, 100 - tail])
+    return Interval(float(statistic(table.mean(axis=1)).mean()), float(low), float(high))
+
+
+def bootstrap_mean(scores: NDArray[np.floating], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """`bootstrap` of the mean of scores (images) or (seeds, images)."""
+    return bootstrap(np.atleast_2d(scores), resamples=resamples, seed=seed)

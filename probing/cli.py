@@ -191,15 +191,40 @@ def _teacher_values(options: tuple[str, ...]) -> dict[str, dict[str, str]]:
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--metric", "metrics", multiple=True, type=click.Choice(["cosine"]), help="Default: cosine.")
-@click.option("--protocol", "protocols", multiple=True, type=click.Choice(["strict", "paper"]), help="Default: both.")
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    type=click.Choice(["cosine", "da2k", "miou"]),
+    help="Repeat for several. Default: cosine.",
+)
+@click.option(
+    "--protocol",
+    "protocols",
+    multiple=True,
+    type=click.Choice(["strict", "paper", "blind"]),
+    help="Default: all that a metric has.",
+)
+@click.option("--da2k", type=click.Path(path_type=Path), help="Folder in DA-2K's layout, for --metric da2k.")
+@click.option("--images", type=click.IntRange(1), help="Images per decoded metric. Default: all.")
 @click.option("--micro-batch", type=click.IntRange(1), help="Images per forward pass. Default: as in training.")
-def evaluate(run: Path, metrics: tuple[str, ...], protocols: tuple[str, ...], micro_batch: int | None) -> None:
-    """Score the probes of RUN on its held-out split; writes results.csv."""
+def evaluate(
+    run: Path,
+    metrics: tuple[str, ...],
+    protocols: tuple[str, ...],
+    da2k: Path | None,
+    images: int | None,
+    micro_batch: int | None,
+) -> None:
+    """Score the probes of RUN on held-out images; writes results.csv.
+
+    cosine: similarity with the teacher's features. da2k and miou: through the teacher's own decoder, accuracy on depth
+    pairs and mean IoU.
+    """
     _quiet_libraries()
     from analysis.evaluate import evaluate as evaluate_run
 
-    results = evaluate_run(run, protocols or ("strict", "paper"), micro_batch)
+    results = evaluate_run(run, metrics or ("cosine",), protocols, micro_batch, da2k, images)
     click.echo(f"results: {results}; next: probing report {run}")
 
 

@@ -1,0 +1,251 @@
+"""The ways to score predictions: each has its own images, its teacher, and what it does with a predicted feature."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from analysis.depth_pairs import score_pairs
+from analysis.segmentation import class_counts, paper_iou
+from analysis.similarity import centred_cosine, flat_cosine, token_cosine
+from probing.data.coco import ImageList, Skipped, square
+from probing.data.da2k import Pair, read_pairs
+from probing.data.loader import Prepared
+from probing.data.panoptic import Panoptic, read_panoptic
+from probing.errors import UserError
+from probing.teachers import Teacher, depth
+from probing.teachers.seg import SegDecoder, label_map, replace_early
+
+logger = logging.getLogger(__name__)
+
+Row = tuple[str, str, Tensor]
+"""Metric, protocol, and what every image of the batch scores: (B), or (B, numbers)."""
+MEAN_OVER = 256
+"""Training images whose early stages give the constant of blind decoding."""
+
+
+class Scorer(Protocol):
+    """One metric, or several that need the same predictions of the same images.
+
+    Attributes:
+        stem: first part of the score file's name.
+        images: what is scored.
+        teachers: those whose features are predicted.
+    """
+
+    stem: str
+    images: ImageList
+    teachers: dict[str, Teacher]
+
+    def begin(self, prepared: Prepared, targets: dict[str, Tensor]) -> Any:
+        """Whatever all predictions for one batch are scored with."""
+
+    def score(self, teacher: str, prediction: Tensor, context: Any) -> Iterable[Row]:
+        """Scores a prediction (B, N, D), by a probe or a constant."""
+
+    def ceiling(self, targets: dict[str, Tensor], context: Any) -> Iterable[tuple[str, str, Iterable[Row]]]:
+        """Rows of the teacher itself: its name, `target` (its feature, decoded as a prediction is) or `teacher`."""
+
+
+@dataclass
+class Cosine:
+    """Cosine similarity with the target; see `analysis.similarity`."""
+
+    images: ImageList
+    teachers: dict[str, Teacher]
+    means: dict[str, Tensor]
+    protocols: Sequence[str]
+    stem: str = "cosine"
+
+    def begin(self, prepared: Prepared, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The targets."""
+        return targets
+
+    def score(self, teacher: str, prediction: Tensor, context: dict[str, Tensor]) -> Iterator[Row]:
+        """One number per image and way to compute it."""
+        target, mean = context[teacher], self.means[teacher]
+        ways: dict[tuple[str, str], Callable[[], Tensor]] = {
+            ("cosine", "strict"): lambda: token_cosine(prediction, target),
+            ("cosine_centred", "strict"): lambda: centred_cosine(prediction, target, mean),
+            ("cosine", "paper"): lambda: flat_cosine(prediction, target),
+        }
+        for (metric, protocol), way in ways.items():
+            if protocol in self.protocols:
+                yield metric, protocol, way()
+
+    def ceiling(self, targets: dict[str, Tensor], context: Any) -> Iterator[tuple[str, str, Iterable[Row]]]:
+        """None: a target's cosine with itself is 1."""
+        yield from ()
+
+
+@dataclass
+class DepthPairs:
+    """Accuracy on pairs of points, from decoded depth maps."""
+
+    images: ImageList
+    teachers: dict[str, Teacher]
+    pairs: dict[str, list[Pair]]
+    sizes: dict[str, tuple[int, int]]
+    stem: str = "da2k"
+
+    @classmethod
+    def of(cls, root: Path, teachers: dict[str, Teacher], limit: int | None) -> "DepthPairs":
+        """Reads a folder in DA-2K's layout; images that are not there are left out and named.
+
+        Raises:
+            UserError: the run has no depth teacher, the folder is broken, a point lies outside its image, or no image
+                is left.
+        """
+        if "depth" not in teachers:
+            raise UserError("da2k needs the depth teacher, which this run was made without")
+        found = {name: some for name, some in read_pairs(root).items() if some}
+        names = [name for name in found if (root / name).is_file()]
+        missing = [Skipped(name, "da2k", "missing") for name in found if name not in set(names)]
+        if not names:
+            raise UserError(f"none of the {len(found)} images that {root / 'annotations.json'} names is there")
+        if missing:
+            logger.warning("da2k: %d of %d images are missing, first %s", len(missing), len(found), missing[0].image)
+        sizes: dict[str, tuple[int, int]] = {}
+        for name in names[:limit]:
+            try:
+                with Image.open(root / name) as image:
+                    sizes[name] = (image.height, image.width)
+            except (OSError, SyntaxError, ValueError):
+                continue  # the loader reads it again, and notes why it is left out
+            for pair in found[name]:
+                if not pair.inside(*sizes[name]):
+                    raise UserError(
+                        f"{root / name} is {sizes[name][1]} x {sizes[name][0]} pixels, and a point of its pairs lies "
+                        f"outside (rows, columns: {pair.closer}, {pair.farther}); use the published images"
+                    )
+        images = ImageList(root, "da2k", names[:limit], missing)
+        return cls(images, {"depth": teachers["depth"]}, found, sizes)
+
+    def begin(self, prepared: Prepared, targets: dict[str, Tensor]) -> tuple[list[str], Tensor]:
+        """Names of the images, and their pixels for the teacher's own answer."""
+        return [self.images.names[index] for index in prepared.indices], prepared.pixels["depth"]
+
+    def score(self, teacher: str, prediction: Tensor, context: tuple[list[str], Tensor]) -> Iterator[Row]:
+        """Decodes, and counts right pairs and pairs of every image."""
+        yield "da2k", "strict", self._counts(depth.decode(self.teachers[teacher], prediction), context[0])
+
+    def ceiling(self, targets: dict[str, Tensor], context: Any) -> Iterator[tuple[str, str, Iterable[Row]]]:
+        """The target feature through the same decoder, and the teacher from its four features."""
+        yield "depth", "target", self.score("depth", targets["depth"], context)
+        own = depth.predict(self.teachers["depth"], context[1])
+        yield "depth", "teacher", [("da2k", "strict", self._counts(own, context[0]))]
+
+    def _counts(self, maps: Tensor, names: list[str]) -> Tensor:
+        rows = []
+        for one, name in zip(maps.float(), names, strict=True):
+            size = self.sizes[name]
+            full = torch.nn.functional.interpolate(one[None, None], size=size, mode="bilinear", align_corners=False)
+            scores = score_pairs(full[0, 0].cpu().numpy(), self.pairs[name])
+            rows.append([scores.sum(), len(scores)])
+        return torch.tensor(np.array(rows))
+
+
+@dataclass
+class Segmentation:
+    """Mean IoU over a split, from decoded class scores."""
+
+    images: ImageList
+    teachers: dict[str, Teacher]
+    decoder: SegDecoder
+    panoptic: Panoptic
+    protocols: Sequence[str]
+    means: list[Tensor] = field(default_factory=list)
+    stem: str = "miou"
+
+    @classmethod
+    def of(
+        cls,
+        root: Path,
+        images: ImageList,
+        teachers: dict[str, Teacher],
+        decoder: SegDecoder,
+        training: ImageList,
+        protocols: Sequence[str],
+        limit: int | None,
+    ) -> "Segmentation":
+        """Takes the images of a split that have panoptic annotations; the others are left out and named.
+
+        Raises:
+            UserError: there are no annotations, their classes are not the teacher's, or no image is left.
+        """
+        panoptic = read_panoptic(root, images.split)
+        if len(panoptic.names) != len(decoder.names):
+            raise UserError(
+                f"{root} has {len(panoptic.names)} classes and the seg teacher {len(decoder.names)}; mIoU needs a "
+                "teacher of the same classes"
+            )
+        there = {name: (panoptic.folder / png).is_file() for name, (png, _) in panoptic.segments.items()}
+        names = [name for name in images.names if there.get(name)]
+        left_out = [
+            Skipped(name, images.split, "no panoptic PNG" if name in there else "no panoptic annotation")
+            for name in images.names
+            if not there.get(name)
+        ]
+        if left_out:
+            first = left_out[0]
+            logger.warning("%d images have no panoptic truth, first %s (%s)", len(left_out), first.image, first.reason)
+        if not names:
+            raise UserError(f"no image of {images.split} has a panoptic annotation with its PNG; unpack them there")
+        chosen = ImageList(images.folder, images.split, names[:limit], left_out)
+        found = cls(chosen, {"seg": teachers["seg"]}, decoder, panoptic, protocols)
+        if "blind" in protocols:
+            found.means = _early_means(decoder, training)
+        return found
+
+    def begin(self, prepared: Prepared, targets: dict[str, Tensor]) -> tuple[list[Any], list[Tensor]]:
+        """True label maps, and the true stages of the backbone."""
+        truths = []
+        for name in (self.images.names[index] for index in prepared.indices):
+            try:
+                truths.append(self.panoptic.labels(name))
+            except OSError as error:
+                raise UserError(f"the panoptic PNG of {name} cannot be read ({error}); unpack it again") from None
+        return truths, self.decoder.stages(prepared.pixels["seg"])
+
+    def score(self, teacher: str, prediction: Tensor, context: tuple[list[Any], list[Tensor]]) -> Iterator[Row]:
+        """Decodes once per protocol and counts pixels per class."""
+        truths, stages = context
+        for protocol in self.protocols:
+            scores = self.decoder.decode(prediction, replace_early(stages, protocol, self.means))
+            yield "miou", protocol, self._counts(scores, truths, paper=protocol == "paper")
+
+    def ceiling(self, targets: dict[str, Tensor], context: Any) -> Iterator[tuple[str, str, Iterable[Row]]]:
+        """The target feature through the same decoder, and the teacher as it is."""
+        yield "seg", "target", self.score("seg", targets["seg"], context)
+        yield "seg", "teacher", [("miou", "strict", self._counts(self.decoder.predict(context[1]), context[0]))]
+
+    def _counts(self, scores: Tensor, truths: list[Any], paper: bool = False) -> Tensor:
+        count = paper_iou if paper else class_counts
+        maps = [label_map(one, truth.shape).cpu().numpy() for one, truth in zip(scores, truths, strict=True)]
+        rows = [count(t, m, len(self.panoptic.names)) for t, m in zip(truths, maps, strict=True)]
+        return torch.tensor(np.array(rows))
+
+
+def _early_means(decoder: SegDecoder, training: ImageList, batch: int = 8) -> list[Tensor]:
+    """Mean (C) over training images and places of every early stage; images that cannot be read are passed over."""
+    totals: list[Tensor] = []
+    count = 0
+    for first in range(0, min(len(training), MEAN_OVER), batch):
+        pictures = []
+        for index in range(first, min(first + batch, len(training), MEAN_OVER)):
+            with contextlib.suppress(OSError):
+                pictures.append(square(training.read(index)))
+        if pictures:
+            sums = [m.mean((2, 3)).sum(0) for m in decoder.stages(decoder.teacher.prepare(pictures))[:-1]]
+            totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
+            count += len(pictures)
+    if not count:
+        raise UserError(f"no image of {training.split} could be read; check {training.folder}")
+    return [total / count for total in totals]

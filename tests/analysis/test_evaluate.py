@@ -1,0 +1,142 @@
+"""Decoded metrics, on the shipped toy models and a small world."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from analysis.evaluate import evaluate
+from analysis.scores import read_scores, score_file
+from probing.data.toyworld.layout import write_world
+from probing.data.toyworld.make import ASSETS
+from probing.demo import demo_recipe
+from probing.errors import UserError
+from probing.recipe import TeacherRecipe
+from probing.teachers import depth, load_teacher
+from probing.train import train
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A short run on a small world, with decoded metrics, and its results."""
+    folder = tmp_path_factory.mktemp("decoded")
+    world = write_world(folder / "world", 24, 8, seed=4)
+    recipe = demo_recipe(ASSETS, world).model_copy(update={"layers": "0,6", "controls": ["shuffled"]})
+    run = train(recipe, folder / "run")
+    min((world / "annotations" / "panoptic_val2017").iterdir()).unlink()
+    evaluate(run.path, ("cosine", "da2k", "miou"), da2k=world / "da2k")
+    return run.path, world, pd.read_csv(run.path / "results.csv", dtype={"layer": str}, keep_default_na=False)
+
+
+def rows(results, metric, **values):
+    chosen = results[results["metric"] == metric]
+    for name, value in values.items():
+        chosen = chosen[chosen[name] == value]
+    return chosen
+
+
+def test_every_number_is_there_once(evaluated):
+    _, _, results = evaluated
+    place = ["teacher", "layer", "probe", "control", "metric", "protocol", "seed"]
+    assert not results.duplicated(place).any()
+    for metric, protocols in (("da2k", ["strict"]), ("miou", ["blind", "strict", "paper"])):
+        for protocol in protocols:
+            found = rows(results, metric, protocol=protocol)
+            assert len(rows(found, metric, probe="resampler", control="no")) == 2
+            assert len(rows(found, metric, probe="ridge", control="no")) == 2
+            assert len(rows(found, metric, probe="constant")) == len(rows(found, metric, probe="target")) == 1
+            assert (found["ci_low"] <= found["value"]).all() and (found["value"] <= found["ci_high"]).all()
+
+
+def test_the_teachers_own_feature_scores_what_the_teacher_scores(evaluated):
+    """The target grid is the last stage's own here, so that nothing is lost on the way."""
+    _, _, results = evaluated
+    target, teacher = (rows(results, "miou", protocol="strict", probe=p)["value"].item() for p in ("target", "teacher"))
+    assert target == teacher > rows(results, "miou", protocol="strict", probe="constant")["value"].item()
+
+
+def test_depth_pairs_by_brute_force(evaluated):
+    run, world, results = evaluated
+    teacher = load_teacher("depth", TeacherRecipe(id=str(ASSETS / "depth")), torch.device("cpu"))
+    entries = json.loads((world / "da2k" / "annotations.json").read_text())
+    right, count = 0.0, 0
+    for name, pairs in entries.items():
+        with Image.open(world / "da2k" / name) as image:
+            pixels = teacher.prepare([image.convert("RGB")])
+            size = (image.height, image.width)
+        one = depth.decode(teacher, teacher.target(pixels))
+        plane = F.interpolate(one[:, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+        for pair in pairs:
+            a, b = (float(plane[tuple(pair[p])]) for p in ("point1", "point2"))
+            right += 0.5 if a == b else float((a > b) == (pair["closer_point"] == "point1"))
+            count += 1
+    assert rows(results, "da2k", probe="target")["value"].item() == pytest.approx(right / count, abs=1e-6)
+    table, names, _ = read_scores(score_file(run, "da2k", "da2k"))
+    assert names == list(entries) and all(scores[:, 1].sum() == count for scores in table.values())
+
+
+def test_an_image_without_panoptic_png_is_left_out_and_named(evaluated):
+    run, world, results = evaluated
+    assert set(rows(results, "miou")["n"]) == {7} and set(rows(results, "cosine")["n"]) == {8}
+    skipped = json.loads((run / "manifest.json").read_text())["skipped"]
+    first = min(path.name for path in (world / "val2017").iterdir())
+    assert [(s["image"], s["reason"]) for s in skipped] == [(first, "no panoptic PNG")]
+
+
+def test_blind_decoding_of_the_mean_is_the_same_for_every_image(evaluated):
+    run, _, _ = evaluated
+    table, _, _ = read_scores(score_file(run, "miou", "val2017"))
+    found = {c.protocol: scores for c, scores in table.items() if c.probe == "constant"}
+    predicted = {p: found[p].reshape(7, 3, -1)[:, 2] for p in ("blind", "strict")}
+    assert (predicted["blind"] == predicted["blind"][0]).all()  # the same pixels per class in every image
+    assert not (predicted["strict"] == predicted["strict"][0]).all()
+
+
+def test_what_a_metric_needs_and_does_not_find(evaluated, tmp_path):
+    run, world, _ = evaluated
+    with pytest.raises(UserError, match="give --da2k DIR"):
+        evaluate(run, ("da2k",))
+    with pytest.raises(UserError, match="da2k has the protocols strict"):
+        evaluate(run, ("da2k",), ("paper",), da2k=world / "da2k")
+    broken = tmp_path / "da2k"
+    shutil.copytree(world / "da2k", broken)
+    file = broken / "annotations.json"
+    entries = json.loads(file.read_text())
+    name = next(iter(entries))
+    entries[name][0]["point1"] = [48, 0]
+    file.write_text(json.dumps(entries))
+    with pytest.raises(UserError, match="lies outside"):
+        evaluate(run, ("da2k",), da2k=broken)
+    file.write_text(json.dumps({"images/other.jpg": entries[name]}))
+    with pytest.raises(UserError, match="none of the 1 images"):
+        evaluate(run, ("da2k",), da2k=broken)
+    before = (run / "results.csv").read_bytes()
+    panoptic = world / "annotations" / "panoptic_val2017.json"
+    whole = panoptic.read_text()
+    try:
+        panoptic.write_text(json.dumps(json.loads(whole) | {"categories": json.loads(whole)["categories"] * 2}))
+        with pytest.raises(UserError, match="18 classes and the seg teacher 9"):
+            evaluate(run, ("miou",))
+    finally:
+        panoptic.write_text(whole)
+    assert (run / "results.csv").read_bytes() == before
+
+
+def test_a_missing_image_is_counted(evaluated, tmp_path):
+    run, world, _ = evaluated
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.copytree(world / "da2k", tmp_path / "da2k")
+    first, second = list(json.loads((world / "da2k" / "annotations.json").read_text()))[:2]
+    (tmp_path / "da2k" / first).unlink()
+    (tmp_path / "da2k" / second).write_bytes(b"no image")
+    evaluate(copy, ("da2k",), da2k=tmp_path / "da2k")
+    skipped = {s["image"]: s["reason"] for s in json.loads((copy / "manifest.json").read_text())["skipped"]}
+    assert skipped[first] == "missing" and skipped[second].startswith("corrupt")
+    table, names, _ = read_scores(score_file(copy, "da2k", "da2k"))
+    assert first not in names and second not in names
+    assert {len(scores) for scores in table.values()} == {len(names)} and len(names) > 2
