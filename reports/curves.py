@@ -20,6 +20,10 @@ METRIC_LABELS = {
     ("cosine_centred", "strict"): "centred cosine similarity",
     ("cosine", "strict"): "cosine similarity per token",
     ("cosine", "paper"): "cosine similarity, flattened",
+    ("da2k", "strict"): "DA-2K accuracy",
+    ("miou", "blind"): "mIoU, probe alone",
+    ("miou", "strict"): "mIoU, with the image's true early stages",
+    ("miou", "paper"): "mIoU per image, early stages shrunk",
 }
 PROBES = {"resampler": "Perceiver resampler", "ridge": "ridge readout"}
 STYLE = {
@@ -66,6 +70,8 @@ def series(runs: Sequence[RunResults]) -> list[Series]:
 
 MEAN_LABEL = "mean target"
 MEAN_STYLE: dict[str, Any] = {"color": "#8a8a8a", "linestyle": (0, (6, 2, 1, 2)), "linewidth": 1.2}
+OWN_LABEL = "teacher's own feature"
+OWN_STYLE: dict[str, Any] = {"color": "#333333", "linestyle": "-", "linewidth": 0.8}
 
 
 def draw_panel(
@@ -102,6 +108,9 @@ def draw_panel(
     mean = lines[0].run.mean_target(teacher, metric, protocol)
     if mean is not None:
         axes.axhline(mean, label=MEAN_LABEL, **MEAN_STYLE)
+    own = lines[0].run.own_feature(teacher, metric, protocol)
+    if own is not None:
+        axes.axhline(own, label=OWN_LABEL, **OWN_STYLE)
     step = max(1, int(np.ceil(deepest / 8)))
     ticks: list[float] = list(range(0, deepest + 1, step))
     labels = [str(tick) for tick in ticks]
@@ -117,30 +126,33 @@ def draw_panel(
         axes.set_ylabel(METRIC_LABELS[metric, protocol])
 
 
-def legend_handles(lines: Sequence[Series]) -> list[Line2D]:
-    """One entry per line, and the mean target."""
+def legend_handles(lines: Sequence[Series], own: bool = False) -> list[Line2D]:
+    """One entry per line, the mean target, and where a metric decodes the teacher's own feature."""
     handles = [
         Line2D([], [], color=x.colour, linestyle=x.dash, marker=x.marker or None, markersize=4, label=x.label)
         for x in lines
     ]
-    return [*handles, Line2D([], [], label=MEAN_LABEL, **MEAN_STYLE)]
+    handles.append(Line2D([], [], label=MEAN_LABEL, **MEAN_STYLE))
+    return [*handles, Line2D([], [], label=OWN_LABEL, **OWN_STYLE)] if own else handles
 
 
 def layer_figure(runs: Sequence[RunResults], metric: str, protocol: str) -> Figure:
     """The whole figure: a column per teacher, a row per kind of probe, one legend below."""
     lines = series(runs)
-    teachers = runs[0].teachers
+    teachers = runs[0].teachers_of(metric, protocol)
+    own = any(runs[0].own_feature(teacher, metric, protocol) is not None for teacher in teachers)
     probes = [p for p in PROBES if any((run.results["probe"] == p).any() for run in runs)]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.4 * len(teachers), 2.7 * len(probes) + 0.7), layout="constrained")
-        grid = figure.subplots(len(probes), len(teachers), squeeze=False, sharey="col")
-        for row, probe in enumerate(probes):
-            for column, teacher in enumerate(teachers):
-                draw_panel(grid[row, column], lines, teacher, probe, metric, protocol, ylabel=column == 0)
-                name = PROBES[probe]
-                grid[row, column].set_title(f"{TITLES.get(teacher, teacher)}, {name}", fontsize=10, loc="left")
-        handles = legend_handles(lines)
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
+        rows, columns = (len(probes), len(teachers)) if len(teachers) > 1 else (1, len(probes))
+        figure = Figure(figsize=(3.4 * columns, 2.7 * rows + 0.7), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharey="col" if len(teachers) > 1 else "row")
+        panels = [(probe, teacher) for probe in probes for teacher in teachers]
+        for index, (axes, (probe, teacher)) in enumerate(zip(grid.flat, panels, strict=True)):
+            draw_panel(axes, lines, teacher, probe, metric, protocol, ylabel=index % columns == 0)
+            axes.set_title(f"{TITLES.get(teacher, teacher)}, {PROBES[probe]}", fontsize=10, loc="left")
+        handles = legend_handles(lines, own)
+        wide = 4 if columns > 2 else 3
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), wide), frameon=False)
     return figure
 
 

@@ -34,6 +34,8 @@ COLUMNS = {
     "ridge": ("ridge", "no"),
     "ridge, random weights": ("ridge", "random"),
 }
+DECODED = (("da2k", "strict"), ("miou", "blind"))
+"""The decoded metrics to read first."""
 DASHES = {"-": "solid", "--": "dashed", ":": "dotted"}
 
 
@@ -104,7 +106,13 @@ def _table(run: RunResults, teacher: str, metric: str, protocol: str) -> dict[st
         "head": ["layer", *columns],
         "rows": rows,
         "mean": run.mean_target(teacher, metric, protocol),
+        "own": run.own_feature(teacher, metric, protocol),
     }
+
+
+def _title(label: str) -> str:
+    """With a capital, except where the name has its own (mIoU)."""
+    return label if label[1].isupper() else label[0].upper() + label[1:]
 
 
 def _sections(runs: list[RunResults]) -> list[dict[str, Any]]:
@@ -121,17 +129,19 @@ def _sections(runs: list[RunResults]) -> list[dict[str, Any]]:
                         "alt": f"{name}, {TITLES.get(teacher, teacher)}: {METRIC_LABELS[metric, protocol]} by layer",
                         "src": _image(panel_figure(there, teacher, probe, metric, protocol)),
                     }
-                    for teacher in there[0].teachers
+                    for teacher in there[0].teachers_of(metric, protocol)
                 ],
             }
             for probe, name in PROBES.items()
             if any((run.results["probe"] == probe).any() for run in there)
         ]
-        tables = [_table(run, teacher, metric, protocol) for run in there for teacher in run.teachers]
+        tables = [_table(run, t, metric, protocol) for run in there for t in run.teachers_of(metric, protocol)]
         sections.append(
             {
-                "title": METRIC_LABELS[metric, protocol].capitalize(),
+                "title": _title(METRIC_LABELS[metric, protocol]),
                 "headline": (metric, protocol) == (METRIC, PROTOCOL),
+                "decoded": (metric, protocol) in DECODED,
+                "own": any(table["own"] is not None for table in tables),
                 "key": f"{metric}_{protocol}",
                 "rows": rows,
                 "tables": tables,
@@ -147,7 +157,7 @@ def _render(runs: list[RunResults]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    handles = legend_handles(series(runs))
+    handles = legend_handles(series(runs), own=True)
     legend = [
         {"label": h.get_label(), "colour": str(h.get_color()), "dash": DASHES.get(str(h.get_linestyle()), "dashed")}
         for h in handles

@@ -67,6 +67,17 @@ class RunResults:
         row = self.curve(teacher, "constant", "mean", metric, protocol)
         return float(row["value"].iloc[0]) if len(row) else None
 
+    def own_feature(self, teacher: str, metric: str, protocol: str) -> float | None:
+        """What the teacher's own feature scores, decoded as a probe's output is; None where nothing is decoded."""
+        row = self.curve(teacher, "target", "teacher", metric, protocol)
+        return float(row["value"].iloc[0]) if len(row) else None
+
+    def teachers_of(self, metric: str, protocol: str) -> list[str]:
+        """Teachers that a metric was computed for."""
+        r = self.results
+        there = set(r[(r["metric"] == metric) & (r["protocol"] == protocol)]["teacher"])
+        return [name for name in self.teachers if name in there]
+
 
 def layer_rank(layer: str) -> float:
     """Orders layers as the data flows: 0 … L, then `final`."""

@@ -182,3 +182,22 @@ def test_folders_without_results_say_what_to_type(tmp_path):
     (path / "results.csv").unlink()
     with pytest.raises(UserError, match="probing evaluate"):
         load_runs([path])
+
+
+def test_a_decoded_metric_stands_between_its_floor_and_its_ceiling(tmp_path):
+    run = make_run(tmp_path / "run", layers=2, final=False)
+    table = pd.read_csv(run / "results.csv", dtype={"layer": str}, keep_default_na=False)
+    places = [("", "constant", "mean", 0.08), ("", "target", "teacher", 0.52), ("0", "resampler", "no", 0.4)]
+    more = [
+        ["tiny", "seg", layer, probe, control, "miou", "blind", "val2017", 0, value, value, value, 50]
+        for layer, probe, control, value in places
+    ]
+    pd.concat([table, pd.DataFrame(more, columns=COLUMNS)]).to_csv(run / "results.csv", index=False)
+    page = write_report([run], tmp_path / "report").read_text()
+    assert "mIoU, probe alone by layer" in page
+    assert page.count("decoded in the same way: 0.520") == 1  # the metric of one teacher only
+    (loaded,) = load_runs([run])
+    assert loaded.teachers_of("miou", "blind") == ["seg"] and loaded.own_feature("seg", "cosine", "strict") is None
+    figure = layer_figure([loaded], "miou", "blind")
+    levels = {line.get_label(): line.get_ydata()[0] for line in figure.axes[0].get_lines()}
+    assert levels["mean target"] == 0.08 and levels["teacher's own feature"] == 0.52
