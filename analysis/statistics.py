@@ -65,8 +65,3 @@ def bootstrap(
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.nanpercentile((drawn * seed_share).sum(axis=1), [tail, 100 - tail])
     return Interval(float(statistic(table.mean(axis=1)).mean()), float(low), float(high))
-
-
-def bootstrap_mean(scores: NDArray[np.floating], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """`bootstrap` of the mean of scores (images) or (seeds, images)."""
-    return bootstrap(np.atleast_2d(scores), resamples=resamples, seed=seed)
