@@ -1,13 +1,10 @@
 """Distances between sets of images: the Fréchet distance (FID where the features are Inception's) and KID."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-FEW = 2048
-"""Below this number of images a covariance of Inception's 2048 features is singular and FID is biased upwards."""
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
 
@@ -96,22 +93,3 @@ def squared_mmd(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     xx, yy, xy = (((a @ b.T) / width + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (n * (n - 1))
     return float(within - 2 * xy.mean())
-
-
-def bootstrap_frechet(
-    features: NDArray[np.floating], reference: Gaussian, resamples: int, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the Fréchet distance over images, as spread around the value.
-
-    A resample repeats images, which shrinks its covariance's rank and shifts the distance; the interval is therefore
-    that of the resampled distances about their own mean, moved to the value (Efron & Tibshirani, 1993, ch. 13).
-    """
-    rng = np.random.default_rng(seed)
-    value = frechet_distance(Gaussian.of(features), reference)
-    draws: Sequence[float] = [
-        frechet_distance(Gaussian.of(features[rng.integers(0, len(features), len(features))]), reference)
-        for _ in range(resamples)
-    ]
-    shift = value - float(np.mean(draws))
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low + shift), float(high + shift)

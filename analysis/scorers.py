@@ -117,7 +117,7 @@ class DepthPairs:
             try:
                 with Image.open(root / name) as image:
                     sizes[name] = (image.height, image.width)
-            except (OSError, SyntaxError, ValueError):
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                 continue  # the loader reads it again, and notes why it is left out
             for pair in found[name]:
                 if not pair.inside(*sizes[name]):

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from analysis.depth_pairs import pair_accuracy
-from analysis.segmentation import iou_of_counts
+from analysis.segmentation import mean_iou
 from analysis.statistics import bootstrap, share_mean
 from probing.run import Run, whole_file, write_text
 
@@ -25,8 +25,8 @@ COLUMNS = (
 )
 STATISTICS: dict[tuple[str, str], Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     ("da2k", "strict"): pair_accuracy,
-    ("miou", "strict"): iou_of_counts,
-    ("miou", "blind"): iou_of_counts,
+    ("miou", "strict"): mean_iou,
+    ("miou", "blind"): mean_iou,
 }
 """How a metric and protocol follow from sums over images; the mean, where none is named here."""
 

@@ -27,31 +27,25 @@ def confusion(truth: NDArray[np.integer], found: NDArray[np.integer], classes: i
     return flat.reshape(classes, classes + 1)
 
 
-def class_iou(matrix: Matrix) -> NDArray[np.float64]:
-    """Intersection over union per class (classes); NaN where a class is neither there nor predicted."""
-    both = np.diagonal(matrix).astype(np.float64)
-    union = matrix.sum(axis=1) + matrix.sum(axis=0)[: len(matrix)] - both
-    return np.divide(both, union, out=np.full(len(matrix), np.nan), where=union > 0)
-
-
-def mean_iou(matrix: Matrix) -> float:
-    """Mean over the classes that occur in the truth (protocol `strict`); NaN where none does."""
-    there = matrix.sum(axis=1) > 0
-    return float(class_iou(matrix)[there].mean()) if there.any() else float("nan")
-
-
 def class_counts(truth: NDArray[np.integer], found: NDArray[np.integer], classes: int) -> NDArray[np.int64]:
     """What one image adds to a split's IoU: (3 · classes) pixels in both, in the truth, and in the prediction."""
     matrix = confusion(truth, found, classes)
     return np.concatenate([np.diagonal(matrix), matrix.sum(axis=1), matrix.sum(axis=0)[:classes]])
 
 
-def iou_of_counts(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean IoU over the classes of the truth, from sums (…, 3 · classes) of `class_counts`."""
-    both, true, found = np.split(totals, 3, axis=-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        iou = np.where(true > 0, both / (true + found - both), 0.0)
-        return iou.sum(axis=-1) / (true > 0).sum(axis=-1)
+def class_iou(totals: NDArray[np.floating]) -> NDArray[np.float64]:
+    """IoU per class (…, classes), from sums (…, 3 · classes) of `class_counts`; NaN for a class that is nowhere."""
+    both, true, found = np.split(np.asarray(totals, dtype=np.float64), 3, axis=-1)
+    union = true + found - both
+    return np.divide(both, union, out=np.full_like(union, np.nan), where=union > 0)
+
+
+def mean_iou(totals: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Mean of `class_iou` over the classes that occur in the truth (…); NaN where none does."""
+    there = np.split(totals, 3, axis=-1)[1] > 0
+    number = there.sum(axis=-1).astype(np.float64)
+    total = np.where(there, class_iou(totals), 0.0).sum(axis=-1)
+    return np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
 
 
 def paper_iou(truth: NDArray[np.integer], found: NDArray[np.integer], classes: int) -> float:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.segmentation import iou_of_counts
+from analysis.segmentation import mean_iou
 from analysis.statistics import bootstrap
 
 SCORES = np.random.default_rng(0).gamma(2.0, 0.2, 300)
@@ -52,7 +52,7 @@ def test_a_statistic_of_sums_is_that_of_the_resampled_images():
         inter, true, found = table[rng.integers(0, 40, 40)].sum(axis=0).reshape(3, 3)
         draws.append((inter / (true + found - inter)).mean())
     low, high = np.percentile(draws, [2.5, 97.5])
-    ours = bootstrap(table[None], iou_of_counts)
+    ours = bootstrap(table[None], mean_iou)
     inter, true, found = table.sum(axis=0).reshape(3, 3)
     assert ours.value == pytest.approx((inter / (true + found - inter)).mean())
     assert abs(ours.low - low) < 0.08 * (high - low) and abs(ours.high - high) < 0.08 * (high - low)
