@@ -1,61 +1,103 @@
 """`probing evaluate`: scores the probes of a run.
 
 One pass over the images per metric and set of backbone weights; every layer's probes predict while the layer's state
-exists. Scores are kept per image (`scores/`), so that comparisons can be paired; `results.csv` summarises them.
+exists. Scores are kept per image (`scores/`), so that comparisons can be paired and nothing is computed twice;
+`results.csv` summarises them.
 """
 
+import gc
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
 
-from analysis.scorers import Cosine, DepthPairs, Row, Scorer, Segmentation
-from analysis.scores import Curve, score_file, write_results, write_scores
-from probing.backbones import Backbone, Layer, layer_name, parse_layers
-from probing.backbones.base import Batch
-from probing.bank import ProbeBank
+from analysis.features import Extractor, classifier, inception
+from analysis.generation import Embeddings, Painter, score_generation
+from analysis.passes import PROBES, Selection, pass_state, score_arm
+from analysis.pictures import SIDE, Pictures, draw_depth, draw_gen, draw_seg
+from analysis.scorers import Cosine, DepthPairs, Scorer, Segmentation, early_means
+from analysis.scores import ScoreFile, read_if_fits, score_file, write_results
+from probing import __version__
+from probing.backbones import Backbone, layer_name, parse_layers
 from probing.data.coco import ImageList, Skipped
-from probing.data.loader import micro_batches
 from probing.errors import UserError
-from probing.progress import Progress
-from probing.ridge import RidgeReadout, place_states
+from probing.recipe import ProbeRunRecipe
 from probing.run import Run, disk_errors, write_text
 from probing.teachers import Teacher
+from probing.teachers.gen import GUIDANCE, STEPS, GenDecoder
 from probing.teachers.seg import SegDecoder
 from probing.train import arm_backbone, held_out_images, load_teachers, training_images
 
 logger = logging.getLogger(__name__)
 
-PROTOCOLS = {"cosine": ("strict", "paper"), "da2k": ("strict",), "miou": ("blind", "strict", "paper")}
+PROTOCOLS = {
+    "cosine": ("strict", "paper"),
+    "da2k": ("strict",),
+    "miou": ("blind", "strict", "paper"),
+    "fid": ("strict",),
+    "frechet": ("strict",),
+}
 """Metrics, and the protocols of each."""
+GENERATED = ("fid", "frechet")
+PICTURED = {"da2k": "depth", "miou": "seg", "fid": "gen", "frechet": "gen"}
+"""Decoded metrics, and the teacher whose pictures go with each."""
 
-Scores = dict[Curve, list[Tensor]]
+
+@dataclass(frozen=True)
+class Options:
+    """What `probing evaluate` is asked for.
+
+    Attributes:
+        metrics: some of `PROTOCOLS`.
+        protocols: those of them to compute; by default all of each metric.
+        layers: which, as text; by default all that were probed.
+        probes: `resampler`, `ridge`; by default both, and for generated images the resampler alone.
+        controls: `no`, `shuffled`, `random`; by default all that the run has, and for generated images `no` alone.
+        images: per decoded metric; by default all.
+        da2k: folder in DA-2K's layout, for the metric of that name.
+        inception_weights: file, for fid; by default they are downloaded.
+        extractor: classifier of transformers whose features `frechet` compares.
+        steps: of the diffusion solver.
+        guidance: of the diffusion.
+        pictures: images to draw at every layer, where a metric is decoded.
+        micro_batch: images per forward pass; by default as in training.
+    """
+
+    metrics: tuple[str, ...] = ("cosine",)
+    protocols: tuple[str, ...] = ()
+    layers: str | None = None
+    probes: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
+    images: int | None = None
+    da2k: Path | None = None
+    inception_weights: Path | None = None
+    extractor: str | None = None
+    steps: int = STEPS
+    guidance: float = GUIDANCE
+    pictures: int = 4
+    micro_batch: int | None = None
 
 
-def evaluate(
-    path: Path,
-    metrics: Sequence[str] = ("cosine",),
-    protocols: Iterable[str] = (),
-    micro_batch: int | None = None,
-    da2k: Path | None = None,
-    limit: int | None = None,
-) -> Path:
-    """Scores a finished run.
+@dataclass(frozen=True)
+class Job:
+    """A scorer and what to score with it."""
+
+    scorer: Scorer
+    selection: Selection
+
+
+def evaluate(path: Path, options: Options | None = None) -> Path:
+    """Scores a finished run; what was scored before with the same settings is kept.
 
     Args:
         path: the run.
-        metrics: some of `PROTOCOLS`.
-        protocols: those of them to compute; by default all of each metric.
-        micro_batch: images per forward pass; by default as in training.
-        da2k: folder in DA-2K's layout, for the metric of that name.
-        limit: images per decoded metric; by default all.
+        options: what to score; by default the cosine.
 
     Returns:
         The path of `results.csv`.
@@ -63,64 +105,198 @@ def evaluate(
     Raises:
         UserError: the run is missing or unfinished, or its checkpoint, teachers or data changed since, or what a metric
             needs is not there.
+        Interrupted: stopped by the user; the same call goes on.
     """
+    options = options or Options()
     run = Run.open(path)
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise UserError("probing evaluate runs as one process; start it without accelerate launch")
     device = accelerator.device
-    images = held_out_images(run.recipe.data)
-    teachers = load_teachers(run.recipe, device)
-    means = load_file(run.means, device=str(device))
-    wanted = set(protocols)
-    scorers: list[Scorer] = []
-    for metric in metrics:
-        chosen = [p for p in PROTOCOLS[metric] if not wanted or p in wanted]
-        if not chosen:
-            raise UserError(f"{metric} has the protocols {', '.join(PROTOCOLS[metric])}; choose one of them")
-        scorers.append(_scorer(metric, run, images, teachers, means, chosen, da2k, limit))
-    for scorer in scorers:
-        scores: Scores = {}
-        names: list[str] = []
-        skipped = {skip.image: skip for skip in scorer.images.skipped}
-        for arm in ("no", "random") if "random" in run.recipe.controls else ("no",):
-            backbone = arm_backbone(run.recipe, arm, device)
-            _check_unchanged(run, backbone, teachers, images)
-            size = micro_batch or run.recipe.fit.micro_batch
-            names = _score_arm(run, arm, backbone, scorer, means, size, scores, skipped)
-            del backbone
-        if not names:
-            raise UserError(f"no image of {scorer.images.split} could be read; check {scorer.images.folder}")
-        split = scorer.images.split
-        with disk_errors(path):
-            table = {curve: torch.cat(parts).float().numpy() for curve, parts in scores.items()}
-            write_scores(score_file(path, scorer.stem, split), split, table, names)
-            _note_skipped(run, skipped.values())
+    for metric in options.metrics:
+        protocols_of(metric, options.protocols)
+    workshop = _Workshop(run, options, device)
+    blocks = run.manifest["checkpoint"]["layers"]
+    chosen = {metric: selection(run.recipe, blocks, options, metric) for metric in (*options.metrics, "pictures")}
+    jobs = [Job(workshop.scorer(metric), chosen[metric]) for metric in options.metrics]
+    if options.pictures:
+        drawn = dict.fromkeys(PICTURED[metric] for metric in options.metrics if metric in PICTURED)
+        jobs += [Job(workshop.pictures(name), chosen["pictures"]) for name in drawn]
+    for arm in ("no", "random"):
+        _score_arm(run, arm, jobs, workshop, options)
+    for metric, job in zip(options.metrics, jobs, strict=False):
+        if metric in GENERATED:
+            images = job.scorer.images
+            found = ScoreFile.read(score_file(run.path, job.scorer.stem, images.split))
+            score_generation(run, _chosen(found, job.selection), images, workshop.painter(metric))
     with disk_errors(path):
         return write_results(run)
 
 
-def _scorer(
-    metric: str,
-    run: Run,
-    images: ImageList,
-    teachers: dict[str, Teacher],
-    means: dict[str, Tensor],
-    protocols: Sequence[str],
-    da2k: Path | None,
-    limit: int | None,
-) -> Scorer:
-    if metric == "cosine":
-        return Cosine(images, teachers, means, protocols)
-    if metric == "da2k":
-        if da2k is None:
-            raise UserError("the metric da2k needs its images and pairs; give --da2k DIR")
-        return DepthPairs.of(da2k, teachers, limit)
-    if "seg" not in teachers:
-        raise UserError("miou needs the seg teacher, which this run was made without")
-    decoder = SegDecoder.load(teachers["seg"], run.recipe.teachers["seg"])
-    root = Path(run.recipe.data.path.removeprefix("coco:"))
-    return Segmentation.of(root, images, teachers, decoder, training_images(run.recipe.data), protocols, limit)
+def protocols_of(metric: str, wanted: Sequence[str]) -> list[str]:
+    """The protocols of a metric that were asked for; raises UserError where it has none of them."""
+    chosen = [p for p in PROTOCOLS[metric] if not wanted or p in wanted]
+    if not chosen:
+        raise UserError(f"{metric} has the protocols {', '.join(PROTOCOLS[metric])}; choose one of them")
+    return chosen
+
+
+def selection(recipe: ProbeRunRecipe, blocks: int, options: Options, metric: str) -> Selection:
+    """Layers, probes and controls to score.
+
+    Args:
+        recipe: of the run.
+        blocks: decoder blocks of the checkpoint.
+        options: what was asked for.
+        metric: one of `PROTOCOLS`, or `pictures`.
+
+    Raises:
+        UserError: the run was made without one of them.
+    """
+    generated = metric in GENERATED
+    probed = parse_layers(recipe.layers, blocks)
+    layers = parse_layers(options.layers, blocks) if options.layers else probed
+    there = {
+        "layer": [layer_name(layer) for layer in probed],
+        "probe": [p for p in PROBES if p == "resampler" or recipe.fit.ridge],
+        "control": ["no", *recipe.controls],
+    }
+    defaults = {"probe": there["probe"], "control": there["control"]}
+    if generated:
+        defaults = {"probe": ["resampler"], "control": ["no"]}
+    if metric == "pictures":
+        defaults["control"] = ["no"]
+    chosen = {"probe": options.probes or defaults["probe"], "control": options.controls or defaults["control"]}
+    for what, names in {"layer": [layer_name(layer) for layer in layers], **chosen}.items():
+        for name in names:
+            if name not in there[what]:
+                raise UserError(f"this run has no {what} {name!r}; it has {', '.join(there[what])}")
+    if metric == "pictures":
+        chosen["control"] = ["no"]
+    return Selection(tuple(layers), tuple(chosen["probe"]), tuple(chosen["control"]))
+
+
+def _chosen(found: ScoreFile, chosen: Selection) -> ScoreFile:
+    """The part of a file that was asked for, with mean target and true feature."""
+    layers = {layer_name(layer) for layer in chosen.layers}
+    table = {
+        curve: values
+        for curve, values in found.table.items()
+        if not curve.layer
+        or (curve.layer in layers and curve.probe in chosen.probes and curve.control in chosen.controls)
+    }
+    return ScoreFile(table, found.names, found.split, found.settings)
+
+
+def _score_arm(run: Run, arm: str, jobs: Iterable[Job], workshop: "_Workshop", options: Options) -> None:
+    """Scores on one set of backbone weights whatever is not scored yet."""
+    due = []
+    for job in jobs:
+        scorer, chosen = job.scorer, job.selection.arm(arm)
+        settings = f"{__version__} {scorer.settings()}"
+        file = score_file(run.path, scorer.stem, scorer.images.split)
+        there = read_if_fits(file, settings)
+        lacking = chosen.lacking(scorer, run.recipe.fit.seeds, set(there.table) | set(there.sums) if there else set())
+        if lacking.layers and lacking.controls:
+            due.append((scorer, lacking, settings, file))
+        elif chosen.controls:
+            logger.info("%s is there already; remove it to score again", file)
+    if not due:
+        return
+    backbone = arm_backbone(run.recipe, arm, workshop.device)
+    _check_unchanged(run, backbone, workshop.teachers, workshop.images)
+    for scorer, lacking, settings, file in due:
+        batch = options.micro_batch or run.recipe.fit.micro_batch
+        found = score_arm(run, arm, backbone, scorer, lacking, batch, settings)
+        if not found.names:
+            raise UserError(f"no image of {scorer.images.split} could be read; check {scorer.images.folder}")
+        there = read_if_fits(file, settings)
+        if there and not found.merge(there):
+            logger.warning("%s: other images could be read this time; the scores that were there are replaced", file)
+        with disk_errors(run.path):
+            found.write(file)
+            _note_skipped(run, [*scorer.images.skipped, *(Skipped(*row) for row in found.skipped)])
+        pass_state(run, scorer, arm).unlink(missing_ok=True)
+    del backbone
+    gc.collect()
+
+
+class _Workshop:
+    """What scorers are made of; each part is loaded once, and only if something needs it."""
+
+    def __init__(self, run: Run, options: Options, device: torch.device) -> None:
+        self.run, self.options, self.device = run, options, device
+        self.images = held_out_images(run.recipe.data)
+        self.teachers = load_teachers(run.recipe, device)
+        self._seg: SegDecoder | None = None
+        self._gen: GenDecoder | None = None
+        self._means: list[torch.Tensor] = []
+
+    def scorer(self, metric: str) -> Scorer:
+        """The scorer of one metric."""
+        options, protocols = self.options, protocols_of(metric, self.options.protocols)
+        if metric == "cosine":
+            means = load_file(self.run.means, device=str(self.device))
+            return Cosine(self.images, self.teachers, means, protocols)
+        if metric == "da2k":
+            if options.da2k is None:
+                raise UserError("the metric da2k needs its images and pairs; give --da2k DIR")
+            return DepthPairs.of(options.da2k, self.teachers, options.images)
+        if metric == "miou":
+            if "seg" not in self.teachers:
+                raise UserError("miou needs the seg teacher, which this run was made without")
+            root = Path(self.run.recipe.data.path.removeprefix("coco:"))
+            constants = self.early_means() if "blind" in protocols else []
+            return Segmentation.of(root, self.images, self.teachers, self.seg(), constants, protocols, options.images)
+        scorer = Embeddings.of(self.images, self.teachers, options.images)
+        self.painter(metric)  # before anything long begins, so that what is missing is said at once
+        return scorer
+
+    def seg(self) -> SegDecoder:
+        """The decoder of the seg teacher."""
+        self._seg = self._seg or SegDecoder.load(self.teachers["seg"], self.run.recipe.teachers["seg"])
+        return self._seg
+
+    def early_means(self) -> list[torch.Tensor]:
+        """The constants that stand for the true image's early stages in blind decoding."""
+        self._means = self._means or early_means(self.seg(), training_images(self.run.recipe.data))
+        return self._means
+
+    def gen(self) -> GenDecoder:
+        """The decoder of the gen teacher."""
+        if self._gen is None:
+            recipe = self.run.recipe.teachers["gen"]
+            self._gen = GenDecoder.load(self.teachers["gen"], recipe, self.options.steps, self.options.guidance)
+        return self._gen
+
+    def extractor(self, metric: str) -> Extractor:
+        """The network whose features are compared."""
+        if metric == "fid":
+            return inception(self.options.inception_weights, self.device)
+        if self.options.extractor is None:
+            raise UserError("the metric frechet needs a network for its features; give --extractor DIR, or use fid")
+        return classifier(self.options.extractor, self.device)
+
+    def painter(self, metric: str) -> Painter:
+        """Paints images and looks at them."""
+        batch = self.options.micro_batch or self.run.recipe.fit.micro_batch
+        return Painter(self.gen(), self.extractor(metric), self.teachers["gen"].sha256, batch)
+
+    def pictures(self, name: str) -> Pictures:
+        """Draws a few images through one teacher's decoder."""
+        teacher, options, made_with = self.teachers[name], self.options, ""
+        side = min(SIDE, teacher.prepare([Image.new("RGB", (SIDE, SIDE))]).shape[-1])
+        if name == "depth":
+            draw = draw_depth(teacher, side)
+        elif name == "seg":
+            draw = draw_seg(self.seg(), self.early_means(), side)
+            with disk_errors(self.run.path):
+                write_text(self.run.path / "pictures" / "classes.json", json.dumps(self.seg().names))
+        else:
+            draw = draw_gen(self.gen(), side)
+            made_with = f"{options.steps} {options.guidance}"
+        images = ImageList(self.images.folder, self.images.split, self.images.names[: options.pictures])
+        return Pictures(images, {name: teacher}, draw, side, made_with)
 
 
 def _check_unchanged(run: Run, backbone: Backbone, teachers: dict[str, Teacher], images: ImageList) -> None:
@@ -131,69 +307,6 @@ def _check_unchanged(run: Run, backbone: Backbone, teachers: dict[str, Teacher],
     for name, then, now in pairs:
         if then != now:
             raise UserError(f"the {name} is not the one this run was made with; put it back, or train a new run")
-
-
-def _score_arm(
-    run: Run,
-    arm: str,
-    backbone: Backbone,
-    scorer: Scorer,
-    means: dict[str, Tensor],
-    size: int,
-    scores: Scores,
-    skipped: dict[str, Skipped],
-) -> list[str]:
-    """Scores everything that was trained on one set of backbone weights; returns the names of the images scored."""
-    recipe, device, images, teachers = run.recipe, backbone.device, scorer.images, scorer.teachers
-    layers = parse_layers(recipe.layers, backbone.layers)
-    controls = [arm, *(["shuffled"] if arm == "no" and "shuffled" in recipe.controls else [])]
-    banks = {control: ProbeBank.load(run.probes(control), device, teachers) for control in controls}
-    ridge = RidgeReadout.load(run.ridge(arm), device)
-    names: list[str] = []
-    plan = [list(range(i, min(i + size, len(images)))) for i in range(0, len(images), size)]
-    prepare = {name: teacher.prepare for name, teacher in teachers.items()}
-    batches = micro_batches(images, plan, backbone.prepare, prepare, recipe.data.view, recipe.fit.workers, device)
-    what = f"{scorer.stem} ({'checkpoint' if arm == 'no' else arm})"
-    with torch.no_grad(), Progress(what, len(plan), unit="batches") as bar:
-        for prepared in batches:
-            bar.advance()
-            skipped |= {skip.image: skip for skip in prepared.skipped}
-            if prepared.student is None:
-                continue
-            names += [images.names[index] for index in prepared.indices]
-            targets = {name: teacher.target(prepared.pixels[name]) for name, teacher in teachers.items()}
-            context = scorer.begin(prepared, targets)
-            batch = prepared.student.to(device)
-
-            def note(teacher: str, layer: str, probe: str, control: str, seed: int, rows: Iterable[Row]) -> None:
-                for metric, protocol, values in rows:
-                    curve = Curve(teacher, layer, probe, control, metric, protocol, seed)
-                    scores.setdefault(curve, []).append(values.cpu())
-
-            def visit(layer: Layer, hidden: Tensor, batch: Batch = batch, context: Any = context) -> None:
-                where = layer_name(layer)
-                with torch.no_grad():
-                    keys, mask = batch.tokens.select(hidden.to(device).float(), recipe.probe.keys)
-                    for control, bank in banks.items():
-                        for key, probe in bank.at(layer):
-                            rows = scorer.score(key.teacher, probe(keys, mask), context)
-                            note(key.teacher, where, "resampler", control, key.seed, rows)
-                    image_states = batch.tokens.image_states(hidden.to(device))
-                    for teacher, weight, bias in ridge.at(layer):
-                        if teacher in teachers:
-                            placed = place_states(image_states, batch.tokens.grid, teachers[teacher].grid)
-                            rows = scorer.score(teacher, F.linear(placed, weight, bias), context)
-                            note(teacher, where, "ridge", arm, recipe.fit.seeds[0], rows)
-
-            backbone.stream(batch, layers, visit)
-            if arm == "no":
-                seed = recipe.fit.seeds[0]
-                for name, target in targets.items():
-                    rows = scorer.score(name, means[name].expand_as(target), context)
-                    note(name, "", "constant", "mean", seed, rows)
-                for name, probe, rows in scorer.ceiling(targets, context):
-                    note(name, "", probe, "teacher", seed, rows)
-    return names
 
 
 def _note_skipped(run: Run, skipped: Iterable[Skipped]) -> None:

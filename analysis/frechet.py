@@ -1,10 +1,17 @@
 """Distances between sets of images: the Fréchet distance (FID where the features are Inception's) and KID."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
+from analysis.statistics import Interval
+
+ENOUGH_IMAGES = 2048
+"""With fewer images than Inception has features, covariances are singular and the distance is biased upwards."""
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
 
@@ -34,57 +41,61 @@ class Gaussian:
             raise ValueError(f"cannot fit a Gaussian to features of shape {table.shape}")
         return cls(table.mean(axis=0), np.atleast_2d(np.cov(table, rowvar=False)), len(table))
 
+    @functools.cached_property
+    def root(self) -> NDArray[np.float64]:
+        """The symmetric root of the covariance."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+
 
 def frechet_distance(one: Gaussian, two: Gaussian) -> float:
     """Fréchet distance of two Gaussians: |m1 - m2|² + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al., 2017, eq. 6).
 
-    The trace of the root is taken from the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2), which are those of
-    S1 S2; that stays exact where covariances are singular, and needs no root of a matrix that is not symmetric.
+    The trace of the root is taken from the eigenvalues of the symmetric S2^(1/2) S1 S2^(1/2), which are those of
+    S1 S2; that stays exact where covariances are singular, and needs no root of a matrix that is not symmetric. The
+    root of `two`, the reference, is computed once.
     """
-    values, vectors = np.linalg.eigh(one.covariance)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.linalg.eigvalsh(root @ two.covariance @ root)
+    cross = np.linalg.eigvalsh(two.root @ one.covariance @ two.root)
     trace = np.trace(one.covariance) + np.trace(two.covariance) - 2 * np.sqrt(cross.clip(min=0)).sum()
     return float(((one.mean - two.mean) ** 2).sum() + trace)
 
 
-@dataclass(frozen=True)
-class KernelDistance:
-    """KID and how much it varies between sub-samples."""
-
-    value: float
-    spread: float
-
-
-def kernel_distance(
+def kernel_distances(
     one: NDArray[np.floating],
     two: NDArray[np.floating],
     subsets: int = KID_SUBSETS,
     subset_size: int = KID_SUBSET_SIZE,
     seed: int = 0,
-) -> KernelDistance:
-    """KID: unbiased squared MMD of the kernel (x·y / D + 1)³, mean over sub-samples (Bińkowski et al., 2018, sec. 4).
+) -> NDArray[np.float64]:
+    """KID of sub-samples: unbiased squared MMD of the kernel (x·y / D + 1)³ (Bińkowski et al., 2018, sec. 4).
 
     Args:
         one: features (n, D).
         two: features (m, D).
         subsets: number of sub-samples.
-        subset_size: features drawn from each set without replacement; at most the smaller set.
+        subset_size: features drawn from each set without replacement; at most half of the smaller set, lest all
+            sub-samples be the same.
         seed: of the draws.
 
     Returns:
-        The mean, and the standard deviation over sub-samples.
+        (subsets); their mean is the KID.
     """
-    size = min(subset_size, len(one), len(two))
+    size = min(subset_size, len(one) // 2, len(two) // 2)
     if size < 2:
-        raise ValueError(f"KID needs at least 2 features on either side, not {len(one)} and {len(two)}")
+        raise ValueError(f"KID needs at least 4 features on either side, not {len(one)} and {len(two)}")
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):
         x = np.asarray(one, dtype=np.float64)[rng.choice(len(one), size, replace=False)]
         y = np.asarray(two, dtype=np.float64)[rng.choice(len(two), size, replace=False)]
         values.append(squared_mmd(x, y))
-    return KernelDistance(float(np.mean(values)), float(np.std(values)))
+    return np.array(values)
+
+
+def sample_spread(values: NDArray[np.float64]) -> Interval:
+    """Mean of sub-samples, and the range that holds 95 % of them: their spread, not an interval of the mean."""
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Interval(float(np.mean(values)), float(low), float(high))
 
 
 def squared_mmd(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
@@ -93,3 +104,51 @@ def squared_mmd(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     xx, yy, xy = (((a @ b.T) / width + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (n * (n - 1))
     return float(within - 2 * xy.mean())
+
+
+@dataclass(frozen=True)
+class Jackknife:
+    """Distances of all images, and with a group of them left out in turn.
+
+    Attributes:
+        whole: (seeds).
+        left_out: (groups, seeds).
+    """
+
+    whole: NDArray[np.float64]
+    left_out: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, features: NDArray[np.floating], reference: Gaussian, groups: int = 10) -> "Jackknife":
+        """Fréchet distances of features (seeds, n, D) from a reference; fewer groups where there are few images."""
+        n = features.shape[1]
+        groups = min(groups, n // 2)
+        place = np.arange(n) % groups
+
+        def distances(kept: NDArray[np.bool_]) -> list[float]:
+            return [frechet_distance(Gaussian.of(one[kept]), reference) for one in features]
+
+        left_out = [distances(place != group) for group in range(groups)]
+        return cls(np.array(distances(place >= 0)), np.array(left_out))
+
+    @classmethod
+    def mean(cls, several: Sequence["Jackknife"]) -> "Jackknife":
+        """Of the mean of several distances, over layers say, of the same images."""
+        return cls(np.mean([one.whole for one in several], axis=0), np.mean([one.left_out for one in several], axis=0))
+
+    def interval(self) -> Interval:
+        """Mean over seeds, with a 95 % interval over images and seeds, centred on it.
+
+        A bootstrap would not do: repeated images narrow a covariance and push the distance up. The spread of the
+        distances without one group is scaled up instead (delete-a-group jackknife; Kott, 2001); training noise adds its
+        own variance where there are several seeds.
+        """
+        groups, seeds = self.left_out.shape
+        variance = (groups - 1) ** 2 / groups * np.var(self.left_out.mean(axis=1), ddof=1)
+        freedom = groups - 1
+        if seeds > 1:
+            variance += np.var(self.whole, ddof=1) / seeds
+            freedom = min(freedom, seeds - 1)
+        reach = float(stats.t.ppf(0.975, freedom) * np.sqrt(variance))
+        value = float(self.whole.mean())
+        return Interval(value, value - reach, value + reach)

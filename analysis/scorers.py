@@ -1,9 +1,10 @@
 """The ways to score predictions: each has its own images, its teacher, and what it does with a predicted feature."""
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from analysis.depth_pairs import score_pairs
-from analysis.segmentation import class_counts, paper_iou
+from analysis.depth_pairs import row_score, score_pairs
+from analysis.segmentation import class_counts, confusion, paper_iou
 from analysis.similarity import centred_cosine, flat_cosine, token_cosine
 from probing.data.coco import ImageList, Skipped, square
 from probing.data.da2k import Pair, read_pairs
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 Row = tuple[str, str, Tensor]
 """Metric, protocol, and what every image of the batch scores: (B), or (B, numbers)."""
+Reference = tuple[str, str, str, Iterable[Row]]
+"""Teacher, and the probe and control that `results.csv` names it by."""
 MEAN_OVER = 256
 """Training images whose early stages give the constant of blind decoding."""
 
@@ -35,14 +38,25 @@ class Scorer(Protocol):
     """One metric, or several that need the same predictions of the same images.
 
     Attributes:
-        stem: first part of the score file's name.
+        stem: folder and first part of the name of the file that its scores go to.
         images: what is scored.
         teachers: those whose features are predicted.
+        summed: metrics of which only the sum over all images is kept.
     """
 
-    stem: str
     images: ImageList
     teachers: dict[str, Teacher]
+    summed: frozenset[str]
+
+    @property
+    def stem(self) -> str:
+        """See above."""
+
+    def measures(self, teacher: str) -> list[tuple[str, str]]:
+        """Metric and protocol of every row that `score` gives."""
+
+    def settings(self) -> str:
+        """What the scores depend on besides the run, as text."""
 
     def begin(self, prepared: Prepared, targets: dict[str, Tensor]) -> Any:
         """Whatever all predictions for one batch are scored with."""
@@ -50,8 +64,11 @@ class Scorer(Protocol):
     def score(self, teacher: str, prediction: Tensor, context: Any) -> Iterable[Row]:
         """Scores a prediction (B, N, D), by a probe or a constant."""
 
-    def ceiling(self, targets: dict[str, Tensor], context: Any) -> Iterable[tuple[str, str, Iterable[Row]]]:
-        """Rows of the teacher itself: its name, `target` (its feature, decoded as a prediction is) or `teacher`."""
+    def references(self, targets: dict[str, Tensor], context: Any) -> Iterable[Reference]:
+        """What stands beside the probes: above all the teacher itself.
+
+        Its feature decoded as a prediction is (`target`), and its own answer (`teacher`).
+        """
 
 
 @dataclass
@@ -62,7 +79,17 @@ class Cosine:
     teachers: dict[str, Teacher]
     means: dict[str, Tensor]
     protocols: Sequence[str]
-    stem: str = "cosine"
+    stem: str = "scores/cosine"
+    summed: frozenset[str] = frozenset()
+
+    def measures(self, teacher: str) -> list[tuple[str, str]]:
+        """Up to three ways to compute it."""
+        every = [("cosine", "strict"), ("cosine_centred", "strict"), ("cosine", "paper")]
+        return [(metric, protocol) for metric, protocol in every if protocol in self.protocols]
+
+    def settings(self) -> str:
+        """The images."""
+        return self.images.digest()
 
     def begin(self, prepared: Prepared, targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """The targets."""
@@ -76,11 +103,10 @@ class Cosine:
             ("cosine_centred", "strict"): lambda: centred_cosine(prediction, target, mean),
             ("cosine", "paper"): lambda: flat_cosine(prediction, target),
         }
-        for (metric, protocol), way in ways.items():
-            if protocol in self.protocols:
-                yield metric, protocol, way()
+        for metric, protocol in self.measures(teacher):
+            yield metric, protocol, ways[metric, protocol]()
 
-    def ceiling(self, targets: dict[str, Tensor], context: Any) -> Iterator[tuple[str, str, Iterable[Row]]]:
+    def references(self, targets: dict[str, Tensor], context: Any) -> Iterator[Reference]:
         """None: a target's cosine with itself is 1."""
         yield from ()
 
@@ -93,7 +119,17 @@ class DepthPairs:
     teachers: dict[str, Teacher]
     pairs: dict[str, list[Pair]]
     sizes: dict[str, tuple[int, int]]
-    stem: str = "da2k"
+    stem: str = "scores/da2k"
+    summed: frozenset[str] = frozenset()
+
+    def measures(self, teacher: str) -> list[tuple[str, str]]:
+        """One."""
+        return [("da2k", "strict")]
+
+    def settings(self) -> str:
+        """The images and their pairs."""
+        pairs = repr([self.pairs[name] for name in self.images.names])
+        return hashlib.sha256(f"{self.images.digest()} {pairs}".encode()).hexdigest()
 
     @classmethod
     def of(cls, root: Path, teachers: dict[str, Teacher], limit: int | None) -> "DepthPairs":
@@ -136,11 +172,14 @@ class DepthPairs:
         """Decodes, and counts right pairs and pairs of every image."""
         yield "da2k", "strict", self._counts(depth.decode(self.teachers[teacher], prediction), context[0])
 
-    def ceiling(self, targets: dict[str, Tensor], context: Any) -> Iterator[tuple[str, str, Iterable[Row]]]:
-        """The target feature through the same decoder, and the teacher from its four features."""
-        yield "depth", "target", self.score("depth", targets["depth"], context)
+    def references(self, targets: dict[str, Tensor], context: Any) -> Iterator[Reference]:
+        """The target feature through the same decoder, the teacher from its four features, and the image row alone."""
+        yield "depth", "target", "teacher", self.score("depth", targets["depth"], context)
         own = depth.predict(self.teachers["depth"], context[1])
-        yield "depth", "teacher", [("da2k", "strict", self._counts(own, context[0]))]
+        yield "depth", "teacher", "teacher", [("da2k", "strict", self._counts(own, context[0]))]
+        rows = [row_score(self.pairs[name]) for name in context[0]]
+        counts = torch.tensor([[one.sum(), len(one)] for one in rows])
+        yield "depth", "image_row", "baseline", [("da2k", "strict", counts)]
 
     def _counts(self, maps: Tensor, names: list[str]) -> Tensor:
         rows = []
@@ -161,8 +200,18 @@ class Segmentation:
     decoder: SegDecoder
     panoptic: Panoptic
     protocols: Sequence[str]
-    means: list[Tensor] = field(default_factory=list)
-    stem: str = "miou"
+    means: list[Tensor]
+    stem: str = "scores/miou"
+    summed: frozenset[str] = frozenset({"confusion"})
+
+    def measures(self, teacher: str) -> list[tuple[str, str]]:
+        """Each protocol, with the confusion matrix that any variant can be computed from."""
+        return [(metric, protocol) for protocol in self.protocols for metric in ("miou", "confusion")]
+
+    def settings(self) -> str:
+        """The images and what is known of their segments."""
+        truth = repr([self.panoptic.segments[name] for name in self.images.names])
+        return hashlib.sha256(f"{self.images.digest()} {truth}".encode()).hexdigest()
 
     @classmethod
     def of(
@@ -171,7 +220,7 @@ class Segmentation:
         images: ImageList,
         teachers: dict[str, Teacher],
         decoder: SegDecoder,
-        training: ImageList,
+        means: list[Tensor],
         protocols: Sequence[str],
         limit: int | None,
     ) -> "Segmentation":
@@ -199,10 +248,7 @@ class Segmentation:
         if not names:
             raise UserError(f"no image of {images.split} has a panoptic annotation with its PNG; unpack them there")
         chosen = ImageList(images.folder, images.split, names[:limit], left_out)
-        found = cls(chosen, {"seg": teachers["seg"]}, decoder, panoptic, protocols)
-        if "blind" in protocols:
-            found.means = _early_means(decoder, training)
-        return found
+        return cls(chosen, {"seg": teachers["seg"]}, decoder, panoptic, protocols, means)
 
     def begin(self, prepared: Prepared, targets: dict[str, Tensor]) -> tuple[list[Any], list[Tensor]]:
         """True label maps, and the true stages of the backbone."""
@@ -219,21 +265,24 @@ class Segmentation:
         truths, stages = context
         for protocol in self.protocols:
             scores = self.decoder.decode(prediction, replace_early(stages, protocol, self.means))
-            yield "miou", protocol, self._counts(scores, truths, paper=protocol == "paper")
+            yield from self._rows(protocol, scores, truths)
 
-    def ceiling(self, targets: dict[str, Tensor], context: Any) -> Iterator[tuple[str, str, Iterable[Row]]]:
+    def references(self, targets: dict[str, Tensor], context: Any) -> Iterator[Reference]:
         """The target feature through the same decoder, and the teacher as it is."""
-        yield "seg", "target", self.score("seg", targets["seg"], context)
-        yield "seg", "teacher", [("miou", "strict", self._counts(self.decoder.predict(context[1]), context[0]))]
+        yield "seg", "target", "teacher", self.score("seg", targets["seg"], context)
+        yield "seg", "teacher", "teacher", self._rows("strict", self.decoder.predict(context[1]), context[0])
 
-    def _counts(self, scores: Tensor, truths: list[Any], paper: bool = False) -> Tensor:
-        count = paper_iou if paper else class_counts
-        maps = [label_map(one, truth.shape).cpu().numpy() for one, truth in zip(scores, truths, strict=True)]
-        rows = [count(t, m, len(self.panoptic.names)) for t, m in zip(truths, maps, strict=True)]
-        return torch.tensor(np.array(rows))
+    def _rows(self, protocol: str, scores: Tensor, truths: list[Any]) -> Iterator[Row]:
+        count = paper_iou if protocol == "paper" else class_counts
+        matrices = []
+        for one, truth in zip(scores, truths, strict=True):
+            true = torch.from_numpy(truth).to(one.device)
+            matrices.append(confusion(true, label_map(one, truth.shape), len(self.panoptic.names)))
+        yield "miou", protocol, torch.stack([count(matrix) for matrix in matrices])
+        yield "confusion", protocol, torch.stack(matrices)
 
 
-def _early_means(decoder: SegDecoder, training: ImageList, batch: int = 8) -> list[Tensor]:
+def early_means(decoder: SegDecoder, training: ImageList, batch: int = 8) -> list[Tensor]:
     """Mean (C) over training images and places of every early stage; images that cannot be read are passed over."""
     totals: list[Tensor] = []
     count = 0

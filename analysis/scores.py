@@ -1,22 +1,22 @@
-"""Scores per image: kept in the run, so that any later comparison can be paired, and summarised in `results.csv`."""
+"""Per-image scores of a run: how they are named, kept, and summarised in `results.csv`."""
 
 import csv
 import io
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from analysis.depth_pairs import pair_accuracy
 from analysis.segmentation import mean_iou
-from analysis.statistics import bootstrap, share_mean
+from analysis.statistics import Interval, bootstrap, share_mean
 from probing.run import Run, whole_file, write_text
 
 COLUMNS = (
@@ -29,6 +29,8 @@ STATISTICS: dict[tuple[str, str], Callable[[NDArray[np.float64]], NDArray[np.flo
     ("miou", "blind"): mean_iou,
 }
 """How a metric and protocol follow from sums over images; the mean, where none is named here."""
+AVERAGE = "mean"
+"""What `results.csv` says in place of a layer for the mean over the probed layers 1 … L, as the paper's Table 8 has."""
 
 
 @dataclass(frozen=True, order=True)
@@ -44,7 +46,7 @@ class Curve:
     seed: int
 
     def key(self) -> str:
-        """Name of its tensor in the score file."""
+        """Name of its tensor in a file."""
         return "/".join(map(str, vars(self).values()))
 
     @classmethod
@@ -54,63 +56,170 @@ class Curve:
         return cls(teacher, layer, probe, control, metric, protocol, int(seed))
 
 
-Table = dict[Curve, NDArray[np.float32]]
-"""Per curve (images), or (images, numbers) where a metric needs more than one number of each image."""
+Table = dict[Curve, NDArray[Any]]
+"""Per curve (images), or (images, …) where a metric needs more than one number of each image."""
+
+
+@dataclass
+class ScoreFile:
+    """The scores of one metric.
+
+    Attributes:
+        table: the curves.
+        names: the images, in the order of the rows.
+        split: where the images come from.
+        settings: what the scores depend on besides the run; curves of one file share it.
+        sums: curves that are kept as one sum over all images.
+        done: images gone through, readable or not; an unfinished pass goes on from there.
+        skipped: image, split and reason of those that could not be read.
+    """
+
+    table: Table
+    names: list[str]
+    split: str
+    settings: str
+    sums: Table = field(default_factory=dict)
+    done: int = 0
+    skipped: list[list[str]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, file: Path) -> "ScoreFile":
+        """Reads what `write` wrote."""
+        with safe_open(file, framework="np") as stored:
+            rest = json.loads(stored.metadata()["pass"])
+            tables: dict[str, Table] = {"image": {}, "sum": {}}
+            for name in stored.keys():  # noqa: SIM118
+                kind, _, key = name.partition(":")
+                tables[kind][Curve.from_key(key)] = stored.get_tensor(name)
+        return cls(table=tables["image"], sums=tables["sum"], **rest)
+
+    def write(self, file: Path) -> None:
+        """Writes tensors `image:<curve>` and `sum:<curve>`; everything else goes to the metadata."""
+        tensors = {f"image:{curve.key()}": np.ascontiguousarray(scores) for curve, scores in self.table.items()}
+        tensors |= {f"sum:{curve.key()}": np.ascontiguousarray(total) for curve, total in self.sums.items()}
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("table", "sums")}
+        with whole_file(file) as temporary:
+            save_file(tensors, temporary, {"pass": json.dumps(rest)})
+
+    def merge(self, other: "ScoreFile") -> bool:
+        """Takes over the curves of another file that were made of the same images with the same settings."""
+        if (self.names, self.split, self.settings) != (other.names, other.split, other.settings):
+            return False
+        self.table, self.sums = other.table | self.table, other.sums | self.sums
+        return True
+
+
+def read_if_fits(file: Path, settings: str) -> ScoreFile | None:
+    """A score file, if it is there, whole, and made with these settings."""
+    try:
+        found = ScoreFile.read(file)
+    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    return found if found.settings == settings else None
 
 
 def score_file(run: Path, stem: str, split: str) -> Path:
-    """Where the scores of one metric lie."""
-    return run / "scores" / f"{stem}-{split}.safetensors"
+    """Where the scores of one metric lie, or what else a pass leaves behind."""
+    return run / f"{stem}-{split}.safetensors"
 
 
-def write_scores(file: Path, split: str, table: Table, names: list[str]) -> None:
-    """Writes the scores of one metric and the names of the images they belong to."""
-    with whole_file(file) as temporary:
-        metadata = {"images": json.dumps(names), "split": split}
-        save_file({curve.key(): np.ascontiguousarray(scores) for curve, scores in table.items()}, temporary, metadata)
+@dataclass(frozen=True)
+class Summary:
+    """One row of `results.csv`.
+
+    Attributes:
+        curve: what it is about; the seed is overridden by `seed`.
+        split: where the images come from.
+        seed: a number, or `all`.
+        interval: the value and its interval.
+        n: number of images.
+    """
+
+    curve: Curve
+    split: str
+    seed: str
+    interval: Interval
+    n: int
 
 
-def read_scores(file: Path) -> tuple[Table, list[str], str]:
-    """Per-image scores of one metric, the images' names in the same order, and the split."""
-    with safe_open(file, framework="np") as stored:
-        metadata = stored.metadata()
-        table = {Curve.from_key(key): stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-        return table, json.loads(metadata["images"]), metadata["split"]
+def write_summaries(file: Path, rows: Sequence[Summary]) -> None:
+    """Keeps rows that are too dear to compute from scores again."""
+    plain = [{**vars(row), "curve": row.curve.key(), "interval": vars(row.interval)} for row in rows]
+    write_text(file, json.dumps(plain, indent=1) + "\n")
+
+
+def read_summaries(file: Path) -> list[Summary]:
+    """The inverse of `write_summaries`."""
+    plain = json.loads(file.read_text(encoding="utf-8"))
+    return [
+        Summary(**{**row, "curve": Curve.from_key(row["curve"]), "interval": Interval(**row["interval"])})
+        for row in plain
+    ]
+
+
+def by_seed(table: Table) -> dict[Curve, dict[int, NDArray[Any]]]:
+    """Groups curves that differ by nothing but their seed, in the order of `results.csv`."""
+    grouped: dict[Curve, dict[int, NDArray[Any]]] = {}
+    for curve in sorted(table, key=_place):
+        grouped.setdefault(Curve(**{**vars(curve), "seed": 0}), {})[curve.seed] = table[curve]
+    return grouped
+
+
+def pooled(curve: Curve, scores: dict[int, NDArray[Any]], seeds: Sequence[int]) -> dict[str, NDArray[Any]]:
+    """What gets a row of its own: every seed of a trained probe, and all of them together; (seeds, images, …)."""
+    trained = curve.probe == "resampler"
+    stacks: dict[str, NDArray[Any]] = {str(seed): s[None] for seed, s in scores.items()} if trained else {}
+    if len(seeds) > 1 or not trained:
+        stacks["all" if len(seeds) > 1 else str(seeds[0])] = np.stack(list(scores.values()))
+    return stacks
+
+
+def _place(curve: Curve) -> tuple[Any, ...]:
+    """Sorts curves by metric and in the order of their layers, `final` last."""
+    layer = float(curve.layer) if curve.layer.isdecimal() else math.inf
+    return curve.metric, curve.protocol, curve.teacher, curve.probe, curve.control, layer, curve.seed
+
+
+def is_block(layer: str) -> bool:
+    """Whether a layer is the state after a decoder block, as those that the paper averages over."""
+    return layer.isdecimal() and int(layer) > 0
+
+
+def _summaries(run: Run, file: Path) -> Iterator[Summary]:
+    found = ScoreFile.read(file)
+    families: dict[tuple[Curve, str], list[NDArray[Any]]] = {}
+    for curve, scores in by_seed(found.table).items():
+        for seed, stack in pooled(curve, scores, run.recipe.fit.seeds).items():
+            yield Summary(curve, found.split, seed, _interval(curve, [stack]), stack.shape[1])
+            if is_block(curve.layer):
+                families.setdefault((replace(curve, layer=AVERAGE), seed), []).append(stack)
+    for (curve, seed), stacks in families.items():
+        yield Summary(curve, found.split, seed, _interval(curve, stacks), stacks[0].shape[1])
+
+
+def _interval(curve: Curve, layers: Sequence[NDArray[Any]]) -> Interval:
+    """Interval of a metric's mean over layers, each (seeds, images) or (seeds, images, numbers)."""
+    statistic = STATISTICS.get((curve.metric, curve.protocol), share_mean)
+    tables = [layer[..., None] if layer.ndim == 2 else layer for layer in layers]
+
+    def mean_over_layers(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+        return statistic(totals.reshape(*totals.shape[:-1], len(tables), -1)).mean(axis=-1)
+
+    return bootstrap(np.concatenate(tables, axis=-1), mean_over_layers)
 
 
 def write_results(run: Run) -> Path:
-    """Writes `results.csv` from all scores of a run: one row per number, with its bootstrap interval."""
+    """Writes `results.csv` from all scores of a run: one row per number, with its interval."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for file in sorted((run.path / "scores").glob("*.safetensors")):
-        table, _, split = read_scores(file)
-        _write_rows(writer, run, table, split)
+    rows = [row for file in sorted((run.path / "scores").glob("*.safetensors")) for row in _summaries(run, file)]
+    rows += [row for file in sorted((run.path / "scores").glob("*.json")) for row in read_summaries(file)]
+    checkpoint = run.manifest["checkpoint"]["name"]
+    for row in rows:
+        place = [checkpoint, *list(vars(row.curve).values())[:-1]]
+        numbers = [f"{x:.8g}" for x in (row.interval.value, row.interval.low, row.interval.high)]
+        writer.writerow([*place, row.split, row.seed, *numbers, row.n])
     target = run.path / "results.csv"
     write_text(target, buffer.getvalue())
     return target
-
-
-def _place(curve: Curve) -> tuple[str | float, ...]:
-    """Sorts the rows of a curve in the order of its layers, `final` last."""
-    layer = float(curve.layer) if curve.layer.isdecimal() else math.inf
-    return curve.metric, curve.protocol, curve.teacher, curve.probe, curve.control, layer
-
-
-def _write_rows(writer: Any, run: Run, table: Table, split: str) -> None:
-    name, seeds = run.manifest["checkpoint"]["name"], run.recipe.fit.seeds
-    grouped: dict[Curve, dict[int, NDArray[np.float32]]] = {}
-    for curve, scores in table.items():
-        family = Curve(**{**vars(curve), "seed": 0})
-        grouped.setdefault(family, {})[curve.seed] = scores
-    for curve, by_seed in sorted(grouped.items(), key=lambda item: _place(item[0])):
-        trained = curve.probe == "resampler"
-        stacks: dict[str, NDArray[np.float32]] = {str(seed): s[None] for seed, s in by_seed.items()} if trained else {}
-        if len(seeds) > 1 or not trained:
-            pooled = "all" if len(seeds) > 1 else str(seeds[0])
-            stacks[pooled] = np.stack(list(by_seed.values()))
-        for seed, stack in stacks.items():
-            interval = bootstrap(stack, STATISTICS.get((curve.metric, curve.protocol), share_mean))
-            place = [name, curve.teacher, curve.layer, curve.probe, curve.control, curve.metric, curve.protocol]
-            numbers = [f"{x:.8g}" for x in (interval.value, interval.low, interval.high)]
-            writer.writerow([*place, split, seed, *numbers, stack.shape[1]])

@@ -1,36 +1,42 @@
 """Mean intersection over union from one confusion matrix over a whole split."""
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-
-Matrix = NDArray[np.int64]
-"""Pixels, (classes, classes + 1): a row per true class, a column per predicted class and one for no class at all."""
+from torch import Tensor
 
 
-def confusion(truth: NDArray[np.integer], found: NDArray[np.integer], classes: int) -> Matrix:
-    """Counts pixels by true and predicted class.
+def confusion(truth: Tensor, found: Tensor, classes: int) -> Tensor:
+    """Counts pixels by true and predicted class, on the device of the maps.
 
     Args:
-        truth: (rows, columns) classes; anything outside 0 … classes - 1 is unlabeled and left out.
+        truth: (rows, columns) classes; anything outside 0 … classes - 1 is unlabeled.
         found: (rows, columns) predicted classes; anything outside is a prediction of no class.
         classes: number of classes.
+
+    Returns:
+        Pixels, (classes + 1, classes + 1): a row per true class and one for unlabeled pixels, a column per predicted
+        class and one for no class.
 
     Raises:
         ValueError: the maps have different sizes.
     """
     if truth.shape != found.shape:
-        raise ValueError(f"truth has {truth.shape} pixels and the prediction {found.shape}")
-    labelled = (truth >= 0) & (truth < classes)
-    true, predicted = truth[labelled].astype(np.int64), found[labelled].astype(np.int64)
-    predicted = np.where((predicted >= 0) & (predicted < classes), predicted, classes)
-    flat = np.bincount(true * (classes + 1) + predicted, minlength=classes * (classes + 1))
-    return flat.reshape(classes, classes + 1)
+        raise ValueError(f"truth has {tuple(truth.shape)} pixels and the prediction {tuple(found.shape)}")
+    true, predicted = (
+        torch.where((labels >= 0) & (labels < classes), labels.long(), classes) for labels in (truth, found)
+    )
+    flat = torch.bincount((true * (classes + 1) + predicted).flatten(), minlength=(classes + 1) ** 2)
+    return flat.view(classes + 1, classes + 1)
 
 
-def class_counts(truth: NDArray[np.integer], found: NDArray[np.integer], classes: int) -> NDArray[np.int64]:
-    """What one image adds to a split's IoU: (3 · classes) pixels in both, in the truth, and in the prediction."""
-    matrix = confusion(truth, found, classes)
-    return np.concatenate([np.diagonal(matrix), matrix.sum(axis=1), matrix.sum(axis=0)[:classes]])
+def class_counts(matrix: Tensor) -> Tensor:
+    """What one image adds to a split's IoU: (3 · classes) pixels in both, in the truth, and in the prediction.
+
+    Unlabeled pixels are left out, of truth and prediction alike.
+    """
+    labelled = matrix[:-1]
+    return torch.cat([labelled.diagonal(), labelled.sum(dim=1), labelled.sum(dim=0)[:-1]])
 
 
 def class_iou(totals: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -48,11 +54,18 @@ def mean_iou(totals: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
 
 
-def paper_iou(truth: NDArray[np.integer], found: NDArray[np.integer], classes: int) -> float:
+def paper_iou(matrix: Tensor) -> Tensor:
     """Mean IoU of one image as OLA-VLM's released evaluation computes it (protocol `paper`).
 
     The mean is over the classes of this image's truth, and what is predicted on unlabeled pixels counts in the union.
+
+    Args:
+        matrix: of one image, from `confusion`.
+
+    Returns:
+        A number, 0 where the truth has no class.
     """
-    there = [c for c in np.unique(truth) if c < classes]
-    iou = [((truth == c) & (found == c)).sum() / ((truth == c) | (found == c)).sum() for c in there]
-    return float(np.mean(iou)) if iou else 0.0
+    matrix = matrix.double()
+    both, true, found = matrix.diagonal()[:-1], matrix[:-1].sum(dim=1), matrix.sum(dim=0)[:-1]
+    there = true > 0
+    return (both[there] / (true + found - both)[there]).sum() / there.sum().clamp(min=1)

@@ -4,14 +4,19 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from probing import __version__
 from probing.errors import UserError
 
+if TYPE_CHECKING:
+    from analysis.evaluate import Options
+
+F = TypeVar("F", bound=Callable[..., None])
 TEACHERS = ("depth", "seg", "gen")
 
 
@@ -189,43 +194,107 @@ def _teacher_values(options: tuple[str, ...]) -> dict[str, dict[str, str]]:
     return values
 
 
+EVALUATION_OPTIONS = (
+    click.option(
+        "--metric",
+        "metrics",
+        multiple=True,
+        type=click.Choice(["cosine", "da2k", "miou", "fid", "frechet"]),
+        help="Repeat for several. Default: cosine.",
+    ),
+    click.option(
+        "--protocol",
+        "protocols",
+        multiple=True,
+        type=click.Choice(["strict", "paper", "blind"]),
+        help="Default: all that a metric has.",
+    ),
+    click.option("--layers", help="Some of the probed layers, such as 0,4,8-12,final. Default: all."),
+    click.option(
+        "--probe",
+        "probes",
+        multiple=True,
+        type=click.Choice(["resampler", "ridge"]),
+        help="Default: both; for fid and frechet the resampler.",
+    ),
+    click.option(
+        "--control",
+        "controls",
+        multiple=True,
+        type=click.Choice(["no", "shuffled", "random"]),
+        help="no is the checkpoint itself. Default: all the run has; for fid and frechet no.",
+    ),
+    click.option("--images", type=click.IntRange(1), help="Images per decoded metric. Default: all."),
+    click.option("--da2k", type=click.Path(path_type=Path), help="Folder in DA-2K's layout, for --metric da2k."),
+    click.option(
+        "--inception-weights",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="pytorch-fid's weights, for --metric fid. Default: download.",
+    ),
+    click.option("--extractor", help="Image classifier (folder or Hub id) whose features --metric frechet compares."),
+    click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="Diffusion steps per image."),
+    click.option("--guidance", type=click.FloatRange(1), default=10.0, show_default=True, help="Diffusion guidance."),
+    click.option(
+        "--pictures",
+        type=click.IntRange(0),
+        default=4,
+        show_default=True,
+        help="Images to draw at every layer, where a metric is decoded.",
+    ),
+    click.option("--micro-batch", type=click.IntRange(1), help="Images per forward pass. Default: as in training."),
+)
+
+
+def evaluation_options(verb: F) -> F:
+    """Options that say what to score, for the verbs that do it or say what it costs."""
+    for option in reversed(EVALUATION_OPTIONS):
+        verb = option(verb)
+    return verb
+
+
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--metric",
-    "metrics",
-    multiple=True,
-    type=click.Choice(["cosine", "da2k", "miou"]),
-    help="Repeat for several. Default: cosine.",
-)
-@click.option(
-    "--protocol",
-    "protocols",
-    multiple=True,
-    type=click.Choice(["strict", "paper", "blind"]),
-    help="Default: all that a metric has.",
-)
-@click.option("--da2k", type=click.Path(path_type=Path), help="Folder in DA-2K's layout, for --metric da2k.")
-@click.option("--images", type=click.IntRange(1), help="Images per decoded metric. Default: all.")
-@click.option("--micro-batch", type=click.IntRange(1), help="Images per forward pass. Default: as in training.")
-def evaluate(
-    run: Path,
-    metrics: tuple[str, ...],
-    protocols: tuple[str, ...],
-    da2k: Path | None,
-    images: int | None,
-    micro_batch: int | None,
-) -> None:
+@evaluation_options
+def evaluate(run: Path, **options: Any) -> None:
     """Score the probes of RUN on held-out images; writes results.csv.
 
-    cosine: similarity with the teacher's features. da2k and miou: through the teacher's own decoder, accuracy on depth
-    pairs and mean IoU.
+    cosine: similarity with the teacher's features. The others go through the teacher's own decoder. da2k: accuracy on
+    depth pairs. miou: mean IoU of the segmentation. fid: distance of generated images from real ones, with KID;
+    frechet: the same between the features of another network.
+
+    What was scored with the same settings is kept; an interrupted evaluation goes on.
     """
     _quiet_libraries()
     from analysis.evaluate import evaluate as evaluate_run
+    from probing.fit import Interrupted
 
-    results = evaluate_run(run, metrics or ("cosine",), protocols, micro_batch, da2k, images)
+    try:
+        results = evaluate_run(run, _evaluation(options))
+    except Interrupted:
+        click.echo("interrupted; what was scored is saved, and the same command goes on from there", err=True)
+        sys.exit(130)
     click.echo(f"results: {results}; next: probing report {run}")
+
+
+def _evaluation(options: dict[str, Any]) -> "Options":
+    from analysis.evaluate import Options
+
+    return Options(**options | {"metrics": tuple(dict.fromkeys(options["metrics"])) or ("cosine",)})
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path), metavar="RUN_OR_RECIPE")
+@evaluation_options
+def plan(path: Path, **options: Any) -> None:
+    """What evaluating RUN (or what RECIPE will make) costs, and what of it is there already.
+
+    Takes the options of `probing evaluate`.
+    """
+    _quiet_libraries()
+    from analysis.plan import plan as plan_evaluation
+
+    for cost in plan_evaluation(path, _evaluation(options)):
+        click.echo(f"{cost.metric}: {cost.work}; there already: {cost.there}")
 
 
 @cli.command()

@@ -1,16 +1,19 @@
 """`probing demo`: the whole story on the toy world, through the same code as the real one."""
 
+import importlib.util
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from analysis.evaluate import evaluate
+from analysis.evaluate import Options, evaluate
 from probing.data.toyworld.layout import write_world
 from probing.data.toyworld.make import ASSETS, Sizes, make_models
+from probing.data.toyworld.unclip import GUIDANCE, STEPS
 from probing.recipe import ProbeRunRecipe, validate
 from probing.train import train
 from reports.page import write_report
@@ -18,6 +21,7 @@ from reports.page import write_report
 logger = logging.getLogger(__name__)
 
 TRAIN_SCENES, VAL_SCENES, WORLD_SEED = 2000, 400, 11
+DECODED_IMAGES = 100
 
 
 def run_demo(preset: str, out: Path) -> Path:
@@ -39,8 +43,23 @@ def run_demo(preset: str, out: Path) -> Path:
     world = write_world(out / "world", TRAIN_SCENES, VAL_SCENES, WORLD_SEED)
     recipe = demo_recipe(models, world)
     run = train(recipe, out / "run")
-    evaluate(run.path, micro_batch=32)
+    for options in demo_options(models, world):
+        evaluate(run.path, options)
     return write_report([run.path], out / "report")
+
+
+def demo_options(models: Path, world: Path) -> list[Options]:
+    """Cosine on all held-out images, decoded metrics on some of them; generated images where diffusers is installed."""
+    metrics: tuple[str, ...] = ("cosine", "da2k", "frechet")
+    if importlib.util.find_spec("diffusers") is None:
+        logger.warning("diffusers is not installed: no images are generated; pip install 'mllm-probing[decode]'")
+        metrics = metrics[:-1]
+    common = Options(metrics, images=DECODED_IMAGES, micro_batch=32)
+    return [
+        replace(common, da2k=world / "da2k", extractor=str(models / "toy"), steps=STEPS, guidance=GUIDANCE),
+        # The probe alone: the dearest decoder, so neither the protocols that leak nor the shuffled control.
+        replace(common, metrics=("miou",), protocols=("blind",), controls=("no", "random")),
+    ]
 
 
 def demo_recipe(models: Path, world: Path) -> ProbeRunRecipe:
@@ -68,6 +87,11 @@ def _tell_quality(quality: dict[str, Any]) -> None:
         "gen teacher: finds the caption of %.0f %% of 200 images (chance %.1f %%)",
         100 * gen["caption_r_at_1_of_200"],
         100 * gen["caption_r_at_1_chance"],
+    )
+    logger.info(
+        "gen decoder: %.0f %% of 200 images painted from an embedding are closest to their own (chance %.1f %%)",
+        100 * gen["painted_r_at_1_of_200"],
+        100 * gen["painted_r_at_1_chance"],
     )
     kinds = ", ".join(f"{kind} {100 * row['accuracy']:.0f}" for kind, row in llava.items() if kind != "all")
     logger.info(

@@ -10,21 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from reports.results import FINAL, RunResults
+from reports.results import FINAL, TITLES, RunResults, is_distance, metric_label
 
 # Okabe & Ito's palette, darker ones first: told apart by colour-blind readers, and by lightness in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-TITLES = {"depth": "Depth", "seg": "Segmentation", "gen": "Generation"}
-METRIC_LABELS = {
-    ("cosine_centred", "strict"): "centred cosine similarity",
-    ("cosine", "strict"): "cosine similarity per token",
-    ("cosine", "paper"): "cosine similarity, flattened",
-    ("da2k", "strict"): "DA-2K accuracy",
-    ("miou", "blind"): "mIoU, probe alone",
-    ("miou", "strict"): "mIoU, with the image's true early stages",
-    ("miou", "paper"): "mIoU per image, early stages shrunk",
-}
 PROBES = {"resampler": "Perceiver resampler", "ridge": "ridge readout"}
 STYLE = {
     "font.size": 9,
@@ -123,7 +113,7 @@ def draw_panel(
     axes.set_title(TITLES.get(teacher, teacher), fontsize=10, loc="left", fontweight="bold")
     axes.set_xlabel("LLM layer (0 = projector output)")
     if ylabel:
-        axes.set_ylabel(METRIC_LABELS[metric, protocol])
+        axes.set_ylabel(metric_label(metric, protocol) + (", less is better" if is_distance(metric) else ""))
 
 
 def legend_handles(lines: Sequence[Series], own: bool = False) -> list[Line2D]:

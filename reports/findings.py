@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from reports.curves import TITLES
-from reports.results import RunResults
+from reports.results import TITLES, RunResults
 
 METRIC, PROTOCOL = "cosine_centred", "strict"
 

@@ -11,19 +11,12 @@ import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
-from probing.run import write_text
-from reports.curves import (
-    METRIC_LABELS,
-    PROBES,
-    TITLES,
-    layer_figure,
-    learning_figure,
-    legend_handles,
-    panel_figure,
-    series,
-)
+from probing.run import whole_file, write_text
+from reports.curves import PROBES, layer_figure, learning_figure, legend_handles, panel_figure, series
 from reports.findings import METRIC, PROTOCOL, convergence, random_control, teacher_finding
-from reports.results import RunResults, load_runs
+from reports.grids import Grid, grid_figure, read_grids
+from reports.results import TITLES, RunResults, load_runs, metric_label
+from reports.tables import DecodedTable, decoded_table
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +27,6 @@ COLUMNS = {
     "ridge": ("ridge", "no"),
     "ridge, random weights": ("ridge", "random"),
 }
-DECODED = (("da2k", "strict"), ("miou", "blind"))
-"""The decoded metrics to read first."""
 DASHES = {"-": "solid", "--": "dashed", ":": "dotted"}
 
 
@@ -53,17 +44,42 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         UserError: a folder is no run, or has no results yet.
     """
     loaded = load_runs(runs)
-    for metric, protocol in METRIC_LABELS:
-        if any(((r.results["metric"] == metric) & (r.results["protocol"] == protocol)).any() for r in loaded):
-            _save(layer_figure(loaded, metric, protocol), out / "figures" / f"layers_{metric}_{protocol}")
+    for metric, protocol in _measures(loaded):
+        _save(layer_figure(loaded, metric, protocol), out / "figures" / f"layers_{metric}_{protocol}")
+    grids = {}
     for run in loaded:
-        name = "learning" if len(loaded) == 1 else f"learning_{_slug(run.label)}"
-        _save(learning_figure(run), out / "figures" / name)
+        suffix = "" if len(loaded) == 1 else f"_{_slug(run.label)}"
+        _save(learning_figure(run), out / "figures" / f"learning{suffix}")
+        grids[run.label] = [_grid(grid, out / "figures", suffix) for grid in read_grids(run.path)]
+    table = decoded_table(loaded)
+    if table:
+        write_text(out / "table8.csv", table.frame().to_csv(index_label="checkpoint"))
     merged = pd.concat([run.results.assign(checkpoint=run.label) for run in loaded])
     write_text(out / "results.csv", merged.to_csv(index=False))
     page = out / "index.html"
-    write_text(page, _render(loaded))
+    write_text(page, _render(loaded, grids, table))
     return page
+
+
+def _measures(runs: Sequence[RunResults]) -> list[tuple[str, str]]:
+    """Metric and protocol of all that any of the runs was evaluated for."""
+    return list(dict.fromkeys(measure for run in runs for measure in run.measures))
+
+
+def _grid(grid: Grid, folder: Path, suffix: str) -> dict[str, str]:
+    """Writes a picture grid as PNG, and gives it to the page."""
+    name = f"{TITLES.get(grid.teacher, grid.teacher)}, {PROBES[grid.probe]}"
+    buffer = io.BytesIO()
+    grid_figure(grid).savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.05)
+    file = folder / f"grid_{grid.teacher}_{grid.probe}{suffix}.png"
+    with whole_file(file) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+    return {
+        "title": name,
+        "probe": grid.probe,
+        "alt": f"{name}: what the decoder makes of each layer, below photograph and teacher",
+        "src": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(),
+    }
 
 
 def _slug(text: str) -> str:
@@ -101,7 +117,7 @@ def _table(run: RunResults, teacher: str, metric: str, protocol: str) -> dict[st
             layers = layers or list(curve["layer"])
     rows = [[layer, *(cells.get(layer, "") for cells in columns.values())] for layer in layers]
     return {
-        "title": f"{TITLES.get(teacher, teacher)}, {METRIC_LABELS[metric, protocol]}",
+        "title": f"{TITLES.get(teacher, teacher)}, {metric_label(metric, protocol)}",
         "run": run.label,
         "head": ["layer", *columns],
         "rows": rows,
@@ -117,16 +133,14 @@ def _title(label: str) -> str:
 
 def _sections(runs: list[RunResults]) -> list[dict[str, Any]]:
     sections = []
-    for metric, protocol in METRIC_LABELS:
+    for metric, protocol in _measures(runs):
         there = [r for r in runs if ((r.results["metric"] == metric) & (r.results["protocol"] == protocol)).any()]
-        if not there:
-            continue
         rows = [
             {
                 "probe": name,
                 "panels": [
                     {
-                        "alt": f"{name}, {TITLES.get(teacher, teacher)}: {METRIC_LABELS[metric, protocol]} by layer",
+                        "alt": f"{name}, {TITLES.get(teacher, teacher)}: {metric_label(metric, protocol)} by layer",
                         "src": _image(panel_figure(there, teacher, probe, metric, protocol)),
                     }
                     for teacher in there[0].teachers_of(metric, protocol)
@@ -138,9 +152,8 @@ def _sections(runs: list[RunResults]) -> list[dict[str, Any]]:
         tables = [_table(run, t, metric, protocol) for run in there for t in run.teachers_of(metric, protocol)]
         sections.append(
             {
-                "title": _title(METRIC_LABELS[metric, protocol]),
+                "title": _title(metric_label(metric, protocol)),
                 "headline": (metric, protocol) == (METRIC, PROTOCOL),
-                "decoded": (metric, protocol) in DECODED,
                 "own": any(table["own"] is not None for table in tables),
                 "key": f"{metric}_{protocol}",
                 "rows": rows,
@@ -150,7 +163,7 @@ def _sections(runs: list[RunResults]) -> list[dict[str, Any]]:
     return sections
 
 
-def _render(runs: list[RunResults]) -> str:
+def _render(runs: list[RunResults], grids: dict[str, list[dict[str, str]]], table: DecodedTable | None) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -170,6 +183,8 @@ def _render(runs: list[RunResults]) -> str:
         random={run.label: random_control(run) for run in runs},
         convergence={run.label: convergence(run) for run in runs},
         sections=_sections(runs),
+        table=table,
+        grids=grids,
         learning=[{"run": run.label, "src": _image(learning_figure(run))} for run in runs],
     )
 

@@ -11,7 +11,40 @@ import pandas as pd
 from probing.errors import UserError
 
 TEACHERS = ("depth", "seg", "gen")
-FINAL = "final"
+TITLES = {"depth": "Depth", "seg": "Segmentation", "gen": "Generation"}
+FINAL, AVERAGE = "final", "mean"
+"""What `results.csv` calls the state after the final norm, and the mean over the probed layers 1 … L."""
+METRIC_LABELS = {
+    ("cosine_centred", "strict"): "centred cosine similarity",
+    ("cosine", "strict"): "cosine similarity per token",
+    ("cosine", "paper"): "cosine similarity, flattened",
+    ("da2k", "strict"): "DA-2K accuracy",
+    ("miou", "blind"): "mIoU, probe alone",
+    ("miou", "strict"): "mIoU, with the image's true early stages",
+    ("miou", "paper"): "mIoU per image, early stages shrunk",
+    ("fid", "strict"): "FID",
+    ("kid", "strict"): "KID",
+}
+FRECHET, KERNEL = "frechet_", "kernel_"
+
+
+def metric_label(metric: str, protocol: str) -> str:
+    """What a metric is called in figures and tables."""
+    if metric.startswith(FRECHET):
+        return f"Fréchet distance ({metric.removeprefix(FRECHET)} features)"
+    if metric.startswith(KERNEL):
+        return f"kernel distance ({metric.removeprefix(KERNEL)} features)"
+    return METRIC_LABELS[metric, protocol]
+
+
+def is_distance(metric: str) -> bool:
+    """Whether less is better."""
+    return metric in ("fid", "kid") or metric.startswith((FRECHET, KERNEL))
+
+
+def best_layer(curve: pd.DataFrame, metric: str) -> pd.Series:
+    """The row of the best layer of a curve."""
+    return curve.loc[curve["value"].idxmin() if is_distance(metric) else curve["value"].idxmax()]
 
 
 @dataclass(frozen=True)
@@ -43,12 +76,7 @@ class RunResults:
         """Number L of decoder blocks."""
         return int(self.manifest["checkpoint"]["layers"])
 
-    def curve(self, teacher: str, probe: str, control: str, metric: str, protocol: str) -> pd.DataFrame:
-        """One curve, in the order of the layers, pooled over seeds where there were several.
-
-        Returns:
-            Columns layer, value, ci_low, ci_high, n; empty where this was not run.
-        """
+    def _rows(self, teacher: str, probe: str, control: str, metric: str, protocol: str) -> pd.DataFrame:
         r = self.results
         chosen = r[
             (r["teacher"] == teacher)
@@ -59,18 +87,44 @@ class RunResults:
         ]
         if "all" in set(chosen["seed"]):
             chosen = chosen[chosen["seed"] == "all"]
-        order = chosen["layer"].map(layer_rank)
-        return chosen.assign(rank=order).sort_values("rank")[["layer", "value", "ci_low", "ci_high", "n"]]
+        return chosen[["layer", "value", "ci_low", "ci_high", "n"]]
+
+    def curve(self, teacher: str, probe: str, control: str, metric: str, protocol: str) -> pd.DataFrame:
+        """One curve, in the order of the layers, pooled over seeds where there were several.
+
+        Returns:
+            Columns layer, value, ci_low, ci_high, n; empty where this was not run.
+        """
+        rows = self._rows(teacher, probe, control, metric, protocol)
+        rows = rows[rows["layer"] != AVERAGE]
+        return rows.iloc[rows["layer"].map(layer_rank).argsort(kind="stable")]
+
+    def average(self, teacher: str, probe: str, control: str, metric: str, protocol: str) -> pd.Series | None:
+        """The mean over the probed layers 1 … L, with its interval; None where this was not run."""
+        rows = self._rows(teacher, probe, control, metric, protocol)
+        rows = rows[rows["layer"] == AVERAGE]
+        return rows.iloc[0] if len(rows) else None
+
+    def reference(self, teacher: str, probe: str, control: str, metric: str, protocol: str) -> pd.Series | None:
+        """A row that belongs to no layer, such as the mean target; None where this was not run."""
+        rows = self._rows(teacher, probe, control, metric, protocol)
+        return rows.iloc[0] if len(rows) else None
 
     def mean_target(self, teacher: str, metric: str, protocol: str) -> float | None:
         """What the mean target scores."""
-        row = self.curve(teacher, "constant", "mean", metric, protocol)
-        return float(row["value"].iloc[0]) if len(row) else None
+        row = self.reference(teacher, "constant", "mean", metric, protocol)
+        return None if row is None else float(row["value"])
 
     def own_feature(self, teacher: str, metric: str, protocol: str) -> float | None:
         """What the teacher's own feature scores, decoded as a probe's output is; None where nothing is decoded."""
-        row = self.curve(teacher, "target", "teacher", metric, protocol)
-        return float(row["value"].iloc[0]) if len(row) else None
+        row = self.reference(teacher, "target", "teacher", metric, protocol)
+        return None if row is None else float(row["value"])
+
+    @property
+    def measures(self) -> list[tuple[str, str]]:
+        """Metric and protocol of everything that was evaluated, the known ones first."""
+        there = set(zip(self.results["metric"], self.results["protocol"], strict=True))
+        return [m for m in METRIC_LABELS if m in there] + sorted(there - set(METRIC_LABELS))
 
     def teachers_of(self, metric: str, protocol: str) -> list[str]:
         """Teachers that a metric was computed for."""

@@ -3,7 +3,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +26,26 @@ def models(tmp_path_factory) -> dict[str, Path]:
         "seg": tiny.seg_teacher(root / "seg"),
         "gen": tiny.gen_teacher(root / "gen"),
     }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> Iterator[Path]:
+    """A cache folder of the tests' own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with mock.patch.dict(os.environ, {"MLLM_PROBING_CACHE": str(folder)}):
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def unclip(tmp_path_factory) -> Path:
+    """A tiny random unCLIP pipeline."""
+    return tiny.unclip(tmp_path_factory.mktemp("unclip") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory) -> Path:
+    """Random weights for pytorch-fid's Inception."""
+    return tiny.inception_weights(tmp_path_factory.mktemp("inception") / "weights.pth")
 
 
 @pytest.fixture(scope="session")

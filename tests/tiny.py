@@ -1,7 +1,9 @@
 """Tiny random checkpoints of the real classes, and a COCO folder small enough to write in a test."""
 
 import json
+import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -167,6 +169,60 @@ def gen_teacher(path: Path, width: int = 16, projection: int = 12, size: int = 3
     ).save_pretrained(path)
     CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(path)
     return path
+
+
+def unclip(path: Path, projection: int = 12, size: int = 32, seed: int = 4) -> Path:
+    """A whole `StableUnCLIPImg2ImgPipeline`, random and tiny; paints images of 16 x 16 pixels."""
+    import diffusers as d
+    from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    encoder = CLIPVisionModelWithProjection.from_pretrained(gen_teacher(path / "encoder", projection=projection))
+    shutil.rmtree(path / "encoder")
+    torch.manual_seed(seed)
+    text = CLIPTextConfig(
+        vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=4, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    d.StableUnCLIPImg2ImgPipeline(
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
+        image_encoder=encoder,
+        image_normalizer=StableUnCLIPImageNormalizer(embedding_dim=projection),
+        image_noising_scheduler=d.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        tokenizer=CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=4),
+        text_encoder=CLIPTextModel(text),
+        unet=d.UNet2DConditionModel(
+            sample_size=8, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+            block_out_channels=(8,), layers_per_block=1, cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4,
+            class_embed_type="projection", projection_class_embeddings_input_dim=2 * projection,
+        ),
+        scheduler=d.DDPMScheduler(prediction_type="v_prediction"),
+        vae=d.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8), norm_num_groups=4, sample_size=16,
+        ),
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+def inception_weights(file: Path, seed: int = 5) -> Path:
+    """Random weights in the file format of pytorch-fid's Inception.
+
+    Scaled so that features of different images differ: its default initialisation gives nearly nothing.
+    """
+    from pytorch_fid import inception
+
+    torch.manual_seed(seed)
+    with (
+        mock.patch.object(inception, "load_state_dict_from_url", return_value={}),
+        mock.patch("torchvision.models.Inception3.load_state_dict"),
+    ):
+        net = inception.fid_inception_v3()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    torch.save(net.state_dict(), file)
+    return file
 
 
 def coco(root: Path, train: int = 12, val: int = 6, seed: int = 0) -> Path:

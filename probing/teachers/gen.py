@@ -1,14 +1,23 @@
-"""Generation: the image embedding that conditions unCLIP (arXiv:2204.06125)."""
+"""Generation: the image embedding that conditions unCLIP (arXiv:2204.06125), and the pipeline that paints from it."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from probing.errors import UserError
 from probing.hub import first_line, locate
 from probing.recipe import TeacherRecipe
 from probing.teachers.base import Pixels, Teacher, finish, load_model, open_teacher
+
+STEPS, GUIDANCE = 25, 10.0
+"""Steps of the paper's decoding (OLA-VLM, arXiv:2412.09585), and the pipeline's own default guidance."""
 
 
 def _is_pipeline(source: str, revision: str | None) -> bool:
@@ -43,3 +52,91 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
 
     weights = str(Path(source) / encoder) if Path(source).is_dir() else source
     return finish("gen", recipe, weights, config, model, Pixels(processor), encode)
+
+
+@dataclass
+class GenDecoder:
+    """unCLIP from an image embedding to an image.
+
+    Attributes:
+        pipeline: `StableUnCLIPImg2ImgPipeline`; its scheduler is replaced by DPM-Solver++ (arXiv:2211.01095).
+        steps: of the solver.
+        guidance: weight of classifier-free guidance; 1 is none, and half as dear.
+    """
+
+    pipeline: Any
+    steps: int = STEPS
+    guidance: float = GUIDANCE
+
+    def __post_init__(self) -> None:
+        from diffusers import DPMSolverMultistepScheduler
+
+        self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(self.pipeline.scheduler.config)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def load(
+        cls, teacher: Teacher, recipe: TeacherRecipe, steps: int = STEPS, guidance: float = GUIDANCE
+    ) -> "GenDecoder":
+        """Loads the pipeline around a teacher that is loaded already; half precision on a GPU.
+
+        Raises:
+            UserError: diffusers is not installed, or the teacher is no whole pipeline, or its decoder takes embeddings
+                of another width.
+        """
+        try:
+            from diffusers import StableUnCLIPImg2ImgPipeline
+            from diffusers.utils import logging as diffusers_logging
+        except ImportError:
+            raise UserError(
+                "decoding gen needs diffusers, which is not installed; type: pip install 'mllm-probing[decode]'"
+            ) from None
+        if not transformers_logging.is_progress_bar_enabled():
+            diffusers_logging.disable_progress_bar()
+        source = locate(recipe.id, "gen teacher")
+        if not _is_pipeline(source, recipe.revision):
+            raise UserError(
+                f"gen teacher {recipe.id} is an image encoder without decoder; decoding needs the whole unCLIP "
+                "pipeline, the folder with model_index.json"
+            )
+        device = next(teacher.model.parameters()).device
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        try:
+            pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(
+                source, revision=recipe.revision, dtype=dtype, image_encoder=teacher.model, use_safetensors=True
+            )
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"gen teacher {recipe.id} is no unCLIP pipeline: {first_line(error)}") from None
+        wanted = pipeline.unet.config.projection_class_embeddings_input_dim
+        if wanted != 2 * teacher.shape[1]:
+            raise UserError(
+                f"the decoder of gen teacher {recipe.id} takes embeddings of width {(wanted or 0) // 2} and its "
+                f"encoder gives {teacher.shape[1]}: they are of two models; use one pipeline as it was published"
+            )
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module) and name != "image_encoder":
+                part.to(device)
+        return cls(pipeline, steps, guidance)
+
+    @torch.no_grad()
+    def decode(self, embeds: Tensor, seeds: Sequence[int]) -> NDArray[np.uint8]:
+        """Paints images.
+
+        Args:
+            embeds: (B, D), a probe's output or the target itself.
+            seeds: one per image; the same seed is the same noise, on every device and in every batch.
+
+        Returns:
+            (B, S, S, 3), RGB.
+        """
+        unet = self.pipeline.unet
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+        painted = self.pipeline(
+            prompt=[""] * len(embeds),
+            image_embeds=embeds.to(device=unet.device, dtype=unet.dtype),
+            generator=noise,
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance,
+            output_type="np",
+        ).images
+        return (painted * 255).round().astype(np.uint8)

@@ -9,13 +9,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from analysis.evaluate import evaluate
-from analysis.scores import read_scores, score_file
+from analysis import passes
+from analysis.evaluate import Options, evaluate
+from analysis.scores import ScoreFile, score_file
+from analysis.segmentation import class_counts, mean_iou
 from probing.data.toyworld.layout import write_world
 from probing.data.toyworld.make import ASSETS
 from probing.demo import demo_recipe
 from probing.errors import UserError
+from probing.fit import Interrupted
 from probing.recipe import TeacherRecipe
+from probing.run import Interruption
 from probing.teachers import depth, load_teacher
 from probing.train import train
 
@@ -28,8 +32,14 @@ def evaluated(tmp_path_factory):
     recipe = demo_recipe(ASSETS, world).model_copy(update={"layers": "0,6", "controls": ["shuffled"]})
     run = train(recipe, folder / "run")
     min((world / "annotations" / "panoptic_val2017").iterdir()).unlink()
-    evaluate(run.path, ("cosine", "da2k", "miou"), da2k=world / "da2k")
+    evaluate(run.path, decoded(world))
     return run.path, world, pd.read_csv(run.path / "results.csv", dtype={"layer": str}, keep_default_na=False)
+
+
+def decoded(world, *metrics, **values):
+    """Everything that needs no generated image, in few pictures."""
+    metrics = metrics or ("cosine", "da2k", "miou")
+    return Options(metrics=metrics, **{"da2k": world / "da2k", "pictures": 2} | values)
 
 
 def rows(results, metric, **values):
@@ -46,8 +56,8 @@ def test_every_number_is_there_once(evaluated):
     for metric, protocols in (("da2k", ["strict"]), ("miou", ["blind", "strict", "paper"])):
         for protocol in protocols:
             found = rows(results, metric, protocol=protocol)
-            assert len(rows(found, metric, probe="resampler", control="no")) == 2
-            assert len(rows(found, metric, probe="ridge", control="no")) == 2
+            assert len(rows(found, metric, probe="resampler", control="no")) == 3  # 0, 6, mean
+            assert len(rows(found, metric, probe="ridge", control="no")) == 3
             assert len(rows(found, metric, probe="constant")) == len(rows(found, metric, probe="target")) == 1
             assert (found["ci_low"] <= found["value"]).all() and (found["value"] <= found["ci_high"]).all()
 
@@ -75,8 +85,14 @@ def test_depth_pairs_by_brute_force(evaluated):
             right += 0.5 if a == b else float((a > b) == (pair["closer_point"] == "point1"))
             count += 1
     assert rows(results, "da2k", probe="target")["value"].item() == pytest.approx(right / count, abs=1e-6)
-    table, names, _ = read_scores(score_file(run, "da2k", "da2k"))
-    assert names == list(entries) and all(scores[:, 1].sum() == count for scores in table.values())
+    found = ScoreFile.read(score_file(run, "scores/da2k", "da2k"))
+    assert found.names == list(entries) and all(scores[:, 1].sum() == count for scores in found.table.values())
+    higher = [
+        (pair["closer_point"] == "point1") == (pair["point1"][0] > pair["point2"][0])
+        for pairs in entries.values()
+        for pair in pairs
+    ]
+    assert rows(results, "da2k", probe="image_row")["value"].item() == pytest.approx(sum(higher) / count)
 
 
 def test_an_image_without_panoptic_png_is_left_out_and_named(evaluated):
@@ -89,7 +105,7 @@ def test_an_image_without_panoptic_png_is_left_out_and_named(evaluated):
 
 def test_blind_decoding_of_the_mean_is_the_same_for_every_image(evaluated):
     run, _, _ = evaluated
-    table, _, _ = read_scores(score_file(run, "miou", "val2017"))
+    table = ScoreFile.read(score_file(run, "scores/miou", "val2017")).table
     found = {c.protocol: scores for c, scores in table.items() if c.probe == "constant"}
     predicted = {p: found[p].reshape(7, 3, -1)[:, 2] for p in ("blind", "strict")}
     assert (predicted["blind"] == predicted["blind"][0]).all()  # the same pixels per class in every image
@@ -98,10 +114,15 @@ def test_blind_decoding_of_the_mean_is_the_same_for_every_image(evaluated):
 
 def test_what_a_metric_needs_and_does_not_find(evaluated, tmp_path):
     run, world, _ = evaluated
-    with pytest.raises(UserError, match="give --da2k DIR"):
-        evaluate(run, ("da2k",))
-    with pytest.raises(UserError, match="da2k has the protocols strict"):
-        evaluate(run, ("da2k",), ("paper",), da2k=world / "da2k")
+    for options, message in (
+        (Options(metrics=("da2k",)), "give --da2k DIR"),
+        (decoded(world, "da2k", protocols=("paper",)), "da2k has the protocols strict"),
+        (Options(metrics=("frechet",)), "give --extractor DIR"),
+        (Options(layers="0,3"), "no layer '3'; it has 0, 6"),
+        (Options(controls=("random",)), "no control 'random'; it has no, shuffled"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(run, options)
     broken = tmp_path / "da2k"
     shutil.copytree(world / "da2k", broken)
     file = broken / "annotations.json"
@@ -110,17 +131,17 @@ def test_what_a_metric_needs_and_does_not_find(evaluated, tmp_path):
     entries[name][0]["point1"] = [48, 0]
     file.write_text(json.dumps(entries))
     with pytest.raises(UserError, match="lies outside"):
-        evaluate(run, ("da2k",), da2k=broken)
+        evaluate(run, decoded(world, "da2k", da2k=broken))
     file.write_text(json.dumps({"images/other.jpg": entries[name]}))
     with pytest.raises(UserError, match="none of the 1 images"):
-        evaluate(run, ("da2k",), da2k=broken)
+        evaluate(run, decoded(world, "da2k", da2k=broken))
     before = (run / "results.csv").read_bytes()
     panoptic = world / "annotations" / "panoptic_val2017.json"
     whole = panoptic.read_text()
     try:
         panoptic.write_text(json.dumps(json.loads(whole) | {"categories": json.loads(whole)["categories"] * 2}))
         with pytest.raises(UserError, match="18 classes and the seg teacher 9"):
-            evaluate(run, ("miou",))
+            evaluate(run, decoded(world, "miou"))
     finally:
         panoptic.write_text(whole)
     assert (run / "results.csv").read_bytes() == before
@@ -134,9 +155,78 @@ def test_a_missing_image_is_counted(evaluated, tmp_path):
     first, second = list(json.loads((world / "da2k" / "annotations.json").read_text()))[:2]
     (tmp_path / "da2k" / first).unlink()
     (tmp_path / "da2k" / second).write_bytes(b"no image")
-    evaluate(copy, ("da2k",), da2k=tmp_path / "da2k")
+    evaluate(copy, decoded(world, "da2k", da2k=tmp_path / "da2k"))
     skipped = {s["image"]: s["reason"] for s in json.loads((copy / "manifest.json").read_text())["skipped"]}
     assert skipped[first] == "missing" and skipped[second].startswith("corrupt")
-    table, names, _ = read_scores(score_file(copy, "da2k", "da2k"))
-    assert first not in names and second not in names
-    assert {len(scores) for scores in table.values()} == {len(names)} and len(names) > 2
+    found = ScoreFile.read(score_file(copy, "scores/da2k", "da2k"))
+    assert first not in found.names and second not in found.names
+    assert {len(scores) for scores in found.table.values()} == {len(found.names)} and len(found.names) > 2
+
+
+def test_the_matrix_kept_per_layer_gives_the_mean_iou_again(evaluated):
+    run, _, results = evaluated
+    found = ScoreFile.read(score_file(run, "scores/miou", "val2017"))
+    curves = [c for c in found.sums if c.protocol != "paper" and c.probe == "ridge"]
+    assert len(curves) == 4
+    for curve in curves:
+        matrix = torch.from_numpy(found.sums[curve])
+        again = mean_iou(class_counts(matrix).numpy())
+        row = rows(results, "miou", layer=curve.layer, probe="ridge", protocol=curve.protocol)
+        assert row["value"].item() == pytest.approx(float(again), rel=1e-6)
+
+
+def test_the_mean_over_layers_is_that_of_the_blocks(evaluated):
+    """Layers 0 and 6 were probed; 0 is the projector's output and no block."""
+    _, _, results = evaluated
+    for metric, protocol in (("cosine", "strict"), ("miou", "blind")):
+        chosen = rows(results, metric, protocol=protocol, probe="resampler", control="no")
+        for name in ("value", "ci_low", "ci_high"):
+            assert list(chosen[chosen["layer"] == "mean"][name]) == list(chosen[chosen["layer"] == "6"][name])
+
+
+def test_what_was_scored_is_kept_and_a_layer_can_be_added(evaluated, tmp_path, caplog):
+    run, world, _ = evaluated
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    expected = (copy / "results.csv").read_text()
+    file = score_file(copy, "scores/miou", "val2017")
+    before = file.stat().st_mtime_ns
+    caplog.set_level("INFO")
+    evaluate(copy, decoded(world))
+    assert file.stat().st_mtime_ns == before and "there already" in caplog.text
+    shutil.rmtree(copy / "scores")
+    evaluate(copy, decoded(world, layers="6"))
+    part = pd.read_csv(copy / "results.csv", dtype={"layer": str}, keep_default_na=False)
+    assert set(part["layer"]) == {"", "6", "mean"}
+    evaluate(copy, decoded(world, layers="0"))
+    assert (copy / "results.csv").read_text() == expected
+
+
+def test_a_pass_that_was_stopped_goes_on_to_the_same_numbers(evaluated, tmp_path, monkeypatch):
+    run, world, _ = evaluated
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "results.csv").unlink()
+    shutil.rmtree(copy / "scores")
+    options = decoded(world, "miou", "cosine", micro_batch=2)
+
+    class Stop(Interruption):
+        asked = property(lambda self: True, lambda self, value: None)
+
+    stops = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "Interruption", Stop)
+        for _ in range(20):
+            try:
+                evaluate(copy, options)
+                break
+            except Interrupted:
+                stops += 1
+                assert (copy / "state" / "evaluate").exists() and not (copy / "results.csv").exists()
+    assert stops == 6  # after every batch but the last, of two metrics with four batches each
+    assert not list((copy / "state" / "evaluate").iterdir())
+    whole = tmp_path / "whole"
+    shutil.copytree(run, whole)
+    shutil.rmtree(whole / "scores")
+    evaluate(whole, options)
+    assert (copy / "results.csv").read_text() == (whole / "results.csv").read_text()

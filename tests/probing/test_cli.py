@@ -14,6 +14,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from probing.data.panoptic import read_panoptic
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,7 @@ def test_results_hold_every_number_once(finished):
     results = pd.read_csv(finished / "results.csv", dtype=str, keep_default_na=False)
     place = [c for c in results.columns if c not in ("value", "ci_low", "ci_high", "n")]
     assert not results.duplicated(place).any()
-    layers = {"0", "1", "2", "3", "final"}
+    layers = {"0", "1", "2", "3", "final", "mean"}
     for (probe, control), part in results.groupby(["probe", "control"]):
         assert set(part["layer"]) == ({""} if control == "mean" else layers), (probe, control)
         assert set(part["teacher"]) == {"depth", "seg", "gen"}
@@ -237,6 +238,55 @@ def test_real_coco_images_of_all_shapes(models, tmp_path):
     assert len(pd.read_csv(out / "results.csv")) > 0
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     assert recipe["data"]["path"] == f"coco:{REAL_COCO.resolve()}"
+
+
+@pytest.fixture(scope="module")
+def decodable(models, unclip, tmp_path_factory):
+    """Teachers that are complete enough to decode."""
+    seg = tmp_path_factory.mktemp("seg") / "seg"
+    shutil.copytree(models["seg"], seg)
+    tiny.tokenizer().save_pretrained(seg)
+    return {**models, "seg": seg, "gen": unclip}
+
+
+@pytest.mark.skipif(not REAL_COCO.exists(), reason="the small piece of real COCO is not beside the repository")
+def test_real_coco_goes_through_every_decoder(decodable, inception_file, tmp_path):
+    out = tmp_path / "run"
+    small = ["data.train_limit=12", "data.eval_limit=6", "fit.epochs=1", "fit.batch_size=6", "--layers", "0,2"]
+    probing(*train_arguments(decodable, REAL_COCO, out, *small))
+    metrics = [
+        "--metric",
+        "miou",
+        "--protocol",
+        "blind",
+        "--protocol",
+        "strict",
+        "--metric",
+        "fid",
+        "--inception-weights",
+        inception_file,
+    ]
+    few = ["--steps", 2, "--layers", "2", "--pictures", 2]
+    assert "nothing" in probing("plan", out, *metrics, *few).stdout
+    probing("evaluate", out, *metrics, *few)
+    found = pd.read_csv(out / "results.csv", dtype={"layer": str}, keep_default_na=False)
+    assert set(found["metric"]) == {"miou", "fid", "kid"} and set(found["n"]) == {6}
+    assert len(read_panoptic(REAL_COCO, "val2017").names) == 133
+    assert ((found["metric"] != "miou") | found["value"].between(0, 1)).all()
+    assert "3 of 3 sets" in probing("plan", out, *metrics, *few).stdout
+    probing("report", out)
+    page = (out / "report" / "index.html").read_text()
+    assert "mIoU, probe alone" in page and "Below 2048 it is biased" in page
+
+
+def test_plan_of_a_recipe_and_of_a_run(finished, models, coco, tmp_path):
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text()) | {"layers": "0,3"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    said = probing("plan", tmp_path / "recipe.yaml", "--metric", "fid", "--images", 4, "--steps", 10).stdout
+    # Two layers, two seeds, the mean target and the true feature; ten steps, each twice for guidance.
+    assert "6 sets x 4 images = 24 images x 20 calls" in said and "= 480 calls" in said
+    assert str(finished / "scores" / "cosine-val2017.safetensors") in probing("plan", finished).stdout
+    assert "no layer '2'; it has 0, 3" in probing("plan", tmp_path / "recipe.yaml", "--layers", "2", code=2).stderr
 
 
 def test_distill_writes_a_checkpoint_that_train_reads(models, tmp_path):

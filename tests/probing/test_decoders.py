@@ -1,6 +1,7 @@
 """Decoding a feature is what the teacher itself does with it."""
 
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
 from probing.errors import UserError
 from probing.recipe import TeacherRecipe
 from probing.teachers import depth, load_teacher
+from probing.teachers.gen import GenDecoder
 from probing.teachers.seg import TASK, SegDecoder, label_map, replace_early
 from tests import tiny
 
@@ -103,3 +105,50 @@ def test_a_teacher_without_tokenizer(models):
     recipe = TeacherRecipe(id=str(models["seg"]))
     with pytest.raises(UserError, match="has no tokenizer"):
         SegDecoder.load(load_teacher("seg", recipe, CPU), recipe)
+
+
+@pytest.fixture(scope="module")
+def gen(unclip):
+    recipe = TeacherRecipe(id=str(unclip))
+    return GenDecoder.load(load_teacher("gen", recipe, CPU), recipe, steps=3, guidance=2.0)
+
+
+def test_gen_paints_what_the_pipeline_paints(gen, unclip):
+    from diffusers import DPMSolverMultistepScheduler, StableUnCLIPImg2ImgPipeline
+
+    reference = StableUnCLIPImg2ImgPipeline.from_pretrained(unclip)
+    reference.scheduler = DPMSolverMultistepScheduler.from_config(reference.scheduler.config)
+    embeds = torch.randn(1, 12, generator=torch.Generator().manual_seed(1))
+    noise = torch.Generator().manual_seed(7)
+    expected = reference(
+        prompt="", image_embeds=embeds, generator=noise, num_inference_steps=3, guidance_scale=2.0, output_type="np"
+    ).images
+    assert np.array_equal(gen.decode(embeds, [7]), (expected * 255).round().astype(np.uint8))
+
+
+def test_gen_gives_an_image_the_same_noise_in_every_batch(gen):
+    embeds = torch.randn(3, 12, generator=torch.Generator().manual_seed(2))
+    whole = gen.decode(embeds, [1, 2, 3]).astype(int)
+    alone = np.concatenate([gen.decode(embeds[i : i + 1], [i + 1]) for i in range(3)]).astype(int)
+    assert abs(whole - alone).max() <= 1 and whole.shape == (3, 16, 16, 3)
+    assert abs(gen.decode(embeds, [4, 2, 3]).astype(int) - whole)[0].max() > 1  # other noise, other image
+    assert abs(gen.decode(embeds.flip(0), [1, 2, 3]).astype(int) - whole).max() > 1  # the embedding matters
+
+
+def test_gen_decoder_of_another_model(unclip, tmp_path):
+    shutil.copytree(unclip, tmp_path / "mixed")
+    shutil.rmtree(tmp_path / "mixed" / "image_encoder")
+    shutil.copytree(
+        tiny.unclip(tmp_path / "other", projection=8) / "image_encoder", tmp_path / "mixed" / "image_encoder"
+    )
+    recipe = TeacherRecipe(id=str(tmp_path / "mixed"))
+    with pytest.raises(UserError, match=r"width 12 and its encoder gives 8: they are of two models"):
+        GenDecoder.load(load_teacher("gen", recipe, CPU), recipe)
+
+
+def test_gen_without_diffusers_is_one_line(unclip, monkeypatch):
+    recipe = TeacherRecipe(id=str(unclip))
+    teacher = load_teacher("gen", recipe, CPU)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match=r"pip install 'mllm-probing\[decode\]'"):
+        GenDecoder.load(teacher, recipe)

@@ -2,17 +2,24 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from transformers import AutoImageProcessor
 
+from analysis.features import classifier
+from analysis.frechet import Gaussian, frechet_distance
 from probing.data.coco import list_images
 from probing.data.toyworld.layout import write_world
 from probing.data.toyworld.llava import Schedule, answer_accuracy
-from probing.data.toyworld.make import ASSETS, Sizes, make_models, write_assets
+from probing.data.toyworld.make import ASSETS, MODELS, Sizes, make_models, write_assets
+from probing.data.toyworld.unclip import GUIDANCE, STEPS
 from probing.demo import demo_recipe
 from probing.recipe import TeacherRecipe
 from probing.teachers import load_teacher
+from probing.teachers.gen import GenDecoder
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +36,38 @@ def test_they_are_small():
 
 @pytest.mark.parametrize("name", ["depth", "seg", "gen"])
 def test_teachers_load_by_path_and_their_targets_say_something_about_the_image(name, world):
-    AutoImageProcessor.from_pretrained(ASSETS / name)
+    AutoImageProcessor.from_pretrained(ASSETS / name, subfolder="feature_extractor" if name == "gen" else "")
     teacher = load_teacher(name, TeacherRecipe(id=str(ASSETS / name)), torch.device("cpu"))
     assert teacher.grid == (None if name == "gen" else (6, 6))
     images = list_images(world, "val2017")
     target = teacher.target(teacher.prepare([images.read(index) for index in range(60)]))
     assert target.var(dim=0).mean() / target.square().mean() > 0.15  # not all mean
+
+
+def test_the_unclip_paints_the_scene_it_is_given(world):
+    """An image painted from an embedding is closer to its own scene than to others, in pixels and in the encoder."""
+    recipe = TeacherRecipe(id=str(ASSETS / "gen"))
+    teacher = load_teacher("gen", recipe, torch.device("cpu"))
+    images = list_images(world, "val2017")
+    embeds = teacher.target(teacher.prepare([images.read(index) for index in range(40)]))[:, 0]
+    painted = GenDecoder.load(teacher, recipe, STEPS, GUIDANCE).decode(embeds, range(40))
+    true = np.stack([np.asarray(images.read(index)) for index in range(40)])
+    error = ((painted[:, None].astype(float) - true[None]) ** 2).mean((2, 3, 4))
+    assert (error.argmin(1) == np.arange(40)).mean() > 0.3
+    again = teacher.target(teacher.prepare([Image.fromarray(one) for one in painted]))[:, 0]
+    near = F.normalize(again, dim=-1) @ F.normalize(embeds, dim=-1).T
+    assert (near.argmax(1) == torch.arange(40)).float().mean() > 0.3
+
+
+def test_the_classifier_tells_real_scenes_from_noise(world):
+    images = list_images(world, "val2017")
+    extractor = classifier(str(ASSETS / "toy"), torch.device("cpu"))
+    assert extractor.metrics == ("frechet_toy", "kernel_toy") and extractor.side == 48
+    real = extractor.features([images.read(index) for index in range(120)])
+    noise = np.random.default_rng(0).integers(0, 255, (60, 48, 48, 3), dtype=np.uint8)
+    other = extractor.features([Image.fromarray(one) for one in noise])
+    halves, far = (frechet_distance(Gaussian.of(real[:60]), Gaussian.of(x)) for x in (real[60:], other))
+    assert far > 5 * halves
 
 
 def test_the_llava_answers_clearly_above_chance(world):
@@ -52,9 +85,12 @@ def test_the_demos_recipe_probes_every_layer_with_every_control(tmp_path):
 @pytest.mark.slow
 def test_everything_can_be_made_from_nothing(tmp_path):
     """The whole way of `--preset full` and of the shipped models, with too few steps to be any good."""
-    few = Sizes(200, 200, 40, 20, 3, 3, 3, Schedule(3, 2, 2, 2))
+    few = Sizes(
+        teacher_scenes=200, held_out=200, train=40, val=20, depth_steps=3, seg_steps=3, gen_steps=3,
+        unclip_steps=(3, 3), classifier_steps=3, llava=Schedule(3, 2, 2, 2),
+    )  # fmt: skip
     quality = make_models(tmp_path / "models", few)
-    assert set(quality) == {"depth", "seg", "gen", "llava"} and quality["llava"]["all"]["n"] > 20
+    assert set(quality) == set(MODELS) and quality["llava"]["all"]["n"] > 20
     assert write_assets(tmp_path / "models", tmp_path / "assets") < 10
     again = make_models(tmp_path / "models", few)
     assert again == quality == json.loads((tmp_path / "assets" / "quality.json").read_text())

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,22 @@ from safetensors.torch import load_file, save_file
 from probing.data.toyworld.layout import write_world
 from probing.data.toyworld.llava import Schedule, answer_accuracy, make_llava
 from probing.data.toyworld.scenes import generate
-from probing.data.toyworld.teachers import train_depth, train_gen, train_seg
+from probing.data.toyworld.teachers import Quality, train_depth, train_gen, train_seg
+from probing.data.toyworld.unclip import train_classifier, train_unclip
 from probing.run import whole_folder, write_text
 
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
-"""Ready-made models: depth/, seg/, gen/, llava/, quality.json."""
+"""Ready-made models: depth/, seg/, gen/, llava/, the classifier toy/, and quality.json."""
+MODELS = ("depth", "seg", "gen", "toy", "llava")
 TEACHER_SCENES_SEED, HELD_OUT_SEED = 90_001, 90_002
 """Seeds of the scenes that teachers and tower learn from and are tested on; no world of the demo has them."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; the defaults take about twenty minutes on two CPU cores."""
+    """How much of everything; the defaults take about half an hour on two CPU cores."""
 
     teacher_scenes: int = 8000
     held_out: int = 400
@@ -36,6 +39,8 @@ class Sizes:
     depth_steps: int = 1400
     seg_steps: int = 600
     gen_steps: int = 600
+    unclip_steps: tuple[int, int] = (900, 2200)
+    classifier_steps: int = 1500
     llava: Schedule = field(default_factory=Schedule)
 
 
@@ -43,7 +48,7 @@ def make_models(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
     """Makes a world for the conversations, the teachers and a LLaVA; what is there already is kept.
 
     Args:
-        folder: gets `world/`, `depth/`, `seg/`, `gen/`, `llava/` and `quality.json`.
+        folder: gets `world/`, a folder per model of `MODELS`, and `quality.json`.
         sizes: how much of everything.
         seed: of everything.
 
@@ -54,15 +59,22 @@ def make_models(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
     quality: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     scenes = generate(sizes.teacher_scenes, TEACHER_SCENES_SEED + seed)
     held_out = generate(sizes.held_out, HELD_OUT_SEED + seed)
-    for name, make, steps in (
-        ("depth", train_depth, sizes.depth_steps),
-        ("seg", train_seg, sizes.seg_steps),
-        ("gen", train_gen, sizes.gen_steps),
-    ):
+
+    def make_gen(part: Path) -> Quality:
+        encoder, found = train_gen(scenes, held_out, sizes.gen_steps, seed)
+        return found | train_unclip(encoder, scenes, held_out, part, sizes.unclip_steps)
+
+    makers: dict[str, Callable[[Path], Quality]] = {
+        "depth": lambda part: train_depth(scenes, held_out, part, sizes.depth_steps, seed),
+        "seg": lambda part: train_seg(scenes, held_out, part, sizes.seg_steps, seed),
+        "gen": make_gen,
+        "toy": lambda part: train_classifier(scenes, held_out, part, sizes.classifier_steps, seed),
+    }
+    for name, make in makers.items():
         if name not in quality:
             started = time.monotonic()
             with whole_folder(folder / name) as part:
-                quality[name] = make(scenes, held_out, part, steps, seed)
+                quality[name] = make(part)
             quality[name]["seconds"] = round(time.monotonic() - started)
             write_text(file, json.dumps(quality, indent=2) + "\n")
     if "llava" not in quality:
@@ -85,14 +97,14 @@ def write_assets(folder: Path, assets: Path = ASSETS) -> float:
         assets: where the package keeps them.
     """
     with whole_folder(assets) as target:
-        for name in ("depth", "seg", "gen", "llava"):
-            (target / name).mkdir()
-            for path in sorted((folder / name).iterdir()):
-                if path.suffix == ".safetensors":
-                    tensors = load_file(path)
-                    half = {k: t.half() if t.dtype == torch.float32 else t for k, t in tensors.items()}
-                    save_file(half, target / name / path.name, metadata={"format": "pt"})
-                elif path.is_file() and path.name not in ("training.json", "training_args.bin"):
-                    shutil.copy(path, target / name)
+        for path in sorted(path for name in MODELS for path in (folder / name).rglob("*") if path.is_file()):
+            copy = target / path.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".safetensors":
+                tensors = load_file(path)
+                half = {k: t.half() if t.dtype == torch.float32 else t for k, t in tensors.items()}
+                save_file(half, copy, metadata={"format": "pt"})
+            elif path.name not in ("training.json", "training_args.bin"):
+                shutil.copy(path, copy)
         shutil.copy(folder / "quality.json", target)
     return sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) / 1e6

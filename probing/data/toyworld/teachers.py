@@ -39,8 +39,8 @@ def pixels(scenes: Scenes) -> Tensor:
 def train_loop(
     what: str,
     parameters: Iterable[nn.Parameter],
-    data: Iterable[Scenes],
-    loss_of: Callable[[Scenes], Tensor],
+    data: Iterable[Any],
+    loss_of: Callable[[Any], Tensor],
     steps: int,
     lr: float,
 ) -> float:
@@ -49,8 +49,8 @@ def train_loop(
     optimizer = torch.optim.AdamW(chosen, lr=lr, weight_decay=0.01, fused=True)
     losses = []
     with Progress(what, steps) as progress:
-        for step, scenes in enumerate(data):
-            loss = loss_of(scenes)
+        for step, batch in enumerate(data):
+            loss = loss_of(batch)
             loss.backward()
             nn.utils.clip_grad_norm_(chosen, 1.0)
             for group in optimizer.param_groups:
@@ -222,10 +222,10 @@ def _miou(found: Tensor, scenes: Scenes) -> float:
     return float((both / (table.sum(0) + table.sum(1) - both).clamp(min=1)).mean())
 
 
-def train_gen(scenes: Scenes, held_out: Scenes, folder: Path, steps: int, seed: int = 0) -> Quality:
-    """A CLIP image encoder, trained to find its caption and to let a small decoder repaint the scene.
+def train_gen(scenes: Scenes, held_out: Scenes, steps: int, seed: int = 0) -> tuple[Any, Quality]:
+    """A CLIP image encoder, trained to find its caption and to let a small network repaint the scene.
 
-    Only the encoder is kept: it plays the part of unCLIP's.
+    Only the encoder is returned, to become that of an unCLIP pipeline.
     """
     from transformers import (
         CLIPTextConfig,
@@ -268,12 +268,12 @@ def train_gen(scenes: Scenes, held_out: Scenes, folder: Path, steps: int, seed: 
 
     parameters = [*model.parameters(), *reader.parameters(), *painter.parameters(), scale]
     train_loop("gen teacher", parameters, batches(scenes, 64, steps, seed), loss_of, steps, 2e-3)
-    save(model, image_processor(), folder)
+    model.eval().requires_grad_(False)
     with torch.no_grad():
         part = held_out[slice(0, 200)]
         image, text_embeds = embed(part)
         logits = F.normalize(image, dim=-1) @ F.normalize(text_embeds, dim=-1).T
-        return {
+        return model, {
             "caption_r_at_1_of_200": float((logits.argmax(1) == torch.arange(len(part))).float().mean()),
             "caption_r_at_1_chance": 1 / len(part),
             "repaint_mse": F.mse_loss(painter(image), pixels(part)).item(),

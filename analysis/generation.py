@@ -1,0 +1,194 @@
+"""FID and KID: images painted from every layer's predicted embedding, against the real ones.
+
+Painting is dear, so it stands apart from the pass through the backbone: the pass leaves all embeddings behind, and
+the images of one curve after the other are painted from them and kept as features. Whatever is there is not made again.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, from_numpy
+
+from analysis.features import Extractor, reference_features
+from analysis.frechet import ENOUGH_IMAGES, Gaussian, Jackknife, kernel_distances, sample_spread
+from analysis.scorers import Reference, Row
+from analysis.scores import AVERAGE, Curve, ScoreFile, Summary, by_seed, is_block, pooled, write_summaries
+from probing.data.coco import ImageList
+from probing.data.loader import Prepared
+from probing.errors import UserError
+from probing.fit import Interrupted
+from probing.progress import Progress
+from probing.run import Interruption, Run, disk_errors, whole_file
+from probing.teachers import Teacher
+from probing.teachers.gen import GenDecoder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Embeddings:
+    """Keeps what is predicted for the gen teacher: what images are painted from."""
+
+    images: ImageList
+    teachers: dict[str, Teacher]
+    stem: str = "embeddings/gen"
+    summed: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, images: ImageList, teachers: dict[str, Teacher], limit: int | None) -> "Embeddings":
+        """Takes the first images of a split.
+
+        Raises:
+            UserError: the run has no gen teacher.
+        """
+        if "gen" not in teachers:
+            raise UserError("generating needs the gen teacher, which this run was made without")
+        chosen = ImageList(images.folder, images.split, images.names[:limit])
+        return cls(chosen, {"gen": teachers["gen"]})
+
+    def measures(self, teacher: str) -> list[tuple[str, str]]:
+        """One."""
+        return [("embedding", "strict")]
+
+    def settings(self) -> str:
+        """The images."""
+        return self.images.digest()
+
+    def begin(self, prepared: Prepared, targets: dict[str, Tensor]) -> None:
+        """Nothing is needed."""
+
+    def score(self, teacher: str, prediction: Tensor, context: None) -> Iterable[Row]:
+        """The embedding (B, D) itself."""
+        yield "embedding", "strict", prediction[:, 0]
+
+    def references(self, targets: dict[str, Tensor], context: None) -> Iterable[Reference]:
+        """The true embedding."""
+        yield "gen", "target", "teacher", self.score("gen", targets["gen"], context)
+
+
+@dataclass(frozen=True)
+class Painter:
+    """How embeddings become features.
+
+    Attributes:
+        decoder: paints.
+        extractor: looks at what was painted.
+        teacher: hash of the gen teacher's weights.
+        batch: images painted at once.
+    """
+
+    decoder: GenDecoder
+    extractor: Extractor
+    teacher: str
+    batch: int
+
+    def features(self, embeds: NDArray[np.float32], seeds: Sequence[int]) -> NDArray[np.float32]:
+        """Paints images from embeddings (B, D) and returns their features; nothing passes through a file."""
+        painted = self.decoder.decode(from_numpy(embeds), seeds)
+        return self.extractor.features([Image.fromarray(image) for image in painted])
+
+
+def feature_folder(run: Path, extractor: Extractor, teacher: str, steps: int, guidance: float) -> Path:
+    """Where the features of painted images are kept: its name tells the settings apart."""
+    settings = (extractor.identity, extractor.side, steps, guidance)
+    digest = hashlib.sha256(f"{teacher} {settings}".encode()).hexdigest()[:12]
+    return run / "generated" / f"{extractor.name}-{digest}"
+
+
+def feature_file(folder: Path, curve: Curve, embeds: NDArray[np.float32]) -> Path:
+    """Where the features of one curve's painted images are kept; its name changes with the embeddings."""
+    digest = hashlib.sha256(np.ascontiguousarray(embeds).tobytes()).hexdigest()[:12]
+    place = "-".join(part for part in (curve.layer, curve.probe, curve.control, str(curve.seed)) if part)
+    return folder / f"{place}-{digest}.safetensors"
+
+
+def score_generation(run: Run, found: ScoreFile, images: ImageList, painter: Painter) -> Path:
+    """Paints what is not painted yet, and writes both distances of every curve.
+
+    Args:
+        run: the run.
+        found: embeddings.
+        images: the list that they were made of.
+        painter: how to paint.
+
+    Returns:
+        The file of the summaries.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the curves that were painted are kept.
+    """
+    seeds = image_seeds(found.names)
+    decoder = painter.decoder
+    folder = feature_folder(run.path, painter.extractor, painter.teacher, decoder.steps, decoder.guidance)
+    files = {curve: feature_file(folder, curve, embeds) for curve, embeds in found.table.items()}
+    todo = [curve for curve in found.table if not files[curve].exists()]
+    batches = range(0, len(found.names), painter.batch)
+    if todo:
+        logger.info(
+            "painting %d x %d images, %d steps each; %d curves are there already",
+            len(todo),
+            len(found.names),
+            painter.decoder.steps,
+            len(files) - len(todo),
+        )
+    with (
+        Interruption().watch() as interruption,
+        Progress("painting", len(todo) * len(batches), unit="batches", show=bool(todo)) as bar,
+    ):
+        for curve in todo:
+            parts = []
+            for first in batches:
+                chosen = slice(first, first + painter.batch)
+                parts.append(painter.features(found.table[curve][chosen], seeds[chosen]))
+                bar.advance()
+                if interruption.asked:
+                    raise Interrupted
+            with disk_errors(run.path), whole_file(files[curve]) as temporary:
+                save_file({"features": np.concatenate(parts)}, temporary)
+    readable = ImageList(images.folder, images.split, found.names)
+    real, cached = reference_features(painter.extractor, readable)
+    logger.info("features of the %d real images: %s", len(real), "from the cache" if cached else "computed and cached")
+    if len(real) < ENOUGH_IMAGES:
+        logger.warning("%d images: below %d a Fréchet distance is biased upwards", len(real), ENOUGH_IMAGES)
+    rows = summarise(run, {curve: load_file(file)["features"] for curve, file in files.items()}, real, painter, found)
+    file = run.path / "scores" / f"{painter.extractor.metrics[0]}-{found.split}.json"
+    with disk_errors(run.path):
+        write_summaries(file, rows)
+    return file
+
+
+def summarise(
+    run: Run, features: dict[Curve, NDArray[np.float32]], real: NDArray[np.float32], painter: Painter, found: ScoreFile
+) -> list[Summary]:
+    """Both distances of every curve from the real images."""
+    reference = Gaussian.of(real)
+    frechet, kernel = painter.extractor.metrics
+    rows = []
+    families: dict[tuple[Curve, str], list[tuple[Jackknife, NDArray[np.float64]]]] = {}
+
+    def note(curve: Curve, seed: str, distances: Jackknife, kernels: NDArray[np.float64]) -> None:
+        for metric, interval in ((frechet, distances.interval()), (kernel, sample_spread(kernels))):
+            rows.append(Summary(replace(curve, metric=metric), found.split, seed, interval, len(real)))
+
+    for curve, scores in by_seed(dict(features)).items():
+        for seed, stack in pooled(curve, scores, run.recipe.fit.seeds).items():
+            both = Jackknife.of(stack, reference), np.mean([kernel_distances(one, real) for one in stack], axis=0)
+            note(curve, seed, *both)
+            if is_block(curve.layer):
+                families.setdefault((replace(curve, layer=AVERAGE), seed), []).append(both)
+    for (curve, seed), members in families.items():
+        distances, kernels = zip(*members, strict=True)
+        note(curve, seed, Jackknife.mean(distances), np.mean(kernels, axis=0))
+    return rows
+
+
+def image_seeds(names: Sequence[str]) -> list[int]:
+    """A seed per image from its name, so that every layer, run and selection starts from the same noise."""
+    return [int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") for name in names]

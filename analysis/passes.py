@@ -1,0 +1,214 @@
+"""One pass of a split's images through one set of backbone weights; every layer's probes are scored on the way."""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from analysis.scorers import Row, Scorer
+from analysis.scores import Curve, ScoreFile, read_if_fits
+from probing.backbones import Backbone, Layer, layer_name
+from probing.backbones.base import Batch
+from probing.bank import ProbeBank
+from probing.data.coco import Skipped
+from probing.data.loader import Prepared, micro_batches
+from probing.fit import Interrupted
+from probing.progress import Progress
+from probing.ridge import RidgeReadout, place_states
+from probing.run import Interruption, Run, disk_errors
+
+logger = logging.getLogger(__name__)
+
+PROBES = ("resampler", "ridge")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to score.
+
+    Attributes:
+        layers: some of those that were probed.
+        probes: some of `PROBES`.
+        controls: some of `no`, `shuffled` and `random`.
+    """
+
+    layers: tuple[Layer, ...]
+    probes: tuple[str, ...]
+    controls: tuple[str, ...]
+
+    def arm(self, arm: str) -> "Selection":
+        """The part that is scored on one set of backbone weights."""
+        mine = [c for c in self.controls if (c == "random") == (arm == "random")]
+        return Selection(self.layers, self.probes, tuple(mine))
+
+    def lacking(self, scorer: Scorer, seeds: Sequence[int], there: set[Curve]) -> "Selection":
+        """The same with only those layers of which a curve is missing."""
+
+        def curves(layer: Layer) -> Iterable[Curve]:
+            for teacher in scorer.teachers:
+                for metric, protocol in scorer.measures(teacher):
+                    place = {"teacher": teacher, "layer": layer_name(layer), "metric": metric, "protocol": protocol}
+                    for control in self.controls:
+                        if "resampler" in self.probes:
+                            yield from (Curve(probe="resampler", control=control, seed=s, **place) for s in seeds)
+                        if "ridge" in self.probes and control != "shuffled":
+                            yield Curve(probe="ridge", control=control, seed=seeds[0], **place)
+
+        layers = tuple(layer for layer in self.layers if not there.issuperset(curves(layer)))
+        return Selection(layers, self.probes, self.controls)
+
+
+@dataclass
+class Tally:
+    """What a pass has gathered so far."""
+
+    scores: dict[Curve, list[Tensor]] = field(default_factory=dict)
+    sums: dict[Curve, Tensor] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    skipped: dict[str, Skipped] = field(default_factory=dict)
+    done: int = 0
+
+    def note(self, curve: Curve, values: Tensor, summed: bool) -> None:
+        """Adds what one batch scored."""
+        if summed:
+            total = values.sum(dim=0)
+            self.sums[curve] = self.sums[curve] + total if curve in self.sums else total
+        else:
+            narrow = {torch.float64: torch.float32, torch.int64: torch.int32}
+            self.scores.setdefault(curve, []).append(values.to("cpu", narrow.get(values.dtype, values.dtype)))
+
+    def file(self, split: str, settings: str) -> ScoreFile:
+        """Everything so far, ready to be written."""
+        table = {curve: torch.cat(parts).numpy() for curve, parts in self.scores.items()}
+        sums = {curve: total.cpu().numpy() for curve, total in self.sums.items()}
+        skipped = [[s.image, s.split, s.reason] for s in self.skipped.values()]
+        return ScoreFile(table, self.names, split, settings, sums, self.done, skipped)
+
+    @classmethod
+    def resumed(cls, found: ScoreFile, device: torch.device) -> "Tally":
+        """The inverse of `file`."""
+        scores = {curve: [torch.from_numpy(values)] for curve, values in found.table.items()}
+        sums = {curve: torch.from_numpy(total).to(device) for curve, total in found.sums.items()}
+        skipped = {row[0]: Skipped(*row) for row in found.skipped}
+        return cls(scores, sums, found.names, skipped, found.done)
+
+
+def score_arm(
+    run: Run, arm: str, backbone: Backbone, scorer: Scorer, selection: Selection, batch: int, settings: str
+) -> ScoreFile:
+    """Scores what was trained on one set of backbone weights, from the last saved state where there is one.
+
+    Args:
+        run: the run.
+        arm: `no` or `random`.
+        backbone: with the weights of that arm.
+        scorer: the metric.
+        selection: layers, probes and controls.
+        batch: images per forward pass.
+        settings: what the scores depend on besides the run.
+
+    Returns:
+        The scores, with the images that could not be read.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+    """
+    selection = selection.arm(arm)
+    asked = f"{settings} {','.join(map(layer_name, selection.layers))} {selection.probes} {selection.controls}"
+    state = pass_state(run, scorer, arm)
+    saved = read_if_fits(state, asked)
+    tally = Tally.resumed(saved, backbone.device) if saved else Tally()
+    if saved:
+        logger.info("%s: going on after %d images", scorer.stem, tally.done)
+    predict = _Predictor(run, arm, backbone, scorer, selection)
+    images, recipe = scorer.images, run.recipe
+    plan = [list(range(i, min(i + batch, len(images)))) for i in range(tally.done, len(images), batch)]
+    prepare = {name: teacher.prepare for name, teacher in scorer.teachers.items()}
+    batches = micro_batches(
+        images, plan, backbone.prepare, prepare, recipe.data.view, recipe.fit.workers, backbone.device
+    )
+    what = f"{scorer.stem.removeprefix('scores/')} ({'checkpoint' if arm == 'no' else arm})"
+    last = time.monotonic()
+    with torch.no_grad(), Interruption().watch() as interruption, Progress(what, len(plan), unit="batches") as bar:
+        for indices, prepared in zip(plan, batches, strict=True):
+            tally.skipped |= {skip.image: skip for skip in prepared.skipped}
+            if prepared.student is not None:
+                tally.names += [images.names[index] for index in prepared.indices]
+                predict(prepared, tally)
+            tally.done += len(indices)
+            bar.advance()
+            due = time.monotonic() - last >= 60 * recipe.fit.save_minutes
+            if (due or interruption.asked) and tally.done < len(images):
+                with disk_errors(run.path):
+                    tally.file(images.split, asked).write(state)
+                last = time.monotonic()
+                if interruption.asked:
+                    raise Interrupted
+    return tally.file(images.split, settings)
+
+
+def pass_state(run: Run, scorer: Scorer, arm: str) -> Path:
+    """Where an unfinished pass is kept."""
+    return run.path / "state" / "evaluate" / f"{scorer.stem.replace('/', '-')}-{arm}.safetensors"
+
+
+class _Predictor:
+    """Everything that predicts from the states of one arm, and hands its predictions to the scorer."""
+
+    def __init__(self, run: Run, arm: str, backbone: Backbone, scorer: Scorer, selection: Selection) -> None:
+        device = backbone.device
+        self.run, self.arm, self.backbone, self.scorer, self.selection = run, arm, backbone, scorer, selection
+        resampled, layers = "resampler" in selection.probes, ",".join(map(layer_name, selection.layers))
+        self.banks = {
+            control: ProbeBank.load(run.probes(control), device, scorer.teachers, layers)
+            for control in (selection.controls if resampled else ())
+        }
+        ridged = "ridge" in selection.probes and arm in selection.controls
+        self.ridge = RidgeReadout.load(run.ridge(arm), device) if ridged else RidgeReadout({})
+        self.means = {name: mean.to(device) for name, mean in load_file(run.means).items()}
+
+    def __call__(self, prepared: Prepared, tally: Tally) -> None:
+        """Scores one batch."""
+        assert prepared.student is not None
+        scorer, seed = self.scorer, self.run.recipe.fit.seeds[0]
+        targets = {name: teacher.target(prepared.pixels[name]) for name, teacher in scorer.teachers.items()}
+        context = scorer.begin(prepared, targets)
+        batch = prepared.student.to(self.backbone.device)
+
+        def note(teacher: str, layer: str, probe: str, control: str, seed: int, rows: Iterable[Row]) -> None:
+            for metric, protocol, values in rows:
+                curve = Curve(teacher, layer, probe, control, metric, protocol, seed)
+                tally.note(curve, values, summed=metric in scorer.summed)
+
+        def visit(layer: Layer, hidden: Tensor) -> None:
+            with torch.no_grad():
+                self._layer(layer, hidden, batch, context, note)
+
+        self.backbone.stream(batch, self.selection.layers, visit)
+        if self.arm == "no":
+            for name, target in targets.items():
+                rows = scorer.score(name, self.means[name].expand_as(target), context)
+                note(name, "", "constant", "mean", seed, rows)
+            for name, probe, control, rows in scorer.references(targets, context):
+                note(name, "", probe, control, seed, rows)
+
+    def _layer(self, layer: Layer, hidden: Tensor, batch: Batch, context: Any, note: Any) -> None:
+        scorer, device, where = self.scorer, self.backbone.device, layer_name(layer)
+        keys, mask = batch.tokens.select(hidden.to(device).float(), self.run.recipe.probe.keys)
+        for control, bank in self.banks.items():
+            for key, probe in bank.at(layer):
+                rows = scorer.score(key.teacher, probe(keys, mask), context)
+                note(key.teacher, where, "resampler", control, key.seed, rows)
+        image_states = batch.tokens.image_states(hidden.to(device))
+        for teacher, weight, bias in self.ridge.at(layer):
+            if teacher in scorer.teachers:
+                placed = place_states(image_states, batch.tokens.grid, scorer.teachers[teacher].grid)
+                rows = scorer.score(teacher, F.linear(placed, weight, bias), context)
+                note(teacher, where, "ridge", self.arm, self.run.recipe.fit.seeds[0], rows)

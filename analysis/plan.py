@@ -1,0 +1,141 @@
+"""`probing plan`: what an evaluation costs before it begins, and what of it is there already."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from analysis.evaluate import GENERATED, Options, protocols_of, selection
+from analysis.features import Extractor, classifier, inception, inception_file, reference_file
+from analysis.generation import feature_folder
+from analysis.passes import Selection
+from analysis.scores import score_file
+from probing.backbones import layer_name
+from probing.data.coco import ImageList
+from probing.data.da2k import read_pairs
+from probing.errors import UserError
+from probing.hub import load_config, locate
+from probing.recipe import ProbeRunRecipe, load_recipe
+from probing.run import Run
+from probing.train import held_out_images
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one metric takes.
+
+    Attributes:
+        metric: its name.
+        work: how much of what.
+        there: what of it is there already.
+    """
+
+    metric: str
+    work: str
+    there: str
+
+
+def plan(path: Path, options: Options) -> list[Cost]:
+    """Says what evaluating takes; loads no model but the network that features come from.
+
+    Args:
+        path: a finished run, or a recipe.
+        options: as for `analysis.evaluate.evaluate`.
+
+    Raises:
+        UserError: there is neither, or something that was asked for does not exist.
+    """
+    run = Run.open(path) if path.is_dir() else None
+    recipe = run.recipe if run else load_recipe(ProbeRunRecipe, path, ())
+    blocks = run.manifest["checkpoint"]["layers"] if run else _blocks(recipe)
+    images = held_out_images(recipe.data)
+    costs = []
+    for metric in options.metrics:
+        protocols = protocols_of(metric, options.protocols)
+        chosen = selection(recipe, blocks, options, metric)
+        if metric in GENERATED:
+            costs += _generation(run, recipe, metric, chosen, images, options)
+            continue
+        number, split = len(images) if metric == "cosine" else min(len(images), options.images or len(images)), None
+        if metric == "da2k":
+            if options.da2k is None:
+                raise UserError("the metric da2k needs its images and pairs; give --da2k DIR")
+            number, split = min(len(read_pairs(options.da2k)), options.images or len(images)), "da2k"
+        curves = len(_names(chosen, recipe))
+        work = f"{number:,} images x {len(_arms(chosen))} forward passes of the backbone"
+        if metric != "cosine":
+            work += f"; {number:,} x {curves} curves x {len(protocols)} protocols = "
+            work += f"{number * curves * len(protocols):,} decodings"
+        file = score_file(run.path, f"scores/{metric}", split or images.split) if run else None
+        there = f"{file}, kept where its settings are these" if file and file.exists() else "nothing"
+        costs.append(Cost(metric, work, there))
+    return costs
+
+
+def _blocks(recipe: ProbeRunRecipe) -> int:
+    backbone = recipe.backbone
+    config = load_config(locate(backbone.checkpoint, "checkpoint"), "checkpoint", revision=backbone.revision)
+    return config.get_text_config().num_hidden_layers
+
+
+def _arms(chosen: Selection) -> set[bool]:
+    """Sets of backbone weights: the checkpoint's own, and random ones."""
+    return {control == "random" for control in chosen.controls}
+
+
+def _kinds(chosen: Selection) -> list[tuple[str, str]]:
+    """Kinds of curves: probes by control; there is no ridge readout of shuffled pairs."""
+    return [(p, c) for p in chosen.probes for c in chosen.controls if (p, c) != ("ridge", "shuffled")]
+
+
+def _generation(
+    run: Run | None, recipe: ProbeRunRecipe, metric: str, chosen: Selection, images: ImageList, options: Options
+) -> list[Cost]:
+    """Painting, and the features of the real images."""
+    names = images.names[: options.images]
+    sets = len(_names(chosen, recipe)) + 2  # and the mean target, and the true feature
+    calls = options.steps * (2 if options.guidance > 1 else 1)
+    work = (
+        f"{sets} sets x {len(names):,} images = {sets * len(names):,} images x {calls} calls of the diffusion model "
+        f"({options.steps} steps{', twice for guidance' if options.guidance > 1 else ''}) = "
+        f"{sets * len(names) * calls:,} calls"
+    )
+    extractor = _extractor(metric, options)
+    if extractor is None:
+        return [
+            Cost(metric, work, "nothing"),
+            Cost(f"{metric}, real images", f"features of {len(names):,} images; download of Inception", "nothing"),
+        ]
+    painted = 0
+    if run is not None:
+        teacher = run.manifest["teachers"]["gen"]["sha256"]
+        folder = feature_folder(run.path, extractor, teacher, options.steps, options.guidance)
+        wanted = [*_names(chosen, recipe), "constant-mean", "target-teacher"]
+        painted = sum(any(folder.glob(f"{name}-*.safetensors")) for name in wanted)
+    real = reference_file(extractor, ImageList(images.folder, images.split, names))
+    there = f"in the cache ({real})" if real.exists() else "nothing"
+    return [
+        Cost(metric, work, f"{painted} of {sets} sets" if painted else "nothing"),
+        Cost(f"{metric}, real images", f"features of {len(names):,} images", there),
+    ]
+
+
+def _names(chosen: Selection, recipe: ProbeRunRecipe) -> list[str]:
+    """How the files of painted curves begin."""
+    return [
+        f"{layer_name(layer)}-{probe}-{control}-{seed}"
+        for layer in chosen.layers
+        for probe, control in _kinds(chosen)
+        for seed in (recipe.fit.seeds if probe == "resampler" else recipe.fit.seeds[:1])
+    ]
+
+
+def _extractor(metric: str, options: Options) -> Extractor | None:
+    """The network that features come from, unless it would have to be downloaded."""
+    device = torch.device("cpu")
+    if metric == "fid":
+        file = options.inception_weights or inception_file()
+        return inception(file, device) if file else None
+    if options.extractor is None:
+        raise UserError("the metric frechet needs a network for its features; give --extractor DIR, or use fid")
+    return classifier(options.extractor, device)

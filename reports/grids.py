@@ -1,0 +1,146 @@
+"""Picture grids, after Figs. VI–VIII of OLA-VLM: what the decoders make of each layer, below photograph and teacher."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from reports.curves import STYLE
+from reports.results import layer_rank
+
+MOST_ROWS = 12
+"""Layers in one grid, evenly chosen where there are more."""
+CLASS_COLOURS = (
+    *("#332288", "#DDCC77", "#117733", "#CC6677", "#88CCEE", "#882255"),
+    *("#999933", "#AA4499", "#44AA99", "#661100", "#6699CC", "#EE8866"),
+)
+"""Colours of the classes that cover most, after Paul Tol's muted scheme; dark and light take turns, for grey print."""
+OTHER = "#808080"
+"""Colour of all other classes."""
+DEPTH_COLOURS = "magma"
+"""Perceptually uniform, and ordered by lightness, so it survives grey print."""
+OVERLAY = 0.6
+"""Opacity of class colours over the photograph."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Pictures of one teacher and kind of probe.
+
+    Attributes:
+        teacher: `depth`, `seg` or `gen`.
+        probe: `resampler` or `ridge`.
+        photographs: (columns, S, S, 3), uint8.
+        own: what the decoder makes of the teacher's own feature.
+        layers: the same of the probe's output, by layer, in order.
+        classes: names of the classes, for seg.
+    """
+
+    teacher: str
+    probe: str
+    photographs: NDArray[np.uint8]
+    own: NDArray[Any]
+    layers: dict[str, NDArray[Any]]
+    classes: list[str]
+
+
+def read_grids(run: Path) -> list[Grid]:
+    """Reads `pictures/` of a run; of several seeds the first is shown."""
+    grids = []
+    for teacher in ("depth", "seg", "gen"):
+        for file in sorted((run / "pictures").glob(f"{teacher}-*.safetensors")):
+            found: dict[tuple[str, str], dict[str, tuple[int, NDArray[Any]]]] = {}
+            with safe_open(file, framework="np") as stored:
+                for key in stored.keys():  # noqa: SIM118
+                    _, layer, probe, control, _, _, seed = key.partition(":")[2].split("/")
+                    layers = found.setdefault((probe, control), {})
+                    if layer not in layers or int(seed) < layers[layer][0]:
+                        layers[layer] = (int(seed), stored.get_tensor(key))
+            classes = file.with_name("classes.json")
+            names = json.loads(classes.read_text(encoding="utf-8")) if teacher == "seg" and classes.exists() else []
+            for probe in ("resampler", "ridge"):
+                rows = found.get((probe, "no"), {})
+                chosen = _spread(sorted(rows, key=layer_rank))
+                pictures = {layer: rows[layer][1] for layer in chosen}
+                if pictures:
+                    photographs, own = (found[kind, "teacher"][""][1] for kind in ("photograph", "target"))
+                    grids.append(Grid(teacher, probe, photographs, own, pictures, names))
+    return grids
+
+
+def _spread(layers: list[str]) -> list[str]:
+    if len(layers) <= MOST_ROWS:
+        return layers
+    return [layers[i] for i in np.linspace(0, len(layers) - 1, MOST_ROWS).round().astype(int)]
+
+
+def grid_figure(grid: Grid) -> Figure:
+    """Rows: photograph, teacher, layers; columns: images."""
+    rows: list[tuple[str, NDArray[Any]]] = [("photograph", grid.photographs), ("teacher", grid.own)]
+    rows += [(f"layer {layer}" if layer.isdecimal() else layer, pictures) for layer, pictures in grid.layers.items()]
+    columns = len(grid.photographs)
+    colours = _class_colours(grid) if grid.teacher == "seg" else {}
+    with mpl.rc_context(STYLE):
+        figure = Figure(
+            figsize=(1.25 * columns + 0.8, 1.25 * len(rows) + 0.7),
+            layout=ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0),
+        )
+        axes = figure.subplots(len(rows), columns, squeeze=False)
+        for row, (name, pictures) in enumerate(rows):
+            for column in range(columns):
+                _draw(axes[row, column], grid, pictures[column], column, colours, plain=row == 0)
+            axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center")
+        if grid.teacher == "depth":
+            bar = figure.colorbar(
+                mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), DEPTH_COLOURS),
+                ax=axes, location="bottom", shrink=0.6, aspect=30, ticks=[0, 1],
+            )  # fmt: skip
+            bar.set_ticklabels(["far", "near"])
+            bar.set_label("one scale per column, the teacher's")
+        if colours:
+            handles = [Patch(color=colour, label=_class_name(grid, label)) for label, colour in colours.items()]
+            figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, 4), frameon=False)
+    return figure
+
+
+def _class_name(grid: Grid, label: int) -> str:
+    return grid.classes[label] if label < len(grid.classes) else f"class {label}"
+
+
+def _class_colours(grid: Grid) -> dict[int, str]:
+    """A colour per class, for the classes that cover most."""
+    labels, counts = np.unique(np.concatenate([grid.own, *grid.layers.values()]), return_counts=True)
+    largest = sorted(labels[np.argsort(-counts)][: len(CLASS_COLOURS)].tolist())
+    return dict(zip(largest, CLASS_COLOURS, strict=False))
+
+
+def _draw(axes: Axes, grid: Grid, picture: NDArray[Any], column: int, colours: dict[int, str], plain: bool) -> None:
+    interpolation = "nearest" if picture.shape[0] < 128 else "antialiased"
+    if plain or grid.teacher == "gen":
+        axes.imshow(picture, interpolation=interpolation)
+    elif grid.teacher == "depth":
+        own = grid.own[column].astype(np.float32)
+        axes.imshow(
+            picture.astype(np.float32), cmap=DEPTH_COLOURS, vmin=own.min(), vmax=own.max(), interpolation=interpolation
+        )
+    else:
+        rgb = np.zeros((*picture.shape, 3))
+        for label in np.unique(picture):
+            rgb[picture == label] = to_rgb(colours.get(int(label), OTHER))
+        mixed = OVERLAY * rgb + (1 - OVERLAY) * grid.photographs[column] / 255
+        axes.imshow(mixed, interpolation=interpolation)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)

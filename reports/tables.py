@@ -1,0 +1,124 @@
+"""Table 8 of OLA-VLM: decoded metrics by checkpoint, between what a constant and what the teacher scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from reports.curves import PROBES
+from reports.results import RunResults, best_layer, is_distance, metric_label
+
+ENOUGH_IMAGES = 2048
+"""With fewer images than Inception has features a Fréchet distance is biased upwards."""
+CONTROLS = {"no": "", "random": ", random weights"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric of the table."""
+
+    teacher: str
+    metric: str
+    protocol: str
+
+    @property
+    def title(self) -> str:
+        """Its name, and which way is better."""
+        return f"{metric_label(self.metric, self.protocol)} {'↓' if is_distance(self.metric) else '↑'}"
+
+
+@dataclass(frozen=True)
+class DecodedTable:
+    """The table, as text.
+
+    Attributes:
+        columns: the metrics.
+        rows: name of the row, and a cell per column; a cell is empty where nothing was computed.
+        notes: what a reader must know.
+    """
+
+    columns: list[Column]
+    rows: list[tuple[str, list[str]]]
+    notes: list[str]
+
+    def frame(self) -> pd.DataFrame:
+        """The table with its titles."""
+        titles = [column.title for column in self.columns]
+        return pd.DataFrame([cells for _, cells in self.rows], columns=titles, index=[name for name, _ in self.rows])
+
+
+def decoded_columns(runs: Sequence[RunResults]) -> list[Column]:
+    """The metrics that are read first: distance of generated images, depth pairs, mIoU of the probe alone."""
+    measures = list(dict.fromkeys(measure for run in runs for measure in run.measures))
+    distances = [m for m in measures if m[0] == "fid"] or [m for m in measures if m[0].startswith("frechet_")]
+    columns = [Column("gen", *measure) for measure in distances]
+    columns += [Column("depth", *m) for m in measures if m == ("da2k", "strict")]
+    return columns + [Column("seg", *m) for m in measures if m == ("miou", "blind")]
+
+
+def decoded_table(runs: Sequence[RunResults]) -> DecodedTable | None:
+    """Checkpoints × metrics, averaged over layers and at the best layer; None where nothing was decoded."""
+    columns = decoded_columns(runs)
+    if not columns:
+        return None
+    rows: list[tuple[str, list[str]]] = []
+    for run in runs:
+        for control, suffix in CONTROLS.items():
+            for probe, name in PROBES.items():
+                place = f"{run.label}{suffix} · {name}"
+                rows.append((f"{place}, mean over layers", [_mean(run, c, probe, control) for c in columns]))
+                rows.append((f"{place}, best layer", [_best(run, c, probe, control) for c in columns]))
+        of = f" ({run.label})" if len(runs) > 1 else ""
+        for name, probe, control in (
+            (f"floor: mean target{of}", "constant", "mean"),
+            (f"image row alone{of}", "image_row", "baseline"),
+            (f"ceiling: teacher's own feature, decoded in the same way{of}", "target", "teacher"),
+            (f"teacher as it is{of}", "teacher", "teacher"),
+        ):
+            rows.append((name, [_reference(run, c, probe, control) for c in columns]))
+    rows = list({name: (name, cells) for name, cells in rows if any(cells)}.values())
+    return DecodedTable(columns, rows, _notes(runs, columns))
+
+
+def _cell(row: pd.Series | None, metric: str) -> str:
+    if row is None:
+        return ""
+    digits = 1 if is_distance(metric) else 3
+    value, low, high = (f"{row[name]:.{digits}f}" for name in ("value", "ci_low", "ci_high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _mean(run: RunResults, column: Column, probe: str, control: str) -> str:
+    row = run.average(column.teacher, probe, control, column.metric, column.protocol)
+    return _cell(row, column.metric)
+
+
+def _best(run: RunResults, column: Column, probe: str, control: str) -> str:
+    curve = run.curve(column.teacher, probe, control, column.metric, column.protocol)
+    if curve.empty:
+        return ""
+    row = best_layer(curve, column.metric)
+    return f"{_cell(row, column.metric)} · layer {row['layer']}"
+
+
+def _reference(run: RunResults, column: Column, probe: str, control: str) -> str:
+    row = run.reference(column.teacher, probe, control, column.metric, column.protocol)
+    # The teacher as it is sees its own early stages, so it has no value for the probe alone.
+    if row is None and column.protocol == "blind" and probe == "teacher":
+        row = run.reference(column.teacher, probe, control, column.metric, "strict")
+    return _cell(row, column.metric)
+
+
+def _notes(runs: Sequence[RunResults], columns: Sequence[Column]) -> list[str]:
+    notes = []
+    for column in columns:
+        r = pd.concat([run.results[run.results["metric"] == column.metric] for run in runs])
+        n = r.loc[r["protocol"] == column.protocol, "n"]
+        if is_distance(column.metric) and n.min() < ENOUGH_IMAGES:
+            notes.append(
+                f"{metric_label(column.metric, column.protocol)}: {n.min()} images. Below {ENOUGH_IMAGES} it is biased "
+                "upwards; compare only values of equally many images."
+            )
+    notes.append("The mean over layers is that of the probed layers 1 … L; layer 0 and final are not in it.")
+    notes.append("The best layer is chosen on the images that it is scored on, so its value is a little flattered.")
+    return notes
