@@ -10,14 +10,14 @@ $(BIN)/activate:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/activate pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet -c constraints.txt -e .
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[decode]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/.installed  ## The whole story on the toy world, about three minutes on two CPU cores
+demo: $(VENV)/.installed  ## The whole story on the toy world, about four minutes on two CPU cores
 	$(BIN)/probing demo
 
 test: lint  ## Style, types and all tests

@@ -31,6 +31,8 @@ from probing.teachers.gen import GenDecoder
 
 logger = logging.getLogger(__name__)
 
+FEWEST = 4
+
 
 @dataclass
 class Embeddings:
@@ -46,11 +48,12 @@ class Embeddings:
         """Takes the first images of a split.
 
         Raises:
-            UserError: the run has no gen teacher.
+            UserError: the run has no gen teacher, or there are too few images.
         """
         if "gen" not in teachers:
             raise UserError("generating needs the gen teacher, which this run was made without")
         chosen = ImageList(images.folder, images.split, images.names[:limit])
+        require_images(len(chosen))
         return cls(chosen, {"gen": teachers["gen"]})
 
     def measures(self, teacher: str) -> list[tuple[str, str]]:
@@ -124,6 +127,7 @@ def score_generation(run: Run, found: ScoreFile, images: ImageList, painter: Pai
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the curves that were painted are kept.
     """
+    require_images(len(found.names))
     seeds = image_seeds(found.names)
     decoder = painter.decoder
     folder = feature_folder(run.path, painter.extractor, painter.teacher, decoder.steps, decoder.guidance)
@@ -162,6 +166,12 @@ def score_generation(run: Run, found: ScoreFile, images: ImageList, painter: Pai
     with disk_errors(run.path):
         write_summaries(file, rows)
     return file
+
+
+def require_images(number: int) -> None:
+    """Raises UserError where there are fewer images than a covariance without a part of them needs."""
+    if number < FEWEST:
+        raise UserError(f"a distance between sets of images needs at least {FEWEST} images, not {number}; take more")
 
 
 def summarise(

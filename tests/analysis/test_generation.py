@@ -102,6 +102,11 @@ def test_nothing_is_painted_twice(evaluated, inception_file, monkeypatch, tmp_pa
         evaluate(run, options(inception_file, steps=3))
 
 
+def test_too_few_images_for_a_distance(evaluated, inception_file):
+    with pytest.raises(UserError, match="at least 4 images, not 3"):
+        evaluate(evaluated, options(inception_file, images=3))
+
+
 def test_features_and_pictures_are_kept(evaluated):
     files = list((evaluated / "generated").glob("inception-*/*.safetensors"))
     assert len(files) == 4 and all(load_file(file)["features"].shape == (6, 2048) for file in files)

@@ -6,12 +6,15 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import save_file
 
 from probing.errors import UserError
 from reports.curves import draw_panel, layer_figure, legend_handles, series
 from reports.findings import convergence, random_control, teacher_finding
+from reports.grids import grid_figure, read_grids
 from reports.page import write_report
 from reports.results import load_runs
+from reports.tables import decoded_table
 
 COLUMNS = [
     *("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "split", "seed"),
@@ -184,20 +187,95 @@ def test_folders_without_results_say_what_to_type(tmp_path):
         load_runs([path])
 
 
-def test_a_decoded_metric_stands_between_its_floor_and_its_ceiling(tmp_path):
-    run = make_run(tmp_path / "run", layers=2, final=False)
+def add_rows(run, metric, protocol, teacher, rows, n=50):
+    """Adds (layer, probe, control, value, reach) of one metric to a run's table."""
     table = pd.read_csv(run / "results.csv", dtype={"layer": str}, keep_default_na=False)
-    places = [("", "constant", "mean", 0.08), ("", "target", "teacher", 0.52), ("0", "resampler", "no", 0.4)]
     more = [
-        ["tiny", "seg", layer, probe, control, "miou", "blind", "val2017", 0, value, value, value, 50]
-        for layer, probe, control, value in places
+        ["tiny", teacher, layer, probe, control, metric, protocol, "val2017", 0, value, value - reach, value + reach, n]
+        for layer, probe, control, value, reach in rows
     ]
     pd.concat([table, pd.DataFrame(more, columns=COLUMNS)]).to_csv(run / "results.csv", index=False)
+
+
+def decode(run):
+    """Adds what is decoded: layer 1 is best in one metric, layer 2 in the other, where less is better."""
+    for metric, protocol, teacher, values in (
+        ("miou", "blind", "seg", (0.4, 0.45, 0.41, 0.43)),
+        ("frechet_toy", "strict", "gen", (30.0, 21.0, 20.0, 20.5)),
+    ):
+        layers = zip(("0", "1", "2", "mean"), values, strict=True)
+        rows = [(layer, "resampler", "no", value, 0.01) for layer, value in layers]
+        rows += [("", "constant", "mean", 0.08, 0.0), ("", "target", "teacher", 0.52, 0.0)]
+        add_rows(run, metric, protocol, teacher, rows)
+
+
+def test_a_decoded_metric_stands_between_its_floor_and_its_ceiling(tmp_path):
+    run = make_run(tmp_path / "run", layers=2, final=False)
+    decode(run)
     page = write_report([run], tmp_path / "report").read_text()
-    assert "mIoU, probe alone by layer" in page
-    assert page.count("decoded in the same way: 0.520") == 1  # the metric of one teacher only
+    assert "<summary>mIoU, probe alone</summary>" in page
+    assert page.count("decoded in the same way: 0.520") == 2  # each metric belongs to one teacher only
     (loaded,) = load_runs([run])
     assert loaded.teachers_of("miou", "blind") == ["seg"] and loaded.own_feature("seg", "cosine", "strict") is None
     figure = layer_figure([loaded], "miou", "blind")
     levels = {line.get_label(): line.get_ydata()[0] for line in figure.axes[0].get_lines()}
     assert levels["mean target"] == 0.08 and levels["teacher's own feature"] == 0.52
+    line = next(x for x in figure.axes[0].lines if x.get_label() == "tiny")
+    np.testing.assert_array_equal(line.get_xdata(), [0, 1, 2])  # the mean over layers is no layer
+
+
+def test_table_8_has_mean_and_best_layer_between_floor_and_ceiling(tmp_path):
+    run = make_run(tmp_path / "run", layers=2, final=False)
+    decode(run)
+    (loaded,) = load_runs([run])
+    frame = decoded_table([loaded]).frame()
+    assert list(frame.columns) == ["Fréchet distance (toy features) ↓", "mIoU, probe alone ↑"]
+    best = frame.loc["tiny · Perceiver resampler, best layer"]
+    assert list(best) == ["20.0 [20.0, 20.0] · layer 2", "0.450 [0.440, 0.460] · layer 1"]
+    assert frame.loc["tiny · Perceiver resampler, mean over layers"].iloc[1] == "0.430 [0.420, 0.440]"
+    assert frame.loc["floor: mean target"].iloc[1].startswith("0.080")
+    assert frame.index[-1].startswith("ceiling") and not frame.index.str.contains("ridge").any()
+    assert any("50 images" in note and "biased" in note for note in decoded_table([loaded]).notes)
+    write_report([run], tmp_path / "report")
+    assert (tmp_path / "report" / "table8.csv").read_text().count("\n") == len(frame) + 1
+    assert decoded_table([load_runs([make_run(tmp_path / "other")])[0]]) is None
+
+
+def pictures(run, teacher, shape, dtype, layers):
+    rng = np.random.default_rng(0)
+
+    def some():
+        values = rng.random((2, *shape)) * (1 if dtype == np.float16 else 5)
+        return values.astype(dtype)
+
+    photographs = rng.integers(0, 255, (2, 16, 16, 3), dtype=np.uint8)
+    tensors = {"photograph": photographs, "target": some()}
+    tensors = {f"image:{teacher}//{name}/teacher/picture/strict/0": value for name, value in tensors.items()}
+    for layer in layers:
+        tensors[f"image:{teacher}/{layer}/resampler/no/picture/strict/0"] = some()
+    (run / "pictures").mkdir(exist_ok=True)
+    save_file(tensors, run / "pictures" / f"{teacher}-val2017.safetensors")
+
+
+def test_grids_have_a_row_per_layer_below_photograph_and_teacher(tmp_path):
+    run = make_run(tmp_path / "run", layers=2)
+    pictures(run, "depth", (16, 16), np.float16, ["10", "0", "final", "2"])
+    pictures(run, "seg", (16, 16), np.uint8, map(str, range(33)))
+    pictures(run, "gen", (16, 16, 3), np.uint8, ["0"])
+    (run / "pictures" / "classes.json").write_text(json.dumps(["cat", "dog", "<tree>"]))
+    depth, seg, gen = read_grids(run)
+    assert list(depth.layers) == ["0", "2", "10", "final"] and list(gen.layers) == ["0"]
+    assert len(seg.layers) == 12 and {"0", "32"} < set(seg.layers)
+    figure = grid_figure(depth)
+    labels = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+    assert labels == ["photograph", "teacher", "layer 0", "layer 2", "layer 10", "final"]
+    drawn = figure.axes[2 * 2 + 1].images[0]  # layer 0, second column, on the teacher's scale
+    np.testing.assert_array_equal(drawn.get_array(), depth.layers["0"][1].astype(np.float32))
+    assert drawn.get_clim() == (depth.own[1].min(), depth.own[1].max())
+    texts = [text.get_text() for text in grid_figure(seg).legends[0].get_texts()]
+    assert texts == ["cat", "dog", "<tree>", "class 3", "class 4"]
+    page = write_report([run], tmp_path / "report").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert {f.name for f in (tmp_path / "report" / "figures").glob("grid_*")} == {
+        f"grid_{teacher}_resampler.png" for teacher in ("depth", "seg", "gen")
+    }
