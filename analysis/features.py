@@ -139,11 +139,15 @@ def classifier(source: str, device: torch.device) -> Extractor:
     side = prepare([Image.new("RGB", (512, 512))]).shape[-1]
 
     def encode(images: NDArray[np.uint8]) -> Tensor:
-        pooled = getattr(model(prepare(list(images)).to(device)), "pooler_output", None)
-        if pooled is None:
-            raise UserError(f"feature extractor {source} ({type(model).__name__}) gives no pooled features")
-        return pooled.flatten(1)
+        return model(prepare(list(images)).to(device)).pooler_output.flatten(1)
 
+    try:
+        with torch.no_grad():
+            encode(np.zeros((1, side, side, 3), dtype=np.uint8))
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        raise UserError(
+            f"{source} ({type(model).__name__}) gives no pooled features of images; give an image classifier"
+        ) from None
     name = "".join(c if c.isalnum() else "_" for c in Path(source).name.lower())
     return Extractor(name, side, encode, identity(place, None))
 

@@ -47,7 +47,7 @@ def test_inceptions_features_are_pytorch_fids(inception_file, images, tmp_path):
     assert extractor.metrics == ("fid", "kid")
 
 
-def test_any_classifier_names_its_metric(images, tmp_path):
+def test_any_classifier_names_its_metric(images, models, tmp_path):
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
     ResNetForImageClassification(config).save_pretrained(tmp_path / "my-net")
     with pytest.raises(UserError, match="has no preprocessing"):
@@ -60,6 +60,8 @@ def test_any_classifier_names_its_metric(images, tmp_path):
     assert extractor.features([images.read(0)]).shape == (1, 12)
     with pytest.raises(UserError, match="no such feature extractor"):
         classifier(str(tmp_path / "nowhere"), CPU)
+    with pytest.raises(UserError, match="gives no pooled features of images"):
+        classifier(str(models["llava"]), CPU)
 
 
 def test_reference_features_are_cached_until_an_image_changes(inception_file, images, caplog):
