@@ -85,17 +85,20 @@ class Resampler(nn.Module):
         self.proj_out = nn.Linear(width, config.output_width)
         self.norm_out = nn.LayerNorm(config.output_width)
 
-    def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, states: Tensor, mask: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
         """Predicts the target.
 
         Args:
             states: hidden states of one layer, (B, T, H), in the dtype of the probe.
             mask: (B, T), True where a position may be attended to; None uses every position.
+            queries: (Nq, H) in place of the own latents, as an embedding predictor has them: they share `proj_in` with
+                the states.
 
         Returns:
             The prediction (B, Nq, O), a LayerNorm's output.
         """
-        latents = self.latents.expand(states.shape[0], -1, -1)
+        latents = self.latents if queries is None else self.proj_in(queries)[None]
+        latents = latents.expand(states.shape[0], -1, -1)
         x = self.proj_in(states)
         block = cast(nn.ModuleList, self.layers[0])
         latents = latents + block[0](x, latents, mask)

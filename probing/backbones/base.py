@@ -16,6 +16,8 @@ from probing.recipe import TOKEN_KINDS
 
 Layer = int | str
 FINAL = "final"
+SPECIAL = ("gen", "depth", "seg")
+"""Tasks that special tokens may stand for."""
 Visit = Callable[[Layer, Tensor], None]
 
 
@@ -100,6 +102,56 @@ class TokenMap:
         """The states of the image tokens, (B, rows * columns, H), row-major."""
         rows, columns = self.grid
         return states[self.mask("image")].view(states.shape[0], rows * columns, states.shape[-1])
+
+
+def token_name(task: str, number: int) -> str:
+    """How a special token is written."""
+    return f"<{task}_{number}>"
+
+
+def special_ids(tokenizer: Any, tasks: Sequence[str] = SPECIAL) -> dict[str, list[int]]:
+    """Ids of each task's special tokens, in order; tasks without any are left out."""
+    found: dict[str, list[int]] = {}
+    vocabulary = tokenizer.get_added_vocab()
+    for task in tasks:
+        number = 0
+        while token_name(task, number) in vocabulary:
+            found.setdefault(task, []).append(vocabulary[token_name(task, number)])
+            number += 1
+    return found
+
+
+def token_kinds(
+    ids: Tensor,
+    attention: Tensor,
+    image_id: int,
+    special: dict[str, list[int]] | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Says what each position of a batch is.
+
+    Args:
+        ids: (B, T) input ids.
+        attention: (B, T), 0 for padding.
+        image_id: id of the placeholder of one image token.
+        special: ids of the special tokens of each task.
+        labels: (B, T), -100 where nothing is supervised; supervised positions are the answer.
+
+    Returns:
+        (B, T) indices into `probing.recipe.TOKEN_KINDS`. What precedes the first image counts as system prompt; in a
+        sequence without image nothing does.
+    """
+    code = {kind: index for index, kind in enumerate(TOKEN_KINDS)}
+    image = ids == image_id
+    kinds = torch.full_like(ids, code["text"])
+    kinds[(image.cumsum(dim=1) == 0) & image.any(dim=1, keepdim=True)] = code["system"]
+    if labels is not None:
+        kinds[labels != -100] = code["answer"]
+    kinds[image] = code["image"]
+    for kind, numbers in (special or {}).items():
+        kinds[torch.isin(ids, torch.tensor(numbers, device=ids.device))] = code[kind]
+    kinds[attention == 0] = code["padding"]
+    return kinds
 
 
 @dataclass(frozen=True)

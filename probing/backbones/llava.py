@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 import probing.compat  # noqa: F401
-from probing.backbones.base import Backbone, Batch, TokenMap
+from probing.backbones.base import Backbone, Batch, TokenMap, special_ids, token_kinds
 from probing.errors import UserError
 from probing.hub import first_line, identity
-from probing.recipe import TOKEN_KINDS, BackboneRecipe
+from probing.recipe import BackboneRecipe
 
 MODEL_TYPE = "llava"
 
@@ -41,20 +41,15 @@ class LlavaInputs:
         return Batch(inputs, self._token_map(inputs["input_ids"], inputs["attention_mask"]))
 
     def _token_map(self, ids: torch.Tensor, attention: torch.Tensor) -> TokenMap:
-        code = {kind: index for index, kind in enumerate(TOKEN_KINDS)}
-        image = ids == self.image_token_id
         rows, columns = self.grid
-        counts = image.sum(dim=1)
+        counts = (ids == self.image_token_id).sum(dim=1)
         if bool((counts != rows * columns).any()):
             raise UserError(
                 f"the processor places {counts.tolist()} image tokens where the vision tower gives {rows * columns}; "
                 "mend patch_size or vision_feature_select_strategy in processor_config.json"
             )
-        kinds = torch.full_like(ids, code["text"])
-        kinds[image.cumsum(dim=1) == 0] = code["system"]
-        kinds[image] = code["image"]
-        kinds[attention == 0] = code["padding"]
-        return TokenMap(kinds, self.grid)
+        special = special_ids(self.processor.tokenizer)
+        return TokenMap(token_kinds(ids, attention, self.image_token_id, special), self.grid)
 
 
 def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs:

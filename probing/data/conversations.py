@@ -7,6 +7,7 @@ A file is a JSON list or one JSON object per line:
 import json
 import logging
 import signal
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from probing.data.coco import square
 from probing.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -163,7 +165,7 @@ class Encoder:
             message["content"][-1]["text"] += tokenizer.eos_token
         return closed
 
-    def __call__(self, conversation: Conversation, images: list[Image.Image]) -> dict[str, Tensor]:
+    def __call__(self, conversation: Conversation, images: list[Image.Image]) -> dict[str, Any]:
         """Encodes one sample.
 
         Supervised are exactly the tokens that lie within what the template adds for an answer, after its own
@@ -233,6 +235,11 @@ def collate(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     pixels = [sample["pixel_values"] for sample in good if "pixel_values" in sample]
     if pixels:
         batch["pixel_values"] = torch.cat(pixels)
+    with_target = [row for row, sample in enumerate(good) if "teacher_pixels" in sample]
+    if with_target:
+        batch["target_rows"] = torch.tensor(with_target)
+        chosen: list[dict[str, Any]] = [good[row]["teacher_pixels"] for row in with_target]
+        batch["teacher_pixels"] = {name: torch.stack([one[name] for one in chosen]) for name in chosen[0]}
     return batch | {kind: names for kind, names in notes.items() if names}
 
 
@@ -240,11 +247,29 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Encoded conversations.
 
     A sample whose image cannot be read, or does not fit, is `{"skipped": name and reason}`; one whose end was cut off
-    has its own name under `cut`.
+    has its own name under `cut`. A sample with exactly one image has it under `teacher_pixels` too, as each teacher
+    wants it; with several it would not be clear which of them is meant.
     """
 
-    def __init__(self, conversations: list[Conversation], image_root: Path, encoder: Encoder) -> None:
+    def __init__(
+        self,
+        conversations: list[Conversation],
+        image_root: Path,
+        encoder: Encoder,
+        squared: bool = False,
+        teachers: dict[str, Callable[[Sequence[Any]], Tensor]] | None = None,
+    ) -> None:
+        """Puts a data set together.
+
+        Args:
+            conversations: the samples.
+            image_root: folder that image names are relative to.
+            encoder: makes model inputs of them.
+            squared: squash every image to a square first, so that student and teachers see the same.
+            teachers: each teacher's `prepare`.
+        """
         self.conversations, self.image_root, self.encoder = conversations, image_root, encoder
+        self.squared, self.teachers = squared, teachers or {}
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -259,7 +284,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         for name in conversation.images:
             try:
                 with Image.open(self.image_root / name) as image:
-                    images.append(image.convert("RGB"))
+                    images.append(square(image.convert("RGB")) if self.squared else image.convert("RGB"))
             except FileNotFoundError:
                 return {"skipped": f"{name}: missing"}
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -271,4 +296,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
             sample = self.encoder(conversation, images)
         except CutInsideImageError as error:
             return {"skipped": f"{called}: {error}"}
+        if self.teachers and len(images) == 1 and "pixel_values" in sample:
+            seen = {name: prepare(images)[0] for name, prepare in self.teachers.items()}
+            sample = sample | {"teacher_pixels": seen}
         return sample | ({"cut": called} if "cut" in sample else {})

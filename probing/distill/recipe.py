@@ -1,16 +1,17 @@
 """Recipes of the training stages."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from probing.recipe import Strict
+from probing.recipe import Strict, TeacherRecipe
 
 SPEED_ONLY = ("workers", "save_steps")
 """Fields that a stage may change when it goes on: they do not move a number."""
 
 STAGE_DEFAULTS: dict[str, dict[str, float]] = {
     "pt": {"lr": 1e-3, "batch_size": 256},
+    "vpt": {"lr": 2e-5, "batch_size": 128},
     "ift": {"lr": 2e-5, "batch_size": 128},
 }
 """Learning rate and global batch of each stage (OLA-VLM, sec. 5.1; those of LLaVA-1.5)."""
@@ -27,6 +28,48 @@ class ConversationData(Strict):
     """Take only the first so many conversations."""
 
 
+Task = Literal["gen", "depth", "seg"]
+KeyKind = Literal["system", "image", "special", "text", "answer"]
+
+
+class EmbeddingRecipe(Strict):
+    """Embedding losses: at some layers, a predictor's output is drawn to a teacher's features (OLA-VLM, sec. 4)."""
+
+    teachers: dict[Task, TeacherRecipe] = Field(min_length=1)
+    """Teachers of the tasks. A task without teacher, or with weight 0, is not there: no tokens, no predictors, no loss
+    (Table II)."""
+    layers: dict[Task, str] = Field(default={"depth": "8,20", "seg": "10,18", "gen": "12,20"})
+    """Decoder blocks whose states are read (Table 3, Fig. 5)."""
+    weights: dict[Task, float] = Field(default={"depth": 0.5, "seg": 0.5, "gen": 0.5})
+    """Weight of each task's losses (Table IV)."""
+    contrastive: float = Field(default=0.3, ge=0)
+    """Weight of InfoNCE beside smooth L1; 0 leaves it out (Table V)."""
+    seek: int = Field(default=8, ge=0)
+    """Special tokens per task; 0 has none (Table 5)."""
+    order: list[Task] = Field(default=["gen", "depth", "seg"])
+    """Order of the special tokens after an image (Table III)."""
+    keys: list[KeyKind] = Field(default=["system", "image", "special", "text"], min_length=1)
+    """What predictors read; `special` is the task's own tokens, `answer` the supervised ones (Table I)."""
+    heads: int = Field(default=4, ge=1)
+    """Attention heads of a predictor."""
+    dim_head: int = Field(default=32, ge=1)
+    """Width of one head."""
+
+    @property
+    def tasks(self) -> list[Task]:
+        """Tasks that take part, in the order of their tokens."""
+        return [task for task in self.order if task in self.teachers and self.weights.get(task, 0.5) > 0]
+
+    @model_validator(mode="after")
+    def _every_task_once(self) -> Self:
+        if len(set(self.order)) != len(self.order) or not set(self.teachers) <= set(self.order):
+            raise ValueError("order must name every task that has a teacher, once")
+        for task in self.tasks:
+            if task not in self.layers:
+                raise ValueError(f"layers does not name those of {task}")
+        return self
+
+
 class DistillRecipe(Strict):
     """One stage of training."""
 
@@ -34,13 +77,20 @@ class DistillRecipe(Strict):
     """Folder or Hub id of the LLaVA to start from."""
     revision: str | None = None
     """Hub revision."""
-    stage: Literal["pt", "ift"]
-    """pt trains the projector; ift trains LLM and projector. The vision tower is always frozen."""
+    stage: Literal["pt", "vpt", "ift"]
+    """pt trains the projector, predictors and special tokens; vpt the whole model; ift LLM and projector."""
     data: ConversationData
+    embedding: EmbeddingRecipe | None = None
+    """Embedding losses; without, the stage learns by next-token prediction alone (Table 4)."""
+    train_special_tokens: bool | None = None
+    """Whether special tokens are trained; by default in pt alone (Table 6)."""
+    view: Literal["own", "square"] = "own"
+    """`own`: each model applies its own preprocessing to the original image; `square`: the image is squashed to a
+    square first, so that student and teachers see the same."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate; by default the stage's: 1e-3 in pt, 2e-5 in ift."""
+    """Peak learning rate; by default the stage's: 1e-3 in pt, 2e-5 in vpt and ift."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Conversations per optimiser step, over all processes; by default 256 in pt, 128 in ift."""
+    """Conversations per optimiser step, over all processes; by default 256 in pt, 128 in vpt and ift."""
     micro_batch: int = Field(default=8, ge=1)
     """Conversations per forward pass and process."""
     epochs: float = Field(default=1.0, gt=0)
@@ -74,6 +124,11 @@ class DistillRecipe(Strict):
             if mine != others and name not in SPEED_ONLY:
                 return f"{name} is {others} there and {mine} here"
         return ""
+
+    @property
+    def trains_special_tokens(self) -> bool:
+        """Whether special tokens are trained, default filled in."""
+        return self.stage == "pt" if self.train_special_tokens is None else self.train_special_tokens
 
     @property
     def peak_lr(self) -> float:

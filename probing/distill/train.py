@@ -1,6 +1,5 @@
 """A training stage of a LLaVA checkpoint, on transformers' Trainer."""
 
-import contextlib
 import copy
 import dataclasses
 import difflib
@@ -15,31 +14,28 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
 
 import probing.compat  # noqa: F401  # isort: skip
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PrinterCallback, Trainer
 
-from probing.data.conversations import (
-    NOTES,
-    ConversationDataset,
-    Encoder,
-    collate,
-    read_conversations,
-    require_some_image,
-)
-from probing.distill.recipe import DistillRecipe
+from probing.backbones.base import parse_layers, special_ids
+from probing.data.conversations import ConversationDataset, Encoder, collate, read_conversations, require_some_image
+from probing.distill.callbacks import Bar, Losses, Watch
+from probing.distill.notes import Notes
+from probing.distill.predictors import FOLDER, EmbeddingPredictors, Task
+from probing.distill.recipe import DistillRecipe, EmbeddingRecipe
+from probing.distill.targets import attach_targets
+from probing.distill.tokens import add_special_tokens
+from probing.distill.trainee import Trainee
 from probing.errors import UserError
 from probing.hub import first_line, identity, load_config, locate
-from probing.progress import Progress
 from probing.provenance import versions
 from probing.recipe import dump_recipe, validate
 from probing.run import Interruption, disk_errors, whole_folder, write_text
+from probing.teachers import Teacher, load_teacher
 
 logger = logging.getLogger(__name__)
 
-TRAINED_PARTS = {"pt": ("multi_modal_projector",), "ift": ("multi_modal_projector", "language_model", "lm_head")}
 OWN_ARGUMENTS = {
     "output_dir": "--out",
     "per_device_train_batch_size": "micro_batch",
@@ -61,167 +57,58 @@ REFUSED = "the Trainer refuses the recipe"
 FIXED_ARGUMENTS = ("remove_unused_columns", "label_names", "average_tokens_across_devices", "save_only_model")
 
 
-class Notes:
-    """What batches told about their samples, on disk: it outlives an interruption, and every process writes its own."""
+class StageTrainer(Trainer):
+    """The Trainer, with teachers' features in every batch and every loss in the log."""
 
-    def __init__(self, folder: Path, process: int) -> None:
-        self.file = folder / f"notes-{process}.jsonl"
-        self.written: set[tuple[str, str]] = set()
+    def __init__(self, model: Trainee, teachers: dict[str, Teacher], **kwargs: Any) -> None:
+        super().__init__(model=model, **kwargs)
+        self.trainee, self.teachers = model, teachers
 
-    def add(self, kind: str, names: list[str]) -> None:
-        """Writes down the names that are new."""
-        new = {(kind, name) for name in names} - self.written
-        if new:
-            self.written |= new
-            with self.file.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(note) + "\n" for note in sorted(new))
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[Any, Any]:
+        """The micro-batches of one step, with `targets`."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.teachers:
+            attach_targets(batches, self.teachers, self.args.world_size)
+        return batches, items
 
-    @staticmethod
-    def read(folder: Path) -> dict[str, list[str]]:
-        """All names of all processes, sorted, by kind."""
-        found: dict[str, set[str]] = {kind: set() for kind in NOTES}
-        for file in folder.glob("notes-*.jsonl"):
-            for line in file.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # the last line of a process that was killed
-                    kind, name = json.loads(line)
-                    found[kind].add(name)
-        return {kind: sorted(names) for kind, names in found.items()}
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of every named loss since the last log."""
+        if "loss" in logs:
+            taken = self.trainee.take_logged()
+            values = torch.stack([value.to(self.args.device) for value in taken.values()])
+            summed = self.accelerator.reduce(values, "sum").tolist()
+            logs |= {f"loss/{name}": round(value, 6) for name, value in zip(taken, summed, strict=True)}
+        super().log(logs, start_time)
 
 
-class Trainee(nn.Module):
-    """A LLaVA inside a plain module.
-
-    The model is composed, not subclassed, and the Trainer sees no PreTrainedModel: it would save such a one under
-    legacy tensor names and, on resuming, silently fail to load them.
-    """
-
-    def __init__(self, model: Any, stage: str, notes: Notes | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.parts = TRAINED_PARTS[stage]
-        self.notes = notes
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(part in name for part in self.parts))
-        once = {name for name, _ in self.named_parameters()}
-        # The Trainer asks for this name, and ties weights again where exactly these are missing from a saved state.
-        self._keys_to_ignore_on_save = [n for n, _ in self.named_parameters(remove_duplicate=False) if n not in once]
-
-    def tie_weights(self) -> None:
-        """For the Trainer, after it has loaded a saved state."""
-        self.model.tie_weights()
-
-    def train(self, mode: bool = True) -> "Trainee":
-        """Frozen parts stay in eval mode: no dropout in what is not trained."""
-        super().train(mode)
-        for part in (self.model.model.vision_tower, self.model.model.language_model, self.model.lm_head):
-            if any(parameter.requires_grad for parameter in part.parameters()):
-                continue
-            part.eval()
-            for layer in part.modules():
-                if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
-                    layer.training = mode  # it checkpoints in training mode only; what is inside it stays in eval mode
-        return self
-
-    def losses(self, labels: Tensor, items: Tensor | None, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The stage's named losses; their sum is minimised."""
-        items = None if items is None else items.clamp(min=1)  # a batch may have nothing to learn from
-        output = self.model(**inputs, labels=labels, num_items_in_batch=items, use_cache=False)
-        return {"next_token": output.loss}
-
-    def forward(
-        self,
-        labels: Tensor,
-        skipped: list[str] | None = None,
-        cut: list[str] | None = None,
-        num_items_in_batch: Tensor | None = None,
-        **inputs: Any,
-    ) -> dict[str, Tensor]:
-        """One micro-batch; the loss is averaged over the supervised tokens of the whole batch.
-
-        Args:
-            labels: (B, T), ignored positions -100.
-            skipped: samples of this micro-batch that were left out.
-            cut: samples of this micro-batch that were too long.
-            num_items_in_batch: supervised tokens of the whole accumulated batch, from the Trainer.
-            **inputs: the model's own.
-        """
-        if self.notes is not None:
-            self.notes.add("skipped", skipped or [])
-            self.notes.add("cut", cut or [])
-        loss = torch.stack(list(self.losses(labels, num_items_in_batch, inputs).values())).sum()
-        if "pixel_values" not in inputs:
-            # The projector takes part in every backward pass: without it a stage that trains nothing else has no
-            # gradient at all, and several processes would wait for each other's.
-            projector = self.model.model.multi_modal_projector
-            nothing = loss.new_zeros((1, 1, projector.linear_1.in_features), dtype=projector.linear_1.weight.dtype)
-            loss = loss + 0.0 * projector(nothing).sum()
-        return {"loss": loss}
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Tied weights are listed once; safetensors refuses to write them twice."""
-        state = super().state_dict(*args, **kwargs)
-        for name in self._keys_to_ignore_on_save:
-            state.pop(kwargs.get("prefix", "") + name, None)
-        return state
-
-
-class _Watch(TrainerCallback):
-    """Saves and stops after the step in which the user asks for it; logs the last step whatever its number.
+def _embedding(
+    recipe: EmbeddingRecipe, seed: int, source: str, model: Any, processor: Any, device: torch.device
+) -> tuple[EmbeddingPredictors, dict[str, Teacher]]:
+    """Predictors and teachers of a stage; gives the checkpoint special tokens where the recipe has some.
 
     Raises:
-        UserError: every loss so far is exactly zero: no conversation had anything to learn from.
+        UserError: a teacher cannot be loaded, a layer is not in the LLM, or the checkpoint has other tokens or
+            predictors.
     """
-
-    def __init__(self, interruption: Interruption) -> None:
-        self.interruption = interruption
-        self.stopped = False
-        self.learned = False
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        asked = torch.tensor(int(self.interruption.asked), device=args.device)
-        if args.world_size > 1:  # a signal may reach the processes in different steps
-            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-        elif asked:
-            self.stopped = control.should_save = control.should_training_stop = True
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        loss = (logs or {}).get("loss")
-        self.learned = self.learned or bool(loss)
-        if loss is not None and not self.learned and state.global_step >= min(10, state.max_steps):
-            raise UserError(
-                f"nothing to learn from up to step {state.global_step}: every conversation is left out or cut before "
-                "its first answer ends; look at the data, or raise max_length"
-            )
-
-
-class _Bar(TrainerCallback):
-    """The program's own progress in place of the Trainer's, which prints every log where there is no terminal."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.progress: Progress | None = None
-        self.note = ""
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.progress = Progress(self.what, state.max_steps, state.global_step, show=state.is_world_process_zero)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        assert self.progress is not None
-        self.progress.advance(self.note)
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        if logs and "loss" in logs:
-            self.note = f"loss {float(logs['loss']):.4f}"
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        assert self.progress is not None
-        self.progress.close()
+    blocks, width = len(model.model.language_model.layers), model.config.text_config.hidden_size
+    chosen = {name: parse_layers(recipe.layers[name], blocks) for name in recipe.tasks}
+    for name, layers in chosen.items():
+        if not all(isinstance(layer, int) and layer > 0 for layer in layers):
+            raise UserError(f"embedding.layers.{name} is {recipe.layers[name]!r}; give decoder blocks, 1 to {blocks}")
+    teachers: dict[str, Teacher] = {name: load_teacher(name, recipe.teachers[name], device) for name in recipe.tasks}
+    tasks = [
+        Task(name, tuple(int(layer) for layer in chosen[name]), recipe.weights.get(name, 0.5), teachers[name].shape)
+        for name in recipe.tasks
+    ]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        embedding = EmbeddingPredictors(tasks, width, recipe.seek, recipe.keys, recipe.heads, recipe.dim_head)
+    if recipe.seek:
+        add_special_tokens(processor, model, recipe.tasks, recipe.seek)
+    if (Path(source) / FOLDER).is_dir():
+        embedding.load(Path(source) / FOLDER)
+        logger.info("embedding predictors go on from %s", Path(source) / FOLDER)
+    return embedding, teachers
 
 
 def run_stage(recipe: DistillRecipe, out: Path) -> Path:
@@ -241,7 +128,7 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         UserError: checkpoint, data or recipe cannot be used, or `out` holds something else.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     work = out.parent / f"{out.name}.training"
     if _is_finished(recipe, out):
@@ -262,6 +149,10 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         model = AutoModelForImageTextToText.from_pretrained(source, revision=recipe.revision, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {recipe.checkpoint} cannot be loaded: {first_line(error)}") from None
+    embedding: EmbeddingPredictors | None = None
+    teachers: dict[str, Teacher] = {}
+    if recipe.embedding is not None and recipe.embedding.tasks:
+        embedding, teachers = _embedding(recipe.embedding, recipe.seed, source, model, processor, arguments.device)
     encoder = Encoder(processor, config.image_token_id, recipe.max_length)
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -277,14 +168,26 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
                 shutil.rmtree(work, ignore_errors=True)
             write_text(work / "recipe.yaml", dump_recipe(recipe))
     with Interruption().watch() as interruption, disk_errors(work):
-        watch = _Watch(interruption)
+        watch = Watch(interruption)
+        trainee = Trainee(
+            model,
+            recipe.stage,
+            Notes(work, arguments.process_index),
+            embedding,
+            recipe.embedding.contrastive if recipe.embedding else 0.0,
+            special_ids(processor.tokenizer),
+            recipe.trains_special_tokens,
+        )
+        prepare = {name: teacher.prepare for name, teacher in teachers.items()}
+        root, squared = Path(recipe.data.image_root), recipe.view == "square"
         try:
-            trainer = Trainer(
-                model=Trainee(model, recipe.stage, Notes(work, arguments.process_index)),
+            trainer = StageTrainer(
+                trainee,
+                teachers,
                 args=arguments,
-                train_dataset=ConversationDataset(conversations, Path(recipe.data.image_root), encoder),
+                train_dataset=ConversationDataset(conversations, root, encoder, squared, prepare),
                 data_collator=functools.partial(collate, pad_id=processor.tokenizer.pad_token_id),
-                callbacks=[watch, _Bar(f"stage {recipe.stage}")],
+                callbacks=[watch, Losses(trainee), Bar(f"stage {recipe.stage}")],
             )
             trainer.remove_callback(PrinterCallback)
         except ValueError as error:
@@ -313,15 +216,32 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             "versions": versions(),
         }
         with disk_errors(out), whole_folder(out) as folder:
-            weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-            model.save_pretrained(folder, state_dict=weights)
-            processor.save_pretrained(folder)
+            _save_checkpoint(model, processor, trainee, state, folder)
+            if embedding is not None:
+                own = {n.removeprefix("embedding."): t for n, t in state.items() if n.startswith("embedding.")}
+                embedding.load_state_dict(own)
+                used = {name: {"id": t.id, "sha256": t.sha256, "shape": t.shape} for name, t in teachers.items()}
+                embedding.cpu().save(folder / FOLDER, {"teachers": used, "versions": versions()})
             if (work / "runs").exists():  # TensorBoard's curves
                 shutil.copytree(work / "runs", folder / "runs")
             (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return out
+
+
+def _save_checkpoint(model: Any, processor: Any, trainee: Trainee, state: dict[str, Any], folder: Path) -> None:
+    """Writes an ordinary LLaVA folder; special tokens become rows of its embedding table."""
+    weights = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+    if trainee.special_ids:
+        ids = [number for numbers in trainee.special_ids.values() for number in numbers]
+        with torch.no_grad():
+            rows = state["special"] if "special" in state else trainee.special_rows()
+            table = next(name for name in weights if name.endswith("embed_tokens.weight"))
+            weights[table] = weights[table].clone()
+            weights[table][ids] = rows.to(weights[table])
+    model.save_pretrained(folder, state_dict=weights)
+    processor.save_pretrained(folder)
 
 
 def _require_same(recipe: DistillRecipe, saved: Path, text: str | None = None) -> None:
@@ -411,7 +331,7 @@ def _training_arguments(recipe: DistillRecipe, work: Path, conversations: int) -
         "disable_tqdm": True,
         "label_names": ["labels"],
         "average_tokens_across_devices": True,
-        "ddp_find_unused_parameters": False,
+        "ddp_find_unused_parameters": recipe.stage == "vpt",  # a tower has layers behind the one that is read
     }
     try:
         arguments = TrainingArguments(**(values | copy.deepcopy(recipe.trainer)))  # it fills in fsdp_config in place

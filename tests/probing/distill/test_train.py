@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 from probing.backbones import describe_checkpoint
 from probing.data.conversations import ConversationDataset, Encoder, collate, read_conversations
 from probing.distill.recipe import DistillRecipe
-from probing.distill.train import Trainee, run_stage
+from probing.distill.train import run_stage
+from probing.distill.trainee import Trainee
 from probing.errors import UserError
 from probing.recipe import BackboneRecipe, dump_recipe, load_recipe
 
