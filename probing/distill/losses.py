@@ -13,8 +13,8 @@ def embedding_losses(
     """Smooth L1 and InfoNCE of one layer's predictions, as their part of the mean over the whole global batch.
 
     The contrast goes one way, from a prediction to all targets of the global batch, as in eq. 2. The paper writes
-    sim / tau, where tau is a learnable scaling factor that starts at 2.0. Divided by 2, cosines would hardly differ; the
-    released code multiplies them by exp(s), s = 2.0 at the start, at most 100, and that reading is taken here.
+    sim / tau, where tau is a learnable scaling factor that starts at 2.0. Divided by 2, cosines would hardly differ;
+    the released code multiplies them by exp(s), s = 2.0 at the start, at most 100, and that reading is taken here.
 
     Args:
         prediction: (B, N, D), of the samples of this micro-batch that have a target.
