@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from safetensors.numpy import save_file
 
 from analysis.depth_pairs import pair_accuracy
 from analysis.segmentation import mean_iou
-from analysis.statistics import Interval, bootstrap, share_mean
+from analysis.statistics import Interval, Statistic, bootstrap, share_mean
 from probing.run import Run, whole_file, write_text
 
 COLUMNS = (
     *("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "split", "seed"),
     *("value", "ci_low", "ci_high", "n"),
 )
-STATISTICS: dict[tuple[str, str], Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+STATISTICS: dict[tuple[str, str], Statistic] = {
     ("da2k", "strict"): pair_accuracy,
     ("miou", "strict"): mean_iou,
     ("miou", "blind"): mean_iou,
@@ -198,14 +198,26 @@ def _summaries(run: Run, file: Path) -> Iterator[Summary]:
 
 
 def _interval(curve: Curve, layers: Sequence[NDArray[Any]]) -> Interval:
-    """Interval of a metric's mean over layers, each (seeds, images) or (seeds, images, numbers)."""
+    return bootstrap(*over_layers(curve, layers))
+
+
+def over_layers(curve: Curve, layers: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], Statistic]:
+    """The mean over layers of a curve's metric, as one statistic.
+
+    Args:
+        curve: says which metric.
+        layers: scores of each, (seeds, images) or (seeds, images, numbers).
+
+    Returns:
+        The layers' numbers side by side, (seeds, images, layers · numbers), and the statistic of their sums.
+    """
     statistic = STATISTICS.get((curve.metric, curve.protocol), share_mean)
     tables = [layer[..., None] if layer.ndim == 2 else layer for layer in layers]
 
-    def mean_over_layers(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    def mean(totals: NDArray[np.float64]) -> NDArray[np.float64]:
         return statistic(totals.reshape(*totals.shape[:-1], len(tables), -1)).mean(axis=-1)
 
-    return bootstrap(np.concatenate(tables, axis=-1), mean_over_layers)
+    return np.concatenate(tables, axis=-1), mean
 
 
 def write_results(run: Run) -> Path:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,18 +35,41 @@ def share_mean(totals: NDArray[np.float64]) -> NDArray[np.float64]:
     return totals[..., 0]
 
 
+Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""Sums over images (…, numbers), divided by their number → the statistic (…)."""
+
+
+def _checked(scores: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Scores as (seeds, images, numbers); raises ValueError where there is none, or one is not finite."""
+    table = np.asarray(scores, dtype=np.float64)
+    if table.size == 0 or not np.isfinite(table).all():
+        raise ValueError(f"cannot bootstrap {table.size} scores, {int((~np.isfinite(table)).sum())} of them not finite")
+    return table[..., None] if table.ndim == 2 else table
+
+
+def _drawn(table: NDArray[np.float64], statistic: Statistic, resamples: int, seed: int, apart: int) -> Any:
+    """The mean over seeds in every resample (resamples); `apart` tells the draws of seeds of two tables apart."""
+    seeds, images, _ = table.shape
+    image_share, seed_share = _shares(images, resamples, seed), _shares(seeds, resamples, seed + 1 + apart)
+    values = np.stack([statistic(image_share @ one) for one in table], axis=1)
+    return (values * seed_share).sum(axis=1)
+
+
+def _percentiles(drawn: NDArray[np.float64]) -> tuple[float, float]:
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.nanpercentile(drawn, [tail, 100 - tail])
+    return float(low), float(high)
+
+
 def bootstrap(
-    scores: NDArray[np.floating],
-    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]] = share_mean,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    scores: NDArray[np.floating], statistic: Statistic = share_mean, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
     """Percentile bootstrap of a statistic of sums over images (Efron & Tibshirani, 1993, ch. 13).
 
     Args:
         scores: (seeds, images), or (seeds, images, numbers): what every image adds to the sums. Seeds and images are
             resampled both, independently, so that the interval covers training noise too.
-        statistic: sums (…, numbers), divided by the number of images → the statistic (…).
+        statistic: of the sums.
         resamples: number of bootstrap samples.
         seed: of the resampling.
 
@@ -55,13 +79,37 @@ def bootstrap(
     Raises:
         ValueError: there is no score, or one is not finite.
     """
-    table = np.asarray(scores, dtype=np.float64)
-    if table.size == 0 or not np.isfinite(table).all():
-        raise ValueError(f"cannot bootstrap {table.size} scores, {int((~np.isfinite(table)).sum())} of them not finite")
-    table = table[..., None] if table.ndim == 2 else table
-    seeds, images, _ = table.shape
-    image_share, seed_share = _shares(images, resamples, seed), _shares(seeds, resamples, seed + 1)
-    drawn = np.stack([statistic(image_share @ one) for one in table], axis=1)  # (resamples, seeds)
-    tail = 100 * (1 - LEVEL) / 2
-    low, high = np.nanpercentile((drawn * seed_share).sum(axis=1), [tail, 100 - tail])
-    return Interval(float(statistic(table.mean(axis=1)).mean()), float(low), float(high))
+    table = _checked(scores)
+    interval = _percentiles(_drawn(table, statistic, resamples, seed, 0))
+    return Interval(float(statistic(table.mean(axis=1)).mean()), *interval)
+
+
+def paired_bootstrap(
+    scores: NDArray[np.floating],
+    reference: NDArray[np.floating],
+    statistic: Statistic = share_mean,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """The same for the difference of two statistics of the same images: both see the same resampled images.
+
+    Args:
+        scores: as for `bootstrap`.
+        reference: of the same images in the same order; its seeds are resampled on their own, for seed k of one
+            training has nothing to do with seed k of another.
+        statistic: of the sums of each.
+        resamples: number of bootstrap samples.
+        seed: of the resampling.
+
+    Returns:
+        Scores minus reference, and the 95 % interval of that.
+
+    Raises:
+        ValueError: the images differ in number, there is no score, or one is not finite.
+    """
+    one, two = _checked(scores), _checked(reference)
+    if one.shape[1] != two.shape[1]:
+        raise ValueError(f"{one.shape[1]} images cannot be paired with {two.shape[1]}")
+    drawn = _drawn(one, statistic, resamples, seed, 0) - _drawn(two, statistic, resamples, seed, 1)
+    value = float(statistic(one.mean(axis=1)).mean() - statistic(two.mean(axis=1)).mean())
+    return Interval(value, *_percentiles(drawn))

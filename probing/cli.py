@@ -299,6 +299,24 @@ def plan(path: Path, **options: Any) -> None:
 
 @cli.command()
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the comparison's report.")
+def compare(runs: tuple[Path, ...], out: Path) -> None:
+    """Paired differences of RUNs from the first one, per teacher and layer, and a report of them all."""
+    _quiet_libraries()
+    from analysis.compare import compare as compare_runs
+    from analysis.compare import statements
+    from reports.page import write_report
+    from reports.results import load_runs
+
+    differences = compare_runs(runs, [run.label for run in load_runs(runs)])
+    sentences = statements(differences)
+    for sentence in sentences:
+        click.echo(sentence)
+    click.echo(f"report: {write_report(list(runs), out, differences, sentences)}")
+
+
+@cli.command()
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder of the report; by default report/ in the first run."
 )

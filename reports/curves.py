@@ -6,11 +6,12 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from reports.results import FINAL, TITLES, RunResults, is_distance, metric_label
+from reports.results import AVERAGE, FINAL, TITLES, RunResults, is_distance, layer_rank, metric_label
 
 # Okabe & Ito's palette, darker ones first: told apart by colour-blind readers, and by lightness in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -151,6 +152,35 @@ def panel_figure(runs: Sequence[RunResults], teacher: str, probe: str, metric: s
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.2, 3.0), layout="constrained")
         draw_panel(figure.subplots(), series(runs), teacher, probe, metric, protocol)
+    return figure
+
+
+def difference_figure(differences: pd.DataFrame, probe: str, metric: str, protocol: str) -> Figure:
+    """Paired differences from the reference by layer, a panel per teacher, a line per checkpoint."""
+    d = differences
+    chosen = d[(d["probe"] == probe) & (d["metric"] == metric) & (d["protocol"] == protocol) & (d["layer"] != AVERAGE)]
+    teachers = [t for t in TITLES if t in set(chosen["teacher"])]
+    names = list(dict.fromkeys(d["checkpoint"]))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * len(teachers), 2.9), layout="constrained")
+        for axes, teacher in zip(figure.subplots(1, len(teachers), squeeze=False)[0], teachers, strict=True):
+            axes.axhline(0, color="#333333", linewidth=0.8)
+            for index, name in enumerate(names, start=1):  # the reference has the first colour everywhere
+                part = chosen[(chosen["teacher"] == teacher) & (chosen["checkpoint"] == name)]
+                part = part.iloc[part["layer"].map(layer_rank).argsort(kind="stable")]
+                colour = COLOURS[index % len(COLOURS)]
+                x = np.arange(len(part))
+                axes.plot(
+                    x, part["value"], color=colour, marker=MARKERS[index % len(MARKERS)], markersize=4, label=name
+                )
+                axes.fill_between(x, part["ci_low"], part["ci_high"], color=colour, alpha=0.18, linewidth=0)
+                step = max(1, int(np.ceil(len(part) / 9)))
+                axes.set_xticks(x[::step], part["layer"].iloc[::step])
+            axes.set_title(TITLES[teacher], fontsize=10, loc="left", fontweight="bold")
+            axes.set_xlabel("LLM layer")
+        figure.axes[0].set_ylabel(f"difference from {d['reference'].iloc[0]}")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 

@@ -12,7 +12,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from probing.run import whole_file, write_text
-from reports.curves import PROBES, layer_figure, learning_figure, legend_handles, panel_figure, series
+from reports.curves import (
+    PROBES,
+    difference_figure,
+    layer_figure,
+    learning_figure,
+    legend_handles,
+    panel_figure,
+    series,
+)
 from reports.findings import METRIC, PROTOCOL, convergence, random_control, teacher_finding
 from reports.grids import Grid, grid_figure, read_grids
 from reports.results import TITLES, RunResults, load_runs, metric_label
@@ -30,12 +38,16 @@ COLUMNS = {
 DASHES = {"-": "solid", "--": "dashed", ":": "dotted"}
 
 
-def write_report(runs: Sequence[Path], out: Path) -> Path:
+def write_report(
+    runs: Sequence[Path], out: Path, differences: pd.DataFrame | None = None, statements: Sequence[str] = ()
+) -> Path:
     """Writes the page, `figures/` (PNG, SVG, PDF) and the merged `results.csv`.
 
     Args:
         runs: evaluated runs; the first names the teachers.
         out: folder of the report.
+        differences: paired differences from the first run, from `probing compare`.
+        statements: what they say, a sentence each.
 
     Returns:
         Path of the page.
@@ -57,8 +69,27 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     merged = pd.concat([run.results.assign(checkpoint=run.label) for run in loaded])
     write_text(out / "results.csv", merged.to_csv(index=False))
     page = out / "index.html"
-    write_text(page, _render(loaded, grids, table))
+    compared = []
+    if differences is not None:
+        write_text(out / "differences.csv", differences.to_csv(index=False))
+        compared = [_difference(differences, *key, out) for key in _difference_keys(differences)]
+    write_text(page, _render(loaded, grids, table, compared, list(statements)))
     return page
+
+
+def _difference_keys(differences: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """Probe, metric and protocol of every figure of differences; the centred cosine first."""
+    keys = differences[["probe", "metric", "protocol"]].drop_duplicates().itertuples(index=False, name=None)
+    return sorted(keys, key=lambda key: ((key[1], key[2]) != (METRIC, PROTOCOL), key[1], key[2], key[0] != "resampler"))
+
+
+def _difference(differences: pd.DataFrame, probe: str, metric: str, protocol: str, out: Path) -> dict[str, Any]:
+    """One figure of differences, written and given to the page."""
+    figure = difference_figure(differences, probe, metric, protocol)
+    title = f"{_title(metric_label(metric, protocol))}, {PROBES[probe]}"
+    source = _image(figure)
+    _save(figure, out / "figures" / f"differences_{metric}_{protocol}_{probe}")
+    return {"title": title, "src": source, "headline": (metric, protocol) == (METRIC, PROTOCOL)}
 
 
 def _measures(runs: Sequence[RunResults]) -> list[tuple[str, str]]:
@@ -163,7 +194,13 @@ def _sections(runs: list[RunResults]) -> list[dict[str, Any]]:
     return sections
 
 
-def _render(runs: list[RunResults], grids: dict[str, list[dict[str, str]]], table: DecodedTable | None) -> str:
+def _render(
+    runs: list[RunResults],
+    grids: dict[str, list[dict[str, str]]],
+    table: DecodedTable | None,
+    compared: list[dict[str, Any]],
+    statements: list[str],
+) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -185,6 +222,8 @@ def _render(runs: list[RunResults], grids: dict[str, list[dict[str, str]]], tabl
         sections=_sections(runs),
         table=table,
         grids=grids,
+        compared=compared,
+        statements=statements,
         learning=[{"run": run.label, "src": _image(learning_figure(run))} for run in runs],
     )
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from probing.recipe import Strict, TeacherRecipe
 
@@ -59,6 +59,11 @@ class EmbeddingRecipe(Strict):
     def tasks(self) -> list[Task]:
         """Tasks that take part, in the order of their tokens."""
         return [task for task in self.order if task in self.teachers and self.weights.get(task, 0.5) > 0]
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return {task: str(layers) for task, layers in value.items()} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _every_task_once(self) -> Self:

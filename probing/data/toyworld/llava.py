@@ -83,15 +83,15 @@ def train_tower(scenes: Scenes, steps: int, seed: int = 0) -> Any:
     return model.model.vision_tower.eval()
 
 
-def make_llava(
+def make_reader(
     world: Path, scenes: Scenes, folder: Path, schedule: Schedule, layers: int = 6, width: int = 128, seed: int = 0
 ) -> Path:
-    """Trains the whole of a tiny LLaVA.
+    """Makes what all checkpoints start from: a trained tower, a language model that has read, a fresh projector.
 
     Args:
-        world: written by `write_world`, for the conversations.
+        world: written by `write_world`, for the texts.
         scenes: for the tower.
-        folder: gets `untrained/`, `text/`, `pt/` and `ift/`, each a LLaVA folder; the last is the result.
+        folder: gets `untrained/` and `text/`, each a LLaVA folder; the last is the result.
         schedule: steps.
         layers: decoder blocks of the LLM.
         width: its hidden size.
@@ -103,20 +103,38 @@ def make_llava(
         model.model.vision_tower = train_tower(scenes, schedule.tower, seed)
         model.save_pretrained(start)
         processor.save_pretrained(start)
+    return _stage(world, "text.json", start, folder / "text", "ift", schedule.text, 2e-3, seed)
 
-    def stage(name: str, source: Path, kind: str, file: str, steps: int, lr: float) -> Path:
-        recipe = {
-            "checkpoint": str(source), "stage": kind, "max_steps": steps, "lr": lr, "batch_size": 32, "micro_batch": 32,
-            "data": {"conversations": str(world / file), "image_root": str(world)}, "workers": 1, "warmup": 0.05,
-            "save_steps": 10_000, "seed": seed,
-            "trainer": {"report_to": "none"},
-        }  # fmt: skip
-        logger.info("LLaVA, %s", name)
-        return run_stage(DistillRecipe.model_validate(recipe), folder / name)
 
-    read = stage("text", start, "ift", "text.json", schedule.text, 2e-3)
-    projected = stage("pt", read, "pt", "pt.json", schedule.pt, 2e-3)
-    return stage("ift", projected, "ift", "ift.json", schedule.ift, 1e-3)
+def make_llava(
+    world: Path, reader: Path, folder: Path, schedule: Schedule, seed: int = 0, embedding: dict[str, Any] | None = None
+) -> Path:
+    """Trains stages pt and ift.
+
+    Args:
+        world: written by `write_world`, for the conversations.
+        reader: made by `make_reader`.
+        folder: gets `pt/` and `ift/`, each a LLaVA folder; the last is the result.
+        schedule: steps.
+        seed: of the order of the conversations and of what is fresh.
+        embedding: embedding losses of stage pt, as `EmbeddingRecipe` has them.
+    """
+    projected = _stage(world, "pt.json", reader, folder / "pt", "pt", schedule.pt, 2e-3, seed, embedding)
+    return _stage(world, "ift.json", projected, folder / "ift", "ift", schedule.ift, 1e-3, seed)
+
+
+def _stage(
+    world: Path, file: str, source: Path, out: Path, kind: str, steps: int, lr: float, seed: int,
+    embedding: dict[str, Any] | None = None,
+) -> Path:  # fmt: skip
+    recipe = {
+        "checkpoint": str(source), "stage": kind, "max_steps": steps, "lr": lr, "batch_size": 32, "micro_batch": 32,
+        "data": {"conversations": str(world / file), "image_root": str(world)}, "workers": 1, "warmup": 0.05,
+        "save_steps": 10_000, "seed": seed, "embedding": embedding,
+        "trainer": {"report_to": "none"},
+    }  # fmt: skip
+    logger.info("LLaVA, %s", out.name)
+    return run_stage(DistillRecipe.model_validate(recipe), out)
 
 
 @torch.no_grad()

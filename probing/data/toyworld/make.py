@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from probing.data.toyworld.layout import write_world
-from probing.data.toyworld.llava import Schedule, answer_accuracy, make_llava
+from probing.data.toyworld.llava import Schedule, answer_accuracy, make_llava, make_reader
 from probing.data.toyworld.scenes import generate
 from probing.data.toyworld.teachers import Quality, train_depth, train_gen, train_seg
 from probing.data.toyworld.unclip import train_classifier, train_unclip
@@ -22,8 +22,8 @@ from probing.run import whole_folder, write_text
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
-"""Ready-made models: depth/, seg/, gen/, llava/, the classifier toy/, and quality.json."""
-MODELS = ("depth", "seg", "gen", "toy", "llava")
+"""Ready-made models: depth/, seg/, gen/, llava/, ola/, the classifier toy/, and quality.json."""
+MODELS = ("depth", "seg", "gen", "toy", "llava", "ola")
 TEACHER_SCENES_SEED, HELD_OUT_SEED = 90_001, 90_002
 """Seeds of the scenes that teachers and tower learn from and are tested on; no world of the demo has them."""
 
@@ -77,16 +77,29 @@ def make_models(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
                 quality[name] = make(part)
             quality[name]["seconds"] = round(time.monotonic() - started)
             write_text(file, json.dumps(quality, indent=2) + "\n")
-    if "llava" not in quality:
+    if "ola" not in quality:
         started = time.monotonic()
         world = write_world(folder / "world", sizes.train, sizes.val, seed)
-        last = make_llava(world, scenes, folder / "stages", sizes.llava, seed=seed)
-        with whole_folder(folder / "llava") as part:
-            shutil.copytree(last, part, dirs_exist_ok=True)
-        quality["llava"] = answer_accuracy(folder / "llava", world)
-        quality["llava"]["all"]["seconds"] = round(time.monotonic() - started)
-        write_text(file, json.dumps(quality, indent=2) + "\n")
+        reader = make_reader(world, scenes, folder / "stages", sizes.llava, seed=seed)
+        for name, embedding in (("llava", None), ("ola", embedding_losses(folder))):
+            last = make_llava(world, reader, folder / "stages" / name, sizes.llava, seed, embedding)
+            with whole_folder(folder / name) as part:
+                shutil.copytree(last, part, dirs_exist_ok=True)
+            quality[name] = answer_accuracy(folder / name, world)
+            quality[name]["all"]["seconds"] = round(time.monotonic() - started)
+            started = time.monotonic()
+            write_text(file, json.dumps(quality, indent=2) + "\n")
     return quality
+
+
+def embedding_losses(folder: Path) -> dict[str, Any]:
+    """The toy OLA's losses: the paper's layers 8–20 of 32 become 2–4 of 6; a grid of 36 is pooled to 4 tokens."""
+    return {
+        "teachers": {name: {"id": str(folder / name)} for name in ("gen", "depth", "seg")},
+        "layers": {"depth": "2,4", "seg": "2,3", "gen": "2,4"},
+        "seek": 4,
+        "dim_head": 16,
+    }
 
 
 def write_assets(folder: Path, assets: Path = ASSETS) -> float:
