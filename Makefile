@@ -33,6 +33,7 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev  ## The figures of the README
 	$(BIN)/python -m tests.benchmarks.fit_step
+	$(BIN)/python -m tests.benchmarks.distill_step
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

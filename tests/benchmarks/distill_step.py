@@ -1,0 +1,84 @@
+"""What embedding losses add to a training step of stage pt.
+
+    python -m tests.benchmarks.distill_step
+
+Both steps are forward and backward of the same LLaVA on the same conversations; one has the losses of three tasks at two
+layers each, with targets that are there already (as from a cache), the other next-token prediction alone.
+"""
+
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import probing.compat  # noqa: F401
+from probing.data.conversations import Conversation, ConversationDataset, Encoder, collate
+from probing.distill.predictors import EmbeddingPredictors, Task
+from probing.distill.targets import attach_targets
+from probing.distill.tokens import add_special_tokens
+from probing.distill.trainee import Trainee
+from probing.recipe import TeacherRecipe
+from probing.teachers import load_teacher
+from tests import tiny
+from tests.benchmarks.fit_step import best_of
+
+BATCH, BLOCKS, HIDDEN, REPEATS = 16, 16, 256, 5
+
+
+def measure(root: Path, embedding: bool) -> float:
+    """Milliseconds of one step."""
+    checkpoint = tiny.llava(root / "llava", layers=BLOCKS, hidden=HIDDEN, image=96)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    recipes = {
+        "gen": TeacherRecipe(id=str(tiny.gen_teacher(root / "gen", projection=64))),
+        "depth": TeacherRecipe(id=str(tiny.depth_teacher(root / "depth", width=64, size=84))),
+        "seg": TeacherRecipe(id=str(tiny.seg_teacher(root / "seg")), grid=12),
+    }
+    teachers = {name: load_teacher(name, recipe, torch.device("cpu")) for name, recipe in recipes.items()}
+    predictors, ids = None, {}
+    if embedding:
+        tasks = [Task(name, (BLOCKS // 4, BLOCKS * 5 // 8), 0.5, teacher.shape) for name, teacher in teachers.items()]
+        ids = add_special_tokens(processor, model, list(teachers), 8)
+        predictors = EmbeddingPredictors(tasks, HIDDEN, 8, ["system", "image", "special", "text"])
+    trainee = Trainee(model, "pt", None, predictors, 0.3, ids, train_special=True).train()
+    turns = (("user", "Describe the image."), ("assistant", "a red cube on the left of a green sphere, before a wall"))
+    conversations = [Conversation(str(k), (f"{k}.png",), turns, (1, 0)) for k in range(BATCH)]
+    for k in range(BATCH):
+        Image.new("RGB", (96, 96), (k * 16, 90, 255 - k * 16)).save(root / f"{k}.png")
+    encoder = Encoder(processor, model.config.image_token_id, 4096)
+    prepare = {name: teacher.prepare for name, teacher in teachers.items()}
+    samples = ConversationDataset(conversations, root, encoder, True, prepare)
+    batch = collate([samples[k] for k in range(BATCH)], processor.tokenizer.pad_token_id)
+    attach_targets([batch], teachers, world=1)
+    if not embedding:
+        batch.pop("targets")
+
+    def step() -> None:
+        trainee(**batch)["loss"].backward()
+        trainee.zero_grad(set_to_none=True)
+
+    step()
+    return best_of(REPEATS, step)
+
+
+def main() -> None:
+    """Prints both times and their ratio."""
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    times = {}
+    for embedding in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            times[embedding] = measure(Path(folder), embedding)
+    out = sys.stdout.write
+    out(f"next token alone {times[False]:.0f} ms, with embedding losses {times[True]:.0f} ms, ")
+    out(f"ratio {times[True] / times[False]:.2f}\n")
+
+
+if __name__ == "__main__":
+    main()
