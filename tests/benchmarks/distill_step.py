@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.distill_step
 
-Both steps are forward and backward of the same LLaVA on the same conversations; one has the losses of three tasks at two
-layers each, with targets that are there already (as from a cache), the other next-token prediction alone.
+Both steps are forward and backward of the same LLaVA on the same conversations; one has the losses of three tasks at
+two layers each, with targets that are there already (as from a cache), the other next-token prediction alone.
 """
 
 import logging
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+
+import probing.compat  # noqa: F401  # isort: skip
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import probing.compat  # noqa: F401
 from probing.data.conversations import Conversation, ConversationDataset, Encoder, collate
 from probing.distill.predictors import EmbeddingPredictors, Task
 from probing.distill.targets import attach_targets
