@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from probing.backbones import llava
+from probing.backbones import llava, multi_encoder
 from probing.backbones.base import FINAL, Backbone, Batch, Layer, TokenMap, layer_name, parse_layers
 from probing.errors import UserError
 from probing.hub import load_config, locate
@@ -22,7 +22,7 @@ __all__ = [
     "parse_layers",
 ]
 
-FAMILIES = {llava.MODEL_TYPE: llava}
+FAMILIES = {llava.MODEL_TYPE: llava, multi_encoder.MODEL_TYPE: multi_encoder}
 
 
 def _open(recipe: BackboneRecipe) -> tuple[str, Any, Any]:

@@ -121,6 +121,36 @@ def special_ids(tokenizer: Any, tasks: Sequence[str] = SPECIAL) -> dict[str, lis
     return found
 
 
+class SpecialEmbeddings(nn.Module):
+    """Puts embeddings of its own in the place of special tokens, by a hook on the embedding table.
+
+    Attributes:
+        ids: (tokens), ids of the special tokens.
+    """
+
+    ids: Tensor
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("ids", torch.tensor(list(ids)), persistent=False)
+
+    def place(self, inputs: Tensor, embedded: Tensor, special: Tensor) -> Tensor:
+        """Replaces rows of embedded input ids.
+
+        Args:
+            inputs: (B, T) ids.
+            embedded: (B, T, H).
+            special: (tokens, H), in the order of `ids`, or (B, tokens, H) where every sample has its own.
+        """
+        match = inputs[..., None] == self.ids
+        which = match.int().argmax(dim=-1)
+        if special.dim() == 2:
+            chosen = special[which]
+        else:
+            chosen = special.gather(1, which[..., None].expand(-1, -1, special.shape[-1]))
+        return torch.where(match.any(dim=-1, keepdim=True), chosen.to(embedded.dtype), embedded)
+
+
 def token_kinds(
     ids: Tensor,
     attention: Tensor,

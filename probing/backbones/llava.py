@@ -115,7 +115,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
             "complete the weights"
         )
     if random_seed is not None:
-        model = _randomised(model, config, random_seed)
+        model = randomised(model, config, random_seed)
     if not recipe.device_map and not recipe.quantization_config:
         model = model.to(device)
     core = model.model.eval().requires_grad_(False)
@@ -133,7 +133,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
     )
 
 
-def _randomised(model: Any, config: Any, seed: int) -> Any:
+def randomised(model: Any, config: Any, seed: int) -> Any:
     """The same architecture with fresh LLM and projector around the trained vision tower."""
     from transformers import AutoModelForImageTextToText
 

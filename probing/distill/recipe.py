@@ -75,6 +75,17 @@ class EmbeddingRecipe(Strict):
         return self
 
 
+class EncodersRecipe(Strict):
+    """Teachers as further vision encoders of the model itself: the multi-encoder baselines (OLA-VLM, sec. 5.2)."""
+
+    mode: Literal["feature", "token"]
+    """`feature`: joined to the tower's features, channel by channel; `token`: tokens of their own after the image."""
+    teachers: dict[Task, TeacherRecipe] = Field(min_length=1)
+    """Which teachers."""
+    tokens: int = Field(default=8, ge=1)
+    """Tokens per teacher, in mode `token`."""
+
+
 class DistillRecipe(Strict):
     """One stage of training."""
 
@@ -87,6 +98,8 @@ class DistillRecipe(Strict):
     data: ConversationData
     embedding: EmbeddingRecipe | None = None
     """Embedding losses; without, the stage learns by next-token prediction alone (Table 4)."""
+    encoders: EncodersRecipe | None = None
+    """Makes the checkpoint a multi-encoder one; later stages find that out themselves."""
     train_special_tokens: bool | None = None
     """Whether special tokens are trained; by default in pt alone (Table 6)."""
     view: Literal["own", "square"] = "own"
@@ -121,6 +134,14 @@ class DistillRecipe(Strict):
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Further fields of transformers' TrainingArguments: report_to, fsdp, deepspeed, logging_steps, … Not those that
     the recipe has a field for."""
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> Self:
+        if self.embedding is not None and self.encoders is not None:
+            raise ValueError(
+                "embedding and encoders cannot be had together: a model that sees a teacher learns nothing"
+            )
+        return self
 
     def difference(self, other: "DistillRecipe") -> str:
         """The first field that moves a number and differs in another recipe, or an empty string."""

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from probing.backbones.base import special_ids, token_name
 from probing.errors import UserError
@@ -64,29 +63,3 @@ def add_special_tokens(processor: Any, model: Any, tasks: Sequence[str], number:
             keep[rows] = False
             weight[rows] = weight[keep].mean(dim=0)
     return found
-
-
-class SpecialEmbeddings(nn.Module):
-    """Puts embeddings of its own in the place of special tokens, by a hook on the embedding table.
-
-    Attributes:
-        ids: (tokens), ids of the special tokens.
-    """
-
-    ids: Tensor
-
-    def __init__(self, ids: Sequence[int]) -> None:
-        super().__init__()
-        self.register_buffer("ids", torch.tensor(list(ids)), persistent=False)
-
-    def place(self, inputs: Tensor, embedded: Tensor, special: Tensor) -> Tensor:
-        """Replaces rows of embedded input ids.
-
-        Args:
-            inputs: (B, T) ids.
-            embedded: (B, T, H).
-            special: (tokens, H), in the order of `ids`.
-        """
-        match = inputs[..., None] == self.ids
-        chosen = special.to(embedded.dtype)[match.int().argmax(dim=-1)]
-        return torch.where(match.any(dim=-1, keepdim=True), chosen, embedded)

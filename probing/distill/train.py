@@ -18,12 +18,13 @@ import yaml
 import probing.compat  # noqa: F401  # isort: skip
 from transformers import PrinterCallback, Trainer
 
-from probing.backbones.base import parse_layers, special_ids
+from probing.backbones import multi_encoder
+from probing.backbones.base import SPECIAL, parse_layers, special_ids
 from probing.data.conversations import ConversationDataset, Encoder, collate, read_conversations, require_some_image
 from probing.distill.callbacks import Bar, Losses, Watch
 from probing.distill.notes import Notes
 from probing.distill.predictors import FOLDER, EmbeddingPredictors, Task
-from probing.distill.recipe import DistillRecipe, EmbeddingRecipe
+from probing.distill.recipe import DistillRecipe, EmbeddingRecipe, EncodersRecipe
 from probing.distill.targets import attach_targets
 from probing.distill.tokens import add_special_tokens
 from probing.distill.trainee import Trainee
@@ -140,19 +141,36 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
     require_some_image(conversations, Path(recipe.data.image_root))
     source = locate(recipe.checkpoint, "checkpoint")
     config = load_config(source, "checkpoint", revision=recipe.revision)
-    if config.model_type != "llava":
+    several = config.model_type == multi_encoder.MODEL_TYPE
+    if config.model_type != "llava" and not several:
         raise UserError(f"{recipe.checkpoint} is no LLaVA checkpoint (model type {config.model_type!r})")
+    if several and (recipe.encoders is not None or recipe.embedding is not None):
+        raise UserError(f"{recipe.checkpoint} has several encoders already; leave out embedding and encoders")
     arguments = _training_arguments(recipe, work, len(conversations))
     try:
         processor = AutoProcessor.from_pretrained(source, revision=recipe.revision)
         # Weights are trained in float32, whatever they are stored in; bf16 is autocast.
-        model = AutoModelForImageTextToText.from_pretrained(source, revision=recipe.revision, dtype=torch.float32)
+        loading = {"revision": recipe.revision, "dtype": torch.float32}
+        if several:
+            model = multi_encoder.load_inner(source, config, **loading)
+        else:
+            model = AutoModelForImageTextToText.from_pretrained(source, **loading)
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {recipe.checkpoint} cannot be loaded: {first_line(error)}") from None
     embedding: EmbeddingPredictors | None = None
     teachers: dict[str, Teacher] = {}
     if recipe.embedding is not None and recipe.embedding.tasks:
         embedding, teachers = _embedding(recipe.embedding, recipe.seed, source, model, processor, arguments.device)
+    encoders: multi_encoder.Encoders | None = None
+    if several or recipe.encoders is not None:
+        if recipe.encoders is not None:
+            config = _several(recipe.encoders, config, processor, model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            folder = Path(source) if several else None
+            encoders = multi_encoder.open_encoders(config, processor.tokenizer, arguments.device, folder)
+        encoders.install(model)
+        teachers = encoders.teachers
     encoder = Encoder(processor, config.image_token_id, recipe.max_length)
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -175,8 +193,9 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             Notes(work, arguments.process_index),
             embedding,
             recipe.embedding.contrastive if recipe.embedding else 0.0,
-            special_ids(processor.tokenizer),
+            {} if encoders else special_ids(processor.tokenizer),
             recipe.trains_special_tokens,
+            encoders,
         )
         prepare = {name: teacher.prepare for name, teacher in teachers.items()}
         root, squared = Path(recipe.data.image_root), recipe.view == "square"
@@ -217,6 +236,8 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         }
         with disk_errors(out), whole_folder(out) as folder:
             _save_checkpoint(model, processor, trainee, state, folder)
+            if encoders is not None:
+                _save_encoders(encoders, config, state, folder)
             if embedding is not None:
                 own = {n.removeprefix("embedding."): t for n, t in state.items() if n.startswith("embedding.")}
                 embedding.load_state_dict(own)
@@ -242,6 +263,28 @@ def _save_checkpoint(model: Any, processor: Any, trainee: Trainee, state: dict[s
             weights[table][ids] = rows.to(weights[table])
     model.save_pretrained(folder, state_dict=weights)
     processor.save_pretrained(folder)
+
+
+def _several(recipe: EncodersRecipe, config: Any, processor: Any, model: Any) -> multi_encoder.MultiEncoderConfig:
+    """The configuration of a LLaVA that becomes a multi-encoder one; gives it tokens where the mode has some."""
+    names = [name for name in SPECIAL if name in recipe.teachers]
+    if recipe.mode == "token":
+        add_special_tokens(processor, model, names, recipe.tokens)
+    values = {name: value for name, value in model.config.to_dict().items() if name != "model_type"}
+    teachers = {name: {"id": recipe.teachers[name].id, "grid": recipe.teachers[name].grid} for name in names}
+    values["encoders"] = {"mode": recipe.mode, "tokens": recipe.tokens, "teachers": teachers}
+    return multi_encoder.MultiEncoderConfig(**values)
+
+
+def _save_encoders(encoders: multi_encoder.Encoders, config: Any, state: dict[str, Any], folder: Path) -> None:
+    """Writes what a multi-encoder checkpoint has beside a LLaVA."""
+    projector = "model.model.multi_modal_projector."
+    own = {name.removeprefix("encoders."): tensor for name, tensor in state.items() if name.startswith("encoders.")}
+    if encoders.mode == "feature":
+        trained = {name.removeprefix(projector): t for name, t in state.items() if name.startswith(projector)}
+        own |= {f"projector.{name}": tensor for name, tensor in trained.items()}
+    encoders.load_state_dict(own)
+    multi_encoder.save_encoders(encoders, config, folder)
 
 
 def _require_same(recipe: DistillRecipe, saved: Path, text: str | None = None) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 import probing.compat  # noqa: F401  # isort: skip
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from probing.backbones.base import token_kinds
+from probing.backbones.base import SpecialEmbeddings, token_kinds
+from probing.backbones.multi_encoder import Encoders
 from probing.distill.losses import embedding_losses
 from probing.distill.notes import Notes
 from probing.distill.predictors import EmbeddingPredictors
-from probing.distill.tokens import SpecialEmbeddings
 
 TRAINED_PARTS = {
     "pt": ("multi_modal_projector",),
@@ -45,6 +45,7 @@ class Trainee(nn.Module):
         contrastive: float = 0.0,
         special_ids: dict[str, list[int]] | None = None,
         train_special: bool = False,
+        encoders: Encoders | None = None,
     ) -> None:
         """Decides what is trained.
 
@@ -56,9 +57,10 @@ class Trainee(nn.Module):
             contrastive: weight of the contrast beside smooth L1.
             special_ids: ids of each task's special tokens, where the checkpoint has them.
             train_special: whether they are trained.
+            encoders: of a multi-encoder checkpoint; installed in the model already.
         """
         super().__init__()
-        self.model, self.notes = model, notes
+        self.model, self.notes, self.encoders = model, notes, encoders
         self.embedding, self.contrastive = embedding, contrastive
         self.special_ids = special_ids or {}
         for name, parameter in model.named_parameters():
@@ -142,8 +144,12 @@ class Trainee(nn.Module):
             targets: from `probing.distill.targets.attach_targets`; None where no sample of the micro-batch has one.
         """
         items = None if items is None else items.clamp(min=1)  # a batch may have nothing to learn from
+        if self.encoders is not None and targets is not None:
+            self.encoders.begin(targets["features"], targets["rows"], len(labels))
         with self._states() as states:
             output = self.model(**inputs, labels=labels, num_items_in_batch=items, use_cache=False)
+        if self.encoders is not None:
+            self.encoders.end()
         named = {"next_token": (1.0, output.loss)}
         if self.embedding is None:
             return named
@@ -200,7 +206,8 @@ class Trainee(nn.Module):
             nothing = loss.new_zeros((1, 1, projector.linear_1.in_features), dtype=projector.linear_1.weight.dtype)
             loss = loss + 0.0 * projector(nothing).sum()
         if targets is None:
-            beside = [*(self.embedding.parameters() if self.embedding is not None else ()), self.special]
+            modules = [module for module in (self.embedding, self.encoders) if module is not None]
+            beside = [*(parameter for module in modules for parameter in module.parameters()), self.special]
             for parameter in beside:
                 if parameter is not None and parameter.requires_grad:
                     loss = loss + 0.0 * parameter.sum()

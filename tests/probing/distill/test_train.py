@@ -19,7 +19,7 @@ from probing.distill.recipe import DistillRecipe
 from probing.distill.train import run_stage
 from probing.distill.trainee import Trainee
 from probing.errors import UserError
-from probing.recipe import BackboneRecipe, dump_recipe, load_recipe
+from probing.recipe import BackboneRecipe, dump_recipe
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 
@@ -334,10 +334,3 @@ def test_a_finished_stage_is_kept_and_another_recipe_refused(recipe, tmp_path, c
     (tmp_path / "mine" / "file").touch()
     with pytest.raises(UserError, match="not empty"):
         run_stage(recipe(), tmp_path / "mine")
-
-
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[3] / "examples" / "distill").glob("*.yaml")), ids=lambda p: p.name
-)
-def test_examples_are_valid(path):
-    assert load_recipe(DistillRecipe, path).stage == path.stem
