@@ -4,12 +4,14 @@ import importlib.util
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from analysis.compare import compare, statements
 from analysis.evaluate import Options, evaluate
 from probing.data.toyworld.layout import write_world
 from probing.data.toyworld.make import ASSETS, Sizes, make_models
@@ -21,15 +23,18 @@ from reports.page import write_report
 logger = logging.getLogger(__name__)
 
 TRAIN_SCENES, VAL_SCENES, WORLD_SEED = 2000, 400, 11
-DECODED_IMAGES = 100
+DECODED_IMAGES = 64
+QUICK = {"llava": "llava", "ola": "ola"}
+FULL = QUICK | {"multi": "multi", "text": "stages/text"}
+"""Checkpoints and their folders; `text` is the language model before it saw a picture, behind a random projector."""
 
 
 def run_demo(preset: str, out: Path) -> Path:
-    """Probes every layer of a tiny LLaVA against the three teachers.
+    """Probes every layer of tiny checkpoints against the three teachers, and compares them with the first.
 
     Args:
-        preset: `quick` takes the models that ship with the package; `full` makes them first.
-        out: gets `world/`, `models/` (full), `run/` and `report/`; what is finished there is kept.
+        preset: `quick` takes the models that ship with the package; `full` makes them and more first.
+        out: gets `world/`, `models/` (full), `runs/` and `report/`; what is finished there is kept.
 
     Returns:
         The report's page.
@@ -41,34 +46,47 @@ def run_demo(preset: str, out: Path) -> Path:
         make_models(models, Sizes())
     _tell_quality(json.loads((models / "quality.json").read_text(encoding="utf-8")))
     world = write_world(out / "world", TRAIN_SCENES, VAL_SCENES, WORLD_SEED)
-    recipe = demo_recipe(models, world)
-    run = train(recipe, out / "run")
-    for options in demo_options(models, world):
-        evaluate(run.path, options)
-    return write_report([run.path], out / "report")
+    names = QUICK if preset == "quick" else FULL
+    runs: list[Path] = []
+    for name in names:
+        recipe = demo_recipe(models, world, names[name], controls=[] if runs else ["shuffled", "random"])
+        run = train(recipe, out / "runs" / name)
+        for options in demo_options(models, world, recipe, every_layer=preset == "full"):
+            evaluate(run.path, options)
+        runs.append(run.path)
+    differences = compare(runs, list(names))
+    sentences = statements(differences)
+    for sentence in sentences:
+        if "cosine_centred" in sentence:
+            logger.info(sentence)
+    return write_report(runs, out / "report", differences, sentences)
 
 
-def demo_options(models: Path, world: Path) -> list[Options]:
+def demo_options(models: Path, world: Path, recipe: ProbeRunRecipe, every_layer: bool) -> list[Options]:
     """Cosine on all held-out images, decoded metrics on some of them; generated images where diffusers is installed."""
-    metrics: tuple[str, ...] = ("cosine", "da2k", "frechet")
+    metrics: tuple[str, ...] = ("da2k", "frechet")
     if importlib.util.find_spec("diffusers") is None:
         logger.warning("diffusers is not installed: no images are generated; pip install 'mllm-probing[decode]'")
         metrics = metrics[:-1]
-    common = Options(metrics, images=DECODED_IMAGES, micro_batch=32)
+    common = Options(metrics, layers=None if every_layer else "0,3,6", images=DECODED_IMAGES, micro_batch=32)
+    controls = tuple(control for control in ("no", "random") if control in ("no", *recipe.controls))
     return [
+        Options(micro_batch=32),
         replace(common, da2k=world / "da2k", extractor=str(models / "toy"), steps=STEPS, guidance=GUIDANCE),
         # The probe alone: the dearest decoder, so neither the protocols that leak nor the shuffled control.
-        replace(common, metrics=("miou",), protocols=("blind",), controls=("no", "random")),
+        replace(common, metrics=("miou",), protocols=("blind",), controls=controls),
     ]
 
 
-def demo_recipe(models: Path, world: Path) -> ProbeRunRecipe:
-    """The run's recipe: small batches and many steps, because that is what a tiny probe's attention needs to form."""
+def demo_recipe(
+    models: Path, world: Path, checkpoint: str = "llava", controls: Sequence[str] = ("shuffled", "random")
+) -> ProbeRunRecipe:
+    """A run's recipe: small batches and many steps, because that is what a tiny probe's attention needs to form."""
     values = {
-        "backbone": {"checkpoint": str(models / "llava"), "dtype": "float32"},
+        "backbone": {"checkpoint": str(models / checkpoint), "dtype": "float32"},
         "data": {"path": f"coco:{world}"},
         "teachers": {name: {"id": str(models / name)} for name in ("depth", "seg", "gen")},
-        "controls": ["shuffled", "random"],
+        "controls": list(controls),
         "fit": {"epochs": 1, "batch_size": 4, "micro_batch": 4, "lr": 3e-3, "workers": 1, "save_minutes": 1},
     }
     return validate(ProbeRunRecipe, values, "demo").with_absolute_paths()
@@ -76,7 +94,7 @@ def demo_recipe(models: Path, world: Path) -> ProbeRunRecipe:
 
 def _tell_quality(quality: dict[str, Any]) -> None:
     """Says how good the tiny models are, on scenes that they have not seen."""
-    depth, seg, gen, llava = (quality[name] for name in ("depth", "seg", "gen", "llava"))
+    depth, seg, gen = (quality[name] for name in ("depth", "seg", "gen"))
     logger.info(
         "depth teacher: %.0f %% of hard pairs right (image row alone %.0f %%)",
         100 * depth["pairs"],
@@ -93,11 +111,14 @@ def _tell_quality(quality: dict[str, Any]) -> None:
         100 * gen["painted_r_at_1_of_200"],
         100 * gen["painted_r_at_1_chance"],
     )
-    kinds = ", ".join(f"{kind} {100 * row['accuracy']:.0f}" for kind, row in llava.items() if kind != "all")
-    logger.info(
-        "LLaVA: %.0f %% of %d questions about held-out scenes right (guessing %.0f %%): %s",
-        100 * llava["all"]["accuracy"],
-        llava["all"]["n"],
-        100 * llava["all"]["chance"],
-        kinds,
-    )
+    for name in (name for name in FULL if name in quality):
+        found = quality[name]
+        kinds = ", ".join(f"{kind} {100 * row['accuracy']:.0f}" for kind, row in found.items() if kind != "all")
+        logger.info(
+            "%s: %.0f %% of %d questions about held-out scenes right (guessing %.0f %%): %s",
+            name,
+            100 * found["all"]["accuracy"],
+            found["all"]["n"],
+            100 * found["all"]["chance"],
+            kinds,
+        )

@@ -258,6 +258,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         encoder: Encoder,
         squared: bool = False,
         teachers: dict[str, Callable[[Sequence[Any]], Tensor]] | None = None,
+        single: bool = False,
     ) -> None:
         """Puts a data set together.
 
@@ -267,9 +268,10 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
             encoder: makes model inputs of them.
             squared: squash every image to a square first, so that student and teachers see the same.
             teachers: each teacher's `prepare`.
+            single: leave out samples with several images, for models that see the teachers' features of one.
         """
         self.conversations, self.image_root, self.encoder = conversations, image_root, encoder
-        self.squared, self.teachers = squared, teachers or {}
+        self.squared, self.teachers, self.single = squared, teachers or {}, single
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -280,6 +282,9 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         conversation = self.conversations[index]
+        called = f"conversation {index}" + (f" (id {conversation.id})" if conversation.id else "")
+        if self.single and len(conversation.images) > 1:
+            return {"skipped": f"{called}: {len(conversation.images)} images, and a multi-encoder model takes one"}
         images = []
         for name in conversation.images:
             try:
@@ -291,7 +296,6 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 # without the image root, so that the note means the same elsewhere
                 reason = str(error).replace(f"{self.image_root}/", "")
                 return {"skipped": f"{name}: {reason.splitlines()[0][:120] if reason else 'corrupt'}"}
-        called = f"conversation {index}" + (f" (id {conversation.id})" if conversation.id else "")
         try:
             sample = self.encoder(conversation, images)
         except CutInsideImageError as error:

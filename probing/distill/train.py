@@ -204,7 +204,9 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
                 trainee,
                 teachers,
                 args=arguments,
-                train_dataset=ConversationDataset(conversations, root, encoder, squared, prepare),
+                train_dataset=ConversationDataset(
+                    conversations, root, encoder, squared, prepare, single=encoders is not None
+                ),
                 data_collator=functools.partial(collate, pad_id=processor.tokenizer.pad_token_id),
                 callbacks=[watch, Losses(trainee), Bar(f"stage {recipe.stage}")],
             )

@@ -135,6 +135,27 @@ def test_probes_can_be_trained_on_it(trained, models, coco, tmp_path):
     assert run.manifest["checkpoint"]["family"] == "llava_multi_encoder"
 
 
+def test_conversations_with_several_images_are_left_out_and_named(trained, data, tmp_path):
+    _, first, _ = trained
+    turns = [{"from": "human", "value": "<image><image>\nSame?"}, {"from": "gpt", "value": "no"}]
+    entries = json.loads((data / "data.json").read_text())
+    entries.append({"id": "two", "image": ["1.png", "2.png"], "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    values = {
+        "checkpoint": str(first),
+        "stage": "ift",
+        "data": {"conversations": str(tmp_path / "data.json"), "image_root": str(data)},
+        "batch_size": 7,
+        "micro_batch": 7,
+        "workers": 0,
+        "trainer": {"report_to": "none", "use_cpu": True},
+    }
+    run_stage(DistillRecipe.model_validate(values), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["skipped"] == [
+        "conversation 6 (id two): 2 images, and a multi-encoder model takes one"
+    ]
+
+
 def test_what_does_not_go(trained, models, data, tmp_path):
     _, first, _ = trained
     encoders = {"mode": "token", "tokens": 5, "teachers": {"depth": {"id": str(models["depth"])}}}

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 import probing.compat  # noqa: F401
+from probing.backbones import multi_encoder
 from probing.data.toyworld.language import CHAT_TEMPLATE, KINDS, caption, make_tokenizer
 from probing.data.toyworld.scenes import SIZE, Scenes, batches
 from probing.data.toyworld.teachers import PATCH, grid_positions, image_processor, pixels, train_loop
 from probing.distill.recipe import DistillRecipe
 from probing.distill.train import run_stage
+from probing.hub import load_config
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ def make_reader(
 
 
 def make_llava(
-    world: Path, reader: Path, folder: Path, schedule: Schedule, seed: int = 0, embedding: dict[str, Any] | None = None
+    world: Path, reader: Path, folder: Path, schedule: Schedule, seed: int = 0, beside: dict[str, Any] | None = None
 ) -> Path:
     """Trains stages pt and ift.
 
@@ -117,23 +119,23 @@ def make_llava(
         folder: gets `pt/` and `ift/`, each a LLaVA folder; the last is the result.
         schedule: steps.
         seed: of the order of the conversations and of what is fresh.
-        embedding: embedding losses of stage pt, as `EmbeddingRecipe` has them.
+        beside: further fields of stage pt's recipe: `embedding` or `encoders`.
     """
-    projected = _stage(world, "pt.json", reader, folder / "pt", "pt", schedule.pt, 2e-3, seed, embedding)
+    projected = _stage(world, "pt.json", reader, folder / "pt", "pt", schedule.pt, 2e-3, seed, beside)
     return _stage(world, "ift.json", projected, folder / "ift", "ift", schedule.ift, 1e-3, seed)
 
 
 def _stage(
     world: Path, file: str, source: Path, out: Path, kind: str, steps: int, lr: float, seed: int,
-    embedding: dict[str, Any] | None = None,
+    beside: dict[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     recipe = {
         "checkpoint": str(source), "stage": kind, "max_steps": steps, "lr": lr, "batch_size": 32, "micro_batch": 32,
         "data": {"conversations": str(world / file), "image_root": str(world)}, "workers": 1, "warmup": 0.05,
-        "save_steps": 10_000, "seed": seed, "embedding": embedding,
-        "trainer": {"report_to": "none"},
+        "save_steps": 10_000, "seed": seed,
+        "trainer": {"report_to": "none"}, **(beside or {}),
     }  # fmt: skip
-    logger.info("LLaVA, %s", out.name)
+    logger.info("%s, %s", out.parent.name, out.name)
     return run_stage(DistillRecipe.model_validate(recipe), out)
 
 
@@ -142,7 +144,7 @@ def answer_accuracy(checkpoint: Path, world: Path, limit: int = 600) -> dict[str
     """Greedy one-word answers to questions about held-out scenes.
 
     Args:
-        checkpoint: LLaVA folder.
+        checkpoint: LLaVA folder, with several encoders or not.
         world: written by `write_world`.
         limit: take only the first so many questions.
 
@@ -153,8 +155,15 @@ def answer_accuracy(checkpoint: Path, world: Path, limit: int = 600) -> dict[str
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(checkpoint)
+    config = load_config(str(checkpoint), "checkpoint")
+    encoders = None
+    if config.model_type == multi_encoder.MODEL_TYPE:
+        model = multi_encoder.load_inner(str(checkpoint), config, dtype=torch.float32).eval()
+        encoders = multi_encoder.open_encoders(config, processor.tokenizer, torch.device("cpu"), checkpoint)
+        encoders.install(model)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
     lines = (world / "questions_val.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
     asked = [json.loads(line) for line in lines]
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
@@ -174,6 +183,9 @@ def answer_accuracy(checkpoint: Path, world: Path, limit: int = 600) -> dict[str
                 images.append(image.convert("RGB"))
         inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
         inputs.pop("token_type_ids", None)
+        if encoders is not None:
+            features = {name: teacher.target(teacher.prepare(images)) for name, teacher in encoders.teachers.items()}
+            encoders.begin(features, torch.arange(len(images)), len(images))
         said = model.generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1]
         for question, word in zip(part, processor.tokenizer.batch_decode(said[:, None]), strict=True):
             right[question["kind"]].append(word.strip() == question["answer"])

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
 """Ready-made models: depth/, seg/, gen/, llava/, ola/, the classifier toy/, and quality.json."""
-MODELS = ("depth", "seg", "gen", "toy", "llava", "ola")
+SHIPPED = ("depth", "seg", "gen", "toy", "llava", "ola")
 TEACHER_SCENES_SEED, HELD_OUT_SEED = 90_001, 90_002
 """Seeds of the scenes that teachers and tower learn from and are tested on; no world of the demo has them."""
 
@@ -48,7 +48,7 @@ def make_models(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
     """Makes a world for the conversations, the teachers and a LLaVA; what is there already is kept.
 
     Args:
-        folder: gets `world/`, a folder per model of `MODELS`, and `quality.json`.
+        folder: gets `world/`, a folder per model, `stages/` of the checkpoints, and `quality.json`.
         sizes: how much of everything.
         seed: of everything.
 
@@ -77,28 +77,33 @@ def make_models(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
                 quality[name] = make(part)
             quality[name]["seconds"] = round(time.monotonic() - started)
             write_text(file, json.dumps(quality, indent=2) + "\n")
-    if "ola" not in quality:
-        started = time.monotonic()
+    variants = checkpoints(folder)
+    if not variants.keys() <= quality.keys():
         world = write_world(folder / "world", sizes.train, sizes.val, seed)
         reader = make_reader(world, scenes, folder / "stages", sizes.llava, seed=seed)
-        for name, embedding in (("llava", None), ("ola", embedding_losses(folder))):
-            last = make_llava(world, reader, folder / "stages" / name, sizes.llava, seed, embedding)
+        for name in (name for name in variants if name not in quality):
+            started = time.monotonic()
+            last = make_llava(world, reader, folder / "stages" / name, sizes.llava, seed, variants[name])
             with whole_folder(folder / name) as part:
                 shutil.copytree(last, part, dirs_exist_ok=True)
             quality[name] = answer_accuracy(folder / name, world)
             quality[name]["all"]["seconds"] = round(time.monotonic() - started)
-            started = time.monotonic()
             write_text(file, json.dumps(quality, indent=2) + "\n")
     return quality
 
 
-def embedding_losses(folder: Path) -> dict[str, Any]:
-    """The toy OLA's losses: the paper's layers 8–20 of 32 become 2–4 of 6; a grid of 36 is pooled to 4 tokens."""
+def checkpoints(folder: Path) -> dict[str, dict[str, Any]]:
+    """The toy world's checkpoints: what each one's stage pt has beside next-token prediction.
+
+    All start from the same tower and language model and see the same conversations for the same number of steps. OLA's
+    layers 8–20 of 32 become 2–4 of 6, and a grid of 36 is pooled to 4 tokens.
+    """
+    teachers = {name: {"id": str(folder / name)} for name in ("gen", "depth", "seg")}
+    layers = {"depth": "2,4", "seg": "2,3", "gen": "2,4"}
     return {
-        "teachers": {name: {"id": str(folder / name)} for name in ("gen", "depth", "seg")},
-        "layers": {"depth": "2,4", "seg": "2,3", "gen": "2,4"},
-        "seek": 4,
-        "dim_head": 16,
+        "llava": {},
+        "ola": {"embedding": {"teachers": teachers, "layers": layers, "seek": 4, "dim_head": 16}},
+        "multi": {"encoders": {"teachers": teachers, "mode": "feature"}},
     }
 
 
@@ -110,7 +115,7 @@ def write_assets(folder: Path, assets: Path = ASSETS) -> float:
         assets: where the package keeps them.
     """
     with whole_folder(assets) as target:
-        for path in sorted(path for name in MODELS for path in (folder / name).rglob("*") if path.is_file()):
+        for path in sorted(path for name in SHIPPED for path in (folder / name).rglob("*") if path.is_file()):
             copy = target / path.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".safetensors":
