@@ -245,3 +245,18 @@ def coco(root: Path, train: int = 12, val: int = 6, seed: int = 0) -> Path:
         text = json.dumps({"images": images, "annotations": annotations})
         (root / "annotations" / f"captions_{split}.json").write_text(text)
     return root
+
+
+def conversations(root: Path, count: int, seed: int = 0) -> Path:
+    """LLaVA-format conversations about images of four coarse patches, in `data.json`; the first has no image."""
+    rng = np.random.default_rng(seed)
+    root.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for index in range(count):
+        pixels = rng.integers(0, 255, (2, 2, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+        Image.fromarray(pixels).save(root / f"{index}.png")
+        question = {"from": "human", "value": "<image>\nWhich?" if index else "Which?"}
+        entry = {"id": str(index), "conversations": [question, {"from": "gpt", "value": f"number {index}"}]}
+        entries.append(entry | ({"image": f"{index}.png"} if index else {}))
+    (root / "data.json").write_text(json.dumps(entries))
+    return root

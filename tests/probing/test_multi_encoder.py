@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,23 +18,14 @@ from probing.hub import load_config
 from probing.recipe import BackboneRecipe, ProbeRunRecipe, TeacherRecipe, validate
 from probing.teachers import load_teacher
 from probing.train import train
+from tests import tiny
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("encoders")
-    rng = np.random.default_rng(0)
-    entries = []
-    for index in range(6):
-        pixels = rng.integers(0, 255, (2, 2, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
-        Image.fromarray(pixels).save(root / f"{index}.png")
-        question = {"from": "human", "value": "<image>\nWhich?" if index else "Which?"}
-        entry = {"id": str(index), "conversations": [question, {"from": "gpt", "value": f"number {index}"}]}
-        entries.append(entry | ({"image": f"{index}.png"} if index else {}))
-    (root / "data.json").write_text(json.dumps(entries))
-    return root
+    return tiny.conversations(tmp_path_factory.mktemp("encoders"), 6)
 
 
 def teacher_recipe(models, name):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -28,6 +27,7 @@ from probing.distill.trainee import Trainee
 from probing.errors import UserError
 from probing.recipe import TOKEN_KINDS, BackboneRecipe, TeacherRecipe, dump_recipe
 from probing.teachers import load_teacher
+from tests import tiny
 
 CPU = torch.device("cpu")
 
@@ -40,16 +40,7 @@ def teacher_of(models, name):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Twelve conversations about coarse images; the first has no image."""
-    root = tmp_path_factory.mktemp("distill")
-    rng = np.random.default_rng(0)
-    entries = []
-    for index in range(12):
-        pixels = rng.integers(0, 255, (2, 2, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
-        Image.fromarray(pixels).save(root / f"{index}.png")
-        question = {"from": "human", "value": "<image>\nWhich?" if index else "Which?"}
-        entry = {"id": str(index), "conversations": [question, {"from": "gpt", "value": f"number {index}"}]}
-        entries.append(entry | ({"image": f"{index}.png"} if index else {}))
-    (root / "data.json").write_text(json.dumps(entries))
+    root = tiny.conversations(tmp_path_factory.mktemp("distill"), 12)
     return {"conversations": str(root / "data.json"), "image_root": str(root)}
 
 
