@@ -11,6 +11,13 @@ from reports.results import RunResults, best_layer, is_distance, metric_label
 ENOUGH_IMAGES = 2048
 """With fewer images than Inception has features a Fréchet distance is biased upwards."""
 CONTROLS = {"no": "", "random": ", random weights"}
+REFERENCES = (
+    ("floor: mean target", "constant", "mean"),
+    ("image row alone", "image_row", "baseline"),
+    ("ceiling: teacher's own feature, decoded in the same way", "target", "teacher"),
+    ("teacher as it is", "teacher", "teacher"),
+)
+"""Rows that belong to no checkpoint, with their probe and control."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +75,10 @@ def decoded_table(runs: Sequence[RunResults]) -> DecodedTable | None:
                 place = f"{run.label}{suffix} · {name}"
                 rows.append((f"{place}, mean over layers", [_mean(run, c, probe, control) for c in columns]))
                 rows.append((f"{place}, best layer", [_best(run, c, probe, control) for c in columns]))
-        of = f" ({run.label})" if len(runs) > 1 else ""
-        for name, probe, control in (
-            (f"floor: mean target{of}", "constant", "mean"),
-            (f"image row alone{of}", "image_row", "baseline"),
-            (f"ceiling: teacher's own feature, decoded in the same way{of}", "target", "teacher"),
-            (f"teacher as it is{of}", "teacher", "teacher"),
-        ):
-            rows.append((name, [_reference(run, c, probe, control) for c in columns]))
+    for name, probe, control in REFERENCES:
+        cells = {run.label: [_reference(run, c, probe, control) for c in columns] for run in runs}
+        same = len({tuple(own) for own in cells.values()}) == 1  # as is the rule: same teachers, same images
+        rows += [(name, own) if same else (f"{name} ({label})", own) for label, own in cells.items()]
     rows = list({name: (name, cells) for name, cells in rows if any(cells)}.values())
     return DecodedTable(columns, rows, _notes(runs, columns))
 
