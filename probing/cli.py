@@ -54,7 +54,7 @@ def _quiet_libraries() -> None:
     type=click.Choice(["quick", "full"]),
     default="quick",
     show_default=True,
-    help="quick: ready-made tiny models, 4 minutes; full: everything from nothing, half an hour.",
+    help="quick: ready-made tiny models, 4 minutes; full: everything from nothing, an hour.",
 )
 @click.option(
     "--out",

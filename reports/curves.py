@@ -155,18 +155,23 @@ def panel_figure(runs: Sequence[RunResults], teacher: str, probe: str, metric: s
     return figure
 
 
-def difference_figure(differences: pd.DataFrame, probe: str, metric: str, protocol: str) -> Figure:
-    """Paired differences from the reference by layer, a panel per teacher, a line per checkpoint."""
+def difference_figure(differences: pd.DataFrame, metric: str, protocol: str) -> Figure:
+    """Paired differences from the reference by layer: a column per teacher, a row per probe, a line per checkpoint."""
     d = differences
-    chosen = d[(d["probe"] == probe) & (d["metric"] == metric) & (d["protocol"] == protocol) & (d["layer"] != AVERAGE)]
+    chosen = d[(d["metric"] == metric) & (d["protocol"] == protocol) & (d["layer"] != AVERAGE)]
     teachers = [t for t in TITLES if t in set(chosen["teacher"])]
+    probes = [p for p in PROBES if p in set(chosen["probe"])]
     names = list(dict.fromkeys(d["checkpoint"]))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.4 * len(teachers), 2.9), layout="constrained")
-        for axes, teacher in zip(figure.subplots(1, len(teachers), squeeze=False)[0], teachers, strict=True):
+        rows, columns = (len(probes), len(teachers)) if len(teachers) > 1 else (1, len(probes))
+        figure = Figure(figsize=(3.4 * columns, 2.5 * rows + 0.4), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        panels = [(probe, teacher) for probe in probes for teacher in teachers]
+        for axes, (probe, teacher) in zip(grid.flat, panels, strict=True):
             axes.axhline(0, color="#333333", linewidth=0.8)
             for index, name in enumerate(names, start=1):  # the reference has the first colour everywhere
-                part = chosen[(chosen["teacher"] == teacher) & (chosen["checkpoint"] == name)]
+                own = (chosen["teacher"] == teacher) & (chosen["probe"] == probe) & (chosen["checkpoint"] == name)
+                part = chosen[own]
                 part = part.iloc[part["layer"].map(layer_rank).argsort(kind="stable")]
                 colour = COLOURS[index % len(COLOURS)]
                 x = np.arange(len(part))
@@ -176,9 +181,10 @@ def difference_figure(differences: pd.DataFrame, probe: str, metric: str, protoc
                 axes.fill_between(x, part["ci_low"], part["ci_high"], color=colour, alpha=0.18, linewidth=0)
                 step = max(1, int(np.ceil(len(part) / 9)))
                 axes.set_xticks(x[::step], part["layer"].iloc[::step])
-            axes.set_title(TITLES[teacher], fontsize=10, loc="left", fontweight="bold")
+            axes.set_title(f"{TITLES[teacher]}, {PROBES[probe]}", fontsize=10, loc="left")
             axes.set_xlabel("LLM layer")
-        figure.axes[0].set_ylabel(f"difference from {d['reference'].iloc[0]}")
+        for row in grid:
+            row[0].set_ylabel(f"difference from {d['reference'].iloc[0]}")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure

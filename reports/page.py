@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 
 from probing.run import whole_file, write_text
 from reports.curves import (
@@ -77,18 +78,18 @@ def write_report(
     return page
 
 
-def _difference_keys(differences: pd.DataFrame) -> list[tuple[str, str, str]]:
-    """Probe, metric and protocol of every figure of differences; the centred cosine first."""
-    keys = differences[["probe", "metric", "protocol"]].drop_duplicates().itertuples(index=False, name=None)
-    return sorted(keys, key=lambda key: ((key[1], key[2]) != (METRIC, PROTOCOL), key[1], key[2], key[0] != "resampler"))
+def _difference_keys(differences: pd.DataFrame) -> list[tuple[str, str]]:
+    """Metric and protocol of every figure of differences; the centred cosine first."""
+    keys = set(zip(differences["metric"], differences["protocol"], strict=True))
+    return sorted(keys, key=lambda key: (key != (METRIC, PROTOCOL), key))
 
 
-def _difference(differences: pd.DataFrame, probe: str, metric: str, protocol: str, out: Path) -> dict[str, Any]:
+def _difference(differences: pd.DataFrame, metric: str, protocol: str, out: Path) -> dict[str, Any]:
     """One figure of differences, written and given to the page."""
-    figure = difference_figure(differences, probe, metric, protocol)
-    title = f"{_title(metric_label(metric, protocol))}, {PROBES[probe]}"
+    figure = difference_figure(differences, metric, protocol)
     source = _image(figure)
-    _save(figure, out / "figures" / f"differences_{metric}_{protocol}_{probe}")
+    _save(figure, out / "figures" / f"differences_{metric}_{protocol}")
+    title = _title(metric_label(metric, protocol))
     return {"title": title, "src": source, "headline": (metric, protocol) == (METRIC, PROTOCOL)}
 
 
@@ -100,16 +101,18 @@ def _measures(runs: Sequence[RunResults]) -> list[tuple[str, str]]:
 def _grid(grid: Grid, folder: Path, suffix: str) -> dict[str, str]:
     """Writes a picture grid as PNG, and gives it to the page."""
     name = f"{TITLES.get(grid.teacher, grid.teacher)}, {PROBES[grid.probe]}"
-    buffer = io.BytesIO()
+    buffer, small = io.BytesIO(), io.BytesIO()
     grid_figure(grid).savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.05)
     file = folder / f"grid_{grid.teacher}_{grid.probe}{suffix}.png"
     with whole_file(file) as temporary:
         temporary.write_bytes(buffer.getvalue())
+    with Image.open(buffer) as picture:  # 256 colours of its own: a third of the size, and hardly to be seen
+        picture.convert("RGB").quantize(256).save(small, format="png", optimize=True)
     return {
         "title": name,
         "probe": grid.probe,
         "alt": f"{name}: what the decoder makes of each layer, below photograph and teacher",
-        "src": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(),
+        "src": "data:image/png;base64," + base64.b64encode(small.getvalue()).decode(),
     }
 
 

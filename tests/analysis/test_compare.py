@@ -125,4 +125,4 @@ def test_the_command_prints_sentences_and_draws_the_differences(runs, tmp_path):
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Paired differences from llava" in page and "probing.compare" not in page
     assert len(pd.read_csv(tmp_path / "out" / "differences.csv")) == 2 * 5 * 2 * 2
-    assert (tmp_path / "out" / "figures" / "differences_cosine_centred_strict_ridge.svg").exists()
+    assert (tmp_path / "out" / "figures" / "differences_cosine_centred_strict.svg").exists()

@@ -76,7 +76,7 @@ def test_the_llava_answers_clearly_above_chance(world):
     assert found["accuracy"] > found["chance"] + 5 * error
 
 
-def test_the_demos_recipe_probes_every_layer_with_every_control(tmp_path):
+def test_the_demos_recipe_probes_every_layer(tmp_path):
     recipe = demo_recipe(ASSETS, tmp_path)
     assert recipe.layers == "all" and recipe.controls == ["random", "shuffled"]
     assert list(recipe.teachers) == ["depth", "seg", "gen"]

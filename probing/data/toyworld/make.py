@@ -30,7 +30,7 @@ TEACHER_SCENES_SEED, HELD_OUT_SEED = 90_001, 90_002
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; the defaults take about half an hour on two CPU cores."""
+    """How much of everything; the defaults take about three quarters of an hour on two CPU cores."""
 
     teacher_scenes: int = 8000
     held_out: int = 400
