@@ -104,9 +104,15 @@ def _embedding(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         embedding = EmbeddingPredictors(tasks, width, recipe.seek, recipe.keys, recipe.heads, recipe.dim_head)
+    saved = (Path(source) / FOLDER).is_dir()
     if recipe.seek:
+        if special_ids(processor.tokenizer) and not saved:
+            raise UserError(
+                f"{source} has special tokens and not the predictors whose queries they are; embedding losses go on "
+                f"from a folder with {FOLDER}/, as stage pt writes it"
+            )
         add_special_tokens(processor, model, recipe.tasks, recipe.seek)
-    if (Path(source) / FOLDER).is_dir():
+    if saved:
         embedding.load(Path(source) / FOLDER)
         logger.info("embedding predictors go on from %s", Path(source) / FOLDER)
     return embedding, teachers

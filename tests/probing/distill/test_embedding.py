@@ -221,6 +221,20 @@ def test_special_tokens_stay_frozen_beside_an_llm_that_learns(recipe, tmp_path):
         assert not torch.equal(before[name][others], after[name][others])
 
 
+def test_losses_in_two_stages_go_on_from_the_same_queries(recipe, tmp_path):
+    """Table 4: losses in pt and ift; in ift the tokens stay, the predictors learn on."""
+    run_stage(recipe(), tmp_path / "pt")
+    run_stage(recipe(checkpoint=str(tmp_path / "pt"), stage="ift"), tmp_path / "ift")
+    one, two = (load_file(tmp_path / name / "predictors" / "queries.safetensors") for name in ("pt", "ift"))
+    assert all(torch.equal(one[name], two[name]) for name in one if name.startswith("queries"))
+    assert any(not torch.equal(one[name], two[name]) for name in one if name.startswith("scale"))
+    run_stage(
+        recipe(checkpoint=str(tmp_path / "pt"), stage="ift").model_copy(update={"embedding": None}), tmp_path / "b"
+    )
+    with pytest.raises(UserError, match="not the predictors whose queries they are"):
+        run_stage(recipe(checkpoint=str(tmp_path / "b"), stage="ift"), tmp_path / "c")
+
+
 def test_all_weights_zero_is_the_baseline(recipe, tmp_path):
     nothing = {"weights": {"depth": 0, "seg": 0, "gen": 0}}
     run_stage(recipe(nothing), tmp_path / "zero")
