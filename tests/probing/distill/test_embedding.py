@@ -22,7 +22,7 @@ from probing.distill.predictors import EmbeddingPredictors, Task
 from probing.distill.recipe import DistillRecipe
 from probing.distill.targets import attach_targets
 from probing.distill.tokens import add_special_tokens
-from probing.distill.train import run_stage
+from probing.distill.train import StageTrainer, run_stage
 from probing.distill.trainee import Trainee
 from probing.errors import UserError
 from probing.recipe import TOKEN_KINDS, BackboneRecipe, TeacherRecipe, dump_recipe
@@ -242,6 +242,28 @@ def test_all_weights_zero_is_the_baseline(recipe, tmp_path):
     zero, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("zero", "plain"))
     assert zero.keys() == plain.keys() and all(torch.equal(zero[name], plain[name]) for name in zero)
     assert not (tmp_path / "zero" / "predictors").exists()
+
+
+def test_a_stage_with_losses_that_is_cut_off_ends_in_the_same_weights(recipe, tmp_path, monkeypatch):
+    same = recipe(max_steps=5, save_steps=2)
+    run_stage(same, tmp_path / "whole")
+    step, calls = StageTrainer.training_step, []
+
+    def stop(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 7:  # two micro-batches a step: in the fourth, after the second's state
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StageTrainer, "training_step", stop)
+        run_stage(same, tmp_path / "cut")
+    assert (tmp_path / "cut.training" / "checkpoint-2").exists()
+    run_stage(same, tmp_path / "cut")
+    files = ["model.safetensors", "predictors/queries.safetensors", "predictors/seg/model.safetensors"]
+    for file in files:
+        whole, cut = (load_file(tmp_path / name / file) for name in ("whole", "cut"))
+        assert all(torch.equal(whole[name], cut[name]) for name in whole), file
 
 
 def test_without_special_tokens_predictors_have_latents_of_their_own(recipe, tmp_path):
