@@ -54,7 +54,7 @@ def _quiet_libraries() -> None:
     type=click.Choice(["quick", "full"]),
     default="quick",
     show_default=True,
-    help="quick: ready-made tiny models, 4 minutes; full: everything from nothing, an hour.",
+    help="quick: ready-made tiny models, 4 minutes; full: everything from nothing, an hour or more.",
 )
 @click.option(
     "--out",

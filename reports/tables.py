@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from analysis.frechet import ENOUGH_IMAGES
 from reports.curves import PROBES
 from reports.results import RunResults, best_layer, is_distance, metric_label
 
-ENOUGH_IMAGES = 2048
-"""With fewer images than Inception has features a Fréchet distance is biased upwards."""
 CONTROLS = {"no": "", "random": ", random weights"}
 REFERENCES = (
     ("floor: mean target", "constant", "mean"),
