@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.scores import AVERAGE, Curve, ScoreFile, by_seed, is_block, over_layers
-from analysis.statistics import paired_bootstrap
+from analysis.pooled import open_runs, read_scores, require_alike
+from analysis.scores import AVERAGE, Curve, by_seed, is_block, over_layers
+from analysis.statistics import Statistic, paired_bootstrap
 from probing.errors import UserError
-from probing.run import SPEED_ONLY, Run
+from probing.run import Run
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Difference:
         ci_low: lower end of its 95 % interval.
         ci_high: upper end.
         n: images that both were scored on.
-        seeds: seeds of the checkpoint's probes, and of the reference's.
+        seeds: number of the checkpoint's seeds, and of the reference's.
+        higher: at how many of the pairs of seeds the checkpoint is higher; empty where seeds are no pairs.
     """
 
     checkpoint: str
@@ -48,6 +50,7 @@ class Difference:
     ci_high: float
     n: int
     seeds: str
+    higher: str
 
 
 COLUMNS = [field.name for field in fields(Difference)]
@@ -57,7 +60,8 @@ def compare(paths: Sequence[Path], labels: Sequence[str]) -> pd.DataFrame:
     """Compares every run with the first one, image by image.
 
     Args:
-        paths: evaluated runs; the first is the reference.
+        paths: evaluated runs, or folders of runs whose checkpoints differ by their seed alone; the first is the
+            reference. Runs of the same name in two folders are taken as pairs.
         labels: a name for each.
 
     Returns:
@@ -66,49 +70,27 @@ def compare(paths: Sequence[Path], labels: Sequence[str]) -> pd.DataFrame:
     Raises:
         UserError: the runs differ in data, teachers, probes or training, or have no score in common.
     """
-    runs = [Run.open(path) for path in paths]
-    if len(runs) < 2:
+    if len(paths) < 2:
         raise UserError("a comparison takes at least two runs; give the reference first")
-    for run in runs[1:]:
-        _require_alike(runs[0], run)
+    arms = [open_runs(path) for path in paths]
+    for runs in arms[1:]:
+        require_alike(arms[0][0], runs[0])
     rows = [
         asdict(row)
-        for run, label in zip(runs[1:], labels[1:], strict=True)
-        for row in _differences(runs[0], run, labels[0], label)
+        for path, runs, label in zip(paths[1:], arms[1:], labels[1:], strict=True)
+        for row in _differences(arms[0], runs, labels[0], label, f"{paths[0]} and {path}")
     ]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _require_alike(one: Run, two: Run) -> None:
-    """Raises UserError naming the first thing in which two runs differ and must not."""
-    a, b = one.manifest, two.manifest
-    names = sorted(set(a["teachers"]) | set(b["teachers"]))
-    pairs: list[tuple[str, Any, Any]] = [
-        ("number of layers", a["checkpoint"]["layers"], b["checkpoint"]["layers"]),
-        ("teachers", sorted(a["teachers"]), sorted(b["teachers"])),
-        *((f"{n} teacher", *(m["teachers"].get(n, {}).get("sha256") for m in (a, b))) for n in names),
-        *((what, a["data"][what], b["data"][what]) for what in ("train_split", "eval_split", "view")),
-        ("training images", a["data"]["train_digest"], b["data"]["train_digest"]),
-        ("held-out images", a["data"]["eval_digest"], b["data"]["eval_digest"]),
-        ("prompt", a["prompt"], b["prompt"]),
-    ]
-    for section in ("probe", "fit"):
-        mine, others = (getattr(run.recipe, section).model_dump() for run in (one, two))
-        skipped = {"seeds", *(name.removeprefix("fit.") for name in SPEED_ONLY)}
-        pairs += [(f"{section}.{key}", mine[key], others[key]) for key in mine if key not in skipped]
-    for what, mine, others in pairs:
-        if mine != others:
-            shown = "" if any(len(str(v)) > 60 for v in (mine, others)) else f" ({mine} and {others})"
-            raise UserError(f"{one.path} and {two.path} cannot be compared: they differ in {what}{shown}")
-
-
-def _differences(reference: Run, run: Run, reference_label: str, label: str) -> Iterator[Difference]:
+def _differences(
+    reference: Sequence[Run], runs: Sequence[Run], reference_label: str, label: str, places: str
+) -> Iterator[Difference]:
     found = False
-    for file in sorted((reference.path / "scores").glob("*.safetensors")):
-        other = run.path / "scores" / file.name
-        if not other.exists():
-            continue
-        one, two = ScoreFile.read(file), ScoreFile.read(other)
+    theirs, ours = read_scores(reference), read_scores(runs)
+    paired = len(runs) > 1 and [run.path.name for run in runs] == [run.path.name for run in reference]
+    for file in (file for file in theirs if file in ours):
+        one, two = theirs[file], ours[file]
         names = [name for name in one.names if name in set(two.names)]
         if one.split != two.split or len(names) < 2:
             continue
@@ -128,16 +110,26 @@ def _differences(reference: Run, run: Run, reference_label: str, label: str) -> 
                 families.setdefault(replace(curve, layer=AVERAGE), []).append(pair)
         for curve, pairs in families.items():
             table, statistic = over_layers(curve, [two for _, two in pairs])
-            interval = paired_bootstrap(table, over_layers(curve, [one for one, _ in pairs])[0], statistic)
+            base = over_layers(curve, [one for one, _ in pairs])[0]
+            interval = paired_bootstrap(table, base, statistic, seeds_paired=paired)
             place = (curve.teacher, curve.layer, curve.probe, curve.metric, curve.protocol, one.split)
             numbers = (interval.value, interval.low, interval.high, len(names))
-            seeds = f"{len(pairs[0][1])}, {len(pairs[0][0])}"
-            yield Difference(label, reference_label, *place, *numbers, seeds)
+            seeds = f"{len(table)}, {len(base)}"
+            higher = f"{_higher(table, base, statistic)} of {len(table)}" if paired else ""
+            yield Difference(label, reference_label, *place, *numbers, seeds, higher)
     if not found:
-        raise UserError(
-            f"{reference.path} and {run.path} have no score in common; evaluate both with the same metrics, protocols "
-            "and images"
-        )
+        raise UserError(f"{places} have no score in common; evaluate both with the same metrics, protocols and images")
+
+
+def _higher(table: NDArray[Any], others: NDArray[Any], statistic: Statistic) -> int:
+    """At how many pairs of seeds the difference is above zero."""
+    return int((statistic(table.mean(axis=1)) > statistic(others.mean(axis=1))).sum())
+
+
+def _seeds(row: pd.Series) -> str:
+    if row["higher"]:
+        return f" and {row['seeds'].split(',')[0]} pairs of seeds (higher in {row['higher']})"
+    return "" if row["seeds"] == "1, 1" else f" and {row['seeds'].replace(',', ' and')} seeds"
 
 
 def statements(table: pd.DataFrame) -> list[str]:
@@ -161,7 +153,7 @@ def statements(table: pd.DataFrame) -> list[str]:
         )
         sentences.append(
             f"{teacher}, {probe}, {metric} ({protocol}): {checkpoint} - {reference} = {row['value']:+.4f} "
-            f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}] over {row['n']} images: {verdict}; of {len(layers)} layers "
-            f"{above} clearly higher, {below} clearly lower"
+            f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}] over {row['n']} images{_seeds(row)}: {verdict}; of "
+            f"{len(layers)} layers {above} clearly higher, {below} clearly lower"
         )
     return sentences

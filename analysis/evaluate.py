@@ -21,6 +21,7 @@ from analysis.features import Extractor, classifier, inception
 from analysis.generation import Embeddings, Painter, score_generation
 from analysis.passes import PROBES, Selection, pass_state, score_arm
 from analysis.pictures import SIDE, Pictures, draw_depth, draw_gen, draw_seg
+from analysis.pooled import open_runs, write_pooled
 from analysis.scorers import Cosine, DepthPairs, Scorer, Segmentation, early_means
 from analysis.scores import ScoreFile, read_if_fits, score_file, write_results
 from probing import __version__
@@ -28,7 +29,7 @@ from probing.backbones import Backbone, layer_name, parse_layers
 from probing.data.coco import ImageList, Skipped
 from probing.errors import UserError
 from probing.recipe import ProbeRunRecipe
-from probing.run import Run, disk_errors, write_text
+from probing.run import Run, disk_errors, members, write_text
 from probing.teachers import Teacher
 from probing.teachers.gen import GUIDANCE, STEPS, GenDecoder
 from probing.teachers.seg import SegDecoder
@@ -93,14 +94,14 @@ class Job:
 
 
 def evaluate(path: Path, options: Options | None = None) -> Path:
-    """Scores a finished run; what was scored before with the same settings is kept.
+    """Scores a finished run, or every run of a folder; what was scored before with the same settings is kept.
 
     Args:
-        path: the run.
+        path: the run, or a folder of runs whose checkpoints differ by their seed alone.
         options: what to score; by default the cosine.
 
     Returns:
-        The path of `results.csv`.
+        The path of `results.csv`; that of a folder has every seed, and all of them together.
 
     Raises:
         UserError: the run is missing or unfinished, or its checkpoint, teachers or data changed since, or what a metric
@@ -108,6 +109,13 @@ def evaluate(path: Path, options: Options | None = None) -> Path:
         Interrupted: stopped by the user; the same call goes on.
     """
     options = options or Options()
+    if members(path):
+        runs = open_runs(path)
+        for run in runs:
+            logger.info("%s", run.path)
+            evaluate(run.path, options)
+        with disk_errors(path):
+            return write_pooled(path, runs)
     run = Run.open(path)
     accelerator = Accelerator()
     if accelerator.num_processes > 1:

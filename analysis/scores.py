@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -185,11 +185,11 @@ def is_block(layer: str) -> bool:
     return layer.isdecimal() and int(layer) > 0
 
 
-def _summaries(run: Run, file: Path) -> Iterator[Summary]:
-    found = ScoreFile.read(file)
+def summaries(found: ScoreFile, seeds: Sequence[int]) -> Iterator[Summary]:
+    """The rows of `results.csv` that come from one file of scores; `seeds` are those of the trained probes."""
     families: dict[tuple[Curve, str], list[NDArray[Any]]] = {}
     for curve, scores in by_seed(found.table).items():
-        for seed, stack in pooled(curve, scores, run.recipe.fit.seeds).items():
+        for seed, stack in pooled(curve, scores, seeds).items():
             yield Summary(curve, found.split, seed, _interval(curve, [stack]), stack.shape[1])
             if is_block(curve.layer):
                 families.setdefault((replace(curve, layer=AVERAGE), seed), []).append(stack)
@@ -222,16 +222,20 @@ def over_layers(curve: Curve, layers: Sequence[NDArray[Any]]) -> tuple[NDArray[A
 
 def write_results(run: Run) -> Path:
     """Writes `results.csv` from all scores of a run: one row per number, with its interval."""
+    files = sorted((run.path / "scores").glob("*.safetensors"))
+    rows = [row for file in files for row in summaries(ScoreFile.read(file), run.recipe.fit.seeds)]
+    rows += [row for file in sorted((run.path / "scores").glob("*.json")) for row in read_summaries(file)]
+    return write_rows(run.path / "results.csv", run.manifest["checkpoint"]["name"], rows)
+
+
+def write_rows(target: Path, checkpoint: str, rows: Iterable[Summary]) -> Path:
+    """Writes a file of results."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
-    rows = [row for file in sorted((run.path / "scores").glob("*.safetensors")) for row in _summaries(run, file)]
-    rows += [row for file in sorted((run.path / "scores").glob("*.json")) for row in read_summaries(file)]
-    checkpoint = run.manifest["checkpoint"]["name"]
     for row in rows:
         place = [checkpoint, *list(vars(row.curve).values())[:-1]]
         numbers = [f"{x:.8g}" for x in (row.interval.value, row.interval.low, row.interval.high)]
         writer.writerow([*place, row.split, row.seed, *numbers, row.n])
-    target = run.path / "results.csv"
     write_text(target, buffer.getvalue())
     return target

@@ -29,7 +29,7 @@ DECODED_LAYERS = {"quick": "0,6", "full": "all"}
 CONTROLS = {"quick": ["random"], "full": ["shuffled", "random"]}
 """Trained controls of the first checkpoint; the one on shuffled pairs says little that the mean target does not."""
 QUICK = {"llava": "llava", "ola": "ola"}
-FULL = QUICK | {"multi": "multi", "text": "stages/text"}
+FULL = QUICK | {"multi": "multi", "text": "stages/seed_0/text"}
 """Checkpoints and their folders; `text` is the language model before it saw a picture, behind a random projector."""
 
 

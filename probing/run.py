@@ -240,6 +240,13 @@ class Run:
         return self.path / "mean_targets.safetensors"
 
 
+def members(path: Path) -> list[Path]:
+    """The runs inside a folder that is none itself, by name: those of one checkpoint trained with several seeds."""
+    if (path / "recipe.yaml").exists() or not path.is_dir():
+        return []
+    return sorted(folder for folder in path.iterdir() if (folder / "recipe.yaml").exists())
+
+
 def _first_difference(old: Any, new: Any, where: str = "") -> str:
     """Names the first field in which two recipes differ, or returns an empty string."""
     if isinstance(old, dict) and isinstance(new, dict):

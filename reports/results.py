@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from probing.errors import UserError
+from probing.run import members
 
 TEACHERS = ("depth", "seg", "gen")
 TITLES = {"depth": "Depth", "seg": "Segmentation", "gen": "Generation"}
@@ -53,10 +54,10 @@ class RunResults:
 
     Attributes:
         label: name for legends, unique among the runs of a report.
-        path: the run's folder.
+        path: the run's folder; of several runs the first's, whose pictures are shown.
         results: `results.csv`, with `layer` and `seed` as text.
         curves: `learning_curves.csv`.
-        manifest: what the run was made of.
+        manifest: what the run was made of; of several runs the first's, with `runs`, their number.
     """
 
     label: str
@@ -139,24 +140,41 @@ def layer_rank(layer: str) -> float:
 
 
 def load_runs(paths: Sequence[Path]) -> list[RunResults]:
-    """Reads evaluated runs.
+    """Reads evaluated runs, and folders of runs whose checkpoints differ by their seed alone.
 
     Raises:
         UserError: a folder is no run, or has not been evaluated.
     """
     found = []
     for path in paths:
-        if not (path / "manifest.json").exists():
-            raise UserError(f"no finished run at {path}; make one with: probing train --out {path}")
+        runs = members(path)
+        for run in runs or [path]:
+            if not (run / "manifest.json").exists():
+                raise UserError(f"no finished run at {run}; make one with: probing train --out {run}")
         if not (path / "results.csv").exists():
             raise UserError(f"{path} has no results yet; type: probing evaluate {path}")
         results = pd.read_csv(path / "results.csv", dtype={"layer": str, "seed": str}, keep_default_na=False)
-        curves = pd.read_csv(path / "learning_curves.csv", dtype={"layer": str})
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        found.append((manifest["checkpoint"]["name"], path, results, curves, manifest))
-    names = [name for name, *_ in found]
+        found.append((path, results, _curves(runs or [path]), _manifest(runs or [path]), runs))
+    names = [path.resolve().name if runs else manifest["checkpoint"]["name"] for path, *_, manifest, runs in found]
     labelled = []
-    for name, path, results, curves, manifest in found:
+    for name, (path, results, curves, manifest, runs) in zip(names, found, strict=True):
         label = f"{name} ({path.resolve().name})" if names.count(name) > 1 else name
-        labelled.append(RunResults(label, path, results, curves, manifest))
+        labelled.append(RunResults(label, (runs or [path])[0], results, curves, manifest))
     return labelled
+
+
+def _curves(runs: Sequence[Path]) -> pd.DataFrame:
+    """Learning curves of one run, or of several, whose number stands for the seed then."""
+    curves = [pd.read_csv(run / "learning_curves.csv", dtype={"layer": str}) for run in runs]
+    if len(runs) == 1:
+        return curves[0]
+    return pd.concat([one.assign(seed=number) for number, one in enumerate(curves)])
+
+
+def _manifest(runs: Sequence[Path]) -> dict[str, Any]:
+    """What the first run was made of, with what was noticed while training any of them."""
+    manifests = [json.loads((run / "manifest.json").read_text(encoding="utf-8")) for run in runs]
+    if len(runs) == 1:
+        return manifests[0]
+    noticed = {key: [row for one in manifests for row in one[key]] for key in ("convergence", "skipped")}
+    return {**manifests[0], **noticed, "seconds": sum(one["seconds"] for one in manifests), "runs": len(runs)}

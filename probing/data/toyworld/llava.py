@@ -16,6 +16,7 @@ from probing.data.toyworld.teachers import PATCH, grid_positions, image_processo
 from probing.distill.recipe import DistillRecipe
 from probing.distill.train import run_stage
 from probing.hub import load_config
+from probing.run import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -85,26 +86,37 @@ def train_tower(scenes: Scenes, steps: int, seed: int = 0) -> Any:
     return model.model.vision_tower.eval()
 
 
+def make_tower(scenes: Scenes, folder: Path, steps: int, seed: int = 0) -> Path:
+    """Makes the vision tower that all checkpoints share; one that is there is kept."""
+    if not (folder / "config.json").exists():
+        with whole_folder(folder) as part:
+            train_tower(scenes, steps, seed).save_pretrained(part)
+    return folder
+
+
 def make_reader(
-    world: Path, scenes: Scenes, folder: Path, schedule: Schedule, layers: int = 6, width: int = 128, seed: int = 0
+    world: Path, tower: Path, folder: Path, schedule: Schedule, layers: int = 6, width: int = 128, seed: int = 0
 ) -> Path:
-    """Makes what all checkpoints start from: a trained tower, a language model that has read, a fresh projector.
+    """Makes what all checkpoints start from: a language model that has read, with the tower and a fresh projector.
 
     Args:
         world: written by `write_world`, for the texts.
-        scenes: for the tower.
+        tower: made by `make_tower`.
         folder: gets `untrained/` and `text/`, each a LLaVA folder; the last is the result.
         schedule: steps.
         layers: decoder blocks of the LLM.
         width: its hidden size.
-        seed: of everything.
+        seed: of language model, projector and the order of the texts.
     """
+    from transformers import CLIPVisionModel
+
     start = folder / "untrained"
     if not (start / "config.json").exists():
         model, processor = build(layers, width, seed + 1)
-        model.model.vision_tower = train_tower(scenes, schedule.tower, seed)
-        model.save_pretrained(start)
-        processor.save_pretrained(start)
+        model.model.vision_tower = CLIPVisionModel.from_pretrained(tower)
+        with whole_folder(start) as part:
+            model.save_pretrained(part)
+            processor.save_pretrained(part)
     return _stage(world, "text.json", start, folder / "text", "ift", schedule.text, 2e-3, seed)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from probing.data.toyworld.layout import write_world
-from probing.data.toyworld.llava import Schedule, answer_accuracy, make_llava, make_reader
+from probing.data.toyworld.llava import Schedule, answer_accuracy, make_llava, make_reader, make_tower
 from probing.data.toyworld.scenes import generate
 from probing.data.toyworld.teachers import Quality, train_depth, train_gen, train_seg
 from probing.data.toyworld.unclip import train_classifier, train_unclip
@@ -48,7 +48,8 @@ def make_models(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
     """Makes a world for the conversations, the teachers and a LLaVA; what is there already is kept.
 
     Args:
-        folder: gets `world/`, a folder per model, `stages/` of the checkpoints, and `quality.json`.
+        folder: gets `world/`, a folder per model, `stages/` (the tower, and what the checkpoints of each seed come from) and
+            `quality.json`.
         sizes: how much of everything.
         seed: of everything.
 
@@ -77,19 +78,44 @@ def make_models(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
                 quality[name] = make(part)
             quality[name]["seconds"] = round(time.monotonic() - started)
             write_text(file, json.dumps(quality, indent=2) + "\n")
-    variants = checkpoints(folder)
-    if not variants.keys() <= quality.keys():
-        world = write_world(folder / "world", sizes.train, sizes.val, seed)
-        reader = make_reader(world, scenes, folder / "stages", sizes.llava, seed=seed)
-        for name in (name for name in variants if name not in quality):
-            started = time.monotonic()
-            last = make_llava(world, reader, folder / "stages" / name, sizes.llava, seed, variants[name])
-            with whole_folder(folder / name) as part:
-                shutil.copytree(last, part, dirs_exist_ok=True)
-            quality[name] = answer_accuracy(folder / name, world)
-            quality[name]["all"]["seconds"] = round(time.monotonic() - started)
-            write_text(file, json.dumps(quality, indent=2) + "\n")
+    world = write_world(folder / "world", sizes.train, sizes.val, seed)
+    make_tower(scenes, folder / "stages" / "tower", sizes.llava.tower, seed)
+    found = make_checkpoints(folder, world, sizes.llava, seed)
+    for name in (name for name in found if name not in quality):
+        with whole_folder(folder / name) as part:
+            shutil.copytree(folder / "stages" / f"seed_{seed}" / name / "ift", part, dirs_exist_ok=True)
+        quality[name] = found[name]
+        write_text(file, json.dumps(quality, indent=2) + "\n")
     return quality
+
+
+def make_checkpoints(folder: Path, world: Path, schedule: Schedule, seed: int) -> dict[str, dict[str, Quality]]:
+    """Makes the language model of one seed and every checkpoint that starts from it; what is there is kept.
+
+    Args:
+        folder: has the teachers, and `stages/tower`; gets `stages/seed_<seed>/`: `untrained/`, `text/`, and per
+            checkpoint `pt/` and `ift/`.
+        world: written by `write_world`, for conversations and questions.
+        schedule: steps.
+        seed: of all that is random but teachers, tower and world.
+
+    Returns:
+        Per checkpoint what `answer_accuracy` finds, and the seconds it took; kept in `answers.json`.
+    """
+    stages = folder / "stages" / f"seed_{seed}"
+    file = stages / "answers.json"
+    found: dict[str, dict[str, Quality]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    variants = checkpoints(folder)
+    if variants.keys() <= found.keys():
+        return found
+    reader = make_reader(world, folder / "stages" / "tower", stages, schedule, seed=seed)
+    for name in (name for name in variants if name not in found):
+        started = time.monotonic()
+        last = make_llava(world, reader, stages / name, schedule, seed, variants[name])
+        found[name] = answer_accuracy(last, world)
+        found[name]["all"]["seconds"] = round(time.monotonic() - started)
+        write_text(file, json.dumps(found, indent=2) + "\n")
+    return found
 
 
 def checkpoints(folder: Path) -> dict[str, dict[str, Any]]:

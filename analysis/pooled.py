@@ -1,0 +1,126 @@
+"""A folder of runs whose checkpoints differ by the seed of their training alone, read as one run of many seeds."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from analysis.scores import ScoreFile, Summary, read_summaries, summaries, write_rows
+from analysis.statistics import LEVEL, Interval
+from probing.errors import UserError
+from probing.run import SPEED_ONLY, Run, members
+
+
+def require_alike(one: Run, two: Run) -> None:
+    """Raises UserError naming the first thing in which two runs differ and must not."""
+    a, b = one.manifest, two.manifest
+    names = sorted(set(a["teachers"]) | set(b["teachers"]))
+    pairs: list[tuple[str, Any, Any]] = [
+        ("number of layers", a["checkpoint"]["layers"], b["checkpoint"]["layers"]),
+        ("teachers", sorted(a["teachers"]), sorted(b["teachers"])),
+        *((f"{n} teacher", *(m["teachers"].get(n, {}).get("sha256") for m in (a, b))) for n in names),
+        *((what, a["data"][what], b["data"][what]) for what in ("train_split", "eval_split", "view")),
+        ("training images", a["data"]["train_digest"], b["data"]["train_digest"]),
+        ("held-out images", a["data"]["eval_digest"], b["data"]["eval_digest"]),
+        ("prompt", a["prompt"], b["prompt"]),
+    ]
+    for section in ("probe", "fit"):
+        mine, others = (getattr(run.recipe, section).model_dump() for run in (one, two))
+        skipped = {"seeds", *(name.removeprefix("fit.") for name in SPEED_ONLY)}
+        pairs += [(f"{section}.{key}", mine[key], others[key]) for key in mine if key not in skipped]
+    for what, mine, others in pairs:
+        if mine != others:
+            shown = "" if any(len(str(v)) > 60 for v in (mine, others)) else f" ({mine} and {others})"
+            raise UserError(f"{one.path} and {two.path} cannot be compared: they differ in {what}{shown}")
+
+
+def open_runs(path: Path) -> list[Run]:
+    """A run, or the runs of a folder of them, in the order of their names.
+
+    Raises:
+        UserError: there is none, one is unfinished, or those of a folder differ in more than the checkpoint, or have
+            more than one seed of the probes: seeds within seeds are not told apart.
+    """
+    paths = members(path)
+    runs = [Run.open(path)] if not paths else [Run.open(member) for member in paths]
+    for run in runs[1:]:
+        require_alike(runs[0], run)
+    for run in runs if len(runs) > 1 else []:
+        if len(run.recipe.fit.seeds) > 1:
+            raise UserError(
+                f"{run.path} has {len(run.recipe.fit.seeds)} seeds of its probes; runs that are read as the seeds of "
+                "one checkpoint must have one each"
+            )
+    return runs
+
+
+def read_scores(runs: Sequence[Run]) -> dict[str, ScoreFile]:
+    """The scores of one run as they are, and of several as one: the seed of a curve is then the number of its run.
+
+    Args:
+        runs: of one folder, from `open_runs`.
+
+    Returns:
+        Per name of a file that all runs have: the scores of the images that all have.
+
+    Raises:
+        UserError: runs were scored with different settings.
+    """
+    found = [{file.name: ScoreFile.read(file) for file in _files(run, "safetensors")} for run in runs]
+    if len(runs) == 1:
+        return found[0]
+    shared = set.intersection(*(set(files) for files in found))
+    return {name: _merged(runs, [files[name] for files in found]) for name in sorted(shared)}
+
+
+def _files(run: Run, kind: str) -> list[Path]:
+    return sorted((run.path / "scores").glob(f"*.{kind}"))
+
+
+def _merged(runs: Sequence[Run], files: Sequence[ScoreFile]) -> ScoreFile:
+    first = files[0]
+    for run, file in zip(runs[1:], files[1:], strict=True):
+        if (file.settings, file.split) != (first.settings, first.split):
+            raise UserError(
+                f"{runs[0].path} and {run.path} were scored with different settings or images; evaluate their folder"
+            )
+    names = [name for name in first.names if all(name in set(file.names) for file in files)]
+    there = set.intersection(*({replace(curve, seed=0) for curve in file.table} for file in files))
+    table = {}
+    for number, file in enumerate(files):
+        place = {name: row for row, name in enumerate(file.names)}
+        rows = [place[name] for name in names]
+        for curve, scores in file.table.items():
+            if replace(curve, seed=0) in there:
+                table[replace(curve, seed=number)] = scores[rows]
+    return ScoreFile(table, names, first.split, first.settings)
+
+
+def write_pooled(folder: Path, runs: Sequence[Run]) -> Path:
+    """Writes `results.csv` of a folder of runs: every seed, and all of them together."""
+    seeds = range(len(runs))
+    rows = [row for file in read_scores(runs).values() for row in summaries(file, seeds)]
+    kept = [{row.curve: row for file in _files(run, "json") for row in read_summaries(file)} for run in runs]
+    for curve in kept[0]:
+        if all(curve in one for one in kept):
+            rows += _pooled_rows([one[curve] for one in kept])
+    return write_rows(folder / "results.csv", folder.resolve().name, rows)
+
+
+def _pooled_rows(rows: Sequence[Summary]) -> list[Summary]:
+    """Of values that come with an interval and no scores (distances of sets of images): mean and interval over seeds.
+
+    Student's interval over seeds, and the images' own, which all seeds share and which therefore does not shrink with
+    their number, add as the independent errors that they are.
+    """
+    seeds = [replace(row, curve=replace(row.curve, seed=k), seed=str(k)) for k, row in enumerate(rows)]
+    values = np.array([row.interval.value for row in rows])
+    halves = np.array([(row.interval.high - row.interval.low) / 2 for row in rows])
+    over_seeds = stats.t.ppf((1 + LEVEL) / 2, len(rows) - 1) * values.std(ddof=1) / math.sqrt(len(rows))
+    half = math.hypot(over_seeds, halves.mean())
+    mean = float(values.mean())
+    return [*seeds, replace(seeds[0], seed="all", interval=Interval(mean, mean - half, mean + half))]
