@@ -22,29 +22,34 @@ RATIO = 1.15
 """The farther point of a pair is at least so much farther."""
 
 
-def write_world(root: Path, train: int, val: int, seed: int) -> Path:
+def write_world(root: Path, train: int, val: int, seed: int, test: int = 0) -> Path:
     """Writes a world, or keeps the one that is there.
 
     Args:
         root: folder to make, whole or not at all.
         train: scenes in train2017.
         val: scenes in val2017; other scenes than those of training.
-        seed: of both.
+        seed: of all of them.
+        test: scenes in test2017, for what is reported where val2017 was used to choose; depth pairs are theirs then.
     """
     if (root / "annotations").exists():
         return root
     with whole_folder(root) as folder:
         start = 1
-        for split, count, offset in (("train2017", train, 0), ("val2017", val, 1)):
-            scenes = generate(count, 2 * seed + offset)
+        splits = [("train2017", train, 2 * seed), ("val2017", val, 2 * seed + 1), ("test2017", test, seed + 10**6)]
+        for offset, (split, count, scenes_seed) in enumerate(splits):
+            if not count:
+                continue
+            scenes = generate(count, scenes_seed)
             _write_split(folder, split, scenes, start)
             start += count
             rng = np.random.default_rng([seed, offset, 7])
             names = _names(scenes, start - count)
             if split == "train2017":
                 _write_conversations(folder, split, scenes, names, rng)
-            else:
-                _write_questions(folder, split, scenes, names, rng)
+                continue
+            _write_questions(folder, split, scenes, names, rng)
+            if split == "test2017" or not test:
                 _write_pairs(folder, scenes, names, rng)
     return root
 
@@ -145,7 +150,7 @@ def _write_questions(folder: Path, split: str, scenes: Scenes, names: list[str],
         for index, name in enumerate(names)
         for q in questions(scenes, index, rng)
     ]
-    (folder / "questions_val.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / f"questions_{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def depth_pairs(scenes: Scenes, index: int, rng: np.random.Generator, wanted: int = 2) -> list[dict[str, Any]]:

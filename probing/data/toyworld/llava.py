@@ -152,12 +152,15 @@ def _stage(
 
 
 @torch.no_grad()
-def answer_accuracy(checkpoint: Path, world: Path, limit: int = 600) -> dict[str, dict[str, float]]:
+def answer_accuracy(
+    checkpoint: Path, world: Path, split: str = "val2017", limit: int = 600
+) -> dict[str, dict[str, float]]:
     """Greedy one-word answers to questions about held-out scenes.
 
     Args:
         checkpoint: LLaVA folder, with several encoders or not.
         world: written by `write_world`.
+        split: of which scenes.
         limit: take only the first so many questions.
 
     Returns:
@@ -176,7 +179,7 @@ def answer_accuracy(checkpoint: Path, world: Path, limit: int = 600) -> dict[str
         encoders.install(model)
     else:
         model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    lines = (world / "questions_val.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
+    lines = (world / f"questions_{split}.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
     asked = [json.loads(line) for line in lines]
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     answers: dict[str, list[str]] = {kind: [] for kind in KINDS}

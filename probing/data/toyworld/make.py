@@ -48,7 +48,7 @@ def make_models(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
     """Makes a world for the conversations, the teachers and a LLaVA; what is there already is kept.
 
     Args:
-        folder: gets `world/`, a folder per model, `stages/` (the tower, and what the checkpoints of each seed come from) and
+        folder: gets `world/`, a folder per model, `stages/` (tower; what the checkpoints of each seed come from) and
             `quality.json`.
         sizes: how much of everything.
         seed: of everything.
