@@ -26,6 +26,7 @@ from analysis.scorers import Cosine, DepthPairs, Scorer, Segmentation, early_mea
 from analysis.scores import ScoreFile, read_if_fits, score_file, write_results
 from probing import __version__
 from probing.backbones import Backbone, layer_name, parse_layers
+from probing.bank import bank_layers
 from probing.data.coco import ImageList, Skipped
 from probing.errors import UserError
 from probing.recipe import ProbeRunRecipe
@@ -204,7 +205,8 @@ def _score_arm(run: Run, arm: str, jobs: Iterable[Job], workshop: "_Workshop", o
         settings = f"{__version__} {scorer.settings()}"
         file = score_file(run.path, scorer.stem, scorer.images.split)
         there = read_if_fits(file, settings)
-        lacking = chosen.lacking(scorer, run.recipe.fit.seeds, set(there.table) | set(there.sums) if there else set())
+        done = set(there.table) | set(there.sums) if there else set()
+        lacking = chosen.lacking(scorer, run.recipe.fit.seeds, bank_layers(run.probes("no")), done)
         if lacking.layers and lacking.controls:
             due.append((scorer, lacking, settings, file))
         elif chosen.controls:

@@ -48,11 +48,13 @@ class Selection:
         mine = [c for c in self.controls if (c == "random") == (arm == "random")]
         return Selection(self.layers, self.probes, tuple(mine))
 
-    def lacking(self, scorer: Scorer, seeds: Sequence[int], there: set[Curve]) -> "Selection":
-        """The same with only those layers of which a curve is missing."""
+    def lacking(
+        self, scorer: Scorer, seeds: Sequence[int], probed: dict[str, list[str]], there: set[Curve]
+    ) -> "Selection":
+        """The same with only those layers of which a curve is missing; `probed` names the layers of each teacher."""
 
         def curves(layer: Layer) -> Iterable[Curve]:
-            for teacher in scorer.teachers:
+            for teacher in (name for name in scorer.teachers if layer_name(layer) in probed[name]):
                 for metric, protocol in scorer.measures(teacher):
                     place = {"teacher": teacher, "layer": layer_name(layer), "metric": metric, "protocol": protocol}
                     for control in self.controls:
@@ -201,10 +203,13 @@ class _Predictor:
 
     def _layer(self, layer: Layer, hidden: Tensor, batch: Batch, context: Any, note: Any) -> None:
         scorer, device, where = self.scorer, self.backbone.device, layer_name(layer)
-        keys, mask = batch.tokens.select(hidden.to(device).float(), self.run.recipe.probe.keys)
+        selected: dict[tuple[str, ...], tuple[Tensor, Tensor | None]] = {}
         for control, bank in self.banks.items():
             for key, probe in bank.at(layer):
-                rows = scorer.score(key.teacher, probe(keys, mask), context)
+                kinds = tuple(bank.keys[key.teacher])
+                if kinds not in selected:
+                    selected[kinds] = batch.tokens.select(hidden.to(device).float(), kinds)
+                rows = scorer.score(key.teacher, probe(*selected[kinds]), context)
                 note(key.teacher, where, "resampler", control, key.seed, rows)
         image_states = batch.tokens.image_states(hidden.to(device))
         for teacher, weight, bias in self.ridge.at(layer):

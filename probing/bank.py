@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,26 @@ def _initial_seed(key: ProbeKey) -> int:
 
 @dataclass
 class ProbeBank:
-    """Probes of all (teacher, layer, seed) of one arm of a run."""
+    """Probes of all (teacher, layer, seed) of one arm of a run.
+
+    Attributes:
+        probes: the probes.
+        keys: per teacher the kinds of tokens that its probes read.
+    """
 
     probes: dict[ProbeKey, Resampler]
+    keys: dict[str, list[str]]
 
     @classmethod
     def build(
-        cls, configs: dict[str, ResamplerConfig], layers: Iterable[Layer], seeds: Iterable[int], device: torch.device
+        cls,
+        configs: dict[str, ResamplerConfig],
+        layers: Iterable[Layer],
+        seeds: Iterable[int],
+        keys: Sequence[str],
+        device: torch.device,
     ) -> "ProbeBank":
-        """Fresh probes, one resampler per teacher, layer and seed."""
+        """Fresh probes, one resampler per teacher, layer and seed, which all read the same kinds of tokens."""
         layers, seeds, probes = list(layers), list(seeds), {}
         for teacher, config in configs.items():
             for layer in layers:
@@ -55,7 +66,7 @@ class ProbeBank:
                     with torch.random.fork_rng(devices=[]):
                         torch.manual_seed(_initial_seed(key))
                         probes[key] = Resampler(config).to(device)
-        return cls(probes)
+        return cls(probes, {teacher: list(keys) for teacher in configs})
 
     def at(self, layer: Layer) -> Iterator[tuple[ProbeKey, Resampler]]:
         """The probes of one layer."""
@@ -75,6 +86,7 @@ class ProbeBank:
                 "resampler": next(iter(chosen.values())).config.to_dict(),
                 "layers": list(dict.fromkeys(layer_name(key.layer) for key in chosen)),
                 "seeds": list(dict.fromkeys(key.seed for key in chosen)),
+                "keys": self.keys[teacher],
                 "tensor_prefix": "seed_{seed}.layer_{layer}.",
                 "layer_convention": "0 = embedded input sequence; k = after decoder block k, before any final norm; "
                 "final = after the final norm",
@@ -101,27 +113,54 @@ class ProbeBank:
             folder: written by `save`.
             device: where to put them.
             teachers: names; by default every sub-folder.
-            layers: comma-separated layer names; by default all.
+            layers: comma-separated layer names, of which every teacher must have one; by default all.
 
         Raises:
-            UserError: a teacher or layer is not in the folder.
+            UserError: a teacher is not in the folder, or has none of the layers.
         """
-        names = list(teachers) if teachers is not None else sorted(p.name for p in folder.iterdir() if p.is_dir())
         probes: dict[ProbeKey, Resampler] = {}
-        for teacher in names:
-            try:
-                config = json.loads((folder / teacher / "config.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                raise UserError(f"no probes for {teacher!r} in {folder}; train them with: probing train") from None
-            chosen = config["layers"] if layers is None else layers.split(",")
+        keys: dict[str, list[str]] = {}
+        for teacher in teachers if teachers is not None else bank_teachers(folder):
+            config = bank_config(folder, teacher)
+            keys[teacher] = config["keys"]
+            wanted = config["layers"] if layers is None else layers.split(",")
+            chosen = [layer for layer in wanted if layer in config["layers"]]
+            if not chosen:
+                raise UserError(f"{folder / teacher} has no layer {layers}; it has {', '.join(config['layers'])}")
             with safe_open(folder / teacher / "model.safetensors", framework="pt") as file:
                 for text in chosen:
-                    if text not in config["layers"]:
-                        raise UserError(f"{folder / teacher} has no layer {text}; it has {', '.join(config['layers'])}")
                     for seed in config["seeds"]:
                         key = ProbeKey(teacher, text if text == FINAL else int(text), seed)
                         probe = Resampler(ResamplerConfig(**config["resampler"]))
                         state = {name: file.get_tensor(key.prefix + name) for name in probe.state_dict()}
                         probe.load_state_dict(state)
                         probes[key] = probe.to(device).eval().requires_grad_(False)
-        return cls(probes)
+        return cls(probes, keys)
+
+
+def bank_teachers(folder: Path) -> list[str]:
+    """Teachers that a folder has probes of."""
+    return sorted(path.parent.name for path in folder.glob("*/config.json"))
+
+
+def bank_layers(folder: Path) -> dict[str, list[str]]:
+    """Names of the layers that each teacher's probes are of; those of one run need not have the same."""
+    return {teacher: bank_config(folder, teacher)["layers"] for teacher in bank_teachers(folder)}
+
+
+def bank_config(folder: Path, teacher: str) -> dict[str, Any]:
+    """What a bank says of the probes of one teacher.
+
+    Raises:
+        UserError: it has none.
+    """
+    try:
+        config = json.loads((folder / teacher / "config.json").read_text(encoding="utf-8"))
+        missing = {"resampler", "layers", "seeds", "keys"} - config.keys()
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"no probes for {teacher!r} in {folder}; train them with: probing train") from None
+    if missing:
+        raise UserError(
+            f"{folder / teacher / 'config.json'} is no probe bank's: {', '.join(sorted(missing))} is missing"
+        )
+    return dict(config)

@@ -343,6 +343,24 @@ def distill(recipe_file: Path, out: Path, overrides: tuple[str, ...]) -> None:
     click.echo(f"checkpoint: {folder}; next: probing inspect {folder}")
 
 
+@cli.command(name="import")
+@click.argument("checkpoint")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", required=True, help="coco:DIR, a folder in COCO's official layout.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def import_(checkpoint: str, run: Path, data: str, overrides: tuple[str, ...]) -> None:
+    """Make RUN of the embedding predictors that CHECKPOINT was trained with.
+
+    They are then scored and decoded as probes are: probing evaluate RUN. KEY=VALUE sets any field of the run's recipe,
+    e.g. data.eval_limit=500, or teachers.depth.id=DIR where a teacher has moved.
+    """
+    _quiet_libraries()
+    from probing.import_probes import import_predictors, predictor_recipe
+
+    made = import_predictors(predictor_recipe(checkpoint, data, overrides), run)
+    click.echo(f"probes: {made.path / 'probes'}; next: probing evaluate {made.path}")
+
+
 def _fail(message: str, code: int) -> NoReturn:
     click.echo(f"probing: {' '.join(message.split())}", err=True)
     sys.exit(code)

@@ -187,7 +187,9 @@ class Fit:
             for name, teacher in self.teachers.items()
         }
         fit, device = self.recipe.fit, self.accelerator.device
-        banks = {c: ProbeBank.build(configs, self.layers, fit.seeds, device) for c in self.controls}
+        banks = {
+            c: ProbeBank.build(configs, self.layers, fit.seeds, self.recipe.probe.keys, device) for c in self.controls
+        }
         parameters = [p for bank in banks.values() for p in bank.parameters()]
         fused = device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(parameters, lr=fit.lr, weight_decay=fit.weight_decay, fused=fused)

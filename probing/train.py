@@ -104,7 +104,7 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
     if run.finished:
         logger.info("%s is finished already", out)
         return run
-    provenance = _provenance(recipe, backbone, teachers, train_images, eval_images)
+    provenance = provenance_of(recipe, backbone, teachers, train_images, eval_images)
     arms: list[tuple[str, list[str]]] = [("no", ["no", *(["shuffled"] if "shuffled" in recipe.controls else [])])]
     if "random" in recipe.controls:
         arms.append(("random", ["random"]))
@@ -183,9 +183,10 @@ def _check_same_inputs(folder: Path, provenance: dict[str, Any], main: bool) -> 
             write_text(file, json.dumps(now))
 
 
-def _provenance(
+def provenance_of(
     recipe: ProbeRunRecipe, backbone: Backbone, teachers: dict[str, Teacher], train: ImageList, held_out: ImageList
 ) -> dict[str, Any]:
+    """What a run is made of: checkpoint, prompt, teachers, data and versions."""
     return {
         "checkpoint": {
             "name": backbone.name,
@@ -240,19 +241,37 @@ def _finish(run: Run, arms: list[str], provenance: dict[str, Any], train: ImageL
     skipped = {(s["image"], s["split"]): s for one in summaries for s in one["skipped"]}
     skipped |= {(s.image, s.split): vars(s) for images in (train, held_out) for s in images.skipped}
     fit = run.recipe.fit
+    trained = {"epochs": fit.epochs, "batch_size": fit.batch_size, "seeds": fit.seeds, "lr": fit.lr}
+    trained["steps"] = summaries[0]["steps"]
+    seconds = sum(one["seconds"] for one in summaries)
+    write_manifest(run, provenance, trained, convergence, list(skipped.values()), seconds)
+    shutil.rmtree(run.path / "state", ignore_errors=True)
+
+
+def write_manifest(
+    run: Run,
+    provenance: dict[str, Any],
+    trained: dict[str, Any],
+    convergence: list[dict[str, Any]],
+    skipped: list[dict[str, str]],
+    seconds: float,
+) -> None:
+    """Writes the manifest, by which a run is finished.
+
+    Args:
+        run: the run.
+        provenance: from `provenance_of`.
+        trained: how its probes were: epochs, batch_size, steps, seeds, lr.
+        convergence: a row per probe, see `probing.convergence`.
+        skipped: image, split and reason of images left out.
+        seconds: that the training took.
+    """
     manifest = {
         **provenance,
-        "fit": {
-            "epochs": fit.epochs,
-            "batch_size": fit.batch_size,
-            "steps": summaries[0]["steps"],
-            "seeds": fit.seeds,
-            "lr": fit.lr,
-        },
+        "fit": trained,
         "convergence": convergence,
-        "skipped": list(skipped.values()),
-        "seconds": sum(one["seconds"] for one in summaries),
+        "skipped": skipped,
+        "seconds": seconds,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_text(run.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    shutil.rmtree(run.path / "state", ignore_errors=True)

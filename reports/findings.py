@@ -106,9 +106,11 @@ def random_control(run: RunResults) -> list[str]:
 def convergence(run: RunResults) -> list[str]:
     """Which probes had not finished learning, and which never left the mean target."""
     rows = pd.DataFrame(run.manifest["convergence"])
+    if rows.empty:
+        return ["Not known: these probes were trained elsewhere, and imported."]
     sentences = []
     for control, name in (("no", "of the checkpoint"), ("random", "of the random-weights control")):
-        part = rows[rows["control"] == control] if len(rows) else rows
+        part = rows[rows["control"] == control]
         if part.empty:
             continue
         for state in ("still falling", "stuck at the mean"):

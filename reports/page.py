@@ -62,7 +62,8 @@ def write_report(
     grids = {}
     for run in loaded:
         suffix = "" if len(loaded) == 1 else f"_{_slug(run.label)}"
-        _save(learning_figure(run), out / "figures" / f"learning{suffix}")
+        if len(run.curves):
+            _save(learning_figure(run), out / "figures" / f"learning{suffix}")
         grids[run.label] = [_grid(grid, out / "figures", suffix) for grid in read_grids(run.path)]
     table = decoded_table(loaded)
     if table:
@@ -227,7 +228,7 @@ def _render(
         grids=grids,
         compared=compared,
         statements=statements,
-        learning=[{"run": run.label, "src": _image(learning_figure(run))} for run in runs],
+        learning=[{"run": run.label, "src": _image(learning_figure(run))} for run in runs if len(run.curves)],
     )
 
 

@@ -96,6 +96,10 @@ class EmbeddingPredictors(nn.Module):
         queries = self.queries[task.name]
         return queries.mean(dim=0, keepdim=True) if task.shape[0] == 1 else queries
 
+    def _kinds(self, task: Task) -> list[str]:
+        """Kinds of tokens that a task's predictors read."""
+        return [task.name if key == "special" else key for key in self.keys]
+
     def predict(self, task: Task, layer: int, states: Tensor, kinds: Tensor) -> Tensor:
         """Predicts a task's target from one layer's states.
 
@@ -108,8 +112,7 @@ class EmbeddingPredictors(nn.Module):
         Returns:
             (B, N, D).
         """
-        chosen = [task.name if key == "special" else key for key in self.keys]
-        keys, mask = TokenMap(kinds, (0, 0)).select(states, chosen)
+        keys, mask = TokenMap(kinds, (0, 0)).select(states, self._kinds(task))
         return self.predictors[f"{task.name}_{layer}"](keys, mask, self._queries(task))
 
     def bank(self) -> ProbeBank:
@@ -125,11 +128,11 @@ class EmbeddingPredictors(nn.Module):
                     with torch.no_grad():
                         probe.latents.copy_(predictor.proj_in(queries)[None])
                 probes[ProbeKey(task.name, layer, 0)] = probe
-        return ProbeBank(probes)
+        return ProbeBank(probes, {task.name: self._kinds(task) for task in self.tasks})
 
     def save(self, folder: Path, provenance: dict[str, Any]) -> None:
         """Writes a probe bank, and beside it queries and scales, from which training goes on."""
-        self.bank().save(folder, provenance | {"keys": self.keys})
+        self.bank().save(folder, provenance)
         state = {f"queries.{name}": value.detach().cpu().clone() for name, value in self.queries.items()}
         state |= {f"scale.{name}": value.detach().cpu().clone() for name, value in self.scales.items()}
         save_file(state, folder / "queries.safetensors")

@@ -56,7 +56,7 @@ def test_one_step_follows_a_plain_loop(fitted):
     """The first optimiser step, written out: mean smooth L1 over the batch, clipping per probe, AdamW."""
     state, fit = fitted((2,), ("no",), ("depth",), epochs=1, batch_size=12, micro_batch=5)
     teacher, config = fit.teachers["depth"], ResamplerConfig(32, 16, 16, 16)
-    probe = ProbeBank.build({"depth": config}, [2], [0], CPU).probes[ProbeKey("depth", 2, 0)]
+    probe = ProbeBank.build({"depth": config}, [2], [0], ["image"], CPU).probes[ProbeKey("depth", 2, 0)]
     pictures = [square(fit.images.read(index)) for index in range(12)]
     states, _ = fit.backbone.hidden_states(pictures, "2")
     target = teacher.target(teacher.prepare(pictures))
@@ -88,7 +88,9 @@ def test_shuffled_pairs_train_on_other_images_targets(fitted):
     states, _ = fit.backbone.hidden_states(pictures, "1")
     teacher = fit.teachers["gen"]
     target = teacher.target(teacher.prepare(pictures))
-    probe = ProbeBank.build({"gen": ResamplerConfig(32, 1, 12, 12)}, [1], [0], CPU).probes[ProbeKey("gen", 1, 0)]
+    probe = ProbeBank.build({"gen": ResamplerConfig(32, 1, 12, 12)}, [1], [0], ["image"], CPU).probes[
+        ProbeKey("gen", 1, 0)
+    ]
     others = torch.stack([target[index - 1] for index in range(12)])
     assert not (others == target).all(dim=-1).any()
     assert state.losses[0][0] == pytest.approx(F.smooth_l1_loss(probe(states[1]), others).item(), rel=1e-4)
@@ -147,7 +149,7 @@ def test_learning_rate_is_the_usual_cosine_schedule():
 
 
 def test_probes_can_be_saved_and_one_layer_read_alone(tmp_path):
-    bank = ProbeBank.build({"gen": ResamplerConfig(8, 1, 12, 12)}, [0, 2, "final"], [0, 5], CPU)
+    bank = ProbeBank.build({"gen": ResamplerConfig(8, 1, 12, 12)}, [0, 2, "final"], [0, 5], ["image"], CPU)
     bank.save(tmp_path, {"prompt": "p", "teachers": {"gen": {"id": "x"}}})
     whole = ProbeBank.load(tmp_path, CPU)
     assert whole.probes.keys() == bank.probes.keys()
