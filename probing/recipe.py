@@ -151,6 +151,11 @@ class ProbeRunRecipe(Strict):
     """Trained controls: `shuffled` pairs every image with another image's target; `random` probes the same
     architecture with random weights in LLM and projector. The mean-target control is always there."""
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) else value  # one layer alone is a number in YAML
+
     @field_validator("controls")
     @classmethod
     def _no_repeats(cls, value: list[Control]) -> list[Control]:
