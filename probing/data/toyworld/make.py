@@ -45,16 +45,36 @@ class Sizes:
 
 
 def make_models(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
-    """Makes a world for the conversations, the teachers and a LLaVA; what is there already is kept.
+    """Makes teachers and checkpoints; what is there already is kept.
 
     Args:
-        folder: gets `world/`, a folder per model, `stages/` (tower; what the checkpoints of each seed come from) and
-            `quality.json`.
+        folder: gets what `make_teachers` and `make_checkpoints` write, and a folder per finished checkpoint.
         sizes: how much of everything.
         seed: of everything.
 
     Returns:
         Quality of each model on scenes it has not seen, each number beside what a trivial answer scores.
+    """
+    quality = make_teachers(folder, sizes, seed)
+    found = make_checkpoints(folder, sizes.llava, seed)
+    for name in (name for name in found if name not in quality):
+        with whole_folder(folder / name) as part:
+            shutil.copytree(folder / "stages" / f"seed_{seed}" / name / "ift", part, dirs_exist_ok=True)
+        quality[name] = found[name]
+        write_text(folder / "quality.json", json.dumps(quality, indent=2) + "\n")
+    return quality
+
+
+def make_teachers(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
+    """Makes what does not depend on a checkpoint; what is there already is kept.
+
+    Args:
+        folder: gets `world/`, for the conversations, a folder per teacher, `stages/tower/` and `quality.json`.
+        sizes: how much of everything.
+        seed: of everything.
+
+    Returns:
+        Quality of each teacher on scenes it has not seen, each number beside what a trivial answer scores.
     """
     file = folder / "quality.json"
     quality: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -78,31 +98,24 @@ def make_models(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
                 quality[name] = make(part)
             quality[name]["seconds"] = round(time.monotonic() - started)
             write_text(file, json.dumps(quality, indent=2) + "\n")
-    world = write_world(folder / "world", sizes.train, sizes.val, seed)
+    write_world(folder / "world", sizes.train, sizes.val, seed)
     make_tower(scenes, folder / "stages" / "tower", sizes.llava.tower, seed)
-    found = make_checkpoints(folder, world, sizes.llava, seed)
-    for name in (name for name in found if name not in quality):
-        with whole_folder(folder / name) as part:
-            shutil.copytree(folder / "stages" / f"seed_{seed}" / name / "ift", part, dirs_exist_ok=True)
-        quality[name] = found[name]
-        write_text(file, json.dumps(quality, indent=2) + "\n")
     return quality
 
 
-def make_checkpoints(folder: Path, world: Path, schedule: Schedule, seed: int) -> dict[str, dict[str, Quality]]:
+def make_checkpoints(folder: Path, schedule: Schedule, seed: int) -> dict[str, dict[str, Quality]]:
     """Makes the language model of one seed and every checkpoint that starts from it; what is there is kept.
 
     Args:
-        folder: has the teachers, and `stages/tower`; gets `stages/seed_<seed>/`: `untrained/`, `text/`, and per
-            checkpoint `pt/` and `ift/`.
-        world: written by `write_world`, for conversations and questions.
+        folder: filled by `make_teachers`; gets `stages/seed_<seed>/`: `untrained/`, `text/`, and per checkpoint `pt/`
+            and `ift/`.
         schedule: steps.
         seed: of all that is random but teachers, tower and world.
 
     Returns:
         Per checkpoint what `answer_accuracy` finds, and the seconds it took; kept in `answers.json`.
     """
-    stages = folder / "stages" / f"seed_{seed}"
+    world, stages = folder / "world", folder / "stages" / f"seed_{seed}"
     file = stages / "answers.json"
     found: dict[str, dict[str, Quality]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     variants = checkpoints(folder)

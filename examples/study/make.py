@@ -1,0 +1,51 @@
+"""Makes what the study compares: teachers, worlds, and the checkpoints of several seeds.
+
+    python examples/study/make.py FOLDER --seed 0 --seed 1 --seed 2 --seed 3 --seed 4
+
+What is there already is kept, and once teachers and tower are there, several of these may run side by side, each with
+seeds of its own. On one core, a seed takes about three quarters of an hour.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+import probing.compat  # noqa: F401
+from probing.data.toyworld.layout import write_world
+from probing.data.toyworld.llava import answer_accuracy
+from probing.data.toyworld.make import Sizes, checkpoints, make_checkpoints, make_teachers
+from probing.run import write_text
+
+TRAIN_SCENES, VAL_SCENES, TEST_SCENES, WORLD_SEED = 4000, 400, 600, 12
+"""Scenes for the probes; no teacher, tower or checkpoint has seen them."""
+QUESTIONS = 2000
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, default=range(5), show_default=True)
+def main(folder: Path, seeds: tuple[int, ...]) -> None:
+    """Makes FOLDER/models and FOLDER/world, and says how well each checkpoint answers questions."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("probing").setLevel(logging.INFO)
+    models = folder / "models"
+    world = write_world(folder / "world", TRAIN_SCENES, VAL_SCENES, WORLD_SEED, TEST_SCENES)
+    make_teachers(models, Sizes())
+    for seed in seeds:
+        make_checkpoints(models, Sizes().llava, seed)
+        file = folder / f"answers_{seed}.json"
+        if file.exists():
+            continue
+        stages = models / "stages" / f"seed_{seed}"
+        folders = {"text": stages / "text"} | {name: stages / name / "ift" for name in checkpoints(models)}
+        found = {name: answer_accuracy(at, world, "test2017", QUESTIONS) for name, at in folders.items()}
+        write_text(file, json.dumps(found, indent=2) + "\n")
+        for name, kinds in found.items():
+            click.echo(f"seed {seed}, {name}: {100 * kinds['all']['accuracy']:.1f} % of {kinds['all']['n']} questions")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The whole study, into a folder: examples/study/run.sh runs/study
+# Every step keeps what is there; what was interrupted goes on. SEEDS="1 3" does some of the seeds; the last lines need
+# all of them.
+set -euo pipefail
+folder=${1:?folder}
+seeds=${SEEDS:-0 1 2 3 4}
+here=$(dirname "$0")
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+for seed in $seeds; do
+  python "$here/make.py" "$folder" --seed "$seed"
+  for arm in llava ola multi text untrained; do
+    checkpoint=$folder/models/stages/seed_$seed/$arm
+    [[ -d $checkpoint/ift ]] && checkpoint=$checkpoint/ift
+    run=$folder/runs/$arm/seed_$seed
+    probing train --recipe "$here/probe.yaml" --checkpoint "$checkpoint" --data "coco:$folder/world" \
+      --teacher depth="$folder/models/depth" --teacher seg="$folder/models/seg" --teacher gen="$folder/models/gen" \
+      --out "$run"
+    probing evaluate "$run"
+    probing evaluate "$run" --metric da2k --da2k "$folder/world/da2k" --metric miou --protocol blind --images 200
+  done
+done
+
+[[ -n ${SEEDS:-} ]] && exit
+for arm in llava ola multi text untrained; do
+  probing evaluate "$folder/runs/$arm" # pools the seeds
+done
+probing compare "$folder"/runs/{llava,ola,multi,text,untrained} --out "$folder/report"
