@@ -372,6 +372,7 @@ def _training_arguments(recipe: DistillRecipe, work: Path, conversations: int) -
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "bf16": recipe.bf16,
+        "use_cpu": not torch.accelerator.is_available(),  # else it refuses bf16 there
         "save_steps": recipe.save_steps,
         "save_total_limit": 1,
         "logging_steps": 10,

@@ -133,6 +133,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(models, tmp_path):
         Encoder(processor, 3, 4096)(conversation, [Image.new("RGB", (8, 8))])
 
 
+ANSWER = {"from": "gpt", "value": "x"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -141,6 +144,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(models, tmp_path):
         ({"image": [7]}, "not a plain path"),
         ({"conversations": [{"from": "human", "value": None}, {"from": "gpt", "value": "x"}]}, "not text"),
         ({"image": None}, "0 images and 1 <image> tags"),
+        ({"image": ["x.jpg", "y.jpg"]}, "2 images and 1 <image> tags"),
+        ({"conversations": [{"from": "human", "value": "<image><image>?"}, ANSWER]}, "1 images and 2 <image> tags"),
+        ({"conversations": [{"from": "human", "value": "?"}, ANSWER]}, "1 images and 0 <image> tags"),
         ({"conversations": TWO_TURNS["conversations"][:1]}, "end with gpt"),
         ({"conversations": [{"from": "system", "value": "x"}]}, "KeyError: 'system'"),
         ({"conversations": None}, "TypeError"),

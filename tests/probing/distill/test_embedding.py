@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from probing.distill.predictors import EmbeddingPredictors, Task
 from probing.distill.recipe import DistillRecipe
 from probing.distill.targets import attach_targets
 from probing.distill.tokens import add_special_tokens
-from probing.distill.train import StageTrainer, run_stage
+from probing.distill.train import run_stage
 from probing.distill.trainee import Trainee
 from probing.errors import UserError
 from probing.recipe import TOKEN_KINDS, BackboneRecipe, TeacherRecipe, dump_recipe
@@ -244,26 +246,29 @@ def test_all_weights_zero_is_the_baseline(recipe, tmp_path):
     assert not (tmp_path / "zero" / "predictors").exists()
 
 
-def test_a_stage_with_losses_that_is_cut_off_ends_in_the_same_weights(recipe, tmp_path, monkeypatch):
-    same = recipe(max_steps=5, save_steps=2)
-    run_stage(same, tmp_path / "whole")
-    step, calls = StageTrainer.training_step, []
+def test_killed_again_and_again_a_stage_ends_in_the_same_weights(recipe, tmp_path):
+    """SIGKILL to the whole process group, from the command line, each time a new state has been saved."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe(max_steps=6, save_steps=2)))
 
-    def stop(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) > 7:  # two micro-batches a step: in the fourth, after the second's state
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
+    def start(out):
+        command = [sys.executable, "-m", "probing", "distill", str(file), "--out", str(out)]
+        log = (tmp_path / "log").open("w")
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(StageTrainer, "training_step", stop)
-        run_stage(same, tmp_path / "cut")
-    assert (tmp_path / "cut.training" / "checkpoint-2").exists()
-    run_stage(same, tmp_path / "cut")
-    files = ["model.safetensors", "predictors/queries.safetensors", "predictors/seg/model.safetensors"]
-    for file in files:
-        whole, cut = (load_file(tmp_path / name / file) for name in ("whole", "cut"))
-        assert all(torch.equal(whole[name], cut[name]) for name in whole), file
+    assert start(tmp_path / "whole").wait() == 0, (tmp_path / "log").read_text()
+    for state in (2, 4):
+        process = start(tmp_path / "cut")
+        # The folder alone: the kill may come while the state is still being written.
+        while not (tmp_path / "cut.training" / f"checkpoint-{state}").exists() and process.poll() is None:
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+        assert not (tmp_path / "cut").exists()
+    assert start(tmp_path / "cut").wait() == 0, (tmp_path / "log").read_text()
+    for name in ("model.safetensors", "predictors/queries.safetensors", "predictors/seg/model.safetensors"):
+        whole, cut = (load_file(tmp_path / folder / name) for folder in ("whole", "cut"))
+        assert all(torch.equal(whole[key], cut[key]) for key in whole), name
 
 
 def test_without_special_tokens_predictors_have_latents_of_their_own(recipe, tmp_path):
