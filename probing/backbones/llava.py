@@ -9,6 +9,7 @@ from PIL import Image
 
 import probing.compat  # noqa: F401
 from probing.backbones.base import Backbone, Batch, TokenMap, special_ids, token_kinds
+from probing.chat import render
 from probing.errors import UserError
 from probing.hub import first_line, identity
 from probing.recipe import BackboneRecipe
@@ -69,14 +70,8 @@ def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs
             f"checkpoint {source} has no usable processor ({first_line(error)}); save one beside the weights with "
             "AutoProcessor.save_pretrained"
         ) from None
-    if getattr(processor, "chat_template", None) is None:
-        raise UserError(f"checkpoint {source} has no chat template; put chat_template.jinja beside its weights")
     content = [{"type": "image"}, {"type": "text", "text": recipe.prompt}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    tokenizer = processor.tokenizer
-    if tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
-        # The tokenizer puts its own in front; a template that writes one too would give two.
-        text = text.removeprefix(tokenizer.bos_token)
+    text = render(processor, [{"role": "user", "content": content}], generation_prompt=True)
     side = config.vision_config.image_size // config.vision_config.patch_size
     return LlavaInputs(processor, text, config.image_token_id, (side, side))
 

@@ -7,8 +7,9 @@ A file is a JSON list or one JSON object per line:
 import json
 import logging
 import signal
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,12 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from probing.chat import TAG, render
 from probing.data.coco import square
 from probing.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-TAG = "<image>"
 IGNORED = -100
 ROLES = {"human": "user", "gpt": "assistant"}
 NOTES = ("skipped", "cut")
@@ -144,20 +145,18 @@ class Encoder:
     image_token_id: int
     max_length: int
 
-    def render(self, messages: list[dict[str, Any]], generation_prompt: bool = False) -> str:
-        """The chat template's text, without a leading BOS that the tokenizer adds again."""
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=generation_prompt)
-        tokenizer = self.processor.tokenizer
-        if tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
-            text = text.removeprefix(tokenizer.bos_token)
-        return text
+    def require_usable(self) -> None:
+        """Tries processor and chat template on two rounds about a blank image; raises as encoding a sample does."""
+        turns = (("user", "?"), ("assistant", "x")) * 2
+        sample = Conversation("", ("",), turns, (1, 0, 0, 0))
+        replace(self, max_length=sys.maxsize)(sample, [Image.new("RGB", (8, 8))])
 
     def _closed(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Ends every answer with the EOS token where the template puts nothing after it: a model must learn to stop."""
         tokenizer = self.processor.tokenizer
         special = [token for token in tokenizer.all_special_tokens if token != TAG]
-        before = self.render(messages[:1], generation_prompt=True)
-        answer = self.render(messages[:2])[len(before) :]
+        before = render(self.processor, messages[:1], generation_prompt=True)
+        answer = render(self.processor, messages[:2])[len(before) :]
         if any(token in answer for token in special):
             return messages
         closed = json.loads(json.dumps(messages))
@@ -176,14 +175,16 @@ class Encoder:
             `cut` where the end was cut off.
 
         Raises:
-            UserError: the chat template does not extend its own generation prompt, so answers cannot be located.
+            UserError: the chat template cannot be used, or does not extend its own generation prompt, so that answers
+                cannot be located.
             CutInsideImageError: an image does not fit in `max_length`.
         """
         messages = self._closed(conversation.messages())
-        full = self.render(messages)
+        full = render(self.processor, messages)
         spans = []
         for index in range(1, len(messages), 2):
-            prefix, whole = self.render(messages[:index], generation_prompt=True), self.render(messages[: index + 1])
+            prefix = render(self.processor, messages[:index], generation_prompt=True)
+            whole = render(self.processor, messages[: index + 1])
             if not (whole.startswith(prefix) and full.startswith(whole)):
                 raise UserError(
                     f"the chat template of {self.processor.tokenizer.name_or_path or 'the checkpoint'} changes earlier "

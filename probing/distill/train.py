@@ -178,6 +178,7 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         encoders.install(model)
         teachers = encoders.teachers
     encoder = Encoder(processor, config.image_token_id, recipe.max_length)
+    encoder.require_usable()
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     if recipe.gradient_checkpointing:

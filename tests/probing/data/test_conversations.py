@@ -125,6 +125,23 @@ def test_a_wrong_image_root_is_noticed_at_once(tmp_path):
     require_some_image(conversations, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template"),
+        ("{% for", "cannot be used"),
+        ("{{ raise_exception('roles must alternate') }}", "cannot be used .roles must alternate"),
+        ("{{ messages | length }}", "writes 0 images where there are 1"),
+        ("{{ '<image><image>' }}", "writes 2 images where there are 1"),
+    ],
+)
+def test_templates_that_do_not_fit_are_refused_before_anything_is_trained(models, template, message):
+    processor = AutoProcessor.from_pretrained(models["llava"])
+    processor.chat_template = template
+    with pytest.raises(UserError, match=message):
+        Encoder(processor, 3, 4096).require_usable()
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(models, tmp_path):
     processor = AutoProcessor.from_pretrained(models["llava"])
     processor.chat_template = "{{ messages | length }}" + LLAMA3
