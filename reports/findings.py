@@ -128,6 +128,10 @@ def convergence(run: RunResults) -> list[str]:
                 sentences.append(
                     f"{len(bad)} of {len(part)} probes {name} were {state} when training ended ({meaning}): {where}."
                 )
-        if not (part["state"] != "converged").any():
-            sentences.append(f"All {len(part)} probes {name} had converged when training ended.")
-    return sentences
+        if not (part["state"] != "flat").any():
+            sentences.append(f"The loss of all {len(part)} probes {name} was flat when training ended.")
+    return [
+        *sentences,
+        "Flat is not finished: the learning rate falls to zero at the end, whatever the loss. Whether more steps would "
+        "raise a curve, only training with more steps tells.",
+    ]

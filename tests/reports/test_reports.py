@@ -44,7 +44,7 @@ def make_run(path, name="tiny", layers=12, random=0.3, width=0.01, final=True):
                     place = [name, teacher, layer, probe, control, metric, protocol, "val2017", 0]
                     rows.append([*place, value, value - width, value + width, 50])
         convergence_rows += [
-            {"control": "no", "teacher": teacher, "layer": layer, "seed": 0, "state": "converged"} for layer in places
+            {"control": "no", "teacher": teacher, "layer": layer, "seed": 0, "state": "flat"} for layer in places
         ]
     path.mkdir(parents=True)
     pd.DataFrame(rows, columns=COLUMNS).to_csv(path / "results.csv", index=False)
@@ -139,7 +139,8 @@ def test_probes_that_did_not_converge_are_named(run):
     for row in run.manifest["convergence"]:
         if row["teacher"] == "seg" and row["layer"] in ("3", "final"):
             row["state"] = "still falling"
-    (sentence,) = convergence(run)
+    sentence, caution = convergence(run)
+    assert "Flat is not finished" in caution
     assert "2 of 42 probes of the checkpoint were still falling" in sentence and "seg 3, final" in sentence
 
 
