@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.pooled import open_runs, read_scores, require_alike
+from analysis.frechet import Jackknife, is_distance
+from analysis.pooled import open_runs, read_distances, read_scores, require_alike
 from analysis.scores import AVERAGE, Curve, by_seed, is_block, over_layers
 from analysis.statistics import Statistic, paired_bootstrap
 from probing.errors import UserError
@@ -117,8 +118,28 @@ def _differences(
             seeds = f"{len(table)}, {len(base)}"
             higher = f"{_higher(table, base, statistic)} of {len(table)}" if paired else ""
             yield Difference(label, reference_label, *place, *numbers, seeds, higher)
+    for difference in _distances(reference, runs, reference_label, label, paired):
+        found = True
+        yield difference
     if not found:
         raise UserError(f"{places} have no score in common; evaluate both with the same metrics, protocols and images")
+
+
+def _distances(
+    reference: Sequence[Run], runs: Sequence[Run], reference_label: str, label: str, paired: bool
+) -> Iterator[Difference]:
+    """Differences of Fréchet distances: both jackknives leave out the same images."""
+    theirs, ours = read_distances(reference), read_distances(runs)
+    for curve in (curve for curve in theirs if curve in ours and curve.layer and curve.control == "no"):
+        one, two = theirs[curve], ours[curve]
+        if one[0].distances is None or one[0].images != two[0].images:
+            continue
+        base, own = (Jackknife.of_seeds([row.distances for row in rows if row.distances]) for rows in (one, two))
+        interval = own.interval_above(base, seeds_paired=paired)
+        place = (curve.teacher, curve.layer, curve.probe, curve.metric, curve.protocol, one[0].split)
+        numbers = (interval.value, interval.low, interval.high, one[0].n)
+        higher = f"{int((own.whole > base.whole).sum())} of {len(own.whole)}" if paired else ""
+        yield Difference(label, reference_label, *place, *numbers, f"{len(own.whole)}, {len(base.whole)}", higher)
 
 
 def _higher(table: NDArray[Any], others: NDArray[Any], statistic: Statistic) -> int:
@@ -141,16 +162,13 @@ def statements(table: pd.DataFrame) -> list[str]:
         mean = part[part["layer"] == AVERAGE]
         layers = part[part["layer"] != AVERAGE]
         above, below = int((layers["ci_low"] > 0).sum()), int((layers["ci_high"] < 0).sum())
+        better = "lower" if is_distance(metric) else "higher"
         if mean.empty:
             continue
         row = mean.iloc[0]
-        verdict = (
-            f"{checkpoint} reads better"
-            if row["ci_low"] > 0
-            else f"{checkpoint} reads worse"
-            if row["ci_high"] < 0
-            else "no clear difference"
-        )
+        verdict = "no clear difference"
+        if row["ci_low"] > 0 or row["ci_high"] < 0:
+            verdict = f"{checkpoint} reads {'better' if (row['value'] > 0) == (better == 'higher') else 'worse'}"
         sentences.append(
             f"{teacher}, {probe}, {metric} ({protocol}): {checkpoint} - {reference} = {row['value']:+.4f} "
             f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}] over {row['n']} images{_seeds(row)}: {verdict}; of "

@@ -15,6 +15,11 @@ ENOUGH_IMAGES = 2048
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
 
+def is_distance(metric: str) -> bool:
+    """Whether a metric is a distance between sets of images, so that less is better."""
+    return metric in ("fid", "kid") or metric.startswith(("frechet_", "kernel_"))
+
+
 @dataclass(frozen=True)
 class Gaussian:
     """Mean and covariance of a set of features.
@@ -136,6 +141,12 @@ class Jackknife:
         """Of the mean of several distances, over layers say, of the same images."""
         return cls(np.mean([one.whole for one in several], axis=0), np.mean([one.left_out for one in several], axis=0))
 
+    @classmethod
+    def of_seeds(cls, several: Sequence["Jackknife"]) -> "Jackknife":
+        """Those of several seeds of the same images side by side."""
+        whole = np.concatenate([one.whole for one in several])
+        return cls(whole, np.concatenate([one.left_out for one in several], axis=1))
+
     def interval(self) -> Interval:
         """Mean over seeds, with a 95 % interval over images and seeds, centred on it.
 
@@ -143,12 +154,26 @@ class Jackknife:
         distances without one group is scaled up instead (delete-a-group jackknife; Kott, 2001); training noise adds its
         own variance where there are several seeds.
         """
-        groups, seeds = self.left_out.shape
-        variance = (groups - 1) ** 2 / groups * np.var(self.left_out.mean(axis=1), ddof=1)
-        freedom = groups - 1
-        if seeds > 1:
-            variance += np.var(self.whole, ddof=1) / seeds
-            freedom = min(freedom, seeds - 1)
-        reach = float(stats.t.ppf(0.975, freedom) * np.sqrt(variance))
-        value = float(self.whole.mean())
-        return Interval(value, value - reach, value + reach)
+        return _interval(self.whole.mean(), self.left_out.mean(axis=1), [self.whole])
+
+    def interval_above(self, other: "Jackknife", seeds_paired: bool = False) -> Interval:
+        """The same for the difference from other distances, of the same images in the same groups.
+
+        Args:
+            other: what is taken away.
+            seeds_paired: seed k of the one belongs to seed k of the other; otherwise each varies on its own.
+        """
+        left_out = self.left_out.mean(axis=1) - other.left_out.mean(axis=1)
+        seeds = [self.whole - other.whole] if seeds_paired else [self.whole, other.whole]
+        return _interval(self.whole.mean() - other.whole.mean(), left_out, seeds)
+
+
+def _interval(value: float, left_out: NDArray[np.float64], seeds: Sequence[NDArray[np.float64]]) -> Interval:
+    """Interval of a value from its spread over groups left out, and over the seeds of what it is a sum of."""
+    groups = len(left_out)
+    variance, freedom = (groups - 1) ** 2 / groups * np.var(left_out, ddof=1), groups - 1
+    for values in (values for values in seeds if len(values) > 1):
+        variance += np.var(values, ddof=1) / len(values)
+        freedom = min(freedom, len(values) - 1)
+    reach = float(stats.t.ppf(0.975, freedom) * np.sqrt(variance))
+    return Interval(float(value), float(value) - reach, float(value) + reach)

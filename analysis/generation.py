@@ -180,12 +180,14 @@ def summarise(
     """Both distances of every curve from the real images."""
     reference = Gaussian.of(real)
     frechet, kernel = painter.extractor.metrics
-    rows = []
+    images = hashlib.sha256(repr(found.names).encode()).hexdigest()
+    rows: list[Summary] = []
     families: dict[tuple[Curve, str], list[tuple[Jackknife, NDArray[np.float64]]]] = {}
 
     def note(curve: Curve, seed: str, distances: Jackknife, kernels: NDArray[np.float64]) -> None:
-        for metric, interval in ((frechet, distances.interval()), (kernel, sample_spread(kernels))):
-            rows.append(Summary(replace(curve, metric=metric), found.split, seed, interval, len(real)))
+        place = (found.split, seed)
+        rows.append(Summary(replace(curve, metric=frechet), *place, distances.interval(), len(real), images, distances))
+        rows.append(Summary(replace(curve, metric=kernel), *place, sample_spread(kernels), len(real), images))
 
     for curve, scores in by_seed(dict(features)).items():
         for seed, stack in pooled(curve, scores, run.recipe.fit.seeds).items():

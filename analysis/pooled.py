@@ -1,16 +1,15 @@
 """A folder of runs whose checkpoints differ by the seed of their training alone, read as one run of many seeds."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from analysis.scores import ScoreFile, Summary, read_summaries, summaries, write_rows
-from analysis.statistics import LEVEL, Interval
+from analysis.frechet import Jackknife
+from analysis.scores import Curve, ScoreFile, Summary, read_summaries, summaries, write_rows
+from analysis.statistics import Interval
 from probing.errors import UserError
 from probing.run import SPEED_ONLY, Run, members
 
@@ -102,25 +101,38 @@ def _merged(runs: Sequence[Run], files: Sequence[ScoreFile]) -> ScoreFile:
 
 def write_pooled(folder: Path, runs: Sequence[Run]) -> Path:
     """Writes `results.csv` of a folder of runs: every seed, and all of them together."""
-    seeds = range(len(runs))
-    rows = [row for file in read_scores(runs).values() for row in summaries(file, seeds)]
-    kept = [{row.curve: row for file in _files(run, "json") for row in read_summaries(file)} for run in runs]
-    for curve in kept[0]:
-        if all(curve in one for one in kept):
-            rows += _pooled_rows([one[curve] for one in kept])
+    rows = [row for file in read_scores(runs).values() for row in summaries(file, range(len(runs)))]
+    for several in read_distances(runs).values():
+        rows += [replace(row, seed=str(number)) for number, row in enumerate(several)]
+        rows.append(replace(several[0], seed="all", interval=_over_seeds(several)))
     return write_rows(folder / "results.csv", folder.resolve().name, rows)
 
 
-def _pooled_rows(rows: Sequence[Summary]) -> list[Summary]:
-    """Of values that come with an interval and no scores (distances of sets of images): mean and interval over seeds.
+def read_distances(runs: Sequence[Run]) -> dict[Curve, list[Summary]]:
+    """Distances between sets of images, by curve, of every run; curves that a run lacks are left out.
 
-    Student's interval over seeds, and the images' own, which all seeds share and which therefore does not shrink with
-    their number, add as the independent errors that they are.
+    Of a run with several seeds of its probes it is the row of all of them.
     """
-    seeds = [replace(row, curve=replace(row.curve, seed=k), seed=str(k)) for k, row in enumerate(rows)]
-    values = np.array([row.interval.value for row in rows])
-    halves = np.array([(row.interval.high - row.interval.low) / 2 for row in rows])
-    over_seeds = stats.t.ppf((1 + LEVEL) / 2, len(rows) - 1) * values.std(ddof=1) / math.sqrt(len(rows))
-    half = math.hypot(over_seeds, halves.mean())
-    mean = float(values.mean())
-    return [*seeds, replace(seeds[0], seed="all", interval=Interval(mean, mean - half, mean + half))]
+    found: list[dict[Curve, Summary]] = []
+    for run in runs:
+        found.append({})
+        for row in (row for file in _files(run, "json") for row in read_summaries(file)):
+            curve = replace(row.curve, seed=0)
+            if row.seed == "all" or curve not in found[-1]:
+                found[-1][curve] = row
+    return {
+        curve: [one[curve] for one in found]
+        for curve, row in found[0].items()
+        if all(curve in one and one[curve].images == row.images for one in found)
+    }
+
+
+def _over_seeds(rows: Sequence[Summary]) -> Interval:
+    """Mean and interval over images and seeds; of a kernel distance the mean spread of its sub-samples."""
+    distances = [row.distances for row in rows if row.distances is not None]
+    if len(distances) == len(rows):
+        return Jackknife.of_seeds(distances).interval()
+    value, low, high = (
+        float(np.mean([getattr(row.interval, name) for row in rows])) for name in ("value", "low", "high")
+    )
+    return Interval(value, low, high)

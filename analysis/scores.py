@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from analysis.depth_pairs import pair_accuracy
+from analysis.frechet import Jackknife
 from analysis.segmentation import mean_iou
 from analysis.statistics import Interval, Statistic, bootstrap, share_mean
 from probing.run import Run, whole_file, write_text
@@ -133,6 +134,8 @@ class Summary:
         seed: a number, or `all`.
         interval: the value and its interval.
         n: number of images.
+        images: hash of their names, where there are no scores that name them.
+        distances: what the interval of a Fréchet distance comes from.
     """
 
     curve: Curve
@@ -140,21 +143,30 @@ class Summary:
     seed: str
     interval: Interval
     n: int
+    images: str = ""
+    distances: Jackknife | None = None
 
 
 def write_summaries(file: Path, rows: Sequence[Summary]) -> None:
     """Keeps rows that are too dear to compute from scores again."""
-    plain = [{**vars(row), "curve": row.curve.key(), "interval": vars(row.interval)} for row in rows]
-    write_text(file, json.dumps(plain, indent=1) + "\n")
+    plain = []
+    for row in rows:
+        values = {**vars(row), "curve": row.curve.key(), "interval": vars(row.interval)}
+        if row.distances is not None:
+            values["distances"] = {name: array.tolist() for name, array in vars(row.distances).items()}
+        plain.append(values)
+    write_text(file, json.dumps(plain) + "\n")
 
 
 def read_summaries(file: Path) -> list[Summary]:
     """The inverse of `write_summaries`."""
-    plain = json.loads(file.read_text(encoding="utf-8"))
-    return [
-        Summary(**{**row, "curve": Curve.from_key(row["curve"]), "interval": Interval(**row["interval"])})
-        for row in plain
-    ]
+    rows = []
+    for row in json.loads(file.read_text(encoding="utf-8")):
+        values = {**row, "curve": Curve.from_key(row["curve"]), "interval": Interval(**row["interval"])}
+        if row.get("distances"):
+            values["distances"] = Jackknife(**{name: np.array(array) for name, array in row["distances"].items()})
+        rows.append(Summary(**values))
+    return rows
 
 
 def by_seed(table: Table) -> dict[Curve, dict[int, NDArray[Any]]]:

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from reports.results import AVERAGE, FINAL, TITLES, RunResults, is_distance, layer_rank, metric_label
+from analysis.frechet import is_distance
+from reports.results import AVERAGE, FINAL, TITLES, RunResults, layer_rank, metric_label
 
 # Okabe & Ito's palette, darker ones first: told apart by colour-blind readers, and by lightness in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -184,7 +185,8 @@ def difference_figure(differences: pd.DataFrame, metric: str, protocol: str) -> 
             axes.set_title(f"{TITLES[teacher]}, {PROBES[probe]}", fontsize=10, loc="left")
             axes.set_xlabel("LLM layer")
         for row in grid:
-            row[0].set_ylabel(f"difference from {d['reference'].iloc[0]}")
+            less = ",\nless is better" if is_distance(metric) else ""
+            row[0].set_ylabel(f"difference from {d['reference'].iloc[0]}{less}")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure

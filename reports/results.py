@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.frechet import is_distance
 from probing.errors import UserError
 from probing.run import members
 
@@ -36,11 +37,6 @@ def metric_label(metric: str, protocol: str) -> str:
     if metric.startswith(KERNEL):
         return f"kernel distance ({metric.removeprefix(KERNEL)} features)"
     return METRIC_LABELS[metric, protocol]
-
-
-def is_distance(metric: str) -> bool:
-    """Whether less is better."""
-    return metric in ("fid", "kid") or metric.startswith((FRECHET, KERNEL))
 
 
 def best_layer(curve: pd.DataFrame, metric: str) -> pd.Series:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.frechet import ENOUGH_IMAGES
+from analysis.frechet import ENOUGH_IMAGES, is_distance
 from reports.curves import PROBES
-from reports.results import RunResults, best_layer, is_distance, metric_label
+from reports.results import RunResults, best_layer, metric_label
 
 CONTROLS = {"no": "", "random": ", random weights"}
 REFERENCES = (

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from scipy import stats
 
 from analysis.compare import compare, statements
 from analysis.evaluate import Options, evaluate
-from analysis.pooled import _pooled_rows
-from analysis.scores import Curve, ScoreFile, Summary, score_file
+from analysis.frechet import Jackknife
+from analysis.scores import Curve, ScoreFile, Summary, score_file, write_summaries
 from analysis.statistics import Interval
 from probing.errors import UserError
 from probing.recipe import ProbeRunRecipe, validate
@@ -115,14 +116,63 @@ def test_runs_that_cannot_be_pooled(arms, tmp_path):
         compare([tmp_path / "base", arms / "other"], ["base", "other"])
 
 
-def test_distances_of_seeds_get_the_spread_of_both():
-    """Against the textbook: Student's interval over seeds, and the images' own, in quadrature."""
-    values = [10.0, 12.0, 15.0]
+def distances(value, group_spread=0.5, groups=10, seed=0):
+    """Jackknife of one seed whose groups move it by a known spread."""
+    left_out = value + np.random.default_rng(seed).normal(0, group_spread, (groups, 1))
+    return Jackknife(np.array([value]), left_out)
+
+
+def keep_distances(run, values):
+    """Puts Fréchet distances of layer 2 where an evaluation of generated images keeps them."""
     curve = Curve("gen", "2", "resampler", "no", "fid", "strict", 0)
-    rows = [Summary(curve, "val2017", "0", Interval(v, v - 2, v + 2), 500) for v in values]
-    *seeds, pooled = _pooled_rows(rows)
-    between = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    half = np.hypot((between.high - between.low) / 2, 2)
-    assert (pooled.seed, pooled.interval.value) == ("all", pytest.approx(np.mean(values)))
-    assert pooled.interval.high == pytest.approx(np.mean(values) + half)
-    assert [row.seed for row in seeds] == ["0", "1", "2"] and [row.interval.value for row in seeds] == values
+    rows = []
+    for layer in ("2", "mean"):
+        place = replace(curve, layer=layer)
+        rows.append(Summary(place, "val2017", "0", values.interval(), 500, "images", values))
+    kernel = Interval(values.whole[0] / 10, 0.0, 5.0)
+    rows.append(Summary(replace(curve, metric="kid"), "val2017", "0", kernel, 500, "images"))
+    write_summaries(run / "scores" / "fid-val2017.json", rows)
+
+
+def test_distances_of_seeds_get_the_spread_of_both(arms, tmp_path):
+    """Against the textbook: the variance of the groups' mean, and that of the seeds, add."""
+    shutil.copytree(arms / "base", tmp_path / "base")
+    values = [10.0, 12.0, 15.0]
+    for number, value in enumerate(values):
+        keep_distances(tmp_path / "base" / f"seed_{number}", distances(value, seed=number))
+    evaluate(tmp_path / "base", Options(protocols=("strict",)))
+    results = pd.read_csv(tmp_path / "base" / "results.csv", dtype={"seed": str, "layer": str})
+    rows = results[(results["metric"] == "fid") & (results["layer"] == "2")].set_index("seed")["value"]
+    assert rows[["0", "1", "2"]].tolist() == values and rows["all"] == pytest.approx(np.mean(values))
+    pooled = results[(results["metric"] == "fid") & (results["layer"] == "2") & (results["seed"] == "all")].iloc[0]
+    left_out = np.mean([distances(v, seed=k).left_out[:, 0] for k, v in enumerate(values)], axis=0)
+    variance = 81 / 10 * left_out.var(ddof=1) + np.var(values, ddof=1) / 3
+    assert pooled["ci_high"] - pooled["value"] == pytest.approx(stats.t.ppf(0.975, 2) * variance**0.5, rel=1e-6)
+    kid = results[(results["metric"] == "kid") & (results["seed"] == "all")].iloc[0]
+    assert kid["value"] == pytest.approx(np.mean(values) / 10) and (kid["ci_low"], kid["ci_high"]) == (0, 5)
+
+
+def test_differences_of_distances(arms, tmp_path):
+    """Lower is better; what the groups of images have in common goes out."""
+    for arm in ("base", "other"):
+        shutil.copytree(arms / arm, tmp_path / arm)
+    for number in range(SEEDS):
+        shared = distances(10.0 + number, group_spread=3.0, seed=number)
+        lower = Jackknife(shared.whole - 1, shared.left_out - 1 + 0.01 * np.arange(10)[:, None])
+        keep_distances(tmp_path / "base" / f"seed_{number}", shared)
+        keep_distances(tmp_path / "other" / f"seed_{number}", lower)
+    table = compare([tmp_path / "base", tmp_path / "other"], ["base", "other"])
+    row = table[(table["metric"] == "fid") & (table["layer"] == "2")].iloc[0]
+    reach = stats.t.ppf(0.975, 2) * (81 / 10 * np.var(0.01 * np.arange(10), ddof=1)) ** 0.5
+    assert (row["value"], row["higher"]) == (pytest.approx(-1), "0 of 3")
+    assert row["ci_high"] - row["value"] == pytest.approx(reach)
+    (sentence,) = (s for s in statements(table) if "fid" in s)
+    assert "other reads better" in sentence and "kid" not in set(table["metric"])
+    # Without pairs, the seeds of each vary on their own, and nothing is clear.
+    (tmp_path / "other" / "seed_2").rename(tmp_path / "other" / "seed_9")
+    table = compare([tmp_path / "base", tmp_path / "other"], ["base", "other"])
+    row = table[(table["metric"] == "fid") & (table["layer"] == "2")].iloc[0]
+    seeds = 2 * np.var([10.0, 11.0, 12.0], ddof=1) / 3
+    assert row["ci_high"] - row["value"] == pytest.approx(
+        stats.t.ppf(0.975, 2) * (reach**2 / stats.t.ppf(0.975, 2) ** 2 + seeds) ** 0.5
+    )
