@@ -69,7 +69,9 @@ def test_files_that_are_no_recipes(tmp_path, text, message):
         load_recipe(ProbeRunRecipe, tmp_path / "r.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("probe/*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [*sorted(EXAMPLES.glob("probe/*.yaml")), EXAMPLES / "study" / "probe.yaml"], ids=lambda p: p.name
+)
 def test_examples_are_valid(path):
     assert load_recipe(ProbeRunRecipe, path).layers
 
