@@ -7,7 +7,7 @@ answered with the nearest one that does.
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from probing.errors import UserError
 
 DEFAULT_PROMPT = "Describe the image in two lines."
-TOKEN_KINDS = ("system", "image", "gen", "depth", "seg", "text", "answer", "padding")
+TOKEN_KINDS = ("system", "image", "tile", "newline", "gen", "depth", "seg", "text", "answer", "padding")
+"""`image` is the whole image; `tile` its enlarged parts and `newline` ends of rows, where a family has them."""
 
-TokenKind = Literal["system", "image", "gen", "depth", "seg", "text", "answer"]
+TokenKind = Literal["system", "image", "tile", "newline", "gen", "depth", "seg", "text", "answer"]
 R = TypeVar("R", bound=BaseModel)
 
 
@@ -93,7 +94,7 @@ class ProbeRecipe(Strict):
     """Width of one head."""
     ff_mult: int = Field(default=1, ge=1)
     """Hidden width of the feed-forward block, in multiples of the probe's width."""
-    keys: list[TokenKind] = Field(default=["system", "image", "gen", "depth", "seg", "text", "answer"], min_length=1)
+    keys: list[TokenKind] = Field(default=list(get_args(TokenKind)), min_length=1)
     """Kinds of tokens the probe may attend to; the default is the whole sequence without padding."""
 
 

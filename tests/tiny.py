@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -89,6 +90,100 @@ def llava(path: Path, layers: int = 3, hidden: int = 32, image: int = 32, patch:
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(path)
+    return path
+
+
+def _text(kind: type, hidden: int = 32, layers: int = 3) -> Any:
+    return kind(
+        vocab_size=len(tokenizer()), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=2,
+    )  # fmt: skip
+
+
+def vipllava(path: Path, seed: int = 0) -> Path:
+    """Reads several layers of a CLIP tower."""
+    from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
+
+    torch.manual_seed(seed)
+    config = VipLlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=24, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, image_size=32,
+            patch_size=8,
+        ),
+        text_config=_text(LlamaConfig), image_token_index=3, image_token_id=3, image_seq_length=16,
+        vision_feature_layers=[-2, -3, 1],
+    )  # fmt: skip
+    VipLlavaForConditionalGeneration(config).save_pretrained(path)
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer=tokenizer(), patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+def llava_next(path: Path, seed: int = 0) -> Path:
+    """Tiles of 32 pixels on a Mistral."""
+    from transformers import (
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+        MistralConfig,
+    )
+
+    torch.manual_seed(seed)
+    pinpoints = [[32, 64], [64, 32], [64, 64]]
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=32,
+            patch_size=8,
+        ),
+        text_config=_text(MistralConfig), image_token_index=3, image_token_id=3, image_grid_pinpoints=pinpoints,
+    )  # fmt: skip
+    LlavaNextForConditionalGeneration(config).save_pretrained(path)
+    size = {"height": 32, "width": 32}
+    LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": 32}, crop_size=size, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer=tokenizer(), patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+def llava_onevision(path: Path, seed: int = 0) -> Path:
+    """Tiles of 32 pixels on a SigLIP and a Qwen2, shrunk where there are more than one."""
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    torch.manual_seed(seed)
+    pinpoints = [[32, 32], [32, 64], [64, 32], [64, 64]]
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=32,
+            patch_size=8, vision_use_head=False,
+        ),
+        text_config=_text(Qwen2Config), image_token_index=3, image_token_id=3, image_grid_pinpoints=pinpoints,
+        vision_aspect_ratio="anyres_max_2",
+    )  # fmt: skip
+    LlavaOnevisionForConditionalGeneration(config).save_pretrained(path)
+    LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(
+            size={"height": 32, "width": 32}, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer=tokenizer(), video_processor=LlavaOnevisionVideoProcessor(), num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE, vision_aspect_ratio="anyres_max_2",
+    ).save_pretrained(path)  # fmt: skip
     return path
 
 

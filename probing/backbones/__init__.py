@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from probing.backbones import llava, multi_encoder
+from probing.backbones import llava, llava_next, llava_onevision, multi_encoder
 from probing.backbones.base import FINAL, Backbone, Batch, Layer, TokenMap, layer_name, parse_layers
 from probing.errors import UserError
 from probing.hub import load_config, locate
@@ -22,7 +22,12 @@ __all__ = [
     "parse_layers",
 ]
 
-FAMILIES = {llava.MODEL_TYPE: llava, multi_encoder.MODEL_TYPE: multi_encoder}
+FAMILIES: dict[str, Any] = {
+    **dict.fromkeys(llava.MODEL_TYPES, llava),
+    llava_next.MODEL_TYPE: llava_next,
+    llava_onevision.MODEL_TYPE: llava_onevision,
+    multi_encoder.MODEL_TYPE: multi_encoder,
+}
 
 
 def _open(recipe: BackboneRecipe) -> tuple[str, Any, Any]:

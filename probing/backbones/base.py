@@ -5,7 +5,7 @@ block k before any final norm, layer L the state after the last block; ``final``
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,10 +66,12 @@ class TokenMap:
     Attributes:
         kinds: (B, T) integer codes, indices into `probing.recipe.TOKEN_KINDS`.
         grid: rows and columns of the image tokens of one image.
+        tiles: per image rows and columns of its tile tokens, where the family has them.
     """
 
     kinds: Tensor
     grid: tuple[int, int]
+    tiles: tuple[tuple[int, int], ...] = ()
 
     def mask(self, *kinds: str) -> Tensor:
         """(B, T), True where a position is one of the kinds."""
@@ -194,12 +196,12 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """A copy on a device."""
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return Batch(inputs, TokenMap(self.tokens.kinds.to(device), self.tokens.grid))
+        return Batch(inputs, replace(self.tokens, kinds=self.tokens.kinds.to(device)))
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory, for the data loader."""
         inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
-        return Batch(inputs, TokenMap(self.tokens.kinds.pin_memory(), self.tokens.grid))
+        return Batch(inputs, replace(self.tokens, kinds=self.tokens.kinds.pin_memory()))
 
 
 class _DeepestLayerReached(Exception):

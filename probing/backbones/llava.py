@@ -1,4 +1,4 @@
-"""LLaVA-1.5 in the format of transformers (`LlavaForConditionalGeneration`, any LLM inside)."""
+"""LLaVA-1.5 and VipLLaVA in the format of transformers, any LLM inside."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from probing.errors import UserError
 from probing.hub import first_line, identity
 from probing.recipe import BackboneRecipe
 
-MODEL_TYPE = "llava"
+MODEL_TYPES = ("llava", "vipllava")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class LlavaInputs:
     """Images → `Batch`, through the checkpoint's processor; all sequences carry the same text.
 
     Attributes:
-        processor: the checkpoint's `LlavaProcessor`.
+        processor: the checkpoint's own.
         text: the rendered chat template, with one image tag.
         image_token_id: id of the placeholder that stands for one image token.
         grid: rows and columns of the image tokens.
@@ -39,9 +39,11 @@ class LlavaInputs:
             self.processor(images=list(images), text=[self.text] * len(images), return_tensors="pt", padding=True)
         )
         inputs.pop("token_type_ids", None)
-        return Batch(inputs, self._token_map(inputs["input_ids"], inputs["attention_mask"]))
+        return Batch(inputs, self.token_map(inputs))
 
-    def _token_map(self, ids: torch.Tensor, attention: torch.Tensor) -> TokenMap:
+    def token_map(self, inputs: dict[str, torch.Tensor]) -> TokenMap:
+        """Says what every position of the processor's output is."""
+        ids, attention = inputs["input_ids"], inputs["attention_mask"]
         rows, columns = self.grid
         counts = (ids == self.image_token_id).sum(dim=1)
         if bool((counts != rows * columns).any()):
@@ -57,7 +59,22 @@ def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs
     """Builds the input side of a checkpoint; needs its processor, not its weights.
 
     Raises:
-        UserError: the processor is missing or has no chat template.
+        UserError: the processor is missing, or has no chat template that can be used.
+    """
+    processor, text = open_processor(source, recipe)
+    return LlavaInputs(processor, text, config.image_token_id, tower_grid(config))
+
+
+def tower_grid(config: Any) -> tuple[int, int]:
+    """Rows and columns of the vision tower's features of one square image."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return side, side
+
+
+def open_processor(source: str, recipe: BackboneRecipe) -> tuple[Any, str]:
+    """The checkpoint's processor, and the prompt as its chat template writes it; raises as `make_inputs` does.
+
+    Shorter sequences of a batch are padded at their end: no token of theirs sees the padding.
     """
     from transformers import AutoProcessor
 
@@ -70,13 +87,21 @@ def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs
             f"checkpoint {source} has no usable processor ({first_line(error)}); save one beside the weights with "
             "AutoProcessor.save_pretrained"
         ) from None
+    processor.tokenizer.padding_side = "right"
+    if processor.tokenizer.pad_token_id is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
     content = [{"type": "image"}, {"type": "text", "text": recipe.prompt}]
-    text = render(processor, [{"role": "user", "content": content}], generation_prompt=True)
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    return LlavaInputs(processor, text, config.image_token_id, (side, side))
+    return processor, render(processor, [{"role": "user", "content": content}], generation_prompt=True)
 
 
-def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device, random_seed: int | None) -> Backbone:
+def load(
+    source: str,
+    config: Any,
+    recipe: BackboneRecipe,
+    device: torch.device,
+    random_seed: int | None,
+    inputs: LlavaInputs | None = None,
+) -> Backbone:
     """Loads the checkpoint.
 
     Args:
@@ -86,6 +111,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
         device: where to put it, unless `recipe.device_map` says.
         random_seed: None for the checkpoint's own weights; else the seed of the random-weights control, in which LLM
             and projector are drawn anew and the vision tower is kept.
+        inputs: the input side, where it is not LLaVA-1.5's.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -97,7 +123,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
         loading["device_map"] = recipe.device_map
     if recipe.quantization_config:
         loading["quantization_config"] = _quantization(recipe.quantization_config)
-    inputs = make_inputs(source, config, recipe)
+    inputs = inputs or make_inputs(source, config, recipe)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True, **loading)
     except (OSError, ValueError, ImportError) as error:
@@ -118,7 +144,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
     return Backbone(
         name=source.rstrip("/").rsplit("/", 1)[-1],
         source=source,
-        family=MODEL_TYPE,
+        family=config.model_type,
         core=core,
         blocks=llm.layers,
         norm=llm.norm,
@@ -156,6 +182,8 @@ def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
     image = Image.new("RGB", (vision.image_size, vision.image_size))
     batch = inputs([image])
     dtype = getattr(config, "dtype", None)
+    layer = config.vision_feature_layers if config.model_type == "vipllava" else config.vision_feature_layer
+    width = vision.hidden_size * (1 if isinstance(layer, int) else len(layer))
     return {
         "family": config.model_type,
         "class": (config.architectures or ["?"])[0],
@@ -171,12 +199,13 @@ def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
             "hidden_size": vision.hidden_size,
             "image_size": vision.image_size,
             "patch_size": vision.patch_size,
-            "feature_layer": config.vision_feature_layer,
+            "feature_layer": layer,
         },
-        "projector": {"type": f"MLP, {config.projector_hidden_act}", "in": vision.hidden_size, "out": text.hidden_size},
+        "projector": {"type": f"MLP, {config.projector_hidden_act}", "in": width, "out": text.hidden_size},
         "dtype": str(dtype).removeprefix("torch.") if dtype is not None else "not stated",
         "prompt": inputs.text,
         "layers": f"0 to {text.num_hidden_layers}, and final",
         "tokens": {"total": int(batch.tokens.kinds.shape[1]), **batch.tokens.counts()},
         "image_grid": list(inputs.grid),
+        **({"tile_grid": list(batch.tokens.tiles[0])} if batch.tokens.tiles else {}),
     }

@@ -1,0 +1,83 @@
+"""LLaVA-NeXT in the format of transformers: the whole image, and its enlarged parts in tiles of any resolution."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import probing.compat  # noqa: F401
+from probing.backbones import llava
+from probing.backbones.base import Backbone, TokenMap, special_ids, token_kinds
+from probing.backbones.llava import describe as describe
+from probing.errors import UserError
+from probing.recipe import TOKEN_KINDS, BackboneRecipe
+
+MODEL_TYPE = "llava_next"
+
+
+@dataclass(frozen=True)
+class TiledInputs(llava.LlavaInputs):
+    """Images → `Batch`, where the tokens of an image are the whole image, then rows of tiles with a newline each.
+
+    Attributes:
+        config: of the checkpoint.
+    """
+
+    config: Any
+
+    def token_map(self, inputs: dict[str, Tensor]) -> TokenMap:
+        """Says what every position of the processor's output is."""
+        ids = inputs["input_ids"]
+        special = special_ids(self.processor.tokenizer)
+        kinds = token_kinds(ids, inputs["attention_mask"], self.image_token_id, special)
+        tiles = []
+        for row, size in enumerate(inputs["image_sizes"]):
+            places = (ids[row] == self.image_token_id).nonzero().flatten()
+            packed = self.packed(size)
+            if len(places) != len(packed):
+                raise UserError(
+                    f"the processor places {len(places)} image tokens for an image of {size.tolist()} where the model "
+                    f"gives {len(packed)}; mend processor_config.json"
+                )
+            kinds[row, places] = packed
+            rows = int((packed == TOKEN_KINDS.index("newline")).sum())
+            tiles.append((rows, int((packed == TOKEN_KINDS.index("tile")).sum()) // max(rows, 1)))
+        return TokenMap(kinds, self.grid, tuple(tiles))
+
+    def packed(self, size: Tensor) -> Tensor:
+        """Kinds of one image's tokens, in their order: the model's own packing, of the kinds in place of features.
+
+        Args:
+            size: (2), height and width of the image.
+        """
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        vision = self.config.vision_config
+        patches = image_size_to_num_patches(size, self.config.image_grid_pinpoints, vision.image_size)
+        image, tile, newline = (float(TOKEN_KINDS.index(kind)) for kind in ("image", "tile", "newline"))
+        features = torch.full((patches, self.grid[0] * self.grid[1], 1), tile)
+        features[0] = image
+        (packed,), _ = self.pack([features], size[None], torch.tensor([newline]))
+        return packed.flatten().round().long()
+
+    def pack(self, features: list[Tensor], sizes: Tensor, newline: Tensor) -> Any:
+        """The model's arrangement of features (patches, tokens, C) of each image."""
+        from transformers import LlavaNextModel
+
+        model: Any = SimpleNamespace(config=self.config)
+        return LlavaNextModel.pack_image_features(
+            model, features, sizes, self.config.vision_feature_select_strategy, image_newline=newline
+        )
+
+
+def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> TiledInputs:
+    """Builds the input side of a checkpoint; see `probing.backbones.llava.make_inputs`."""
+    processor, text = llava.open_processor(source, recipe)
+    return TiledInputs(processor, text, config.image_token_id, llava.tower_grid(config), config)
+
+
+def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device, random_seed: int | None) -> Backbone:
+    """Loads the checkpoint; see `probing.backbones.llava.load`."""
+    return llava.load(source, config, recipe, device, random_seed, make_inputs(source, config, recipe))

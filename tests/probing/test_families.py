@@ -1,0 +1,126 @@
+"""Families in transformers' format: states, token maps, batches, random weights, whole runs."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from analysis.evaluate import evaluate
+from probing.backbones import describe_checkpoint, load_backbone
+from probing.errors import UserError
+from probing.recipe import BackboneRecipe, ProbeRunRecipe, validate
+from probing.train import train
+from tests import tiny
+
+CPU = torch.device("cpu")
+FAMILIES = ("vipllava", "llava_next", "llava_onevision")
+TILED = FAMILIES[1:]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    return {name: getattr(tiny, name)(root / name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Landscape, portrait and square, of several sizes: families with tiles give each another number of tokens."""
+    rng = np.random.default_rng(0)
+    sizes = ((40, 50), (90, 30), (64, 64), (20, 200))
+    return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_states_are_transformers_own(checkpoints, images, name):
+    backbone = load_backbone(BackboneRecipe(checkpoint=str(checkpoints[name])), CPU)
+    states, tokens = backbone.hidden_states(images, "all,final")
+    model = AutoModelForImageTextToText.from_pretrained(checkpoints[name])
+    raw = {}
+    model.model.language_model.layers[-1].register_forward_hook(
+        lambda module, args, out: raw.update(last=out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        reference = model(**backbone.prepare(images).inputs, output_hidden_states=True).hidden_states
+    for layer in (0, 1, 2):
+        assert torch.equal(states[layer], reference[layer])
+    assert torch.equal(states[3], raw["last"]) and torch.equal(states["final"], reference[-1])
+    assert tokens.image_states(states[3]).shape == (len(images), 16, 32)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_neither_batch_nor_padding_changes_a_state(checkpoints, images, name):
+    backbone = load_backbone(BackboneRecipe(checkpoint=str(checkpoints[name])), CPU)
+    together, tokens = backbone.hidden_states(images, "0,3")
+    assert tokens.mask("padding").any() == (name in TILED)
+    for index, image in enumerate(images):
+        alone, own = backbone.hidden_states([image], "0,3")
+        valid = ~tokens.mask("padding")[index]
+        assert torch.equal(tokens.kinds[index][valid], own.kinds[0])
+        for layer in (0, 3):
+            torch.testing.assert_close(together[layer][index][valid], alone[layer][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_the_map_knows_whole_image_tiles_and_newlines(checkpoints, images, name):
+    """Against the embedded sequence: what tower and projector give for the whole image, and the newline's vector."""
+    backbone = load_backbone(BackboneRecipe(checkpoint=str(checkpoints[name])), CPU)
+    states, tokens = backbone.hidden_states(images, "0")
+    core, inputs = backbone.core, backbone.prepare(images).inputs
+    layer = core.config.vision_feature_layer
+    with torch.no_grad():
+        whole = core.vision_tower(inputs["pixel_values"][:, 0], output_hidden_states=True).hidden_states[layer]
+        if core.config.vision_feature_select_strategy == "default":
+            whole = whole[:, 1:]
+        expected = core.multi_modal_projector(whole)
+    torch.testing.assert_close(tokens.image_states(states[0]), expected, rtol=1e-4, atol=1e-5)
+    is_newline = (states[0] == core.image_newline).all(dim=-1)
+    assert torch.equal(is_newline, tokens.mask("newline"))
+    assert len(tokens.tiles) == len(images) and len(set(tokens.tiles)) > 2
+    for index, (rows, columns) in enumerate(tokens.tiles):
+        assert tokens.mask("tile")[index].sum() == rows * columns and is_newline[index].sum() == rows
+        ends = is_newline[index].nonzero().flatten().diff()
+        assert (ends == columns + 1).all()  # a newline after every row
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_random_weights_keep_the_tower_alone(checkpoints, name):
+    recipe = BackboneRecipe(checkpoint=str(checkpoints[name]))
+    trained, fresh = load_backbone(recipe, CPU), load_backbone(recipe, CPU, random_seed=7)
+    for key, parameter in trained.core.named_parameters():
+        if parameter.std() > 0:
+            assert torch.equal(parameter, fresh.core.get_parameter(key)) == key.startswith("vision_tower"), key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inspect_says_what_it_is_without_weights(checkpoints, tmp_path, name):
+    folder = getattr(tiny, name)(tmp_path / name)
+    (folder / "model.safetensors").unlink()
+    found = describe_checkpoint(BackboneRecipe(checkpoint=str(folder)))
+    assert found["family"] == name and found["tokens"]["image"] == 16 and found["llm"]["layers"] == 3
+    assert found["projector"]["in"] == (72 if name == "vipllava" else 24)
+    assert ("tile_grid" in found) == (name in TILED)
+
+
+@pytest.mark.parametrize("view", ["square", "own"])
+@pytest.mark.parametrize("name", TILED)
+def test_a_whole_run(checkpoints, models, coco, tmp_path, name, view):
+    values = {
+        "backbone": {"checkpoint": str(checkpoints[name])},
+        "data": {"path": f"coco:{coco}", "view": view},
+        "teachers": {"depth": {"id": str(models["depth"])}},
+        "layers": "0,3",
+        "fit": {"epochs": 1, "batch_size": 6, "micro_batch": 3, "workers": 0},
+    }
+    run = train(validate(ProbeRunRecipe, values, "test"), tmp_path / "run")
+    assert "depth,3,resampler,no,cosine_centred,strict,val2017,0" in evaluate(run.path).read_text()
+
+
+def test_a_processor_that_counts_otherwise_is_named(tmp_path, images):
+    folder = tiny.llava_next(tmp_path / "next")
+    file = folder / "processor_config.json"
+    file.write_text(file.read_text().replace('"num_additional_image_tokens": 1', '"num_additional_image_tokens": 2'))
+    backbone = load_backbone(BackboneRecipe(checkpoint=str(folder)), CPU)
+    with pytest.raises(UserError, match=r"the processor places \d+ image tokens .* where the model gives"):
+        backbone.prepare(images)
