@@ -1,8 +1,14 @@
 """Finding models: a local folder or a Hub id, checked before anything heavy is loaded."""
 
+import contextlib
+import json
 import os
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 import probing.compat  # noqa: F401
 from probing.errors import UserError
@@ -54,7 +60,73 @@ def load_config(source: str, what: str, **kwargs: Any) -> Any:
         raise UserError(f"{what} {source} cannot be read: {place}{first_line(error)}") from None
 
 
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turns whatever the libraries raise for weights that cannot be read into one line.
+
+    Raises:
+        UserError: in place of it. A pickle that holds more than tensors is refused, never run.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{what} cannot be loaded: its weights are a pickle that holds more than tensors, which may run code; give "
+            "it as safetensors"
+        ) from None
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from None
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without a closing full stop."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def fetch(source: str, name: str, revision: str | None = None) -> Path | None:
+    """A file of a folder or Hub repository, downloaded where it must be; None where there is no such file.
+
+    Raises:
+        UserError: the repository cannot be reached.
+    """
+    if Path(source).is_dir():
+        file = Path(source) / name
+        return file if file.is_file() else None
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} cannot be read: {first_line(error)}") from None
+    return Path(found) if found else None
+
+
+def read_json(source: str, name: str, revision: str | None = None) -> dict[str, Any]:
+    """A JSON file of a folder or Hub repository; empty where there is none, or it is no JSON object."""
+    file = fetch(source, name, revision)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def weight_files(source: str, revision: str | None = None, prefix: str = "") -> list[Path]:
+    """The weight files of a model that hold tensors whose names begin with a prefix; safetensors are preferred.
+
+    Raises:
+        UserError: there are none, or a shard that the index names is missing.
+    """
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        places = read_json(source, f"{stem}.index.json", revision).get("weight_map", {})
+        names = sorted({file for tensor, file in places.items() if tensor.startswith(prefix)})
+        if not places:
+            names = [stem]
+        files = [(name, fetch(source, name, revision)) for name in names]
+        if places or files[0][1]:
+            for name, file in files:
+                if file is None:
+                    raise UserError(f"{source} lacks the shard {name} that its index names; download it again")
+            return [file for _, file in files if file]
+    raise UserError(f"{source} has no weights (neither safetensors nor pytorch_model.bin)")

@@ -37,6 +37,13 @@ class BackboneRecipe(Strict):
     """Hub revision."""
     prompt: str = DEFAULT_PROMPT
     """The user's turn; it goes through the checkpoint's own chat template, after the image."""
+    template: str | None = None
+    """Conversation template of a checkpoint in LLaVA's original format, where it does not say: vicuna_v1, …"""
+    vision_tower: str | None = None
+    """Folder or Hub id of its vision tower, where the path that it names does not exist."""
+    special_tokens: Literal["auto", "on", "off"] = "auto"
+    """OLA-VLM's special tokens after the image: `auto` keeps them where the checkpoint has them, `on` insists, `off`
+    leaves them out of the prompt."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Numbers the checkpoint is loaded in."""
     device_map: str | None = None

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from probing.backbones import llava, llava_next, llava_onevision, multi_encoder
+from probing.backbones import llava, llava_next, llava_onevision, multi_encoder, original
 from probing.backbones.base import FINAL, Backbone, Batch, Layer, TokenMap, layer_name, parse_layers
 from probing.errors import UserError
-from probing.hub import load_config, locate
+from probing.hub import load_config, locate, read_json
 from probing.recipe import BackboneRecipe
 
 __all__ = [
@@ -32,6 +32,9 @@ FAMILIES: dict[str, Any] = {
 
 def _open(recipe: BackboneRecipe) -> tuple[str, Any, Any]:
     source = locate(recipe.checkpoint, "checkpoint")
+    raw = read_json(source, "config.json", recipe.revision)
+    if original.is_original(raw):
+        return source, original.read_config(raw, recipe), original
     config = load_config(source, "checkpoint", revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     family = FAMILIES.get(config.model_type)
     if family is None:

@@ -11,7 +11,7 @@ import probing.compat  # noqa: F401
 from probing.backbones.base import Backbone, Batch, TokenMap, special_ids, token_kinds
 from probing.chat import render
 from probing.errors import UserError
-from probing.hub import first_line, identity
+from probing.hub import first_line, identity, loading
 from probing.recipe import BackboneRecipe
 
 MODEL_TYPES = ("llava", "vipllava")
@@ -26,15 +26,19 @@ class LlavaInputs:
         text: the rendered chat template, with one image tag.
         image_token_id: id of the placeholder that stands for one image token.
         grid: rows and columns of the image tokens.
+        border: colour that images are padded with to a square; None leaves them to the processor.
     """
 
     processor: Any
     text: str
     image_token_id: int
     grid: tuple[int, int]
+    border: tuple[int, ...] | None = None
 
     def __call__(self, images: Sequence[Image.Image]) -> Batch:
         """Prepares a batch of RGB images."""
+        if self.border is not None:
+            images = [_padded(image, self.border) for image in images]
         inputs = dict(
             self.processor(images=list(images), text=[self.text] * len(images), return_tensors="pt", padding=True)
         )
@@ -55,14 +59,27 @@ class LlavaInputs:
         return TokenMap(token_kinds(ids, attention, self.image_token_id, special), self.grid)
 
 
+def _padded(image: Image.Image, border: tuple[int, ...]) -> Image.Image:
+    """The image in the middle of a square."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), border)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs:
     """Builds the input side of a checkpoint; needs its processor, not its weights.
 
     Raises:
         UserError: the processor is missing, or has no chat template that can be used.
     """
-    processor, text = open_processor(source, recipe)
-    return LlavaInputs(processor, text, config.image_token_id, tower_grid(config))
+    return inputs_of(open_processor(source, recipe), config, recipe)
+
+
+def inputs_of(processor: Any, config: Any, recipe: BackboneRecipe, pad_to_square: bool = False) -> LlavaInputs:
+    """The input side of a processor."""
+    border = tuple(int(255 * mean) for mean in processor.image_processor.image_mean) if pad_to_square else None
+    return LlavaInputs(processor, prompt(processor, recipe), config.image_token_id, tower_grid(config), border)
 
 
 def tower_grid(config: Any) -> tuple[int, int]:
@@ -71,15 +88,12 @@ def tower_grid(config: Any) -> tuple[int, int]:
     return side, side
 
 
-def open_processor(source: str, recipe: BackboneRecipe) -> tuple[Any, str]:
-    """The checkpoint's processor, and the prompt as its chat template writes it; raises as `make_inputs` does.
-
-    Shorter sequences of a batch are padded at their end: no token of theirs sees the padding.
-    """
+def open_processor(source: str, recipe: BackboneRecipe) -> Any:
+    """The checkpoint's own processor; raises as `make_inputs` does."""
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(
+        return AutoProcessor.from_pretrained(
             source, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
         )
     except (OSError, ValueError) as error:
@@ -87,11 +101,28 @@ def open_processor(source: str, recipe: BackboneRecipe) -> tuple[Any, str]:
             f"checkpoint {source} has no usable processor ({first_line(error)}); save one beside the weights with "
             "AutoProcessor.save_pretrained"
         ) from None
-    processor.tokenizer.padding_side = "right"
-    if processor.tokenizer.pad_token_id is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+
+
+def prompt(processor: Any, recipe: BackboneRecipe) -> str:
+    """The prompt as the checkpoint's chat template writes it, with or without its special tokens.
+
+    Shorter sequences of a batch are padded at their end from then on: no token of theirs sees the padding.
+
+    Raises:
+        UserError: there is no chat template that can be used, or no special tokens where the recipe insists.
+    """
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     content = [{"type": "image"}, {"type": "text", "text": recipe.prompt}]
-    return processor, render(processor, [{"role": "user", "content": content}], generation_prompt=True)
+    text = render(processor, [{"role": "user", "content": content}], generation_prompt=True)
+    there = [token for ids in special_ids(tokenizer).values() for token in tokenizer.convert_ids_to_tokens(ids)]
+    if recipe.special_tokens == "on" and not there:
+        raise UserError(f"checkpoint {recipe.checkpoint} has no special tokens; leave out backbone.special_tokens")
+    for token in there if recipe.special_tokens == "off" else ():
+        text = text.replace(token, "")
+    return text
 
 
 def load(
@@ -115,19 +146,15 @@ def load(
     """
     from transformers import AutoModelForImageTextToText
 
-    kwargs: dict[str, Any] = {"dtype": recipe.dtype}
-    if recipe.attn_implementation:
-        kwargs["attn_implementation"] = recipe.attn_implementation
-    loading = dict(kwargs, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    if recipe.device_map:
-        loading["device_map"] = recipe.device_map
-    if recipe.quantization_config:
-        loading["quantization_config"] = _quantization(recipe.quantization_config)
     inputs = inputs or make_inputs(source, config, recipe)
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True, **loading)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"checkpoint {source} cannot be loaded: {first_line(error)}") from None
+    with loading(f"checkpoint {source}"):
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source,
+            output_loading_info=True,
+            revision=recipe.revision,
+            trust_remote_code=recipe.trust_remote_code,
+            **loading_arguments(recipe),
+        )
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -137,6 +164,25 @@ def load(
         )
     if random_seed is not None:
         model = randomised(model, config, random_seed)
+    return backbone_of(source, model, recipe, device, inputs)
+
+
+def loading_arguments(recipe: BackboneRecipe) -> dict[str, Any]:
+    """How weights are loaded, as `from_pretrained` takes it."""
+    arguments: dict[str, Any] = {"dtype": recipe.dtype}
+    if recipe.attn_implementation:
+        arguments["attn_implementation"] = recipe.attn_implementation
+    if recipe.device_map:
+        arguments["device_map"] = recipe.device_map
+    if recipe.quantization_config:
+        arguments["quantization_config"] = _quantization(recipe.quantization_config)
+    return arguments
+
+
+def backbone_of(
+    source: str, model: Any, recipe: BackboneRecipe, device: torch.device, inputs: LlavaInputs, family: str = ""
+) -> Backbone:
+    """A loaded LLaVA behind the interface, on its device."""
     if not recipe.device_map and not recipe.quantization_config:
         model = model.to(device)
     core = model.model.eval().requires_grad_(False)
@@ -144,13 +190,13 @@ def load(
     return Backbone(
         name=source.rstrip("/").rsplit("/", 1)[-1],
         source=source,
-        family=config.model_type,
+        family=family or model.config.model_type,
         core=core,
         blocks=llm.layers,
         norm=llm.norm,
-        hidden_size=config.text_config.hidden_size,
+        hidden_size=model.config.text_config.hidden_size,
         prepare=inputs,
-        sha256=identity(source, getattr(config, "_commit_hash", None)),
+        sha256=identity(source, getattr(model.config, "_commit_hash", None)),
     )
 
 

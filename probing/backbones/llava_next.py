@@ -25,7 +25,7 @@ class TiledInputs(llava.LlavaInputs):
         config: of the checkpoint.
     """
 
-    config: Any
+    config: Any = None
 
     def token_map(self, inputs: dict[str, Tensor]) -> TokenMap:
         """Says what every position of the processor's output is."""
@@ -74,8 +74,9 @@ class TiledInputs(llava.LlavaInputs):
 
 def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> TiledInputs:
     """Builds the input side of a checkpoint; see `probing.backbones.llava.make_inputs`."""
-    processor, text = llava.open_processor(source, recipe)
-    return TiledInputs(processor, text, config.image_token_id, llava.tower_grid(config), config)
+    processor = llava.open_processor(source, recipe)
+    text, grid = llava.prompt(processor, recipe), llava.tower_grid(config)
+    return TiledInputs(processor, text, config.image_token_id, grid, config=config)
 
 
 def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device, random_seed: int | None) -> Backbone:

@@ -31,8 +31,9 @@ class OneVisionInputs(TiledInputs):
 
 def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> OneVisionInputs:
     """Builds the input side of a checkpoint; see `probing.backbones.llava.make_inputs`."""
-    processor, text = llava.open_processor(source, recipe)
-    return OneVisionInputs(processor, text, config.image_token_id, llava.tower_grid(config), config)
+    processor = llava.open_processor(source, recipe)
+    text, grid = llava.prompt(processor, recipe), llava.tower_grid(config)
+    return OneVisionInputs(processor, text, config.image_token_id, grid, config=config)
 
 
 def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device, random_seed: int | None) -> Backbone:

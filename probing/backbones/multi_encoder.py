@@ -25,7 +25,7 @@ from transformers.activations import ACT2FN
 from probing.backbones import llava
 from probing.backbones.base import SPECIAL, Backbone, Batch, SpecialEmbeddings, special_ids
 from probing.errors import UserError
-from probing.hub import identity
+from probing.hub import identity, loading
 from probing.recipe import BackboneRecipe, TeacherRecipe
 from probing.teachers import Teacher, load_teacher
 
@@ -269,10 +269,8 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
     In the random-weights control, LLM and projectors are drawn anew, and tower and teachers are kept.
     """
     inputs = make_inputs(source, config, recipe)
-    try:
+    with loading(f"checkpoint {source}"):
         model = load_inner(source, config, dtype=recipe.dtype, revision=recipe.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {source} cannot be loaded: {str(error).splitlines()[0]}") from None
     fresh = random_seed is not None
     if random_seed is not None:
         model = llava.randomised(model, as_llava(config), random_seed)

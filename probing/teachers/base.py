@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import probing.compat  # noqa: F401
 from probing.errors import UserError
-from probing.hub import first_line, identity, load_config, locate
+from probing.hub import first_line, identity, load_config, loading, locate
 from probing.recipe import TeacherRecipe
 from probing.teachers.catalogue import CATALOGUE
 
@@ -121,10 +121,8 @@ def load_model(model_class: Any, source: str, name: str, **kwargs: Any) -> nn.Mo
     Raises:
         UserError: the weights cannot be read, or some are missing.
     """
-    try:
+    with loading(f"{name} teacher {source}"):
         model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{name} teacher {source} cannot be loaded: {first_line(error)}") from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"{name} teacher {source} lacks {len(missing)} tensors (first: {missing[0]})")

@@ -1,0 +1,343 @@
+"""LLaVA in its original format, and OLA-VLM / VisPer-LM: read into transformers' LLaVA by declarative renames.
+
+The original code keeps vision tower and projector below the LLM, names its layers otherwise, and says in `config.json`
+(`mm_vision_tower`, …) what transformers says in nested configurations. OLA-VLM adds special tokens as parameters of the
+model; here they become rows of the embedding table and entries of the vocabulary, as `probing distill` has them.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import probing.compat  # noqa: F401  # isort: skip
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig, Phi3Config
+
+from probing.backbones import llava
+from probing.backbones.base import SPECIAL, Backbone, token_name
+from probing.backbones.llava import LlavaInputs
+from probing.backbones.llava import describe as describe_llava
+from probing.errors import UserError
+from probing.hub import first_line, load_config, loading, weight_files
+from probing.recipe import BackboneRecipe
+
+LLMS: dict[str, Any] = {
+    "llava": LlamaConfig,
+    "llava_llama": LlamaConfig,
+    "llava_mistral": MistralConfig,
+    "llava_phi3": Phi3Config,
+    "ola_llama": LlamaConfig,
+    "ola_phi3": Phi3Config,
+    "probe_dsg_llava_llama": LlamaConfig,
+}
+"""Model types of the original formats, and the LLM inside."""
+
+RENAMES = {
+    r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
+    r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
+    r"^model\.vision_tower\.vision_tower\.vision_model\.": "model.vision_tower.",
+    r"^model\.embed_tokens\.": "model.language_model.embed_tokens.",
+    r"^model\.layers\.": "model.language_model.layers.",
+    r"^model\.norm\.": "model.language_model.norm.",
+}
+"""Names in the file → names in transformers' LLaVA."""
+
+IGNORED = {
+    r"\.rotary_emb\.inv_freq$": "computed from the configuration",
+    r"^model\.vision_tower\..*\.position_ids$": "counts up",
+    r"^model\.special_(gen|depth|seg)_tokens$": "special tokens, read apart",
+    r"^image_(gen|depth|seg)_heads\.": "embedding predictors or probes; probing import reads them",
+    r"^(gen|depth|seg)_logit_scale$": "scales of the contrastive losses",
+    r"^(da_v2_head|dav2_backbone|oneformer|gen_encoder)\.": "weights of a teacher",
+}
+"""Tensors that are no part of the model that is probed, and why."""
+
+TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "clip-vit-large-patch14-336": (
+        "openai/clip-vit-large-patch14-336",
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        | {"image_size": 336, "patch_size": 14, "projection_dim": 768},
+    ),
+    "clip-vit-large-patch14": (
+        "openai/clip-vit-large-patch14",
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        | {"image_size": 224, "patch_size": 14, "projection_dim": 768},
+    ),
+}
+"""Vision towers by the last part of the path that a checkpoint names: Hub id and configuration."""
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+
+
+def _chat_template(start: str, user: tuple[str, str], assistant: tuple[str, str]) -> str:
+    """A chat template of a fixed beginning, and of what stands around either role's turns.
+
+    All text is in expressions: transformers' Jinja drops line feeds that stand beside a block.
+    """
+    (before_user, after_user), (before, after) = user, assistant
+    return (
+        f"{{{{ {start!r} }}}}{{% for m in messages %}}{{% set user = m['role'] == 'user' %}}"
+        f"{{{{ {before_user!r} if user else {before!r} }}}}{{% for p in m['content'] %}}"
+        f"{{{{ '<image>\\n' if p['type'] == 'image' else p['text'] }}}}{{% endfor %}}"
+        f"{{{{ {after_user!r} if user else {after!r} }}}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {before!r} }}}}{{% endif %}}"
+    )
+
+
+_LLAMA_3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
+TEMPLATES = {
+    "vicuna_v1": _chat_template(f"{SYSTEM} ", ("USER: ", " "), ("ASSISTANT:", "</s>")),
+    "llava_llama_3": _chat_template(
+        _LLAMA_3.format("system") + SYSTEM + "<|eot_id|>",
+        (_LLAMA_3.format("user"), "<|eot_id|>"),
+        (_LLAMA_3.format("assistant"), "<|eot_id|>"),
+    ),
+    "llava_phi_3": _chat_template(
+        "<|system|>\nYou are a helpful AI assistant.<|end|>",
+        ("\n<|user|>\n", "<|end|>"),
+        ("\n<|assistant|>\n", "<|end|>"),
+    ),
+    "mistral_instruct": _chat_template("", ("[INST] ", " [/INST]"), ("", "</s>")),
+}
+"""The original code's conversation templates, as chat templates."""
+
+
+def is_original(raw: dict[str, Any]) -> bool:
+    """Whether a `config.json` is of the original format."""
+    return "mm_vision_tower" in raw or raw.get("model_type") in set(LLMS) - {"llava"}
+
+
+def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig:
+    """Transformers' configuration of an original checkpoint.
+
+    Args:
+        raw: its `config.json`.
+        recipe: may name the vision tower.
+
+    Returns:
+        The configuration, with `original` (raw), and `tower`, where the tower comes from.
+
+    Raises:
+        UserError: the checkpoint is of a kind that is not supported.
+    """
+    kind = raw.get("model_type", "")
+    if kind not in LLMS:
+        raise UserError(f"{recipe.checkpoint} is an original LLaVA of model type {kind!r}; known are {', '.join(LLMS)}")
+    projector, aspect = raw.get("mm_projector_type", "linear"), raw.get("image_aspect_ratio", "square")
+    for name, value, known in (
+        ("mm_projector_type", projector, ("mlp2x_gelu",)),
+        ("image_aspect_ratio", aspect, ("square", "pad")),
+        ("mm_use_im_start_end", raw.get("mm_use_im_start_end", False), (False,)),
+    ):
+        if value not in known:
+            raise UserError(
+                f"{recipe.checkpoint}: {name} is {value!r}, and in the original format only {known[0]!r} is read; give "
+                "the checkpoint converted to transformers' format"
+            )
+    llm = LLMS[kind]
+    fields = set(llm().to_dict()) | {"rope_theta", "rope_scaling"}
+    text = {name: value for name, value in raw.items() if name in fields and name not in _NOT_THE_LLMS}
+    tower, vision = _tower(raw, recipe)
+    strategy: Any = "full" if raw.get("mm_vision_select_feature", "patch") == "cls_patch" else "default"
+    side = vision.image_size // vision.patch_size
+    config = LlavaConfig(
+        vision_config=vision, text_config=llm(**text), projector_hidden_act="gelu", image_token_index=0,
+        vision_feature_layer=raw.get("mm_vision_select_layer", -2), vision_feature_select_strategy=strategy,
+        image_seq_length=side * side, tie_word_embeddings=raw.get("tie_word_embeddings", False),
+    )  # fmt: skip
+    config.original, config.tower, config.architectures = raw, tower, raw.get("architectures")
+    return config
+
+
+_NOT_THE_LLMS = {
+    "model_type",
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "_name_or_path",
+    "id2label",
+    "label2id",
+}
+
+
+def _tower(raw: dict[str, Any], recipe: BackboneRecipe) -> tuple[str, Any]:
+    """Where the vision tower comes from, and its configuration; a path in a checkpoint is only a hint."""
+    hint = str(recipe.vision_tower or raw.get("mm_vision_tower") or "")
+    name = hint.rstrip("/").rsplit("/", 1)[-1]
+    if not Path(hint).expanduser().is_dir() and name in TOWERS:
+        source, values = TOWERS[name]
+        return source, CLIPVisionConfig(**values)
+    if not hint or (not Path(hint).expanduser().is_dir() and hint.startswith(("/", ".", "~"))):
+        raise UserError(
+            f"{recipe.checkpoint} names the vision tower {hint!r}, which cannot be found; give it: "
+            "backbone.vision_tower=FOLDER_OR_HUB_ID"
+        )
+    config = load_config(hint, "vision tower")
+    config = getattr(config, "vision_config", config)
+    if config.model_type != "clip_vision_model":
+        raise UserError(f"vision tower {hint} is a {config.model_type}; in the original format a CLIP tower is read")
+    return hint, config
+
+
+def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs:
+    """Builds the input side: the checkpoint's tokenizer, the tower's preprocessing, a template of the original code.
+
+    Raises:
+        UserError: there is no tokenizer, or it cannot be known which template the checkpoint was trained with.
+    """
+    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=recipe.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {source} has no usable tokenizer ({first_line(error)})") from None
+    template = TEMPLATES[_template(config.original, tokenizer, recipe)]
+    tokens = special_names(config.original) if recipe.special_tokens != "off" else []
+    tokenizer.add_tokens(["<image>", *tokens], special_tokens=True)
+    size = config.vision_config.image_size
+    side = {"height": size, "width": size}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": size}, crop_size=side),
+        tokenizer=tokenizer, patch_size=config.vision_config.patch_size, num_additional_image_tokens=1,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=template.replace("<image>", "<image>" + "".join(tokens)),
+    )  # fmt: skip
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    pad = config.original.get("image_aspect_ratio") == "pad"
+    return llava.inputs_of(processor, config, recipe, pad_to_square=pad)
+
+
+def _template(raw: dict[str, Any], tokenizer: Any, recipe: BackboneRecipe) -> str:
+    """Name of the conversation template: as given, or as model type and tokenizer say without doubt."""
+    if recipe.template:
+        if recipe.template not in TEMPLATES:
+            raise UserError(f"no template is called {recipe.template!r}; there are {', '.join(TEMPLATES)}")
+        return recipe.template
+    llm = LLMS[raw["model_type"]]
+    if llm is Phi3Config:
+        return "llava_phi_3"
+    if llm is MistralConfig:
+        return "mistral_instruct"
+    if "<|start_header_id|>" in tokenizer.get_vocab():
+        return "llava_llama_3"
+    raise UserError(
+        "neither configuration nor tokenizer says which conversation template this checkpoint was trained with; give "
+        f"it: backbone.template=NAME, one of {', '.join(TEMPLATES)} (LLaVA-1.5: vicuna_v1)"
+    )
+
+
+def special_names(raw: dict[str, Any]) -> list[str]:
+    """How the special tokens of OLA-VLM are written here, in their order; empty where there are none."""
+    number = raw.get("num_task_tokens") or 0
+    if not number or raw.get("probe_mode"):
+        return []
+    order = [task for task in str(raw.get("aux_mode", "gen-depth-seg")).split("-") if task in SPECIAL]
+    return [token_name(task, k) for task in order for k in range(number)]
+
+
+def special_rows(raw: dict[str, Any], parameters: dict[str, Tensor]) -> Tensor:
+    """Embeddings (tokens, H) of the special tokens, pooled from the saved parameters as OLA-VLM does.
+
+    Args:
+        raw: the checkpoint's `config.json`.
+        parameters: `special_<task>_tokens` by task.
+
+    Raises:
+        UserError: a parameter is missing, or its rows cannot be pooled.
+    """
+    number, rows = int(raw["num_task_tokens"]), []
+    form = raw.get("task_token_format", "expand_emb")
+    if form != "expand_emb":
+        raise UserError(f"task_token_format is {form!r}, and only 'expand_emb' is read; set special_tokens=off")
+    for task in dict.fromkeys(name[1:-1].rsplit("_", 1)[0] for name in special_names(raw)):
+        value = parameters.get(task)
+        if value is None or len(value) % number:
+            shape = "missing" if value is None else f"{len(value)} rows"
+            raise UserError(f"special_{task}_tokens: {shape}, and {number} tokens are wanted; set special_tokens=off")
+        rows.append(value.float().unflatten(0, (number, -1)).mean(dim=1))
+    return torch.cat(rows)
+
+
+def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device, random_seed: int | None) -> Backbone:
+    """Loads the checkpoint into transformers' LLaVA; see `probing.backbones.llava.load`.
+
+    Every tensor of the files is used or ignored by a rule of `IGNORED`, and every parameter of the model is filled.
+
+    Raises:
+        UserError: tensors are missing or unknown, or the tower cannot be found.
+    """
+    from transformers import CLIPVisionModel, LlavaForConditionalGeneration
+
+    inputs = make_inputs(source, config, recipe)
+    arguments = llava.loading_arguments(recipe) | {"revision": recipe.revision}
+    with loading(f"checkpoint {source}"):
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+            source, config=config, key_mapping=RENAMES, output_loading_info=True, **arguments
+        )
+        model, info = loaded
+        missing = set(info["missing_keys"])
+        towers = {name for name in missing if name.startswith("model.vision_tower.")}
+        if towers and towers == {name for name in model.state_dict() if name.startswith("model.vision_tower.")}:
+            tower = CLIPVisionModel.from_pretrained(config.tower, dtype=model.dtype)
+            model.model.vision_tower = tower.to(model.device)
+            missing -= towers
+    _require_all_known(source, missing, set(info["unexpected_keys"]))
+    tokenizer = inputs.processor.tokenizer
+    names = [name for name in special_names(config.original) if name in tokenizer.get_added_vocab()]
+    table = model.get_input_embeddings()
+    if len(tokenizer) > table.num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if names:
+        rows = special_rows(config.original, read_special(source, recipe.revision))
+        weight = model.get_input_embeddings().weight
+        with torch.no_grad():
+            weight[tokenizer.convert_tokens_to_ids(names)] = rows.to(weight)
+    if random_seed is not None:
+        model = llava.randomised(model, model.config, random_seed)
+    return llava.backbone_of(source, model, recipe, device, inputs, f"original {config.original['model_type']}")
+
+
+def _require_all_known(source: str, missing: set[str], unexpected: set[str]) -> None:
+    unknown = sorted(name for name in unexpected if not any(re.search(rule, name) for rule in IGNORED))
+    for what, names in (("lacks", sorted(missing)), ("has unknown", unknown)):
+        if names:
+            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            raise UserError(f"checkpoint {source} {what} {len(names)} tensors: {shown}")
+
+
+def read_special(source: str, revision: str | None) -> dict[str, Tensor]:
+    """The parameters `model.special_<task>_tokens` of a checkpoint, by task; nothing else of it is read."""
+    return {name.split("_")[1]: tensor for name, tensor in _tensors(source, revision, "model.special_")}
+
+
+def _tensors(source: str, revision: str | None, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    for file in weight_files(source, revision, prefix):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as stored:
+                yield from ((name, stored.get_tensor(name)) for name in stored.keys() if name.startswith(prefix))  # noqa: SIM118
+        else:
+            whole = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            yield from ((name, tensor) for name, tensor in whole.items() if name.startswith(prefix))
+
+
+def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
+    """What `probing inspect` shows."""
+    raw = config.original
+    found = describe_llava(config, inputs)
+    unsure = []
+    if special_names(raw) and "task_token_format" not in raw:
+        unsure.append("task_token_format is not stated; read as expand_emb")
+    return found | {
+        "family": f"original {raw['model_type']}",
+        "vision_tower": {**found["vision_tower"], "source": config.tower},
+        "special_tokens": len(special_names(raw)),
+        **({"not_sure": "; ".join(unsure)} if unsure else {}),
+    }

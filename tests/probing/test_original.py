@@ -1,0 +1,300 @@
+"""LLaVA's original format and OLA-VLM's: tiny random checkpoints in the published layout (names, fields, shards)."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+from probing.backbones import describe_checkpoint, load_backbone
+from probing.backbones.original import SYSTEM
+from probing.errors import UserError
+from probing.recipe import BackboneRecipe
+from tests import tiny
+
+CPU = torch.device("cpu")
+LLMS = {
+    "llava_llama": (LlamaConfig, LlamaForCausalLM, "LlavaLlamaForCausalLM"),
+    "llava_mistral": (MistralConfig, MistralForCausalLM, "LlavaMistralForCausalLM"),
+    "llava_phi3": (Phi3Config, Phi3ForCausalLM, "LlavaPhi3ForCausalLM"),
+}
+VICUNA = ("backbone.template", "vicuna_v1")
+
+
+def tower(path):
+    """A CLIP vision tower as its own folder."""
+    torch.manual_seed(5)
+    config = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    model = CLIPVisionModel(config)
+    model.save_pretrained(path)
+    return model
+
+
+def original(
+    path, kind="llava_llama", own_tower=False, special=0, headers=False, extra=None, split=True, suffix="safetensors"
+):
+    """Writes a checkpoint in the original layout.
+
+    Args:
+        path: folder to make; the tower lies beside it.
+        kind: model type.
+        own_tower: whether the tower's weights are among the checkpoint's (OLA-VLM), or apart (LLaVA-1.5).
+        special: rows of the special tokens for depth and seg; gen has 4. 0 for none.
+        headers: give the tokenizer Llama-3's role headers.
+        extra: further tensors.
+        split: two shards and an index.
+        suffix: safetensors or bin.
+    """
+    path.mkdir(parents=True)
+    vision = tower(path.parent / "tower")
+    tokenizer = tiny.tokenizer()
+    tokenizer = type(tokenizer)(
+        tokenizer_object=_without_image(tokenizer), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    if headers:
+        tokenizer.add_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], special_tokens=True)
+    tokenizer.save_pretrained(path)
+    config_class, model_class, name = LLMS[kind]
+    values = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+        "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1, "rope_theta": 500000.0, "tie_word_embeddings": False,
+    }  # fmt: skip
+    torch.manual_seed(6)
+    tensors = dict(model_class(config_class(**values)).state_dict())
+    for layer, (rows, columns) in {0: (32, 24), 2: (32, 32)}.items():
+        tensors[f"model.mm_projector.{layer}.weight"] = 0.3 * torch.randn(rows, columns)
+        tensors[f"model.mm_projector.{layer}.bias"] = torch.randn(rows)
+    if own_tower:
+        tensors |= {f"model.vision_tower.vision_tower.vision_model.{k}": v for k, v in vision.state_dict().items()}
+    if special:
+        for task, count in (("gen", 4), ("depth", special), ("seg", special)):
+            tensors[f"model.special_{task}_tokens"] = torch.randn(count, 32)
+    tensors |= extra or {}
+    tensors = {key: value.clone().contiguous() for key, value in tensors.items()}
+    names = sorted(tensors)
+    files = [names[: len(names) // 2], names[len(names) // 2 :]] if split else [names]
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    where = {}
+    for number, some in enumerate(files, start=1):
+        file = f"{stem}-{number:05d}-of-{len(files):05d}.{suffix}" if split else f"{stem}.{suffix}"
+        part = {key: tensors[key] for key in some}
+        if suffix == "safetensors":
+            save_file(part, path / file, {"format": "pt"})
+        else:
+            torch.save(part, path / file)
+        where |= dict.fromkeys(some, file)
+    if split:
+        (path / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    task = {"num_task_tokens": 4, "aux_mode": "gen-depth-seg", "task_token_format": "expand_emb"} if special else {}
+    raw = values | {
+        "model_type": kind, "architectures": [name], "rope_scaling": None, "torch_dtype": "float32",
+        "mm_vision_tower": str(path.parent / "tower"), "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 24,
+        "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_patch_merge_type": "flat",
+        "image_aspect_ratio": "pad", "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
+        "tokenizer_padding_side": "right", "tokenizer_model_max_length": 4096, "hidden_act": "silu",
+    } | task  # fmt: skip
+    (path / "config.json").write_text(json.dumps(raw))
+    return tensors, raw, tokenizer
+
+
+def _without_image(tokenizer):
+    """The original code knows no token for an image: it splits the text there."""
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    last = "<image>"
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != last]
+    vocabulary = state["model"]["vocab"]
+    gap = vocabulary.pop(last)
+    state["model"]["vocab"] = {token: number - (number > gap) for token, number in vocabulary.items()}
+    for token in state["added_tokens"]:
+        token["id"] = state["model"]["vocab"][token["content"]]
+    return Tokenizer.from_str(json.dumps(state))
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in ((40, 50), (64, 32))]
+
+
+def padded_pixels(images):
+    """What a tower sees of images that are padded to a square in the mean colour."""
+    mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+    pixels = []
+    for image in images:
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in mean))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        pixels.append((np.asarray(square.resize((32, 32), Image.Resampling.BICUBIC)) / 255 - mean) / std)
+    return torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2).float()
+
+
+def plain_states(tensors, raw, tokenizer, pixels, before, after, special=()):
+    """The forward pass as the format is described: pieces of text, projected patches, special tokens, one LLM."""
+    config_class, model_class, _ = LLMS[raw["model_type"]]
+    llm = model_class(config_class(**{k: raw[k] for k in config_class().to_dict() if k in raw and k != "model_type"}
+                                   | {"rope_theta": raw["rope_theta"]}))  # fmt: skip
+    llm.load_state_dict({k: v for k, v in tensors.items() if k in llm.state_dict()})
+    vision = CLIPVisionModel.from_pretrained(raw["mm_vision_tower"])
+    with torch.no_grad():
+        patches = vision(pixels, output_hidden_states=True)
+        first, second = (
+            (tensors[f"model.mm_projector.{layer}.weight"], tensors[f"model.mm_projector.{layer}.bias"])
+            for layer in (0, 2)
+        )
+        hidden = torch.nn.functional.gelu(patches.hidden_states[-2][:, 1:] @ first[0].T + first[1])
+        projected = hidden @ second[0].T + second[1]
+        embed = tensors["model.embed_tokens.weight"]
+        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (before, after)]
+        rows = [tensors[f"model.special_{task}_tokens"] for task in special]
+        pooled = [torch.stack([group.mean(0) for group in row.chunk(4)]) for row in rows]
+        sequence = [torch.cat([embed[ids[0]], image, *pooled, embed[ids[1]]]) for image in projected]
+        raw_last = {}
+        llm.model.layers[-1].register_forward_hook(
+            lambda module, args, out: raw_last.update(state=out[0] if isinstance(out, tuple) else out)
+        )
+        states = llm.model(inputs_embeds=torch.stack(sequence), output_hidden_states=True).hidden_states
+    return [*states[:-1], raw_last["state"], states[-1]]
+
+
+PROMPTS = {
+    "vicuna_v1": (f"{SYSTEM} USER: ", "\nWhich colour? ASSISTANT:"),
+    "mistral_instruct": ("[INST] ", "\nWhich colour? [/INST]"),
+    "llava_phi_3": (
+        "<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\n",
+        "\nWhich colour?<|end|>\n<|assistant|>\n",
+    ),
+    "llava_llama_3": (
+        f"<|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
+        "\nWhich colour?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "template"),
+    [
+        ("llava_llama", {}, "vicuna_v1"),
+        ("llava_llama", {"headers": True, "own_tower": True}, "llava_llama_3"),
+        ("llava_llama", {"headers": True, "own_tower": True, "special": 16}, "llava_llama_3"),
+        ("llava_mistral", {"suffix": "bin", "split": False}, "mistral_instruct"),
+        ("llava_phi3", {"special": 8, "own_tower": True, "suffix": "bin"}, "llava_phi_3"),
+    ],
+    ids=["llava-1.5", "llama-3", "ola-llama-3", "mistral-bin", "ola-phi-3"],
+)
+def test_states_are_those_of_the_described_forward_pass(tmp_path, images, kind, options, template):
+    tensors, raw, tokenizer = original(tmp_path / "model", kind, **options)
+    explicit = {"template": template} if template == "vicuna_v1" else {}
+    recipe = BackboneRecipe(checkpoint=str(tmp_path / "model"), prompt="Which colour?", **explicit)
+    backbone = load_backbone(recipe, CPU)
+    states, tokens = backbone.hidden_states(images, "all,final")
+    special = ("gen", "depth", "seg") if options.get("special") else ()
+    pixels = backbone.prepare(images).inputs["pixel_values"]
+    torch.testing.assert_close(pixels, padded_pixels(images), rtol=0, atol=0.03)  # they round otherwise
+    expected = plain_states(tensors, raw, tokenizer, pixels, *PROMPTS[template], special)
+    for layer, own in zip(states, expected, strict=True):
+        torch.testing.assert_close(states[layer], own, rtol=1e-3, atol=2e-4)
+    assert tokens.counts()["image"] == 16 and all(tokens.counts()[task] == 4 for task in special)
+    found = describe_checkpoint(recipe)
+    assert found["family"] == f"original {kind}" and found["special_tokens"] == 4 * len(special)
+    fresh = load_backbone(recipe, CPU, random_seed=3)
+    assert torch.equal(
+        fresh.core.vision_tower.embeddings.class_embedding, backbone.core.vision_tower.embeddings.class_embedding
+    )
+    assert not torch.equal(fresh.core.language_model.layers[0].mlp.down_proj.weight,
+                           backbone.core.language_model.layers[0].mlp.down_proj.weight)  # fmt: skip
+
+
+def test_special_tokens_can_be_left_out(tmp_path, images):
+    original(tmp_path / "model", headers=True, own_tower=True, special=8)
+    recipe = BackboneRecipe(checkpoint=str(tmp_path / "model"), special_tokens="off")
+    _, tokens = load_backbone(recipe, CPU).hidden_states(images, "0")
+    assert {"gen", "depth", "seg"}.isdisjoint(tokens.counts())
+    original(tmp_path / "plain" / "model", headers=True)
+    with pytest.raises(UserError, match="has no special tokens"):
+        load_backbone(BackboneRecipe(checkpoint=str(tmp_path / "plain" / "model"), special_tokens="on"), CPU)
+
+
+def test_known_leftovers_are_passed_over_and_all_else_is_named(tmp_path):
+    teacher = {"da_v2_head.depth_head.projects.0.weight": torch.zeros(2), "gen_logit_scale": torch.zeros(()),
+               "image_depth_heads.0.projector.proj_in.weight": torch.zeros(2, 2),
+               "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}  # fmt: skip
+    original(tmp_path / "a" / "model", headers=True, extra=teacher)
+    load_backbone(BackboneRecipe(checkpoint=str(tmp_path / "a" / "model")), CPU)
+    original(tmp_path / "b" / "model", headers=True, extra={"model.surprise.weight": torch.zeros(2)})
+    with pytest.raises(UserError, match=r"has unknown 1 tensors: model\.surprise\.weight"):
+        load_backbone(BackboneRecipe(checkpoint=str(tmp_path / "b" / "model")), CPU)
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
+
+
+def test_bad_input(tmp_path):
+    def load(name="model", **values):
+        return load_backbone(BackboneRecipe(checkpoint=str(tmp_path / name), **values), CPU)
+
+    original(tmp_path / "model")
+    with pytest.raises(UserError, match=r"backbone\.template=NAME, one of vicuna_v1"):
+        load()
+    with pytest.raises(UserError, match="no template is called 'vicuna'"):
+        load(template="vicuna")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+
+    def change(**values):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | values))
+
+    for values, message in (
+        ({"mm_vision_tower": "/cluster/home/someone/my-tower"}, "backbone.vision_tower=FOLDER_OR_HUB_ID"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
+        ({"model_type": "llava_mpt"}, "model type 'llava_mpt'"),
+    ):
+        change(**values)
+        with pytest.raises(UserError, match=message):
+            load(template="vicuna_v1")
+    change(mm_vision_tower="/cluster/home/someone/my-tower")
+    load(template="vicuna_v1", vision_tower=str(tmp_path / "tower"))
+    change()
+    shard = next((tmp_path / "model").glob("*-00002-of-*.safetensors"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load(template="vicuna_v1")
+    shard.unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load(template="vicuna_v1")
+
+
+def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
+    original(tmp_path / "model", suffix="bin", split=False, headers=True)
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(
+        pickle.dumps({"model.norm.weight": Payload(tmp_path / "ran")})
+    )
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_backbone(BackboneRecipe(checkpoint=str(tmp_path / "model")), CPU)
+    assert not (tmp_path / "ran").exists()
