@@ -20,8 +20,9 @@ from probing.backbones import llava
 from probing.backbones.base import SPECIAL, Backbone, token_name
 from probing.backbones.llava import LlavaInputs
 from probing.backbones.llava import describe as describe_llava
+from probing.backbones.towers import ConvNextTower, convnext_of, stand_in
 from probing.errors import UserError
-from probing.hub import first_line, load_config, loading, weight_files
+from probing.hub import first_line, load_config, loading, read_json, weight_files
 from probing.recipe import BackboneRecipe
 
 LLMS: dict[str, Any] = {
@@ -51,6 +52,7 @@ IGNORED = {
     r"^model\.special_(gen|depth|seg)_tokens$": "special tokens, read apart",
     r"^image_(gen|depth|seg)_heads\.": "embedding predictors or probes; probing import reads them",
     r"^(gen|depth|seg)_logit_scale$": "scales of the contrastive losses",
+    r"^model\.vision_tower\.vision_tower\.head\.": "what a ConvNeXt has behind the features that are read",
     r"^(da_v2_head|dav2_backbone|oneformer|gen_encoder)\.": "weights of a teacher",
 }
 """Tensors that are no part of the model that is probed, and why."""
@@ -121,7 +123,8 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig:
         recipe: may name the vision tower.
 
     Returns:
-        The configuration, with `original` (raw), and `tower`, where the tower comes from.
+        The configuration, with `original` (raw), `tower`, where the tower comes from, and `convnext`, its architecture
+        if it is a ConvNeXt.
 
     Raises:
         UserError: the checkpoint is of a kind that is not supported.
@@ -143,15 +146,17 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig:
     llm = LLMS[kind]
     fields = set(llm().to_dict()) | {"rope_theta", "rope_scaling"}
     text = {name: value for name, value in raw.items() if name in fields and name not in _NOT_THE_LLMS}
-    tower, vision = _tower(raw, recipe)
-    strategy: Any = "full" if raw.get("mm_vision_select_feature", "patch") == "cls_patch" else "default"
+    tower, vision, convnext = _tower(raw, recipe)
+    strategy: Any = "full" if convnext or raw.get("mm_vision_select_feature", "patch") == "cls_patch" else "default"
     side = vision.image_size // vision.patch_size
     config = LlavaConfig(
         vision_config=vision, text_config=llm(**text), projector_hidden_act="gelu", image_token_index=0,
-        vision_feature_layer=raw.get("mm_vision_select_layer", -2), vision_feature_select_strategy=strategy,
+        vision_feature_layer=-1 if convnext else raw.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy=strategy,
         image_seq_length=side * side, tie_word_embeddings=raw.get("tie_word_embeddings", False),
     )  # fmt: skip
-    config.original, config.tower, config.architectures = raw, tower, raw.get("architectures")
+    config.original, config.tower, config.convnext = raw, tower, convnext
+    config.architectures = raw.get("architectures")
     return config
 
 
@@ -166,13 +171,16 @@ _NOT_THE_LLMS = {
 }
 
 
-def _tower(raw: dict[str, Any], recipe: BackboneRecipe) -> tuple[str, Any]:
-    """Where the vision tower comes from, and its configuration; a path in a checkpoint is only a hint."""
+def _tower(raw: dict[str, Any], recipe: BackboneRecipe) -> tuple[str, Any, str | None]:
+    """Where the tower comes from, its configuration, and the architecture of a ConvNeXt; a path is only a hint."""
     hint = str(recipe.vision_tower or raw.get("mm_vision_tower") or "")
     name = hint.rstrip("/").rsplit("/", 1)[-1]
     if not Path(hint).expanduser().is_dir() and name in TOWERS:
         source, values = TOWERS[name]
-        return source, CLIPVisionConfig(**values)
+        return source, CLIPVisionConfig(**values), None
+    convnext = convnext_of(name, read_json(hint, "config.json") if Path(hint).expanduser().is_dir() else {})
+    if convnext:
+        return hint, stand_in(*convnext), convnext[0]
     if not hint or (not Path(hint).expanduser().is_dir() and hint.startswith(("/", ".", "~"))):
         raise UserError(
             f"{recipe.checkpoint} names the vision tower {hint!r}, which cannot be found; give it: "
@@ -182,7 +190,7 @@ def _tower(raw: dict[str, Any], recipe: BackboneRecipe) -> tuple[str, Any]:
     config = getattr(config, "vision_config", config)
     if config.model_type != "clip_vision_model":
         raise UserError(f"vision tower {hint} is a {config.model_type}; in the original format a CLIP tower is read")
-    return hint, config
+    return hint, config, None
 
 
 def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs:
@@ -204,7 +212,8 @@ def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs
     side = {"height": size, "width": size}
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": size}, crop_size=side),
-        tokenizer=tokenizer, patch_size=config.vision_config.patch_size, num_additional_image_tokens=1,
+        tokenizer=tokenizer, patch_size=config.vision_config.patch_size,
+        num_additional_image_tokens=0 if config.convnext else 1,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=template.replace("<image>", "<image>" + "".join(tokens)),
     )  # fmt: skip
@@ -281,13 +290,23 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
             source, config=config, key_mapping=RENAMES, output_loading_info=True, **arguments
         )
         model, info = loaded
-        missing = set(info["missing_keys"])
+        missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+        if config.convnext:
+            tower = ConvNextTower(config.convnext)
+            prefix = "model.vision_tower.vision_tower."
+            there = {name.removeprefix(prefix): tensor for name, tensor in _tensors(source, recipe.revision, prefix)}
+            wanted = tower.state_dict().keys()
+            tower.load_state_dict({name: tensor for name, tensor in there.items() if name in wanted}, strict=False)
+            unexpected -= {prefix + name for name in wanted}
+            missing = {name for name in missing if not name.startswith("model.vision_tower.")}
+            missing |= {prefix + name for name in wanted - there.keys()}
+            model.model.vision_tower = tower.to(model.device, model.dtype)
         towers = {name for name in missing if name.startswith("model.vision_tower.")}
         if towers and towers == {name for name in model.state_dict() if name.startswith("model.vision_tower.")}:
-            tower = CLIPVisionModel.from_pretrained(config.tower, dtype=model.dtype)
-            model.model.vision_tower = tower.to(model.device)
+            clip = CLIPVisionModel.from_pretrained(config.tower, dtype=model.dtype)
+            model.model.vision_tower = clip.to(model.device)
             missing -= towers
-    _require_all_known(source, missing, set(info["unexpected_keys"]))
+    _require_all_known(source, missing, unexpected)
     tokenizer = inputs.processor.tokenizer
     names = [name for name in special_names(config.original) if name in tokenizer.get_added_vocab()]
     table = model.get_input_embeddings()
@@ -328,6 +347,13 @@ def _tensors(source: str, revision: str | None, prefix: str) -> Iterator[tuple[s
             yield from ((name, tensor) for name, tensor in whole.items() if name.startswith(prefix))
 
 
+def _convnext(config: Any) -> dict[str, Any]:
+    """What `probing inspect` says of a ConvNeXt instead of its stand-in."""
+    if not config.convnext:
+        return {}
+    return {"type": f"{config.convnext} (timm)", "layers": "stem and 4 stages", "feature_layer": "last stage"}
+
+
 def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
     """What `probing inspect` shows."""
     raw = config.original
@@ -337,7 +363,7 @@ def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
         unsure.append("task_token_format is not stated; read as expand_emb")
     return found | {
         "family": f"original {raw['model_type']}",
-        "vision_tower": {**found["vision_tower"], "source": config.tower},
+        "vision_tower": {**found["vision_tower"], "source": config.tower} | _convnext(config),
         "special_tokens": len(special_names(raw)),
         **({"not_sure": "; ".join(unsure)} if unsure else {}),
     }

@@ -6,14 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -21,9 +26,11 @@ from transformers import (
 )
 
 from probing.backbones import describe_checkpoint, load_backbone
-from probing.backbones.original import SYSTEM
+from probing.backbones.original import SYSTEM, read_config
+from probing.backbones.towers import ConvNextTower
 from probing.errors import UserError
 from probing.recipe import BackboneRecipe
+from probing.resampler import Resampler, ResamplerConfig
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -46,14 +53,25 @@ def tower(path):
     return model
 
 
+def convnext_tower(path):
+    """timm's smallest ConvNeXt, with timm's description beside it, and a head as published towers have."""
+    path.mkdir()
+    torch.manual_seed(7)
+    model = timm.create_model("test_convnext", pretrained=False, num_classes=0, global_pool="").eval()
+    (path / "config.json").write_text(json.dumps({"architecture": "test_convnext"}))
+    return model
+
+
 def original(
-    path, kind="llava_llama", own_tower=False, special=0, headers=False, extra=None, split=True, suffix="safetensors"
-):
+    path, kind="llava_llama", convnext=False, own_tower=False, special=0, headers=False, extra=None, split=True,
+    suffix="safetensors",
+):  # fmt: skip
     """Writes a checkpoint in the original layout.
 
     Args:
         path: folder to make; the tower lies beside it.
         kind: model type.
+        convnext: a ConvNeXt of 128 pixels instead of CLIP, among the checkpoint's weights.
         own_tower: whether the tower's weights are among the checkpoint's (OLA-VLM), or apart (LLaVA-1.5).
         special: rows of the special tokens for depth and seg; gen has 4. 0 for none.
         headers: give the tokenizer Llama-3's role headers.
@@ -62,7 +80,9 @@ def original(
         suffix: safetensors or bin.
     """
     path.mkdir(parents=True)
-    vision = tower(path.parent / "tower")
+    place = path.parent / ("tower-res128" if convnext else "tower")
+    vision = convnext_tower(place) if convnext else tower(place)
+    width = 64 if convnext else 24
     tokenizer = tiny.tokenizer()
     tokenizer = type(tokenizer)(
         tokenizer_object=_without_image(tokenizer), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
@@ -78,10 +98,12 @@ def original(
     }  # fmt: skip
     torch.manual_seed(6)
     tensors = dict(model_class(config_class(**values)).state_dict())
-    for layer, (rows, columns) in {0: (32, 24), 2: (32, 32)}.items():
+    for layer, (rows, columns) in {0: (32, width), 2: (32, 32)}.items():
         tensors[f"model.mm_projector.{layer}.weight"] = 0.3 * torch.randn(rows, columns)
         tensors[f"model.mm_projector.{layer}.bias"] = torch.randn(rows)
-    if own_tower:
+    if convnext:
+        tensors |= {f"model.vision_tower.vision_tower.{k}": v for k, v in vision.state_dict().items()}
+    elif own_tower:
         tensors |= {f"model.vision_tower.vision_tower.vision_model.{k}": v for k, v in vision.state_dict().items()}
     if special:
         for task, count in (("gen", 4), ("depth", special), ("seg", special)):
@@ -105,7 +127,7 @@ def original(
     task = {"num_task_tokens": 4, "aux_mode": "gen-depth-seg", "task_token_format": "expand_emb"} if special else {}
     raw = values | {
         "model_type": kind, "architectures": [name], "rope_scaling": None, "torch_dtype": "float32",
-        "mm_vision_tower": str(path.parent / "tower"), "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 24,
+        "mm_vision_tower": str(place), "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": width,
         "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_patch_merge_type": "flat",
         "image_aspect_ratio": "pad", "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
         "tokenizer_padding_side": "right", "tokenizer_model_max_length": 4096, "hidden_act": "silu",
@@ -135,7 +157,7 @@ def images():
     return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in ((40, 50), (64, 32))]
 
 
-def padded_pixels(images):
+def padded_pixels(images, size):
     """What a tower sees of images that are padded to a square in the mean colour."""
     mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
     pixels = []
@@ -143,7 +165,7 @@ def padded_pixels(images):
         side = max(image.size)
         square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        pixels.append((np.asarray(square.resize((32, 32), Image.Resampling.BICUBIC)) / 255 - mean) / std)
+        pixels.append((np.asarray(square.resize((size, size), Image.Resampling.BICUBIC)) / 255 - mean) / std)
     return torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2).float()
 
 
@@ -153,14 +175,21 @@ def plain_states(tensors, raw, tokenizer, pixels, before, after, special=()):
     llm = model_class(config_class(**{k: raw[k] for k in config_class().to_dict() if k in raw and k != "model_type"}
                                    | {"rope_theta": raw["rope_theta"]}))  # fmt: skip
     llm.load_state_dict({k: v for k, v in tensors.items() if k in llm.state_dict()})
-    vision = CLIPVisionModel.from_pretrained(raw["mm_vision_tower"])
     with torch.no_grad():
-        patches = vision(pixels, output_hidden_states=True)
+        if raw["mm_hidden_size"] == 64:
+            trunk = timm.create_model("test_convnext", pretrained=False, num_classes=0, global_pool="").eval()
+            prefix = "model.vision_tower.vision_tower."
+            trunk.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            last = trunk.norm_pre(trunk.stages(trunk.stem(pixels)))
+            features = torch.stack([last[:, :, r, c] for r in range(4) for c in range(4)], dim=1)
+        else:
+            vision = CLIPVisionModel.from_pretrained(raw["mm_vision_tower"])
+            features = vision(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
         first, second = (
             (tensors[f"model.mm_projector.{layer}.weight"], tensors[f"model.mm_projector.{layer}.bias"])
             for layer in (0, 2)
         )
-        hidden = torch.nn.functional.gelu(patches.hidden_states[-2][:, 1:] @ first[0].T + first[1])
+        hidden = torch.nn.functional.gelu(features @ first[0].T + first[1])
         projected = hidden @ second[0].T + second[1]
         embed = tensors["model.embed_tokens.weight"]
         ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (before, after)]
@@ -195,10 +224,11 @@ PROMPTS = {
         ("llava_llama", {}, "vicuna_v1"),
         ("llava_llama", {"headers": True, "own_tower": True}, "llava_llama_3"),
         ("llava_llama", {"headers": True, "own_tower": True, "special": 16}, "llava_llama_3"),
+        ("llava_llama", {"headers": True, "convnext": True, "special": 16}, "llava_llama_3"),
         ("llava_mistral", {"suffix": "bin", "split": False}, "mistral_instruct"),
         ("llava_phi3", {"special": 8, "own_tower": True, "suffix": "bin"}, "llava_phi_3"),
     ],
-    ids=["llava-1.5", "llama-3", "ola-llama-3", "mistral-bin", "ola-phi-3"],
+    ids=["llava-1.5", "llama-3", "ola-llama-3", "ola-convnext", "mistral-bin", "ola-phi-3"],
 )
 def test_states_are_those_of_the_described_forward_pass(tmp_path, images, kind, options, template):
     tensors, raw, tokenizer = original(tmp_path / "model", kind, **options)
@@ -208,7 +238,9 @@ def test_states_are_those_of_the_described_forward_pass(tmp_path, images, kind, 
     states, tokens = backbone.hidden_states(images, "all,final")
     special = ("gen", "depth", "seg") if options.get("special") else ()
     pixels = backbone.prepare(images).inputs["pixel_values"]
-    torch.testing.assert_close(pixels, padded_pixels(images), rtol=0, atol=0.03)  # they round otherwise
+    torch.testing.assert_close(
+        pixels, padded_pixels(images, pixels.shape[-1]), rtol=0, atol=0.03
+    )  # they round otherwise
     expected = plain_states(tensors, raw, tokenizer, pixels, *PROMPTS[template], special)
     for layer, own in zip(states, expected, strict=True):
         torch.testing.assert_close(states[layer], own, rtol=1e-3, atol=2e-4)
@@ -216,9 +248,8 @@ def test_states_are_those_of_the_described_forward_pass(tmp_path, images, kind, 
     found = describe_checkpoint(recipe)
     assert found["family"] == f"original {kind}" and found["special_tokens"] == 4 * len(special)
     fresh = load_backbone(recipe, CPU, random_seed=3)
-    assert torch.equal(
-        fresh.core.vision_tower.embeddings.class_embedding, backbone.core.vision_tower.embeddings.class_embedding
-    )
+    both = zip(fresh.core.vision_tower.parameters(), backbone.core.vision_tower.parameters(), strict=True)
+    assert all(torch.equal(one, two) for one, two in both)
     assert not torch.equal(fresh.core.language_model.layers[0].mlp.down_proj.weight,
                            backbone.core.language_model.layers[0].mlp.down_proj.weight)  # fmt: skip
 
@@ -298,3 +329,78 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded"):
         load_backbone(BackboneRecipe(checkpoint=str(tmp_path / "model")), CPU)
     assert not (tmp_path / "ran").exists()
+
+
+LLAMA_3_8B = {
+    "vocab_size": 128257, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False, "model_type": "llava_llama",
+}  # fmt: skip
+PHI_3_MINI = {
+    "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False, "model_type": "ola_phi3",
+}  # fmt: skip
+CLIP_L = "/cluster/openai/clip-vit-large-patch14-336"
+XXL = "laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup-res768"
+PROBES = {"depth": (576, 1024), "seg": (576, 1536), "gen": (1, 1024)}
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def predictors(width):
+    """Two predictors per task, whose queries come from outside; depth's is as wide as the LLM, as published."""
+    total = 0
+    for task, (tokens, output) in PROBES.items():
+        inner = width if task == "depth" else output
+        probe = Resampler(ResamplerConfig(width, tokens, inner, output))
+        total += 2 * (count(probe) - probe.latents.numel())
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "llm", "tower_name", "gigabytes"),
+    [
+        ("probe_depth_llava-1.5-pt", LLAMA_3_8B, XXL, 38.16),
+        ("probe_seg_llava-1.5-pt-0.5ift", LLAMA_3_8B, XXL, 37.54),
+        ("probe_gen_llava-1.5-pt", LLAMA_3_8B, XXL, 36.62),
+        ("OLA-VLM-CLIP-ConvNeXT-Llama3-8b", LLAMA_3_8B, XXL, 35.63),
+        ("OLA-VLM-CLIP-ViT-Llama3-8b", LLAMA_3_8B, CLIP_L, 33.44),
+        ("pretrain_dsg_OLA-VLM-CLIP-ViT-Llama3-8b", LLAMA_3_8B, CLIP_L, 17.53),
+        ("pretrain_dsg_OLA-VLM-CLIP-ConvNeXT-Llama3-8b", LLAMA_3_8B, XXL, 18.64),
+        ("pretrain_dsg_OLA-VLM-CLIP-ConvNeXT-Phi3-4k-mini", PHI_3_MINI, XXL, 9.967),
+    ],
+)
+def test_full_size_models_have_the_published_sizes(name, llm, tower_name, gigabytes):
+    """Counted on the meta device; the files' sizes are those that the Hub shows (gigabytes of 10^9)."""
+    raw = llm | {"mm_vision_tower": tower_name, "mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad"}
+    config = read_config(raw, BackboneRecipe(checkpoint="org/name"))
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+        dpt = DepthAnythingForDepthEstimation(
+            DepthAnythingConfig(
+                backbone_config=Dinov2Config(
+                    hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14,
+                    out_indices=[5, 12, 18, 24], reshape_hidden_states=False,
+                ),
+                reassemble_hidden_size=1024, neck_hidden_sizes=[256, 512, 1024, 1024], fusion_hidden_size=256,
+            )
+        )  # fmt: skip
+        heads = predictors(llm["hidden_size"])
+        probes = {
+            task: 32 * count(Resampler(ResamplerConfig(llm["hidden_size"], tokens, output, output)))
+            for task, (tokens, output) in PROBES.items()
+        }
+        tower_size = count(ConvNextTower(config.convnext)) if config.convnext else count(model.model.vision_tower)
+    language = count(model.model.language_model) + count(model.lm_head)
+    projector, special = count(model.model.multi_modal_projector), (576 + 576 + 8) * llm["hidden_size"]
+    decoder = count(dpt.neck) + count(dpt.head)
+    if name.startswith("probe"):
+        task = name.split("_")[1]
+        size = 4 * (language + tower_size + projector + probes[task])
+        size += 4 * (count(dpt) + decoder) if task == "depth" else 0
+    elif name.startswith("OLA"):
+        size = 4 * (language + tower_size + projector + special)
+    else:
+        size = 2 * (language + tower_size) + 4 * (projector + special + heads + decoder)
+    assert size / 1e9 == pytest.approx(gigabytes, rel=1e-3)
