@@ -31,7 +31,8 @@ def render(processor: Any, messages: list[dict[str, Any]], generation_prompt: bo
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"the chat template of {name} cannot be used ({first_line(error)}); {HELP}") from None
     images = sum(item["type"] == "image" for message in messages for item in message["content"])
-    found = text.count(getattr(processor, "image_token", TAG))
+    marks = [str(mark) for name in ("image_token", "boi_token") if (mark := getattr(processor, name, None))] or [TAG]
+    found = max(text.count(mark) for mark in marks)
     if found != images:
         raise UserError(f"the chat template of {name} writes {found} images where there are {images}; {HELP}")
     if tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:

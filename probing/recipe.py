@@ -41,6 +41,10 @@ class BackboneRecipe(Strict):
     """Conversation template of a checkpoint in LLaVA's original format, where it does not say: vicuna_v1, …"""
     vision_tower: str | None = None
     """Folder or Hub id of its vision tower, where the path that it names does not exist."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Pixels that square images are resized to before the processor of a family that takes every size."""
+    whole_image: Literal["first", "last"] | None = None
+    """Which part shows the whole image, where a family without a file of its own cuts images into parts."""
     special_tokens: Literal["auto", "on", "off"] = "auto"
     """OLA-VLM's special tokens after the image: `auto` keeps them where the checkpoint has them, `on` insists, `off`
     leaves them out of the prompt."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from probing.backbones import llava, llava_next, llava_onevision, multi_encoder, original
+from probing.backbones import generic, llava, llava_next, llava_onevision, multi_encoder, original
 from probing.backbones.base import FINAL, Backbone, Batch, Layer, TokenMap, layer_name, parse_layers
 from probing.errors import UserError
 from probing.hub import load_config, locate, read_json
@@ -38,11 +38,14 @@ def _open(recipe: BackboneRecipe) -> tuple[str, Any, Any]:
     config = load_config(source, "checkpoint", revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     family = FAMILIES.get(config.model_type)
     if family is None:
-        found = ", ".join(config.architectures or [config.model_type])
-        raise UserError(
-            f"{recipe.checkpoint} is no LLaVA-style checkpoint but {found} (model type {config.model_type!r}); "
-            f"give one of the families: {', '.join(FAMILIES)}"
-        )
+        family = generic
+        if not generic.loads(config):
+            found = ", ".join(config.architectures or [config.model_type])
+            raise UserError(
+                f"{recipe.checkpoint} is no vision-language model but {found} (model type {config.model_type!r}); give "
+                f"one of the families {', '.join(FAMILIES)}, LLaVA's original format, or any other that transformers' "
+                "AutoModelForImageTextToText loads"
+            )
     return source, config, family
 
 

@@ -144,9 +144,17 @@ def load(
             and projector are drawn anew and the vision tower is kept.
         inputs: the input side, where it is not LLaVA-1.5's.
     """
+    inputs = inputs or make_inputs(source, config, recipe)
+    model = load_model(source, recipe)
+    if random_seed is not None:
+        model = randomised(model, config, random_seed)
+    return backbone_of(source, model, recipe, device, inputs)
+
+
+def load_model(source: str, recipe: BackboneRecipe) -> Any:
+    """Loads a model in transformers' format; raises UserError where it cannot be read, or is incomplete."""
     from transformers import AutoModelForImageTextToText
 
-    inputs = inputs or make_inputs(source, config, recipe)
     with loading(f"checkpoint {source}"):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source,
@@ -162,9 +170,7 @@ def load(
             f"checkpoint {source} lacks {len(missing)} tensors of its architecture (first: {missing[0]}); "
             "complete the weights"
         )
-    if random_seed is not None:
-        model = randomised(model, config, random_seed)
-    return backbone_of(source, model, recipe, device, inputs)
+    return model
 
 
 def loading_arguments(recipe: BackboneRecipe) -> dict[str, Any]:

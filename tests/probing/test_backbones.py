@@ -157,5 +157,5 @@ def test_incomplete_weights_are_refused(tmp_path):
 
 
 def test_what_is_no_llava_is_named(models):
-    with pytest.raises(UserError, match="no LLaVA-style checkpoint but DepthAnythingForDepthEstimation"):
+    with pytest.raises(UserError, match="no vision-language model but DepthAnythingForDepthEstimation"):
         load_backbone(BackboneRecipe(checkpoint=str(models["depth"])), CPU)

@@ -96,7 +96,7 @@ def test_help_answers_at_once():
     ("change", "message"),
     [
         (["--checkpoint", "/nowhere/llava"], "no such checkpoint"),
-        (["--checkpoint", "{depth}"], "no LLaVA-style checkpoint but DepthAnything"),
+        (["--checkpoint", "{depth}"], "no vision-language model but DepthAnything"),
         (["--layers", "0,7"], "layer 7 is out of range: this checkpoint has layers 0 to 3"),
         (["--teacher=seg={gen}"], "cannot be the seg teacher: it holds CLIPVisionModelWithProjection"),
         (["--teacher=sge"], "no teacher is called 'sge'"),
