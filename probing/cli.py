@@ -349,15 +349,16 @@ def distill(recipe_file: Path, out: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--data", required=True, help="coco:DIR, a folder in COCO's official layout.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def import_(checkpoint: str, run: Path, data: str, overrides: tuple[str, ...]) -> None:
-    """Make RUN of the embedding predictors that CHECKPOINT was trained with.
+    """Make RUN of probes that CHECKPOINT brings: its embedding predictors, or OLA-VLM's published probes.
 
-    They are then scored and decoded as probes are: probing evaluate RUN. KEY=VALUE sets any field of the run's recipe,
-    e.g. data.eval_limit=500, or teachers.depth.id=DIR where a teacher has moved.
+    They are then scored and decoded as any: probing evaluate RUN. KEY=VALUE sets any field of the run's recipe, e.g.
+    data.eval_limit=500, or teachers.depth.id=DIR where a teacher has moved.
     """
     _quiet_libraries()
-    from probing.import_probes import import_predictors, predictor_recipe
+    from probing.import_probes import find_probes, import_probes, import_recipe
 
-    made = import_predictors(predictor_recipe(checkpoint, data, overrides), run)
+    found = find_probes(checkpoint)
+    made = import_probes(import_recipe(checkpoint, data, found, overrides), found, run)
     click.echo(f"probes: {made.path / 'probes'}; next: probing evaluate {made.path}")
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 import probing.compat  # noqa: F401
 from probing.errors import UserError
@@ -110,6 +112,23 @@ def read_json(source: str, name: str, revision: str | None = None) -> dict[str, 
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def read_tensors(source: str, prefix: str, revision: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model whose names begin with a prefix, one after the other; nothing else of it is read.
+
+    Raises:
+        UserError: there are no weights, or a file cannot be read.
+    """
+    for file in weight_files(source, revision, prefix):
+        with loading(f"{source}, {file.name}"):
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as stored:
+                    for name in (name for name in stored.keys() if name.startswith(prefix)):  # noqa: SIM118
+                        yield name, stored.get_tensor(name)
+            else:
+                whole = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                yield from ((name, tensor) for name, tensor in whole.items() if name.startswith(prefix))
 
 
 def weight_files(source: str, revision: str | None = None, prefix: str = "") -> list[Path]:

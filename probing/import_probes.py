@@ -1,7 +1,12 @@
-"""`probing import`: probes that were trained elsewhere become a run, which is evaluated and reported like any other."""
+"""`probing import`: probes that were trained elsewhere become a run, which is evaluated and reported like any other.
+
+Two kinds: the embedding predictors beside a checkpoint of `probing distill`, and the published probe checkpoints of
+OLA-VLM / VisPer-LM, full models of 36 to 38 GB of which only the probes are read.
+"""
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +16,137 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
-from probing.backbones import Backbone, layer_name, load_backbone, parse_layers
-from probing.bank import ProbeBank, bank_config, bank_layers
+from probing.backbones import FINAL, Batch, TokenMap, identify, layer_name, parse_layers
+from probing.bank import ProbeBank, ProbeKey, bank_config, bank_layers
 from probing.data.coco import ImageList, Skipped
 from probing.data.loader import micro_batches
 from probing.distill.predictors import FOLDER
 from probing.errors import UserError
-from probing.hub import locate
+from probing.hub import locate, read_json, read_tensors
 from probing.progress import Progress
-from probing.recipe import ProbeRunRecipe, apply_overrides, validate
+from probing.recipe import ProbeRunRecipe, TokenKind, apply_overrides, validate
+from probing.resampler import Resampler, ResamplerConfig
 from probing.run import Run, disk_errors, whole_file, whole_folder, write_text
 from probing.teachers import Teacher
+from probing.teachers.catalogue import CATALOGUE
 from probing.train import held_out_images, load_teachers, provenance_of, training_images, write_manifest
 
 
-def predictor_recipe(checkpoint: str, data: str, overrides: Sequence[str] = ()) -> ProbeRunRecipe:
-    """The recipe of a run whose probes are a checkpoint's own embedding predictors.
+@dataclass
+class Found:
+    """Probes that were trained elsewhere.
+
+    Attributes:
+        bank: the probes, on the CPU.
+        teachers: id and grid of the teacher of each, as a recipe has them.
+        trained_towards: per teacher the hash of its weights and its target's shape, where that is known.
+        trained: how they were trained: epochs, batch_size, steps, lr; empty where nobody says.
+        kind: what they are, behind the checkpoint's name.
+    """
+
+    bank: ProbeBank
+    teachers: dict[str, dict[str, Any]]
+    trained_towards: dict[str, tuple[str, list[int]]]
+    trained: dict[str, Any]
+    kind: str
+
+
+def find_probes(checkpoint: str) -> Found:
+    """Reads the probes of a checkpoint, and nothing else of it.
 
     Args:
-        checkpoint: folder or Hub id, of a stage of `probing distill` that had embedding losses.
-        data: `coco:DIR`.
-        overrides: `KEY=VALUE`, such as `teachers.depth.id=DIR` where a teacher has moved.
+        checkpoint: folder or Hub id.
 
     Raises:
-        UserError: the checkpoint has no predictors, or a field is wrong.
+        UserError: there are none, or they are incomplete.
     """
-    folder = _predictors(checkpoint)
+    source = locate(checkpoint, "checkpoint")
+    raw = read_json(source, "config.json")
+    if raw.get("probe_mode"):
+        return _published(source, raw)
+    folder = Path(source) / FOLDER
     layers = bank_layers(folder)
+    if not layers:
+        raise UserError(
+            f"{checkpoint} has neither embedding predictors (a folder {FOLDER} with probes, as probing distill writes "
+            "for a stage with embedding losses) nor probes in its configuration (probe_mode)"
+        )
     configs = {teacher: bank_config(folder, teacher) for teacher in layers}
+    record = json.loads((folder.parent / "training.json").read_text(encoding="utf-8"))
+    stage = yaml.safe_load(record["recipe"])
+    return Found(
+        bank=ProbeBank.load(folder, torch.device("cpu")),
+        teachers={
+            name: {"id": config["teacher"]["id"]} | _grid(config["resampler"]) for name, config in configs.items()
+        },
+        trained_towards={n: (config["teacher"]["sha256"], config["teacher"]["shape"]) for n, config in configs.items()},
+        trained={name: stage[name] for name in ("epochs", "batch_size", "lr")} | {"steps": record["steps"]},
+        kind="predictors",
+    )
+
+
+def _grid(resampler: dict[str, int]) -> dict[str, int]:
+    side = round(resampler["queries"] ** 0.5)
+    return {"grid": side} if side > 1 else {}
+
+
+def _published(source: str, raw: dict[str, Any]) -> Found:
+    """The probes of one teacher, a layer each; the last layer's is of the state after the final norm.
+
+    That is how `output_hidden_states` counted when they were trained: its last entry is normalised.
+    """
+    mode = raw["probe_mode"]
+    sizes, count = raw.get(f"image_{mode}"), int(raw.get("num_hidden_layers", 0))
+    if mode not in CATALOGUE or not isinstance(sizes, dict):
+        raise UserError(
+            f"{source}: config.json says probe_mode {mode!r} and not the sizes of its probes (image_{mode})"
+        )
+    config = ResamplerConfig(
+        key_width=raw["hidden_size"],
+        queries=sizes["num_tokens"],
+        width=sizes["output_dim"],
+        output_width=sizes["output_dim"],
+        heads=sizes["num_heads"],
+        dim_head=sizes["dim_head"],
+        ff_mult=sizes["ff_mult"],
+    )
+    heads = f"image_{mode}_heads."
+    tensors = {name.removeprefix(heads): tensor for name, tensor in read_tensors(source, heads)}
+    probes = {}
+    for index in range(count):
+        prefix = f"{index}.projector."
+        own = {name.removeprefix(prefix): t.float() for name, t in tensors.items() if name.startswith(prefix)}
+        probe = Resampler(config)
+        try:
+            probe.load_state_dict(own)
+        except RuntimeError as error:
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"{source}: the probe of layer {index + 1} is incomplete, or of other sizes: {said}"
+            ) from None
+        layer = index + 1 if index + 1 < count else FINAL
+        probes[ProbeKey(mode, layer, 0)] = probe.eval().requires_grad_(False)
+    kinds = list(TokenKind.__args__)  # type: ignore[attr-defined]
+    teacher = {"id": CATALOGUE[mode].default_id} | _grid(config.to_dict())
+    return Found(ProbeBank(probes, {mode: kinds}), {mode: teacher}, {}, {}, "(published probes)")
+
+
+def import_recipe(checkpoint: str, data: str, found: Found, overrides: Sequence[str] = ()) -> ProbeRunRecipe:
+    """The recipe of a run whose probes were trained elsewhere.
+
+    Args:
+        checkpoint: where they come from.
+        data: `coco:DIR`.
+        found: the probes.
+        overrides: `KEY=VALUE`, such as `teachers.depth.id=DIR` where a teacher has moved.
+    """
+    layers = {layer_name(key.layer) for key in found.bank.probes}
+    blocks = sorted(layers - {FINAL}, key=int)
     values: dict[str, Any] = {
         "backbone": {"checkpoint": checkpoint},
         "data": {"path": data},
-        "teachers": {name: _teacher(config) for name, config in configs.items()},
-        "layers": ",".join(sorted({layer for some in layers.values() for layer in some}, key=int)),
+        "teachers": found.teachers,
+        "layers": ",".join([*blocks, *(layers & {FINAL})]),
         "controls": [],
         "fit": {"ridge": False, "workers": 0},
     }
@@ -51,76 +154,68 @@ def predictor_recipe(checkpoint: str, data: str, overrides: Sequence[str] = ()) 
     return validate(ProbeRunRecipe, values, "import").with_absolute_paths()
 
 
-def _predictors(checkpoint: str) -> Path:
-    folder = Path(locate(checkpoint, "checkpoint")) / FOLDER
-    if not bank_layers(folder):
-        raise UserError(
-            f"{checkpoint} has no embedding predictors (no probes in its folder {FOLDER}); give what probing distill "
-            "wrote for a stage with embedding losses"
-        )
-    return folder
-
-
-def _teacher(config: dict[str, Any]) -> dict[str, Any]:
-    side = round(config["resampler"]["queries"] ** 0.5)
-    return {"id": config["teacher"]["id"]} | ({"grid": side} if side > 1 else {})
-
-
-def import_predictors(recipe: ProbeRunRecipe, out: Path) -> Run:
-    """Makes a run of a checkpoint's embedding predictors; nothing is trained.
+def import_probes(recipe: ProbeRunRecipe, found: Found, out: Path) -> Run:
+    """Makes a run of probes that were trained elsewhere; nothing is trained, and the checkpoint is not loaded.
 
     Args:
-        recipe: from `predictor_recipe`.
+        recipe: from `import_recipe`.
+        found: from `find_probes`.
         out: the run's folder; a finished one is kept.
 
     Raises:
-        UserError: checkpoint or teachers are not those of the predictors, or data cannot be read.
+        UserError: checkpoint or teachers are not those of the probes, or data cannot be read.
     """
-    folder = _predictors(recipe.backbone.checkpoint)
     accelerator = Accelerator()
     train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
-    backbone = load_backbone(recipe.backbone, accelerator.device)
+    checkpoint = identify(recipe.backbone)
     teachers = load_teachers(recipe, accelerator.device)
-    _require_theirs(folder, backbone, teachers)
-    layers = ",".join(map(layer_name, parse_layers(recipe.layers, backbone.layers)))
-    bank = ProbeBank.load(folder, torch.device("cpu"), list(recipe.teachers), layers)
+    _require_theirs(found, checkpoint.hidden_size, teachers)
+    chosen = set(parse_layers(recipe.layers, checkpoint.layers))
+    probes = {k: p for k, p in found.bank.probes.items() if k.teacher in recipe.teachers and k.layer in chosen}
+    for name in recipe.teachers:
+        if not any(key.teacher == name for key in probes):
+            there = [layer_name(key.layer) for key in found.bank.probes if key.teacher == name]
+            raise UserError(f"the {name} probes have no layer {recipe.layers}; there are {', '.join(there)}")
     run = Run.create(out, recipe)
     if run.finished:
         return run
-    provenance = provenance_of(recipe, backbone, teachers, train_images, eval_images)
-    provenance["checkpoint"]["name"] += " predictors"
-    means, skipped = mean_targets(recipe, backbone, teachers, train_images)
-    record = json.loads((folder.parent / "training.json").read_text(encoding="utf-8"))
-    stage = yaml.safe_load(record["recipe"])
-    trained = {name: stage[name] for name in ("epochs", "batch_size", "lr")}
+    provenance = provenance_of(recipe, checkpoint, teachers, train_images, eval_images)
+    provenance["checkpoint"]["name"] += f" {found.kind}"
+    means, skipped = mean_targets(recipe, teachers, train_images, accelerator.device)
     with disk_errors(out):
         with whole_folder(run.probes("no")) as part:
-            bank.save(part, {"control": "no", **provenance})
+            ProbeBank(probes, found.bank.keys).save(part, {"control": "no", **provenance})
         with whole_file(run.means) as file:
             save_file(means, file)
         write_text(out / "learning_curves.csv", "control,teacher,layer,seed,step,loss\n")
-        trained |= {"steps": record["steps"], "seeds": recipe.fit.seeds}
+        trained = found.trained | {"seeds": recipe.fit.seeds, "imported": True}
         write_manifest(run, provenance, trained, [], [vars(s) for s in skipped], 0.0)
     return run
 
 
-def _require_theirs(folder: Path, backbone: Backbone, teachers: dict[str, Teacher]) -> None:
-    """Raises UserError where predictors were trained with another LLM's width or another teacher."""
+def _require_theirs(found: Found, width: int, teachers: dict[str, Teacher]) -> None:
+    """Raises UserError where probes were trained with another LLM's width or another teacher."""
     for name, teacher in teachers.items():
-        config = bank_config(folder, name)
-        if config["resampler"]["key_width"] != backbone.hidden_size:
+        config = next(p.config for key, p in found.bank.probes.items() if key.teacher == name)
+        if config.key_width != width:
             raise UserError(
-                f"{folder} reads states of width {config['resampler']['key_width']}, not of this checkpoint"
+                f"the {name} probes read states of width {config.key_width}, and the checkpoint's have {width}"
             )
-        if config["teacher"]["sha256"] != teacher.sha256 or config["teacher"]["shape"] != list(teacher.shape):
+        sha256, shape = found.trained_towards.get(name, (teacher.sha256, [config.queries, config.output_width]))
+        if sha256 != teacher.sha256 or list(shape) != list(teacher.shape):
             raise UserError(
-                f"the predictors of {folder} were trained towards another {name} teacher ({config['teacher']['id']}); "
-                f"name it: teachers.{name}.id=DIR"
+                f"the {name} probes were trained towards another teacher, with targets of {shape} "
+                f"({found.teachers[name]['id']}; this one gives {list(teacher.shape)}); name it: teachers.{name}.id=DIR"
             )
+
+
+def _nothing(images: Sequence[Any]) -> Batch:
+    """In place of a student, where only teachers look at the images."""
+    return Batch({}, TokenMap(torch.zeros(len(images), 1, dtype=torch.long), (0, 0)))
 
 
 def mean_targets(
-    recipe: ProbeRunRecipe, backbone: Backbone, teachers: dict[str, Teacher], images: ImageList
+    recipe: ProbeRunRecipe, teachers: dict[str, Teacher], images: ImageList, device: torch.device
 ) -> tuple[dict[str, Tensor], list[Skipped]]:
     """The mean target (N, D) of every teacher over a split, in float32, and the images that could not be read."""
     totals: dict[str, Tensor] = {}
@@ -128,9 +223,7 @@ def mean_targets(
     count, batch = 0, recipe.fit.micro_batch
     plan = [list(range(first, min(first + batch, len(images)))) for first in range(0, len(images), batch)]
     prepare = {name: teacher.prepare for name, teacher in teachers.items()}
-    batches = micro_batches(
-        images, plan, backbone.prepare, prepare, recipe.data.view, recipe.fit.workers, backbone.device
-    )
+    batches = micro_batches(images, plan, _nothing, prepare, recipe.data.view, recipe.fit.workers, device)
     with Progress("mean targets", len(plan), unit="batches") as bar:
         for prepared in batches:
             skipped += prepared.skipped

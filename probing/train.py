@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from probing.backbones import Backbone, Layer, load_backbone, parse_layers
+from probing.backbones import Backbone, Identity, Layer, load_backbone, parse_layers
 from probing.convergence import judge
 from probing.data.coco import ImageList, list_images
 from probing.errors import UserError
@@ -104,7 +104,7 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
     if run.finished:
         logger.info("%s is finished already", out)
         return run
-    provenance = provenance_of(recipe, backbone, teachers, train_images, eval_images)
+    provenance = provenance_of(recipe, backbone.identity, teachers, train_images, eval_images)
     arms: list[tuple[str, list[str]]] = [("no", ["no", *(["shuffled"] if "shuffled" in recipe.controls else [])])]
     if "random" in recipe.controls:
         arms.append(("random", ["random"]))
@@ -184,20 +184,13 @@ def _check_same_inputs(folder: Path, provenance: dict[str, Any], main: bool) -> 
 
 
 def provenance_of(
-    recipe: ProbeRunRecipe, backbone: Backbone, teachers: dict[str, Teacher], train: ImageList, held_out: ImageList
+    recipe: ProbeRunRecipe, checkpoint: Identity, teachers: dict[str, Teacher], train: ImageList, held_out: ImageList
 ) -> dict[str, Any]:
     """What a run is made of: checkpoint, prompt, teachers, data and versions."""
     return {
-        "checkpoint": {
-            "name": backbone.name,
-            "path": backbone.source,
-            "family": backbone.family,
-            "sha256": backbone.sha256,
-            "layers": backbone.layers,
-            "hidden_size": backbone.hidden_size,
-        },
+        "checkpoint": {name: value for name, value in vars(checkpoint).items() if name != "prompt"},
         "prompt": recipe.backbone.prompt,
-        "rendered_prompt": getattr(backbone.prepare, "text", ""),
+        "rendered_prompt": checkpoint.prompt,
         "teachers": {
             name: {
                 "id": teacher.id,

@@ -5,18 +5,20 @@ from typing import Any
 import torch
 
 from probing.backbones import generic, llava, llava_next, llava_onevision, multi_encoder, original
-from probing.backbones.base import FINAL, Backbone, Batch, Layer, TokenMap, layer_name, parse_layers
+from probing.backbones.base import FINAL, Backbone, Batch, Identity, Layer, TokenMap, layer_name, parse_layers
 from probing.errors import UserError
-from probing.hub import load_config, locate, read_json
+from probing.hub import identity, load_config, locate, read_json
 from probing.recipe import BackboneRecipe
 
 __all__ = [
     "FINAL",
     "Backbone",
     "Batch",
+    "Identity",
     "Layer",
     "TokenMap",
     "describe_checkpoint",
+    "identify",
     "layer_name",
     "load_backbone",
     "parse_layers",
@@ -62,6 +64,22 @@ def load_backbone(recipe: BackboneRecipe, device: torch.device, random_seed: int
     """
     source, config, family = _open(recipe)
     return family.load(source, config, recipe, device, random_seed)
+
+
+def identify(recipe: BackboneRecipe) -> Identity:
+    """Which checkpoint a recipe names; its weights are hashed, and not loaded."""
+    source, config, family = _open(recipe)
+    inputs = family.make_inputs(source, config, recipe)
+    text = config.get_text_config()
+    return Identity(
+        name=source.rstrip("/").rsplit("/", 1)[-1],
+        path=source,
+        family=f"original {config.original['model_type']}" if family is original else config.model_type,
+        sha256=identity(source, getattr(config, "_commit_hash", None)),
+        layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        prompt=inputs.text,
+    )
 
 
 def describe_checkpoint(recipe: BackboneRecipe) -> dict[str, Any]:

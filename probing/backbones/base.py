@@ -208,6 +208,29 @@ class _DeepestLayerReached(Exception):
     pass
 
 
+@dataclass(frozen=True)
+class Identity:
+    """Which checkpoint it is.
+
+    Attributes:
+        name: short name for tables and legends.
+        path: folder or Hub id.
+        family: model type, e.g. `llava`.
+        sha256: identifies the weights.
+        layers: number L of decoder blocks.
+        hidden_size: width H of the LLM.
+        prompt: the text that every sequence carries.
+    """
+
+    name: str
+    path: str
+    family: str
+    sha256: str
+    layers: int
+    hidden_size: int
+    prompt: str
+
+
 @dataclass
 class Backbone:
     """A checkpoint ready to be asked for hidden states.
@@ -239,6 +262,12 @@ class Backbone:
     def layers(self) -> int:
         """Number L of decoder blocks."""
         return len(self.blocks)
+
+    @property
+    def identity(self) -> Identity:
+        """Which checkpoint this is."""
+        text = getattr(self.prepare, "text", "")
+        return Identity(self.name, self.source, self.family, self.sha256, self.layers, self.hidden_size, text)
 
     @property
     def device(self) -> torch.device:

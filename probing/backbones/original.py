@@ -6,7 +6,6 @@ model; here they become rows of the embedding table and entries of the vocabular
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from probing.backbones.llava import LlavaInputs
 from probing.backbones.llava import describe as describe_llava
 from probing.backbones.towers import ConvNextTower, convnext_of, stand_in
 from probing.errors import UserError
-from probing.hub import first_line, load_config, loading, read_json, weight_files
+from probing.hub import first_line, load_config, loading, read_json, read_tensors
 from probing.recipe import BackboneRecipe
 
 LLMS: dict[str, Any] = {
@@ -294,7 +293,9 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
         if config.convnext:
             tower = ConvNextTower(config.convnext)
             prefix = "model.vision_tower.vision_tower."
-            there = {name.removeprefix(prefix): tensor for name, tensor in _tensors(source, recipe.revision, prefix)}
+            there = {
+                name.removeprefix(prefix): tensor for name, tensor in read_tensors(source, prefix, recipe.revision)
+            }
             wanted = tower.state_dict().keys()
             tower.load_state_dict({name: tensor for name, tensor in there.items() if name in wanted}, strict=False)
             unexpected -= {prefix + name for name in wanted}
@@ -332,19 +333,7 @@ def _require_all_known(source: str, missing: set[str], unexpected: set[str]) -> 
 
 def read_special(source: str, revision: str | None) -> dict[str, Tensor]:
     """The parameters `model.special_<task>_tokens` of a checkpoint, by task; nothing else of it is read."""
-    return {name.split("_")[1]: tensor for name, tensor in _tensors(source, revision, "model.special_")}
-
-
-def _tensors(source: str, revision: str | None, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
-
-    for file in weight_files(source, revision, prefix):
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as stored:
-                yield from ((name, stored.get_tensor(name)) for name in stored.keys() if name.startswith(prefix))  # noqa: SIM118
-        else:
-            whole = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            yield from ((name, tensor) for name, tensor in whole.items() if name.startswith(prefix))
+    return {name.split("_")[1]: tensor for name, tensor in read_tensors(source, "model.special_", revision)}
 
 
 def _convnext(config: Any) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """A checkpoint's own embedding predictors, evaluated as probes."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +13,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from analysis.evaluate import evaluate
 from probing.backbones import load_backbone
+from probing.bank import ProbeBank
 from probing.data.coco import square
 from probing.distill.predictors import EmbeddingPredictors, Task
 from probing.distill.recipe import DistillRecipe
 from probing.distill.train import run_stage
+from probing.errors import UserError
+from probing.import_probes import find_probes, import_probes, import_recipe
 from probing.recipe import BackboneRecipe, TeacherRecipe
+from probing.resampler import Resampler, ResamplerConfig
 from probing.teachers import load_teacher
+from reports.page import write_report
 from tests import tiny
+from tests.probing.test_original import original
 
 CPU = torch.device("cpu")
 LAYERS = {"depth": (1, 3), "gen": (2,)}
@@ -47,6 +56,12 @@ def probing(*arguments, code=0):
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == code, done.stderr
     return done
+
+
+def bring(checkpoint, run, coco, *overrides):
+    """What `probing import` does."""
+    found = find_probes(str(checkpoint))
+    return import_probes(import_recipe(str(checkpoint), f"coco:{coco}", found, overrides), found, run)
 
 
 def test_predictors_are_scored_as_what_they_are(checkpoint, models, coco, tmp_path):
@@ -82,17 +97,92 @@ def test_predictors_are_scored_as_what_they_are(checkpoint, models, coco, tmp_pa
     training = [square(Image.open(path).convert("RGB")) for path in sorted((coco / "train2017").iterdir())]
     targets = teachers["gen"].target(teachers["gen"].prepare(training))
     np.testing.assert_allclose(mean, targets.mean(0), atol=1e-5)
-    probing("report", run)
+    write_report([run], run / "report")
     assert "trained elsewhere, and imported" in (run / "report" / "index.html").read_text()
-    assert "there already" in probing("evaluate", run).stderr
 
 
 def test_what_cannot_be_imported(checkpoint, models, coco, tmp_path):
-    where = ("--data", f"coco:{coco}")
-    done = probing("import", models["llava"], tmp_path / "none", *where, code=2)
-    assert "has no embedding predictors" in done.stderr and not (tmp_path / "none").exists()
+    none = tmp_path / "none"
+    done = probing("import", models["llava"], none, "--data", f"coco:{coco}", code=2)
+    assert "has neither embedding predictors" in done.stderr
     other = tiny.depth_teacher(tmp_path / "other", seed=9)
-    done = probing("import", checkpoint, tmp_path / "none", *where, f"teachers.depth.id={other}", code=2)
-    assert "were trained towards another depth teacher" in done.stderr and not (tmp_path / "none").exists()
-    done = probing("import", checkpoint, tmp_path / "none", *where, "layers=0", code=2)
-    assert "has no layer 0; it has " in done.stderr and not (tmp_path / "none").exists()
+    with pytest.raises(UserError, match="were trained towards another teacher"):
+        bring(checkpoint, none, coco, f"teachers.depth.id={other}")
+    with pytest.raises(UserError, match="probes have no layer 0; there are "):
+        bring(checkpoint, none, coco, "layers=0")
+    assert not none.exists()
+
+
+@pytest.fixture
+def published(tmp_path, models):
+    """A checkpoint of depth probes as published: a full model, and in it one probe for each of its three layers."""
+    teacher = load_teacher("depth", TeacherRecipe(id=str(models["depth"])), CPU)
+    tokens, width = teacher.shape
+    torch.manual_seed(3)
+    probes = [Resampler(ResamplerConfig(32, tokens, width, width, 2, 8)) for _ in range(3)]
+    heads = {
+        f"image_depth_heads.{index}.projector.{name}": tensor
+        for index, probe in enumerate(probes)
+        for name, tensor in probe.state_dict().items()
+    }
+    teachers_own = {"da_v2_head.depth_head.scratch.output_conv1.weight": torch.zeros(2, 2)}
+    folder = tmp_path / "published"
+    _, raw, _ = original(folder, "probe_dsg_llava_llama", own_tower=True, headers=True, extra=heads | teachers_own)
+    sizes = {"depth": 1, "dim_head": 8, "num_heads": 2, "num_tokens": tokens, "output_dim": width, "ff_mult": 1}
+    said = {"probe_mode": "depth", "image_depth": sizes, "num_task_tokens": 8, "depth_estimator": "/cluster/x.pth"}
+    (folder / "config.json").write_text(json.dumps(raw | said))
+    return folder, probes, teacher
+
+
+def test_published_probes_are_read_alone_and_scored_where_they_were_trained(published, models, coco, tmp_path):
+    folder, probes, teacher = published
+    run = tmp_path / "run"
+    depth = f"teachers.depth.id={models['depth']}"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    without = next(
+        file for file in set(index.values()) if not any("_heads." in n for n, f in index.items() if f == file)
+    )
+    whole = (folder / without).read_bytes()
+    (folder / without).write_bytes(b"not even a header")
+    bring(folder, run, coco, depth)
+    (folder / without).write_bytes(whole)
+    shutil.rmtree(run)
+    bring(folder, run, coco, depth)
+    bank = ProbeBank.load(run / "probes", CPU)
+    assert [key.layer for key in bank.probes] == [1, 2, "final"]
+    evaluate(run)
+    results = pd.read_csv(run / "results.csv", dtype={"layer": str}, keep_default_na=False)
+    backbone = load_backbone(BackboneRecipe(checkpoint=str(folder)), CPU)
+    images = [square(Image.open(path).convert("RGB")) for path in sorted((coco / "val2017").iterdir())]
+    target = teacher.target(teacher.prepare(images))
+    states, tokens = backbone.hidden_states(images, "1,2,final")
+    assert not tokens.mask("gen", "depth", "seg").any()  # a saved probe never sees them
+    for layer, probe in zip(states, probes, strict=True):
+        with torch.no_grad():
+            own = torch.cosine_similarity(probe(states[layer]), target, dim=-1).mean()
+        row = results[
+            (results["layer"] == str(layer)) & (results["metric"] == "cosine") & (results["probe"] == "resampler")
+        ]
+        assert row[row["protocol"] == "strict"]["value"].item() == pytest.approx(float(own), abs=1e-5)
+    write_report([run], run / "report")
+    assert "elsewhere; imported" in (run / "report" / "index.html").read_text()
+
+
+def test_incomplete_published_probes_are_named(published, models, coco, tmp_path):
+    folder, _, _ = published
+    config, run = json.loads((folder / "config.json").read_text()), tmp_path / "run"
+    depth = f"teachers.depth.id={models['depth']}"
+
+    def refused(message, *overrides, **values):
+        (folder / "config.json").write_text(json.dumps(config | values))
+        with pytest.raises(UserError, match=message):
+            bring(folder, run, coco, *overrides)
+
+    other = tiny.depth_teacher(tmp_path / "wide", width=24)
+    refused(r"were trained towards another teacher, with targets of \[16, 16\]", f"teachers.depth.id={other}")
+    refused("the probe of layer 4 is incomplete", depth, num_hidden_layers=4)
+    refused("not the sizes of its probes", depth, image_depth=None)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    (folder / index["image_depth_heads.1.projector.latents"]).unlink()
+    refused("lacks the shard", depth)
+    assert not run.exists()

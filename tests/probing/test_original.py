@@ -38,6 +38,7 @@ LLMS = {
     "llava_llama": (LlamaConfig, LlamaForCausalLM, "LlavaLlamaForCausalLM"),
     "llava_mistral": (MistralConfig, MistralForCausalLM, "LlavaMistralForCausalLM"),
     "llava_phi3": (Phi3Config, Phi3ForCausalLM, "LlavaPhi3ForCausalLM"),
+    "probe_dsg_llava_llama": (LlamaConfig, LlamaForCausalLM, "ProbeDSGLlavaLlamaForCausalLM"),
 }
 VICUNA = ("backbone.template", "vicuna_v1")
 
