@@ -76,14 +76,21 @@ def demo(preset: str, out: Path) -> None:
 @click.argument("checkpoint")
 @click.option("--prompt", help="The user's turn of the sample prompt.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(checkpoint: str, prompt: str | None, as_json: bool) -> None:
-    """What CHECKPOINT (a folder or Hub id) is: parts, layers, widths, token map of a sample prompt."""
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def inspect(checkpoint: str, prompt: str | None, as_json: bool, overrides: tuple[str, ...]) -> None:
+    """What CHECKPOINT (a folder or Hub id) is: parts, layers, widths, token map of a sample prompt.
+
+    KEY=VALUE says how it is loaded, as for probing train, e.g. backbone.template=vicuna_v1.
+    """
     _quiet_libraries()
     from probing.backbones import describe_checkpoint
-    from probing.recipe import BackboneRecipe, validate
+    from probing.recipe import BackboneRecipe, apply_overrides, validate
 
-    values = {"checkpoint": checkpoint} | ({"prompt": prompt} if prompt else {})
-    found = describe_checkpoint(validate(BackboneRecipe, values, "inspect"))
+    values: dict[str, Any] = {"backbone": {"checkpoint": checkpoint} | ({"prompt": prompt} if prompt else {})}
+    apply_overrides(values, overrides)
+    for name in values.keys() - {"backbone"}:
+        raise UserError(f"inspect takes fields of backbone alone; write backbone.{name}=…")
+    found = describe_checkpoint(validate(BackboneRecipe, values["backbone"], "inspect"))
     click.echo(json.dumps(found, indent=2) if as_json else _as_lines(found))
 
 
@@ -96,7 +103,7 @@ def _as_lines(values: dict[str, Any]) -> str:
             value = " x ".join(map(str, value))
         elif isinstance(value, str) and ("\n" in value or name == "prompt"):
             value = json.dumps(value)
-        lines.append(f"{name.replace('_', ' '):<14}{value}")
+        lines.append(f"{name.replace('_', ' '):<16}{value}")
     return "\n".join(lines)
 
 

@@ -155,7 +155,7 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig:
         image_seq_length=side * side, tie_word_embeddings=raw.get("tie_word_embeddings", False),
     )  # fmt: skip
     config.original, config.tower, config.convnext = raw, tower, convnext
-    config.architectures = raw.get("architectures")
+    config.architectures, config.dtype = raw.get("architectures"), raw.get("torch_dtype")
     return config
 
 

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +249,7 @@ def test_states_are_those_of_the_described_forward_pass(tmp_path, images, kind, 
         torch.testing.assert_close(states[layer], own, rtol=1e-3, atol=2e-4)
     assert tokens.counts()["image"] == 16 and all(tokens.counts()[task] == 4 for task in special)
     found = describe_checkpoint(recipe)
+    assert found["dtype"] == "float32"
     assert found["family"] == f"original {kind}" and found["special_tokens"] == 4 * len(special)
     fresh = load_backbone(recipe, CPU, random_seed=3)
     both = zip(fresh.core.vision_tower.parameters(), backbone.core.vision_tower.parameters(), strict=True)
@@ -320,6 +323,20 @@ def test_bad_input(tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
         load(template="vicuna_v1")
+
+
+def test_inspect_takes_what_a_checkpoint_does_not_say(tmp_path):
+    original(tmp_path / "model")
+
+    def inspect(*options, code=0):
+        command = [sys.executable, "-m", "probing", "inspect", str(tmp_path / "model"), *options]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert done.returncode == code, done.stderr
+        return done
+
+    found = json.loads(inspect("--json", "backbone.template=vicuna_v1").stdout)
+    assert found["prompt"].endswith("ASSISTANT:") and found["family"] == "original llava_llama"
+    assert "write backbone.template=" in inspect("template=vicuna_v1", code=2).stderr
 
 
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
