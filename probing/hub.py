@@ -58,6 +58,11 @@ def load_config(source: str, what: str, **kwargs: Any) -> Any:
     try:
         return AutoConfig.from_pretrained(source, **kwargs)
     except (OSError, ValueError, KeyError) as error:
+        if "custom code" in str(error):
+            raise UserError(
+                f"{what} {source} comes with code of its own, which was not run; read it, and to run it set "
+                "backbone.trust_remote_code=true"
+            ) from None
         place = "" if Path(source).exists() else "there is no such folder, and as a Hub id "
         raise UserError(f"{what} {source} cannot be read: {place}{first_line(error)}") from None
 

@@ -1,4 +1,5 @@
 import gc
+import json
 import weakref
 
 import numpy as np
@@ -154,6 +155,15 @@ def test_incomplete_weights_are_refused(tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="lacks 1 tensor"):
         load_backbone(BackboneRecipe(checkpoint=str(folder)), CPU)
+
+
+def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path):
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}, "architectures": ["Own"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(UserError, match=r"code of its own, which was not run; .*backbone\.trust_remote_code=true"):
+        load_backbone(BackboneRecipe(checkpoint=str(tmp_path)), CPU)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_is_no_llava_is_named(models):

@@ -62,6 +62,15 @@ def test_neither_batch_nor_padding_changes_a_state(checkpoints, images, name):
             torch.testing.assert_close(together[layer][index][valid], alone[layer][0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision_runs(checkpoints, images, name):
+    recipe = BackboneRecipe(checkpoint=str(checkpoints[name]))
+    full, _ = load_backbone(recipe, CPU).hidden_states(images, "3")
+    half, _ = load_backbone(recipe.model_copy(update={"dtype": "bfloat16"}), CPU).hidden_states(images, "3")
+    assert half[3].dtype == torch.bfloat16
+    assert torch.cosine_similarity(full[3].flatten(), half[3].float().flatten(), dim=0) > 0.999
+
+
 @pytest.mark.parametrize("name", TILED)
 def test_the_map_knows_whole_image_tiles_and_newlines(checkpoints, images, name):
     """Against the embedded sequence: what tower and projector give for the whole image, and the newline's vector."""
