@@ -200,12 +200,7 @@ def describe(config: Any, inputs: GenericInputs) -> dict[str, Any]:
     return {
         "family": config.model_type,
         "class": (config.architectures or ["?"])[0],
-        "llm": {
-            "type": text.model_type,
-            "layers": text.num_hidden_layers,
-            "hidden_size": text.hidden_size,
-            "vocabulary": text.vocab_size,
-        },
+        "llm": llava.describe_llm(text),
         "vision_tower": {"type": getattr(vision, "model_type", "?"), "square_images_resized_to": inputs.side or "no"},
         "dtype": str(getattr(config, "dtype", None) or "not stated").removeprefix("torch."),
         "prompt": inputs.text,

@@ -228,6 +228,16 @@ def _quantization(values: dict[str, Any]) -> Any:
         raise UserError(f"quantization_config cannot be used: {first_line(error)}") from None
 
 
+def describe_llm(text: Any) -> dict[str, Any]:
+    """What `probing inspect` says of the LLM, from its configuration."""
+    return {
+        "type": text.model_type,
+        "layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "vocabulary": text.vocab_size,
+    }
+
+
 def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
     """What `probing inspect` shows, from configuration and processor alone."""
     text, vision = config.text_config, config.vision_config
@@ -239,12 +249,7 @@ def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
     return {
         "family": config.model_type,
         "class": (config.architectures or ["?"])[0],
-        "llm": {
-            "type": text.model_type,
-            "layers": text.num_hidden_layers,
-            "hidden_size": text.hidden_size,
-            "vocabulary": text.vocab_size,
-        },
+        "llm": describe_llm(text),
         "vision_tower": {
             "type": vision.model_type,
             "layers": vision.num_hidden_layers,
