@@ -18,7 +18,7 @@ import yaml
 import probing.compat  # noqa: F401  # isort: skip
 from transformers import PrinterCallback, Trainer
 
-from probing.backbones import multi_encoder
+from probing.backbones import multi_encoder, original
 from probing.backbones.base import SPECIAL, parse_layers, special_ids
 from probing.data.conversations import ConversationDataset, Encoder, collate, read_conversations, require_some_image
 from probing.distill.callbacks import Bar, Losses, Watch
@@ -29,7 +29,7 @@ from probing.distill.targets import attach_targets
 from probing.distill.tokens import add_special_tokens
 from probing.distill.trainee import Trainee
 from probing.errors import UserError
-from probing.hub import first_line, identity, load_config, locate
+from probing.hub import first_line, identity, load_config, locate, read_json
 from probing.provenance import versions
 from probing.recipe import dump_recipe, validate
 from probing.run import Interruption, disk_errors, whole_folder, write_text
@@ -146,6 +146,11 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
     conversations = read_conversations(Path(recipe.data.conversations), recipe.data.limit)
     require_some_image(conversations, Path(recipe.data.image_root))
     source = locate(recipe.checkpoint, "checkpoint")
+    if original.is_original(read_json(source, "config.json", recipe.revision)):
+        raise UserError(
+            f"{recipe.checkpoint} is in LLaVA's original format, which is probed as it is, and not trained; give the "
+            "checkpoint converted to transformers' format"
+        )
     config = load_config(source, "checkpoint", revision=recipe.revision)
     several = config.model_type == multi_encoder.MODEL_TYPE
     if config.model_type != "llava" and not several:

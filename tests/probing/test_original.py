@@ -30,6 +30,8 @@ from transformers import (
 from probing.backbones import describe_checkpoint, load_backbone
 from probing.backbones.original import SYSTEM, read_config
 from probing.backbones.towers import ConvNextTower
+from probing.distill.recipe import DistillRecipe
+from probing.distill.train import run_stage
 from probing.errors import UserError
 from probing.recipe import BackboneRecipe
 from probing.resampler import Resampler, ResamplerConfig
@@ -337,6 +339,15 @@ def test_inspect_takes_what_a_checkpoint_does_not_say(tmp_path):
     found = json.loads(inspect("--json", "backbone.template=vicuna_v1").stdout)
     assert found["prompt"].endswith("ASSISTANT:") and found["family"] == "original llava_llama"
     assert "write backbone.template=" in inspect("template=vicuna_v1", code=2).stderr
+
+
+def test_it_is_probed_and_not_trained(tmp_path):
+    original(tmp_path / "model", headers=True)
+    data = tiny.conversations(tmp_path / "data", 4)
+    values = {"conversations": str(data / "data.json"), "image_root": str(data)}
+    recipe = DistillRecipe.model_validate({"checkpoint": str(tmp_path / "model"), "stage": "pt", "data": values})
+    with pytest.raises(UserError, match="original format, which is probed as it is, and not trained"):
+        run_stage(recipe, tmp_path / "out")
 
 
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
