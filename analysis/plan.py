@@ -10,11 +10,10 @@ from analysis.features import Extractor, classifier, inception, inception_file, 
 from analysis.generation import feature_folder
 from analysis.passes import Selection
 from analysis.scores import score_file
-from probing.backbones import layer_name
+from probing.backbones import count_blocks, layer_name
 from probing.data.coco import ImageList
 from probing.data.da2k import read_pairs
 from probing.errors import UserError
-from probing.hub import load_config, locate
 from probing.recipe import ProbeRunRecipe, load_recipe
 from probing.run import Run
 from probing.train import held_out_images
@@ -47,7 +46,7 @@ def plan(path: Path, options: Options) -> list[Cost]:
     """
     run = Run.open(path) if path.is_dir() else None
     recipe = run.recipe if run else load_recipe(ProbeRunRecipe, path, ())
-    blocks = run.manifest["checkpoint"]["layers"] if run else _blocks(recipe)
+    blocks = run.manifest["checkpoint"]["layers"] if run else count_blocks(recipe.backbone)
     images = held_out_images(recipe.data)
     costs = []
     for metric in options.metrics:
@@ -70,12 +69,6 @@ def plan(path: Path, options: Options) -> list[Cost]:
         there = f"{file}, kept where its settings are these" if file and file.exists() else "nothing"
         costs.append(Cost(metric, work, there))
     return costs
-
-
-def _blocks(recipe: ProbeRunRecipe) -> int:
-    backbone = recipe.backbone
-    config = load_config(locate(backbone.checkpoint, "checkpoint"), "checkpoint", revision=backbone.revision)
-    return config.get_text_config().num_hidden_layers
 
 
 def _arms(chosen: Selection) -> set[bool]:

@@ -17,6 +17,7 @@ __all__ = [
     "Identity",
     "Layer",
     "TokenMap",
+    "count_blocks",
     "describe_checkpoint",
     "identify",
     "layer_name",
@@ -64,6 +65,12 @@ def load_backbone(recipe: BackboneRecipe, device: torch.device, random_seed: int
     """
     source, config, family = _open(recipe)
     return family.load(source, config, recipe, device, random_seed)
+
+
+def count_blocks(recipe: BackboneRecipe) -> int:
+    """Number L of decoder blocks of a checkpoint, from its configuration alone."""
+    _, config, _ = _open(recipe)
+    return int(config.get_text_config().num_hidden_layers)
 
 
 def identify(recipe: BackboneRecipe) -> Identity:

@@ -27,7 +27,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from probing.backbones import describe_checkpoint, load_backbone
+from probing.backbones import count_blocks, describe_checkpoint, load_backbone
 from probing.backbones.original import SYSTEM, read_config
 from probing.backbones.towers import ConvNextTower
 from probing.distill.recipe import DistillRecipe
@@ -336,6 +336,7 @@ def test_inspect_takes_what_a_checkpoint_does_not_say(tmp_path):
         assert done.returncode == code, done.stderr
         return done
 
+    assert count_blocks(BackboneRecipe(checkpoint=str(tmp_path / "model"))) == 3
     found = json.loads(inspect("--json", "backbone.template=vicuna_v1").stdout)
     assert found["prompt"].endswith("ASSISTANT:") and found["family"] == "original llava_llama"
     assert "write backbone.template=" in inspect("template=vicuna_v1", code=2).stderr
