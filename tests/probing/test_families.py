@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, TorchAoConfig
 
 from analysis.evaluate import evaluate
 from probing.backbones import describe_checkpoint, load_backbone
@@ -69,6 +69,20 @@ def test_half_precision_runs(checkpoints, images, name):
     half, _ = load_backbone(recipe.model_copy(update={"dtype": "bfloat16"}), CPU).hidden_states(images, "3")
     assert half[3].dtype == torch.bfloat16
     assert torch.cosine_similarity(full[3].flatten(), half[3].float().flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_quantised_backbone_runs(checkpoints, images, name):
+    """Eight-bit weights, through transformers' own quantiser."""
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    recipe = BackboneRecipe(checkpoint=str(checkpoints[name]))
+    config = TorchAoConfig(Int8WeightOnlyConfig()).to_dict()
+    full, _ = load_backbone(recipe, CPU).hidden_states(images, "3")
+    small = load_backbone(recipe.model_copy(update={"quantization_config": config}), CPU)
+    assert type(small.blocks[0].mlp.gate_proj.weight) is not torch.nn.Parameter
+    states, _ = small.hidden_states(images, "3")
+    assert 0.999 < torch.cosine_similarity(full[3].flatten(), states[3].flatten(), dim=0) < 1 - 1e-9
 
 
 @pytest.mark.parametrize("name", TILED)
