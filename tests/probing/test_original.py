@@ -20,6 +20,7 @@ from transformers import (
     Dinov2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
@@ -27,7 +28,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from probing.backbones import count_blocks, describe_checkpoint, load_backbone
+from probing.backbones import Backbone, Batch, TokenMap, count_blocks, describe_checkpoint, load_backbone
 from probing.backbones.original import SYSTEM, read_config
 from probing.backbones.towers import ConvNextTower
 from probing.distill.recipe import DistillRecipe
@@ -325,6 +326,24 @@ def test_bad_input(tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
         load(template="vicuna_v1")
+
+
+def test_every_layer_of_a_full_size_llm_is_handed_over():
+    """32 blocks, 4,096 wide, on the meta device: shapes and order, without the memory."""
+    with torch.device("meta"):
+        values = {name: value for name, value in LLAMA_3_8B.items() if name != "model_type"}
+        llm = LlamaModel(LlamaConfig(**values)).to(torch.bfloat16).eval()
+        kinds = torch.zeros(2, 640, dtype=torch.long)
+        embedded = torch.zeros(2, 640, 4096, dtype=torch.bfloat16)
+    backbone = Backbone("llm", "", "llama", llm, llm.layers, llm.norm, 4096, lambda images: None, "")
+    seen = []
+    backbone.stream(
+        Batch({"inputs_embeds": embedded}, TokenMap(kinds, (24, 24))),
+        [*range(33), "final"],
+        lambda layer, state: seen.append((layer, tuple(state.shape), state.dtype)),
+    )
+    assert [layer for layer, *_ in seen] == [*range(33), "final"]
+    assert {(shape, dtype) for _, shape, dtype in seen} == {((2, 640, 4096), torch.bfloat16)}
 
 
 def test_inspect_takes_what_a_checkpoint_does_not_say(tmp_path):
