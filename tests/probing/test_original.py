@@ -335,10 +335,11 @@ def test_every_layer_of_a_full_size_llm_is_handed_over():
         llm = LlamaModel(LlamaConfig(**values)).to(torch.bfloat16).eval()
         kinds = torch.zeros(2, 640, dtype=torch.long)
         embedded = torch.zeros(2, 640, 4096, dtype=torch.bfloat16)
+        mask = torch.zeros(2, 1, 640, 640, dtype=torch.bfloat16)  # whole, lest transformers looks into it
     backbone = Backbone("llm", "", "llama", llm, llm.layers, llm.norm, 4096, lambda images: None, "")
     seen = []
     backbone.stream(
-        Batch({"inputs_embeds": embedded}, TokenMap(kinds, (24, 24))),
+        Batch({"inputs_embeds": embedded, "attention_mask": mask}, TokenMap(kinds, (24, 24))),
         [*range(33), "final"],
         lambda layer, state: seen.append((layer, tuple(state.shape), state.dtype)),
     )
