@@ -33,7 +33,8 @@ def teacher_finding(run: RunResults, teacher: str) -> Finding:
     """Best layer, trend, margin over the controls, and the ridge readout beside it."""
     curve = run.curve(teacher, "resampler", "no", METRIC, PROTOCOL)
     best = curve.loc[curve["value"].idxmax()]
-    sentences = [f"Read best at layer {best['layer']}: centred cosine {_number(best)}, over {int(best['n'])} images."]
+    over = f"{int(best['n'])} images" + (f" and {run.manifest['runs']} runs" if "runs" in run.manifest else "")
+    sentences = [f"Read best at layer {best['layer']}: centred cosine {_number(best)}, over {over}."]
     numbered = curve[curve["layer"] != "final"]
     if len(numbered) > 2:
         first, last = numbered.iloc[0], numbered.iloc[-1]
