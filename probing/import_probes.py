@@ -24,7 +24,7 @@ from probing.distill.predictors import FOLDER
 from probing.errors import UserError
 from probing.hub import locate, read_json, read_tensors
 from probing.progress import Progress
-from probing.recipe import ProbeRunRecipe, TokenKind, apply_overrides, validate
+from probing.recipe import ProbeRecipe, ProbeRunRecipe, apply_overrides, validate
 from probing.resampler import Resampler, ResamplerConfig
 from probing.run import Run, disk_errors, whole_file, whole_folder, write_text
 from probing.teachers import Teacher
@@ -126,9 +126,8 @@ def _published(source: str, raw: dict[str, Any]) -> Found:
             ) from None
         layer = index + 1 if index + 1 < count else FINAL
         probes[ProbeKey(mode, layer, 0)] = probe.eval().requires_grad_(False)
-    kinds = list(TokenKind.__args__)  # type: ignore[attr-defined]
     teacher = {"id": CATALOGUE[mode].default_id} | _grid(config.to_dict())
-    return Found(ProbeBank(probes, {mode: kinds}), {mode: teacher}, {}, {}, "(published probes)")
+    return Found(ProbeBank(probes, {mode: list(ProbeRecipe().keys)}), {mode: teacher}, {}, {}, "(published probes)")
 
 
 def import_recipe(checkpoint: str, data: str, found: Found, overrides: Sequence[str] = ()) -> ProbeRunRecipe:

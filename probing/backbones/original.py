@@ -135,6 +135,7 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig:
     for name, value, known in (
         ("mm_projector_type", projector, ("mlp2x_gelu",)),
         ("image_aspect_ratio", aspect, ("square", "pad")),
+        ("mm_vision_select_feature", raw.get("mm_vision_select_feature", "patch"), ("patch",)),
         ("mm_use_im_start_end", raw.get("mm_use_im_start_end", False), (False,)),
     ):
         if value not in known:
@@ -146,7 +147,7 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig:
     fields = set(llm().to_dict()) | {"rope_theta", "rope_scaling"}
     text = {name: value for name, value in raw.items() if name in fields and name not in _NOT_THE_LLMS}
     tower, vision, convnext = _tower(raw, recipe)
-    strategy: Any = "full" if convnext or raw.get("mm_vision_select_feature", "patch") == "cls_patch" else "default"
+    strategy: Any = "full" if convnext else "default"
     side = vision.image_size // vision.patch_size
     config = LlavaConfig(
         vision_config=vision, text_config=llm(**text), projector_hidden_act="gelu", image_token_index=0,

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 import probing.compat  # noqa: F401  # isort: skip
-import timm
 from transformers import CLIPVisionConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -25,6 +24,8 @@ class ConvNextTower(nn.Module):
     """
 
     def __init__(self, architecture: str) -> None:
+        import timm
+
         super().__init__()
         trunk: Any = timm.create_model(architecture, pretrained=False, num_classes=0, global_pool="")
         self.stem, self.stages, self.norm_pre = trunk.stem, trunk.stages, trunk.norm_pre
@@ -55,6 +56,8 @@ def convnext_of(name: str, config: dict[str, Any]) -> tuple[str, int] | None:
 
 def stand_in(architecture: str, side: int) -> Any:
     """The smallest CLIP configuration with a ConvNeXt's width and grid, from which transformers builds the LLaVA."""
+    import timm
+
     with torch.device("meta"):
         trunk: Any = timm.create_model(architecture, pretrained=False, num_classes=0)
     return CLIPVisionConfig(

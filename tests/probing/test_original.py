@@ -309,6 +309,7 @@ def test_bad_input(tmp_path):
     for values, message in (
         ({"mm_vision_tower": "/cluster/home/someone/my-tower"}, "backbone.vision_tower=FOLDER_OR_HUB_ID"),
         ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
+        ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
         ({"model_type": "llava_mpt"}, "model type 'llava_mpt'"),
     ):
