@@ -16,7 +16,6 @@ import probing.compat  # noqa: F401
 from probing.backbones import llava
 from probing.backbones.base import Backbone, Batch, TokenMap, special_ids, token_kinds
 from probing.errors import UserError
-from probing.hub import identity
 from probing.recipe import TOKEN_KINDS, BackboneRecipe
 
 SIDE = 448
@@ -146,28 +145,12 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
     model = llava.load_model(source, recipe)
     if random_seed is not None:
         model = _randomised(model, random_seed)
-    decoder = find_decoder(model)
-    if not recipe.device_map and not recipe.quantization_config:
-        model = model.to(device)
-    return Backbone(
-        name=source.rstrip("/").rsplit("/", 1)[-1],
-        source=source,
-        family=config.model_type,
-        core=model.base_model.eval().requires_grad_(False),
-        blocks=decoder.layers,
-        norm=decoder.norm,
-        hidden_size=config.get_text_config().hidden_size,
-        prepare=inputs,
-        sha256=identity(source, getattr(config, "_commit_hash", None)),
-    )
+    _require_parts(model)
+    return llava.backbone_of(source, model, recipe, device, inputs)
 
 
-def find_decoder(model: Any) -> Any:
-    """The LLM that a model itself names as its decoder.
-
-    Raises:
-        UserError: it has no list of as many blocks as the configuration says, or no final norm.
-    """
+def _require_parts(model: Any) -> None:
+    """Raises UserError where the model's decoder has not as many blocks as configured in a list, or no final norm."""
     decoder = model.get_decoder()
     name = next((n for n, module in model.named_modules() if module is decoder), "?")
     blocks, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
@@ -177,7 +160,6 @@ def find_decoder(model: Any) -> Any:
             f"the decoder of {type(model).__name__} ({name}) has not the parts `layers` ({count} blocks) and `norm`; "
             "this checkpoint needs a file of its own"
         )
-    return decoder
 
 
 def _randomised(model: Any, seed: int) -> Any:

@@ -186,21 +186,20 @@ def loading_arguments(recipe: BackboneRecipe) -> dict[str, Any]:
 
 
 def backbone_of(
-    source: str, model: Any, recipe: BackboneRecipe, device: torch.device, inputs: LlavaInputs, family: str = ""
+    source: str, model: Any, recipe: BackboneRecipe, device: torch.device, inputs: Any, family: str = ""
 ) -> Backbone:
-    """A loaded LLaVA behind the interface, on its device."""
+    """A loaded model behind the interface, on its device; its decoder is the one that it names itself."""
     if not recipe.device_map and not recipe.quantization_config:
         model = model.to(device)
-    core = model.model.eval().requires_grad_(False)
-    llm = core.language_model
+    llm = model.get_decoder()
     return Backbone(
         name=source.rstrip("/").rsplit("/", 1)[-1],
         source=source,
         family=family or model.config.model_type,
-        core=core,
+        core=model.base_model.eval().requires_grad_(False),
         blocks=llm.layers,
         norm=llm.norm,
-        hidden_size=model.config.text_config.hidden_size,
+        hidden_size=model.config.get_text_config().hidden_size,
         prepare=inputs,
         sha256=identity(source, getattr(model.config, "_commit_hash", None)),
     )
