@@ -144,7 +144,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
     inputs = make_inputs(source, config, recipe)
     model = llava.load_model(source, recipe)
     if random_seed is not None:
-        model = _randomised(model, random_seed)
+        model = llava.randomised(model, random_seed)
     _require_parts(model)
     return llava.backbone_of(source, model, recipe, device, inputs)
 
@@ -160,18 +160,6 @@ def _require_parts(model: Any) -> None:
             f"the decoder of {type(model).__name__} ({name}) has not the parts `layers` ({count} blocks) and `norm`; "
             "this checkpoint needs a file of its own"
         )
-
-
-def _randomised(model: Any, seed: int) -> Any:
-    """The same architecture with fresh weights around the trained vision tower."""
-    tower = model.get_encoder("image")
-    if tower is model:
-        raise UserError(f"{type(model).__name__} names no vision tower to keep; leave out the control `random`")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = type(model)._from_config(model.config, dtype=model.dtype)
-    fresh.set_encoder(tower, "image")
-    return fresh
 
 
 def describe(config: Any, inputs: GenericInputs) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def load(
     inputs = inputs or make_inputs(source, config, recipe)
     model = load_model(source, recipe)
     if random_seed is not None:
-        model = randomised(model, config, random_seed)
+        model = randomised(model, random_seed)
     return backbone_of(source, model, recipe, device, inputs)
 
 
@@ -205,16 +205,19 @@ def backbone_of(
     )
 
 
-def randomised(model: Any, config: Any, seed: int) -> Any:
-    """The same architecture with fresh LLM and projector around the trained vision tower."""
-    from transformers import AutoModelForImageTextToText
+def randomised(model: Any, seed: int) -> Any:
+    """The same architecture with fresh weights around the trained vision tower, which is the one that it names itself.
 
+    Raises:
+        UserError: it names none.
+    """
+    tower = model.get_encoder("image")
+    if tower is model:
+        raise UserError(f"{type(model).__name__} names no vision tower to keep; leave out the control `random`")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = AutoModelForImageTextToText.from_config(
-            config, dtype=model.dtype, attn_implementation=config._attn_implementation
-        )
-    fresh.model.vision_tower = model.model.vision_tower
+        fresh = type(model)._from_config(model.config, dtype=model.dtype)
+    fresh.set_encoder(tower, "image")
     return fresh
 
 

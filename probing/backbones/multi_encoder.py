@@ -273,7 +273,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
         model = load_inner(source, config, dtype=recipe.dtype, revision=recipe.revision)
     fresh = random_seed is not None
     if random_seed is not None:
-        model = llava.randomised(model, as_llava(config), random_seed)
+        model = llava.randomised(model, random_seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_seed or 0)
         encoders = open_encoders(config, inputs.processor.tokenizer, device, None if fresh else Path(source))

@@ -320,7 +320,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
         with torch.no_grad():
             weight[tokenizer.convert_tokens_to_ids(names)] = rows.to(weight)
     if random_seed is not None:
-        model = llava.randomised(model, model.config, random_seed)
+        model = llava.randomised(model, random_seed)
     return llava.backbone_of(source, model, recipe, device, inputs, f"original {config.original['model_type']}")
 
 
