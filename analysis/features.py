@@ -129,12 +129,12 @@ def classifier(source: str, device: torch.device) -> Extractor:
     from transformers import AutoImageProcessor, AutoModel
 
     place = locate(source, "feature extractor")
-    load_config(place, "feature extractor")
+    config = load_config(place, "feature extractor")
     try:
         processor = AutoImageProcessor.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise UserError(f"feature extractor {source} has no preprocessing: {first_line(error)}") from None
-    model = load_model(AutoModel, place, "feature extractor").to(device)
+    model = load_model(AutoModel, place, config, "feature extractor", device)
     prepare = Pixels(processor)
     side = prepare([Image.new("RGB", (512, 512))]).shape[-1]
 

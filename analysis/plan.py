@@ -1,7 +1,9 @@
-"""`probing plan`: what an evaluation costs before it begins, and what of it is there already."""
+"""`probing plan`: what an evaluation costs before it begins, and what of it is there already.
+
+What training costs is in `probing.cost`.
+"""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -14,7 +16,7 @@ from probing.backbones import count_blocks, layer_name
 from probing.data.coco import ImageList
 from probing.data.da2k import read_pairs
 from probing.errors import UserError
-from probing.recipe import ProbeRunRecipe, load_recipe
+from probing.recipe import ProbeRunRecipe
 from probing.run import Run
 from probing.train import held_out_images
 
@@ -34,18 +36,17 @@ class Cost:
     there: str
 
 
-def plan(path: Path, options: Options) -> list[Cost]:
+def plan(run: Run | None, recipe: ProbeRunRecipe, options: Options) -> list[Cost]:
     """Says what evaluating takes; loads no model but the network that features come from.
 
     Args:
-        path: a finished run, or a recipe.
+        run: a finished run; None where there is only its recipe.
+        recipe: of the run.
         options: as for `analysis.evaluate.evaluate`.
 
     Raises:
-        UserError: there is neither, or something that was asked for does not exist.
+        UserError: something that was asked for does not exist.
     """
-    run = Run.open(path) if path.is_dir() else None
-    recipe = run.recipe if run else load_recipe(ProbeRunRecipe, path, ())
     blocks = run.manifest["checkpoint"]["layers"] if run else count_blocks(recipe.backbone)
     images = held_out_images(recipe.data)
     costs = []

@@ -291,16 +291,27 @@ def _evaluation(options: dict[str, Any]) -> "Options":
 
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path), metavar="RUN_OR_RECIPE")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @evaluation_options
-def plan(path: Path, **options: Any) -> None:
-    """What evaluating RUN (or what RECIPE will make) costs, and what of it is there already.
+def plan(path: Path, overrides: tuple[str, ...], **options: Any) -> None:
+    """What a run costs: training it by RECIPE, and evaluating it; of a finished RUN, what of that is there already.
 
-    Takes the options of `probing evaluate`.
+    Nothing is loaded but configurations: the weights need not be there. KEY=VALUE changes fields of the recipe; the
+    options are those of `probing evaluate`.
     """
     _quiet_libraries()
     from analysis.plan import plan as plan_evaluation
+    from probing.cost import training_cost
+    from probing.recipe import ProbeRunRecipe, load_recipe
+    from probing.run import Run
 
-    for cost in plan_evaluation(path, _evaluation(options)):
+    run = Run.open(path) if path.is_dir() else None
+    if run and overrides:
+        raise UserError(f"{path} is a finished run, whose recipe stands; give a recipe, or leave out {overrides[0]}")
+    recipe = run.recipe if run else load_recipe(ProbeRunRecipe, path, overrides)
+    for line in [] if run else training_cost(recipe).lines():
+        click.echo(line)
+    for cost in plan_evaluation(run, recipe, _evaluation(options)):
         click.echo(f"{cost.metric}: {cost.work}; there already: {cost.there}")
 
 

@@ -212,7 +212,7 @@ class Fit:
             )
         steps = plan_steps(len(self.images), fit, self.accelerator.process_index, processes)
         first_epoch = len(steps) // fit.epochs
-        batches = self._batches(steps[state.step :])
+        batches = self.batches(steps[state.step :])
         saved = time.monotonic()
         what = "random-weights control" if "random" in self.controls else "probes"
         with Interruption().watch() as interruption, Progress(what, len(steps), state.step, show=main) as progress:
@@ -231,7 +231,8 @@ class Fit:
                     raise Interrupted
         return state
 
-    def _batches(self, steps: list[list[list[int]]]) -> Iterator[Prepared]:
+    def batches(self, steps: list[list[list[int]]]) -> Iterator[Prepared]:
+        """The micro-batches of some steps, one after the other."""
         plan = [micro for step in steps for micro in step]
         if not plan:
             return iter(())
@@ -260,7 +261,7 @@ class Fit:
             if prepared.student is not None:
                 weight = len(prepared.indices) * share
                 seen += len(prepared.indices)
-                losses += self._micro_batch(state, prepared, weight, gather, columns)
+                losses += self.micro_batch(state, prepared, weight, gather, columns)
         parameters = state.optimizer.param_groups[0]["params"]
         if world > 1:
             self._reduce(parameters)
@@ -288,10 +289,21 @@ class Fit:
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
 
-    def _micro_batch(
+    def micro_batch(
         self, state: FitState, prepared: Prepared, weight: float, gather: bool, columns: dict[tuple[str, ProbeKey], int]
     ) -> Tensor:
-        """Forward and backward of every probe on one micro-batch; returns its share of the losses."""
+        """Forward and backward of every probe on one micro-batch.
+
+        Args:
+            state: probes and sums; gradients are added to the probes' own.
+            prepared: the micro-batch.
+            weight: of its losses in those of the step.
+            gather: whether it is seen for the first time, so that it counts in ridge sums and mean targets.
+            columns: place of each probe in the result.
+
+        Returns:
+            Its share of the losses, one per column and then one per teacher, for the mean target so far.
+        """
         assert prepared.student is not None
         device = self.accelerator.device
         batch = prepared.student.to(self.backbone.device)

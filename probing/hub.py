@@ -41,10 +41,50 @@ def locate(source: str, what: str) -> str:
     return source
 
 
-def identity(source: str, commit: str | None) -> str:
-    """Hash that identifies the weights: of the files of a folder, or the commit of a Hub repository."""
+def identity(source: str, config: Any, device: torch.device | None = None) -> str:
+    """Identifies the weights.
+
+    Args:
+        source: folder or Hub id.
+        config: the model's.
+        device: where the model is; on the meta device it has no weights.
+
+    Returns:
+        Hash of the files of a folder, or the commit of a Hub repository.
+    """
+    if device is not None and device.type == "meta":
+        return "no weights"
     path = Path(source)
-    return f"sha256:{weights_hash(path)}" if path.is_dir() else f"commit:{commit or 'unknown'}"
+    return f"sha256:{weights_hash(path)}" if path.is_dir() else f"commit:{getattr(config, '_commit_hash', None)}"
+
+
+def pretrained(
+    model_class: Any, source: str, config: Any, device: torch.device, dtype: Any, **kwargs: Any
+) -> tuple[Any, set[str], set[str]]:
+    """Loads a model of transformers; on the meta device it is built from its configuration, and no weights are read.
+
+    Args:
+        model_class: the class, or one of transformers' Auto classes.
+        source: folder or Hub id.
+        config: its configuration.
+        device: `meta`, or where the model will be put by the caller.
+        dtype: as `from_pretrained` takes it.
+        **kwargs: for `from_pretrained`.
+
+    Returns:
+        The model, and the names of missing and of unexpected tensors.
+    """
+    if device.type != "meta":
+        model, info = model_class.from_pretrained(
+            source, config=config, output_loading_info=True, dtype=dtype, **kwargs
+        )
+        return model, set(info["missing_keys"]), set(info["unexpected_keys"])
+    if dtype == "auto":
+        dtype = config.dtype or torch.float32
+    own = {name: kwargs[name] for name in ("attn_implementation", "trust_remote_code") if name in kwargs}
+    with device:
+        build = getattr(model_class, "from_config", None) or model_class._from_config
+        return build(config, dtype=dtype, **own), set(), set()
 
 
 def load_config(source: str, what: str, **kwargs: Any) -> Any:

@@ -82,7 +82,7 @@ def identify(recipe: BackboneRecipe) -> Identity:
         name=source.rstrip("/").rsplit("/", 1)[-1],
         path=source,
         family=f"original {config.original['model_type']}" if family is original else config.model_type,
-        sha256=identity(source, getattr(config, "_commit_hash", None)),
+        sha256=identity(source, config),
         layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         prompt=inputs.text,

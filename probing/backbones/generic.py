@@ -142,7 +142,7 @@ def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> GenericInpu
 def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device, random_seed: int | None) -> Backbone:
     """Loads the checkpoint; see `probing.backbones.llava.load`."""
     inputs = make_inputs(source, config, recipe)
-    model = llava.load_model(source, recipe)
+    model = llava.load_model(source, config, recipe, device)
     if random_seed is not None:
         model = llava.randomised(model, random_seed)
     _require_parts(model)

@@ -11,7 +11,7 @@ import probing.compat  # noqa: F401
 from probing.backbones.base import Backbone, Batch, TokenMap, special_ids, token_kinds
 from probing.chat import render
 from probing.errors import UserError
-from probing.hub import first_line, identity, loading
+from probing.hub import first_line, identity, loading, pretrained
 from probing.recipe import BackboneRecipe
 
 MODEL_TYPES = ("llava", "vipllava")
@@ -145,29 +145,29 @@ def load(
         inputs: the input side, where it is not LLaVA-1.5's.
     """
     inputs = inputs or make_inputs(source, config, recipe)
-    model = load_model(source, recipe)
+    model = load_model(source, config, recipe, device)
     if random_seed is not None:
         model = randomised(model, random_seed)
     return backbone_of(source, model, recipe, device, inputs)
 
 
-def load_model(source: str, recipe: BackboneRecipe) -> Any:
+def load_model(source: str, config: Any, recipe: BackboneRecipe, device: torch.device) -> Any:
     """Loads a model in transformers' format; raises UserError where it cannot be read, or is incomplete."""
     from transformers import AutoModelForImageTextToText
 
     with loading(f"checkpoint {source}"):
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        model, missing, _ = pretrained(
+            AutoModelForImageTextToText,
             source,
-            output_loading_info=True,
+            config,
+            device,
             revision=recipe.revision,
             trust_remote_code=recipe.trust_remote_code,
             **loading_arguments(recipe),
         )
-    model, info = loaded
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    if missing:
         raise UserError(
-            f"checkpoint {source} lacks {len(missing)} tensors of its architecture (first: {missing[0]}); "
+            f"checkpoint {source} lacks {len(missing)} tensors of its architecture (first: {min(missing)}); "
             "complete the weights"
         )
     return model
@@ -201,7 +201,7 @@ def backbone_of(
         norm=llm.norm,
         hidden_size=model.config.get_text_config().hidden_size,
         prepare=inputs,
-        sha256=identity(source, getattr(model.config, "_commit_hash", None)),
+        sha256=identity(source, model.config, device),
     )
 
 
@@ -214,6 +214,8 @@ def randomised(model: Any, seed: int) -> Any:
     tower = model.get_encoder("image")
     if tower is model:
         raise UserError(f"{type(model).__name__} names no vision tower to keep; leave out the control `random`")
+    model.set_encoder(torch.nn.Identity(), "image")
+    model.to("meta")  # lest there be two of them at once
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = type(model)._from_config(model.config, dtype=model.dtype)

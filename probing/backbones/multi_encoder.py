@@ -25,7 +25,7 @@ from transformers.activations import ACT2FN
 from probing.backbones import llava
 from probing.backbones.base import SPECIAL, Backbone, Batch, SpecialEmbeddings, special_ids
 from probing.errors import UserError
-from probing.hub import identity, loading
+from probing.hub import identity, loading, pretrained
 from probing.recipe import BackboneRecipe, TeacherRecipe
 from probing.teachers import Teacher, load_teacher
 
@@ -206,13 +206,15 @@ def as_llava(config: Any) -> Any:
     return LlavaConfig(**values)
 
 
-def load_inner(source: str, config: Any, **kwargs: Any) -> Any:
+def load_inner(source: str, config: Any, device: torch.device, dtype: Any, **kwargs: Any) -> Any:
     """The LLaVA inside; its projector is replaced afterwards, so it may have another size."""
     from transformers import LlavaForConditionalGeneration
 
-    return LlavaForConditionalGeneration.from_pretrained(
-        source, config=as_llava(config), ignore_mismatched_sizes=True, **kwargs
+    inner = as_llava(config)
+    model, _, _ = pretrained(
+        LlavaForConditionalGeneration, source, inner, device, dtype, ignore_mismatched_sizes=True, **kwargs
     )
+    return model
 
 
 @dataclass(frozen=True)
@@ -270,8 +272,8 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
     """
     inputs = make_inputs(source, config, recipe)
     with loading(f"checkpoint {source}"):
-        model = load_inner(source, config, dtype=recipe.dtype, revision=recipe.revision)
-    fresh = random_seed is not None
+        model = load_inner(source, config, device, dtype=recipe.dtype, revision=recipe.revision)
+    fresh = random_seed is not None or device.type == "meta"
     if random_seed is not None:
         model = llava.randomised(model, random_seed)
     with torch.random.fork_rng(devices=[]):
@@ -290,7 +292,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
         norm=llm.norm,
         hidden_size=config.text_config.hidden_size,
         prepare=EncoderInputs(inputs, prepare),
-        sha256=identity(source, getattr(config, "_commit_hash", None)),
+        sha256=identity(source, config, device),
     )
 
 

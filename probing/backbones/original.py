@@ -16,12 +16,12 @@ import probing.compat  # noqa: F401  # isort: skip
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig, Phi3Config
 
 from probing.backbones import llava
-from probing.backbones.base import SPECIAL, Backbone, token_name
+from probing.backbones.base import SPECIAL, Backbone, special_ids, token_name
 from probing.backbones.llava import LlavaInputs
 from probing.backbones.llava import describe as describe_llava
 from probing.backbones.towers import ConvNextTower, convnext_of, stand_in
 from probing.errors import UserError
-from probing.hub import first_line, load_config, loading, read_json, read_tensors
+from probing.hub import first_line, load_config, loading, pretrained, read_json, read_tensors
 from probing.recipe import BackboneRecipe
 
 LLMS: dict[str, Any] = {
@@ -206,7 +206,8 @@ def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {source} has no usable tokenizer ({first_line(error)})") from None
     template = TEMPLATES[_template(config.original, tokenizer, recipe)]
-    tokens = special_names(config.original) if recipe.special_tokens != "off" else []
+    counts = special_counts(config) if recipe.special_tokens != "off" else {}
+    tokens = [token_name(task, k) for task, number in counts.items() for k in range(number)]
     tokenizer.add_tokens(["<image>", *tokens], special_tokens=True)
     size = config.vision_config.image_size
     side = {"height": size, "width": size}
@@ -241,30 +242,41 @@ def _template(raw: dict[str, Any], tokenizer: Any, recipe: BackboneRecipe) -> st
     )
 
 
-def special_names(raw: dict[str, Any]) -> list[str]:
-    """How the special tokens of OLA-VLM are written here, in their order; empty where there are none."""
-    number = raw.get("num_task_tokens") or 0
+def special_counts(config: Any) -> dict[str, int]:
+    """How many special tokens of OLA-VLM stand for each task, in their order; empty where there are none.
+
+    Its parameters for depth and seg have a row for every image token, which `expand_emb` pools and `emb` inserts as
+    they are; gen has its few rows in any case.
+
+    Raises:
+        UserError: they are of a format that cannot be read.
+    """
+    raw = config.original
+    number = int(raw.get("num_task_tokens") or 0)
     if not number or raw.get("probe_mode"):
-        return []
+        return {}
     order = [task for task in str(raw.get("aux_mode", "gen-depth-seg")).split("-") if task in SPECIAL]
-    return [token_name(task, k) for task in order for k in range(number)]
+    form = raw.get("task_token_format", "expand_emb")
+    if form not in ("expand_emb", "emb"):
+        raise UserError(
+            f"task_token_format is {form!r}: which tokens stand for the tasks is not in the checkpoint; set "
+            "backbone.special_tokens=off"
+        )
+    return {task: config.image_seq_length if form == "emb" and task != "gen" else number for task in order}
 
 
-def special_rows(raw: dict[str, Any], parameters: dict[str, Tensor]) -> Tensor:
-    """Embeddings (tokens, H) of the special tokens, pooled from the saved parameters as OLA-VLM does.
+def special_rows(counts: dict[str, int], parameters: dict[str, Tensor]) -> Tensor:
+    """Embeddings (tokens, H) of the special tokens: equal groups of a parameter's rows, averaged, as OLA-VLM does.
 
     Args:
-        raw: the checkpoint's `config.json`.
+        counts: tokens by task, from `special_counts`.
         parameters: `special_<task>_tokens` by task.
 
     Raises:
         UserError: a parameter is missing, or its rows cannot be pooled.
     """
-    number, rows = int(raw["num_task_tokens"]), []
-    form = raw.get("task_token_format", "expand_emb")
-    if form != "expand_emb":
-        raise UserError(f"task_token_format is {form!r}, and only 'expand_emb' is read; set special_tokens=off")
-    for task in dict.fromkeys(name[1:-1].rsplit("_", 1)[0] for name in special_names(raw)):
+    rows = []
+    for task, number in counts.items():
         value = parameters.get(task)
         if value is None or len(value) % number:
             shape = "missing" if value is None else f"{len(value)} rows"
@@ -285,13 +297,15 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
 
     inputs = make_inputs(source, config, recipe)
     arguments = llava.loading_arguments(recipe) | {"revision": recipe.revision}
+    no_weights = device.type == "meta"
     with loading(f"checkpoint {source}"):
-        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            source, config=config, key_mapping=RENAMES, output_loading_info=True, **arguments
+        model, missing, unexpected = pretrained(
+            LlavaForConditionalGeneration, source, config, device, key_mapping=RENAMES, **arguments
         )
-        model, info = loaded
-        missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
-        if config.convnext:
+        if config.convnext and no_weights:
+            with device:
+                model.model.vision_tower = ConvNextTower(config.convnext).to(model.dtype)
+        elif config.convnext:
             tower = ConvNextTower(config.convnext)
             prefix = "model.vision_tower.vision_tower."
             there = {
@@ -310,15 +324,16 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
             missing -= towers
     _require_all_known(source, missing, unexpected)
     tokenizer = inputs.processor.tokenizer
-    names = [name for name in special_names(config.original) if name in tokenizer.get_added_vocab()]
+    special = special_ids(tokenizer)
     table = model.get_input_embeddings()
     if len(tokenizer) > table.num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    if names:
-        rows = special_rows(config.original, read_special(source, recipe.revision))
+    if special and not no_weights:
+        counts = special_counts(config)
+        rows = special_rows(counts, read_special(source, recipe.revision))
         weight = model.get_input_embeddings().weight
         with torch.no_grad():
-            weight[tokenizer.convert_tokens_to_ids(names)] = rows.to(weight)
+            weight[[row for task in counts for row in special[task]]] = rows.to(weight)
     if random_seed is not None:
         model = llava.randomised(model, random_seed)
     return llava.backbone_of(source, model, recipe, device, inputs, f"original {config.original['model_type']}")
@@ -349,11 +364,12 @@ def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
     raw = config.original
     found = describe_llava(config, inputs)
     unsure = []
-    if special_names(raw) and "task_token_format" not in raw:
+    special = sum(found["tokens"].get(task, 0) for task in SPECIAL)
+    if special and "task_token_format" not in raw:
         unsure.append("task_token_format is not stated; read as expand_emb")
     return found | {
         "family": f"original {raw['model_type']}",
         "vision_tower": {**found["vision_tower"], "source": config.tower} | _convnext(config),
-        "special_tokens": len(special_names(raw)),
+        "special_tokens": special,
         **({"not_sure": "; ".join(unsure)} if unsure else {}),
     }

@@ -32,6 +32,7 @@ class ConvNextTower(nn.Module):
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """Pixels (B, 3, S, S) → features (B, (S / 32)², C), as the only hidden state."""
+        pixel_values = pixel_values.to(next(self.parameters()).dtype)
         features = self.norm_pre(self.stages(self.stem(pixel_values))).flatten(2).transpose(1, 2)
         return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=(features,))
 

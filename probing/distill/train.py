@@ -161,9 +161,9 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
     try:
         processor = AutoProcessor.from_pretrained(source, revision=recipe.revision)
         # Weights are trained in float32, whatever they are stored in; bf16 is autocast.
-        loading = {"revision": recipe.revision, "dtype": torch.float32}
+        loading: dict[str, Any] = {"revision": recipe.revision, "dtype": torch.float32}
         if several:
-            model = multi_encoder.load_inner(source, config, **loading)
+            model = multi_encoder.load_inner(source, config, torch.device("cpu"), **loading)
         else:
             model = AutoModelForImageTextToText.from_pretrained(source, **loading)
     except (OSError, ValueError) as error:
@@ -239,7 +239,7 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         record = {
             "recipe": dump_recipe(recipe),
-            "started_from": identity(source, getattr(config, "_commit_hash", None)),
+            "started_from": identity(source, config),
             "stage": recipe.stage,
             "steps": result.global_step,
             "final_loss": losses[-1],

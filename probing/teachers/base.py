@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import probing.compat  # noqa: F401
 from probing.errors import UserError
-from probing.hub import first_line, identity, load_config, loading, locate
+from probing.hub import first_line, identity, load_config, loading, locate, pretrained
 from probing.recipe import TeacherRecipe
 from probing.teachers.catalogue import CATALOGUE
 
@@ -115,18 +115,18 @@ def open_teacher(recipe: TeacherRecipe, name: str, model_types: Sequence[str], *
     return source, config
 
 
-def load_model(model_class: Any, source: str, name: str, **kwargs: Any) -> nn.Module:
+def load_model(model_class: Any, source: str, config: Any, name: str, device: torch.device, **kwargs: Any) -> nn.Module:
     """Loads a frozen model in float32.
 
     Raises:
         UserError: the weights cannot be read, or some are missing.
     """
     with loading(f"{name} teacher {source}"):
-        model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **kwargs)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"{name} teacher {source} lacks {len(missing)} tensors (first: {missing[0]})")
-    return model.eval().requires_grad_(False)
+        model, missing, _ = pretrained(model_class, source, config, device, torch.float32, **kwargs)
+    if missing:
+        raise UserError(f"{name} teacher {source} lacks {len(missing)} tensors (first: {min(missing)})")
+    frozen: nn.Module = model.eval().requires_grad_(False).to(device)
+    return frozen
 
 
 def finish(
@@ -149,7 +149,7 @@ def finish(
         encode=encode,
         grid=None,
         licence=CATALOGUE[name].licences.get(recipe.id, "see the source of the weights"),
-        sha256=identity(source, getattr(config, "_commit_hash", None)),
+        sha256=identity(source, config, next(model.parameters()).device),
     )
     tokens, width = teacher.target(prepare([Image.new("RGB", (64, 64))])).shape[1:]
     teacher.shape = (tokens, width)

@@ -19,7 +19,7 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
     grid = recipe.grid or min(own_size // patch, PAPER_GRID)
     if grid * patch != own_size:
         prepare, _ = square_pixels(source, recipe.revision, size=grid * patch)
-    model = load_model(DepthAnythingForDepthEstimation, source, "depth", revision=recipe.revision).to(device)
+    model = load_model(DepthAnythingForDepthEstimation, source, config, "depth", device, revision=recipe.revision)
 
     def encode(pixels: Tensor) -> Tensor:
         return model.backbone(pixels).feature_maps[-1][:, 1:]  # type: ignore[operator]

@@ -39,12 +39,13 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
     pipeline = _is_pipeline(locate(recipe.id, "gen teacher"), recipe.revision)
     encoder, extractor = ("image_encoder", "feature_extractor") if pipeline else ("", "")
     source, config = open_teacher(recipe, "gen", ["clip_vision_model", "clip"], subfolder=encoder)
+    config = getattr(config, "vision_config", config)
     try:
         processor = AutoImageProcessor.from_pretrained(source, revision=recipe.revision, subfolder=extractor)
     except (OSError, ValueError) as error:
         raise UserError(f"gen teacher {recipe.id} has no preprocessing: {first_line(error)}") from None
-    model = load_model(CLIPVisionModelWithProjection, source, "gen", revision=recipe.revision, subfolder=encoder).to(
-        device
+    model = load_model(
+        CLIPVisionModelWithProjection, source, config, "gen", device, revision=recipe.revision, subfolder=encoder
     )
 
     def encode(pixels: Tensor) -> Tensor:

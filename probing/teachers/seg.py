@@ -22,7 +22,7 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
 
     source, config = open_teacher(recipe, "seg", ["oneformer"])
     prepare, _ = square_pixels(source, recipe.revision)
-    model = load_model(OneFormerForUniversalSegmentation, source, "seg", revision=recipe.revision).to(device)
+    model = load_model(OneFormerForUniversalSegmentation, source, config, "seg", device, revision=recipe.revision)
 
     def encode(pixels: Tensor) -> Tensor:
         feature = model.model.pixel_level_module.encoder(pixels).feature_maps[-1]  # type: ignore[union-attr,operator]

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from probing.backbones import Backbone, Batch, TokenMap, count_blocks, describe_checkpoint, load_backbone
+from probing.backbones.base import SPECIAL
 from probing.backbones.original import SYSTEM, read_config
 from probing.backbones.towers import ConvNextTower
 from probing.distill.recipe import DistillRecipe
@@ -70,7 +71,7 @@ def convnext_tower(path):
 
 def original(
     path, kind="llava_llama", convnext=False, own_tower=False, special=0, headers=False, extra=None, split=True,
-    suffix="safetensors",
+    suffix="safetensors", token_format="expand_emb",
 ):  # fmt: skip
     """Writes a checkpoint in the original layout.
 
@@ -84,6 +85,7 @@ def original(
         extra: further tensors.
         split: two shards and an index.
         suffix: safetensors or bin.
+        token_format: what is made of the special tokens' rows.
     """
     path.mkdir(parents=True)
     place = path.parent / ("tower-res128" if convnext else "tower")
@@ -130,7 +132,7 @@ def original(
         where |= dict.fromkeys(some, file)
     if split:
         (path / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    task = {"num_task_tokens": 4, "aux_mode": "gen-depth-seg", "task_token_format": "expand_emb"} if special else {}
+    task = {"num_task_tokens": 4, "aux_mode": "gen-depth-seg", "task_token_format": token_format} if special else {}
     raw = values | {
         "model_type": kind, "architectures": [name], "rope_scaling": None, "torch_dtype": "float32",
         "mm_vision_tower": str(place), "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": width,
@@ -200,8 +202,9 @@ def plain_states(tensors, raw, tokenizer, pixels, before, after, special=()):
         embed = tensors["model.embed_tokens.weight"]
         ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (before, after)]
         rows = [tensors[f"model.special_{task}_tokens"] for task in special]
-        pooled = [torch.stack([group.mean(0) for group in row.chunk(4)]) for row in rows]
-        sequence = [torch.cat([embed[ids[0]], image, *pooled, embed[ids[1]]]) for image in projected]
+        if raw.get("task_token_format") != "emb":
+            rows = [torch.stack([group.mean(0) for group in row.chunk(4)]) for row in rows]
+        sequence = [torch.cat([embed[ids[0]], image, *rows, embed[ids[1]]]) for image in projected]
         raw_last = {}
         llm.model.layers[-1].register_forward_hook(
             lambda module, args, out: raw_last.update(state=out[0] if isinstance(out, tuple) else out)
@@ -230,11 +233,12 @@ PROMPTS = {
         ("llava_llama", {}, "vicuna_v1"),
         ("llava_llama", {"headers": True, "own_tower": True}, "llava_llama_3"),
         ("llava_llama", {"headers": True, "own_tower": True, "special": 16}, "llava_llama_3"),
+        ("llava_llama", {"headers": True, "own_tower": True, "special": 16, "token_format": "emb"}, "llava_llama_3"),
         ("llava_llama", {"headers": True, "convnext": True, "special": 16}, "llava_llama_3"),
         ("llava_mistral", {"suffix": "bin", "split": False}, "mistral_instruct"),
         ("llava_phi3", {"special": 8, "own_tower": True, "suffix": "bin"}, "llava_phi_3"),
     ],
-    ids=["llava-1.5", "llama-3", "ola-llama-3", "ola-convnext", "mistral-bin", "ola-phi-3"],
+    ids=["llava-1.5", "llama-3", "ola-llama-3", "ola-emb", "ola-convnext", "mistral-bin", "ola-phi-3"],
 )
 def test_states_are_those_of_the_described_forward_pass(tmp_path, images, kind, options, template):
     tensors, raw, tokenizer = original(tmp_path / "model", kind, **options)
@@ -250,10 +254,14 @@ def test_states_are_those_of_the_described_forward_pass(tmp_path, images, kind, 
     expected = plain_states(tensors, raw, tokenizer, pixels, *PROMPTS[template], special)
     for layer, own in zip(states, expected, strict=True):
         torch.testing.assert_close(states[layer], own, rtol=1e-3, atol=2e-4)
-    assert tokens.counts()["image"] == 16 and all(tokens.counts()[task] == 4 for task in special)
+    number = {task: 16 if options.get("token_format") == "emb" and task != "gen" else 4 for task in special}
+    assert tokens.counts()["image"] == 16
+    assert {task: count for task, count in tokens.counts().items() if task in SPECIAL} == number
     found = describe_checkpoint(recipe)
     assert found["dtype"] == "float32"
-    assert found["family"] == f"original {kind}" and found["special_tokens"] == 4 * len(special)
+    assert found["family"] == f"original {kind}" and found["special_tokens"] == sum(number.values())
+    half, _ = load_backbone(recipe.model_copy(update={"dtype": "bfloat16"}), CPU).hidden_states(images, "2")
+    assert torch.cosine_similarity(half[2].float().flatten(), states[2].flatten(), dim=0) > 0.999
     fresh = load_backbone(recipe, CPU, random_seed=3)
     both = zip(fresh.core.vision_tower.parameters(), backbone.core.vision_tower.parameters(), strict=True)
     assert all(torch.equal(one, two) for one, two in both)

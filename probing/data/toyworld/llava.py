@@ -174,7 +174,7 @@ def answer_accuracy(
     config = load_config(str(checkpoint), "checkpoint")
     encoders = None
     if config.model_type == multi_encoder.MODEL_TYPE:
-        model = multi_encoder.load_inner(str(checkpoint), config, dtype=torch.float32).eval()
+        model = multi_encoder.load_inner(str(checkpoint), config, torch.device("cpu"), torch.float32).eval()
         encoders = multi_encoder.open_encoders(config, processor.tokenizer, torch.device("cpu"), checkpoint)
         encoders.install(model)
     else:

@@ -1,0 +1,82 @@
+"""How near the memory that `probing plan` says comes to what a training takes.
+
+    python -m tests.benchmarks.memory
+
+Measured is the peak of a fresh process that trains on a CPU, above what the same process held after training something
+tiny, so that the libraries do not count. There glibc hands back at once what was freed; left to itself it keeps holes,
+which make a process up to twice as large.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+
+import probing.compat  # noqa: F401
+from probing.cost import training_cost
+from probing.recipe import ProbeRunRecipe
+from probing.train import train
+from tests import tiny
+
+MB = 2**20
+
+
+def make_recipe(root: Path, hidden: int, layers: int, side: int, micro_batch: int) -> ProbeRunRecipe:
+    """A LLaVA for images of some size in pixels, in patches of 8; three teachers, all layers."""
+    return ProbeRunRecipe.model_validate(
+        {
+            "backbone": {"checkpoint": str(tiny.llava(root / "llava", layers=layers, hidden=hidden, image=side))},
+            "data": {"path": f"coco:{tiny.coco(root / 'coco', train=2 * micro_batch, val=2)}"},
+            "teachers": {
+                "depth": {"id": str(tiny.depth_teacher(root / "depth", width=256, size=196))},
+                "seg": {"id": str(tiny.seg_teacher(root / "seg", width=32))},
+                "gen": {"id": str(tiny.gen_teacher(root / "gen", projection=256))},
+            },
+            "controls": [],
+            "fit": {"epochs": 1, "batch_size": micro_batch, "micro_batch": micro_batch, "workers": 0},
+        }
+    )
+
+
+def main() -> None:
+    """Prints a table; each row is measured in a process of its own."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sizes", nargs="+", default=["512,4,224,16", "1024,8,128,4", "1024,2,224,8"])
+    parser.add_argument("--run", type=Path)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    out = sys.stdout.write
+    if options.run:
+        train(make_recipe(options.run / "tiny", hidden=32, layers=1, side=32, micro_batch=2), options.run / "tiny_run")
+        gc.collect()
+        base = psutil.Process().memory_info().rss / MB
+        train(ProbeRunRecipe.model_validate_json((options.run / "recipe.json").read_text()), options.run / "run")
+        out("\n" + json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - base))
+        return
+    out("hidden layers batch  planned = backbone + teachers + probes + sums + step (MB)")
+    out("   measured  planned / measured\n")
+    for sizes in options.sizes:
+        hidden, layers, side, micro_batch = map(int, sizes.split(","))
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = make_recipe(Path(folder), hidden, layers, side, micro_batch)
+            cost = training_cost(recipe)
+            (Path(folder) / "recipe.json").write_text(recipe.model_dump_json())
+            command = [sys.executable, "-m", "tests.benchmarks.memory", "--run", folder]
+            env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)}
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+            measured = json.loads(done.stdout.splitlines()[-1])
+        parts = [n / MB for n in (cost.memory, cost.backbone, cost.teachers, cost.probes, cost.sums, cost.step)]
+        out(f"{hidden:6d} {layers:6d} {micro_batch:5d} {' '.join(f'{part:8.0f}' for part in parts)}")
+        out(f" {measured:18.0f} {cost.memory / MB / measured:18.2f}\n")
+
+
+if __name__ == "__main__":
+    main()
