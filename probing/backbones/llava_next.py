@@ -74,7 +74,11 @@ class TiledInputs(llava.LlavaInputs):
 
 def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> TiledInputs:
     """Builds the input side of a checkpoint; see `probing.backbones.llava.make_inputs`."""
-    processor = llava.open_processor(source, recipe)
+    return inputs_of(llava.open_processor(source, recipe), config, recipe)
+
+
+def inputs_of(processor: Any, config: Any, recipe: BackboneRecipe) -> TiledInputs:
+    """The input side of a processor."""
     text, grid = llava.prompt(processor, recipe), llava.tower_grid(config)
     return TiledInputs(processor, text, config.image_token_id, grid, config=config)
 

@@ -1,5 +1,7 @@
 """LLaVA in its original format, and OLA-VLM / VisPer-LM: read into transformers' LLaVA by declarative renames.
 
+Checkpoints that look at tiles of the image (`anyres`: LLaVA-1.6) become transformers' LLaVA-NeXT.
+
 The original code keeps vision tower and projector below the LLM, names its layers otherwise, and says in `config.json`
 (`mm_vision_tower`, …) what transformers says in nested configurations. OLA-VLM adds special tokens as parameters of the
 model; here they become rows of the embedding table and entries of the vocabulary, as `probing distill` has them.
@@ -13,9 +15,9 @@ import torch
 from torch import Tensor
 
 import probing.compat  # noqa: F401  # isort: skip
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig, Phi3Config
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, MistralConfig, Phi3Config
 
-from probing.backbones import llava
+from probing.backbones import llava, llava_next
 from probing.backbones.base import SPECIAL, Backbone, special_ids, token_name
 from probing.backbones.llava import LlavaInputs
 from probing.backbones.llava import describe as describe_llava
@@ -114,7 +116,7 @@ def is_original(raw: dict[str, Any]) -> bool:
     return "mm_vision_tower" in raw or raw.get("model_type") in set(LLMS) - {"llava"}
 
 
-def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig:
+def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig | LlavaNextConfig:
     """Transformers' configuration of an original checkpoint.
 
     Args:
@@ -132,16 +134,19 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig:
     if kind not in LLMS:
         raise UserError(f"{recipe.checkpoint} is an original LLaVA of model type {kind!r}; known are {', '.join(LLMS)}")
     projector, aspect = raw.get("mm_projector_type", "linear"), raw.get("image_aspect_ratio", "square")
+    tiled = aspect == "anyres"
+    merge = raw.get("mm_patch_merge_type", "flat") if tiled else "spatial_unpad"
     for name, value, known in (
         ("mm_projector_type", projector, ("mlp2x_gelu",)),
-        ("image_aspect_ratio", aspect, ("square", "pad")),
+        ("image_aspect_ratio", aspect, ("square", "pad", "anyres")),
+        ("mm_patch_merge_type", merge, ("spatial_unpad",)),
         ("mm_vision_select_feature", raw.get("mm_vision_select_feature", "patch"), ("patch",)),
         ("mm_use_im_start_end", raw.get("mm_use_im_start_end", False), (False,)),
     ):
         if value not in known:
             raise UserError(
-                f"{recipe.checkpoint}: {name} is {value!r}, and in the original format only {known[0]!r} is read; give "
-                "the checkpoint converted to transformers' format"
+                f"{recipe.checkpoint}: {name} is {value!r}, and in the original format "
+                f"{' or '.join(map(repr, known))} is read; give the checkpoint converted to transformers' format"
             )
     llm = LLMS[kind]
     fields = set(llm().to_dict()) | {"rope_theta", "rope_scaling"}
@@ -149,12 +154,17 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig:
     tower, vision, convnext = _tower(raw, recipe)
     strategy: Any = "full" if convnext else "default"
     side = vision.image_size // vision.patch_size
-    config = LlavaConfig(
+    values: dict[str, Any] = dict(
         vision_config=vision, text_config=llm(**text), projector_hidden_act="gelu", image_token_index=0,
         vision_feature_layer=-1 if convnext else raw.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy=strategy,
         image_seq_length=side * side, tie_word_embeddings=raw.get("tie_word_embeddings", False),
     )  # fmt: skip
+    config: LlavaConfig | LlavaNextConfig
+    if tiled:
+        config = LlavaNextConfig(**values, image_grid_pinpoints=raw.get("image_grid_pinpoints"))
+    else:
+        config = LlavaConfig(**values)
     config.original, config.tower, config.convnext = raw, tower, convnext
     config.architectures, config.dtype = raw.get("architectures"), raw.get("torch_dtype")
     return config
@@ -199,7 +209,13 @@ def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs
     Raises:
         UserError: there is no tokenizer, or it cannot be known which template the checkpoint was trained with.
     """
-    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
+    from transformers import (
+        AutoTokenizer,
+        CLIPImageProcessor,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+        LlavaProcessor,
+    )
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=recipe.revision)
@@ -210,15 +226,22 @@ def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs
     tokens = [token_name(task, k) for task, number in counts.items() for k in range(number)]
     tokenizer.add_tokens(["<image>", *tokens], special_tokens=True)
     size = config.vision_config.image_size
-    side = {"height": size, "width": size}
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": size}, crop_size=side),
+    sizes: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    tiled = isinstance(config, LlavaNextConfig)
+    if tiled:
+        image_processor: Any = LlavaNextImageProcessor(**sizes, image_grid_pinpoints=config.image_grid_pinpoints)
+    else:
+        image_processor = CLIPImageProcessor(**sizes)
+    processor: Any = (LlavaNextProcessor if tiled else LlavaProcessor)(
+        image_processor=image_processor,
         tokenizer=tokenizer, patch_size=config.vision_config.patch_size,
         num_additional_image_tokens=0 if config.convnext else 1,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=template.replace("<image>", "<image>" + "".join(tokens)),
     )  # fmt: skip
     config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    if tiled:
+        return llava_next.inputs_of(processor, config, recipe)
     pad = config.original.get("image_aspect_ratio") == "pad"
     return llava.inputs_of(processor, config, recipe, pad_to_square=pad)
 
@@ -293,15 +316,16 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
     Raises:
         UserError: tensors are missing or unknown, or the tower cannot be found.
     """
-    from transformers import CLIPVisionModel, LlavaForConditionalGeneration
+    from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
+    model_class = (
+        LlavaNextForConditionalGeneration if isinstance(config, LlavaNextConfig) else LlavaForConditionalGeneration
+    )
     inputs = make_inputs(source, config, recipe)
     arguments = llava.loading_arguments(recipe) | {"revision": recipe.revision}
     no_weights = device.type == "meta"
     with loading(f"checkpoint {source}"):
-        model, missing, unexpected = pretrained(
-            LlavaForConditionalGeneration, source, config, device, key_mapping=RENAMES, **arguments
-        )
+        model, missing, unexpected = pretrained(model_class, source, config, device, key_mapping=RENAMES, **arguments)
         if config.convnext and no_weights:
             with device:
                 model.model.vision_tower = ConvNextTower(config.convnext).to(model.dtype)

@@ -22,6 +22,8 @@ from transformers import (
     LlamaForCausalLM,
     LlamaModel,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -35,7 +37,7 @@ from probing.backbones.towers import ConvNextTower
 from probing.distill.recipe import DistillRecipe
 from probing.distill.train import run_stage
 from probing.errors import UserError
-from probing.recipe import BackboneRecipe
+from probing.recipe import TOKEN_KINDS, BackboneRecipe
 from probing.resampler import Resampler, ResamplerConfig
 from tests import tiny
 
@@ -46,6 +48,7 @@ LLMS = {
     "llava_phi3": (Phi3Config, Phi3ForCausalLM, "LlavaPhi3ForCausalLM"),
     "probe_dsg_llava_llama": (LlamaConfig, LlamaForCausalLM, "ProbeDSGLlavaLlamaForCausalLM"),
 }
+PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 VICUNA = ("backbone.template", "vicuna_v1")
 
 
@@ -71,7 +74,7 @@ def convnext_tower(path):
 
 def original(
     path, kind="llava_llama", convnext=False, own_tower=False, special=0, headers=False, extra=None, split=True,
-    suffix="safetensors", token_format="expand_emb",
+    suffix="safetensors", token_format="expand_emb", anyres=False,
 ):  # fmt: skip
     """Writes a checkpoint in the original layout.
 
@@ -86,6 +89,7 @@ def original(
         split: two shards and an index.
         suffix: safetensors or bin.
         token_format: what is made of the special tokens' rows.
+        anyres: tiles of 32 pixels, and a newline after each of their rows.
     """
     path.mkdir(parents=True)
     place = path.parent / ("tower-res128" if convnext else "tower")
@@ -116,6 +120,8 @@ def original(
     if special:
         for task, count in (("gen", 4), ("depth", special), ("seg", special)):
             tensors[f"model.special_{task}_tokens"] = torch.randn(count, 32)
+    if anyres:
+        tensors["model.image_newline"] = torch.randn(32)
     tensors |= extra or {}
     tensors = {key: value.clone().contiguous() for key, value in tensors.items()}
     names = sorted(tensors)
@@ -140,6 +146,9 @@ def original(
         "image_aspect_ratio": "pad", "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
         "tokenizer_padding_side": "right", "tokenizer_model_max_length": 4096, "hidden_act": "silu",
     } | task  # fmt: skip
+    if anyres:
+        raw |= {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+        raw |= {"image_grid_pinpoints": PINPOINTS}
     (path / "config.json").write_text(json.dumps(raw))
     return tensors, raw, tokenizer
 
@@ -318,7 +327,8 @@ def test_bad_input(tmp_path):
         ({"mm_vision_tower": "/cluster/home/someone/my-tower"}, "backbone.vision_tower=FOLDER_OR_HUB_ID"),
         ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
+        ({"image_aspect_ratio": "anyres"}, "mm_patch_merge_type is 'flat'"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is 'anyres_max_9'"),
         ({"model_type": "llava_mpt"}, "model type 'llava_mpt'"),
     ):
         change(**values)
@@ -335,6 +345,49 @@ def test_bad_input(tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
         load(template="vicuna_v1")
+
+
+def test_tiles_become_those_of_llava_next(tmp_path, images):
+    """LLaVA-1.6 as published, against transformers' LLaVA-NeXT holding the same weights."""
+    tensors, _, _ = original(tmp_path / "model", "llava_mistral", own_tower=True, anyres=True)
+    recipe = BackboneRecipe(checkpoint=str(tmp_path / "model"))
+    backbone = load_backbone(recipe, CPU)
+    states, tokens = backbone.hidden_states(images, "0,3,final")
+    llm, _, _ = LLMS["llava_mistral"]
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig.from_pretrained(tmp_path / "tower"),
+        text_config=llm.from_pretrained(tmp_path / "model"),
+        image_token_id=backbone.prepare.image_token_id, image_grid_pinpoints=PINPOINTS,
+    )  # fmt: skip
+    own = {}
+    for name, tensor in tensors.items():
+        if name.startswith("model.vision_tower."):
+            name = name.replace("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.")
+        elif name.startswith("model.mm_projector."):
+            name = name.replace("mm_projector.0", "multi_modal_projector.linear_1")
+            name = name.replace("mm_projector.2", "multi_modal_projector.linear_2")
+        elif name.startswith("model.") and name != "model.image_newline":
+            name = name.replace("model.", "model.language_model.", 1)
+        own[name] = tensor
+    model = LlavaNextForConditionalGeneration(config).eval()
+    model.resize_token_embeddings(len(own["lm_head.weight"]) + 1, mean_resizing=False)  # and the image's
+    missing, unexpected = model.load_state_dict(
+        {name: tensor for name, tensor in own.items() if name not in RESIZED}, strict=False
+    )
+    assert set(missing) == set(RESIZED) and not unexpected
+    with torch.no_grad():
+        for name in RESIZED:
+            model.state_dict()[name][: len(own[name])] = own[name]
+        batch = backbone.prepare(images)
+        expected = model(**batch.inputs, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states[0], expected[0])
+    torch.testing.assert_close(states["final"], expected[-1])
+    counts = [(tokens.kinds[row] == TOKEN_KINDS.index("tile")).sum() for row in range(2)]
+    assert tokens.counts()["image"] == 16 and all(count > 0 for count in counts)
+    assert describe_checkpoint(recipe)["tokens"]["newline"] > 0
+
+
+RESIZED = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
 
 def test_every_layer_of_a_full_size_llm_is_handed_over():
