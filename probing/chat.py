@@ -8,7 +8,55 @@ from probing.errors import UserError
 from probing.hub import first_line
 
 TAG = "<image>"
-HELP = "give the checkpoint one that fits it, as chat_template.jinja beside its weights"
+HELP = "give one that fits it: backbone.template, or chat_template.jinja beside the weights"
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+
+
+def _chat_template(start: str, user: tuple[str, str], assistant: tuple[str, str]) -> str:
+    """A chat template of a fixed beginning, and of what stands around either role's turns.
+
+    All text is in expressions: transformers' Jinja drops line feeds that stand beside a block.
+    """
+    (before_user, after_user), (before, after) = user, assistant
+    return (
+        f"{{{{ {start!r} }}}}{{% for m in messages %}}{{% set user = m['role'] == 'user' %}}"
+        f"{{{{ {before_user!r} if user else {before!r} }}}}{{% for p in m['content'] %}}"
+        f"{{{{ '<image>\\n' if p['type'] == 'image' else p['text'] }}}}{{% endfor %}}"
+        f"{{{{ {after_user!r} if user else {after!r} }}}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {before!r} }}}}{{% endif %}}"
+    )
+
+
+_LLAMA_3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
+TEMPLATES = {
+    "vicuna_v1": _chat_template(f"{SYSTEM} ", ("USER: ", " "), ("ASSISTANT:", "</s>")),
+    "llava_llama_3": _chat_template(
+        _LLAMA_3.format("system") + SYSTEM + "<|eot_id|>",
+        (_LLAMA_3.format("user"), "<|eot_id|>"),
+        (_LLAMA_3.format("assistant"), "<|eot_id|>"),
+    ),
+    "llava_phi_3": _chat_template(
+        "<|system|>\nYou are a helpful AI assistant.<|end|>",
+        ("\n<|user|>\n", "<|end|>"),
+        ("\n<|assistant|>\n", "<|end|>"),
+    ),
+    "mistral_instruct": _chat_template("", ("[INST] ", " [/INST]"), ("", "</s>")),
+}
+"""Conversation templates of LLaVA's original code, as chat templates."""
+
+
+def find_template(text: str) -> str:
+    """The chat template that a recipe means: one of `TEMPLATES` by its name, or the Jinja text itself.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if "{" not in text and text not in TEMPLATES:
+        raise UserError(f"no template is called {text!r}; there are {', '.join(TEMPLATES)}, or give one in Jinja")
+    return TEMPLATES.get(text, text)
 
 
 def render(processor: Any, messages: list[dict[str, Any]], generation_prompt: bool = False) -> str:

@@ -38,7 +38,7 @@ class BackboneRecipe(Strict):
     prompt: str = DEFAULT_PROMPT
     """The user's turn; it goes through the checkpoint's own chat template, after the image."""
     template: str | None = None
-    """Conversation template of a checkpoint in LLaVA's original format, where it does not say: vicuna_v1, …"""
+    """Chat template where the checkpoint has none, or another is wanted: vicuna_v1, …, or one in Jinja."""
     vision_tower: str | None = None
     """Folder or Hub id of its vision tower, where the path that it names does not exist."""
     image_size: int | None = Field(default=None, ge=1)

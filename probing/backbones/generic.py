@@ -56,6 +56,7 @@ class GenericInputs:
             images = [i.resize(size, Image.Resampling.BICUBIC) if i.width == i.height else i for i in images]
         texts = [self.text] * len(images)
         inputs = dict(self.processor(images=[[i] for i in images], text=texts, return_tensors="pt", padding=True))
+        inputs.pop("labels", None)
         return Batch({k: v for k, v in inputs.items() if isinstance(v, Tensor)}, self.token_map(inputs))
 
     def token_map(self, inputs: dict[str, Any]) -> TokenMap:

@@ -9,7 +9,7 @@ from PIL import Image
 
 import probing.compat  # noqa: F401
 from probing.backbones.base import Backbone, Batch, TokenMap, special_ids, token_kinds
-from probing.chat import render
+from probing.chat import find_template, render
 from probing.errors import UserError
 from probing.hub import first_line, identity, loading, pretrained
 from probing.recipe import BackboneRecipe
@@ -93,7 +93,7 @@ def open_processor(source: str, recipe: BackboneRecipe) -> Any:
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(
+        processor: Any = AutoProcessor.from_pretrained(
             source, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
         )
     except (OSError, ValueError) as error:
@@ -101,6 +101,9 @@ def open_processor(source: str, recipe: BackboneRecipe) -> Any:
             f"checkpoint {source} has no usable processor ({first_line(error)}); save one beside the weights with "
             "AutoProcessor.save_pretrained"
         ) from None
+    if recipe.template:
+        processor.chat_template = find_template(recipe.template)
+    return processor
 
 
 def prompt(processor: Any, recipe: BackboneRecipe) -> str:

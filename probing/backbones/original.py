@@ -22,6 +22,7 @@ from probing.backbones.base import SPECIAL, Backbone, special_ids, token_name
 from probing.backbones.llava import LlavaInputs
 from probing.backbones.llava import describe as describe_llava
 from probing.backbones.towers import ConvNextTower, convnext_of, stand_in
+from probing.chat import TEMPLATES, find_template
 from probing.errors import UserError
 from probing.hub import first_line, load_config, loading, pretrained, read_json, read_tensors
 from probing.recipe import BackboneRecipe
@@ -71,44 +72,6 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Vision towers by the last part of the path that a checkpoint names: Hub id and configuration."""
-
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions."
-)
-
-
-def _chat_template(start: str, user: tuple[str, str], assistant: tuple[str, str]) -> str:
-    """A chat template of a fixed beginning, and of what stands around either role's turns.
-
-    All text is in expressions: transformers' Jinja drops line feeds that stand beside a block.
-    """
-    (before_user, after_user), (before, after) = user, assistant
-    return (
-        f"{{{{ {start!r} }}}}{{% for m in messages %}}{{% set user = m['role'] == 'user' %}}"
-        f"{{{{ {before_user!r} if user else {before!r} }}}}{{% for p in m['content'] %}}"
-        f"{{{{ '<image>\\n' if p['type'] == 'image' else p['text'] }}}}{{% endfor %}}"
-        f"{{{{ {after_user!r} if user else {after!r} }}}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ {before!r} }}}}{{% endif %}}"
-    )
-
-
-_LLAMA_3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
-TEMPLATES = {
-    "vicuna_v1": _chat_template(f"{SYSTEM} ", ("USER: ", " "), ("ASSISTANT:", "</s>")),
-    "llava_llama_3": _chat_template(
-        _LLAMA_3.format("system") + SYSTEM + "<|eot_id|>",
-        (_LLAMA_3.format("user"), "<|eot_id|>"),
-        (_LLAMA_3.format("assistant"), "<|eot_id|>"),
-    ),
-    "llava_phi_3": _chat_template(
-        "<|system|>\nYou are a helpful AI assistant.<|end|>",
-        ("\n<|user|>\n", "<|end|>"),
-        ("\n<|assistant|>\n", "<|end|>"),
-    ),
-    "mistral_instruct": _chat_template("", ("[INST] ", " [/INST]"), ("", "</s>")),
-}
-"""The original code's conversation templates, as chat templates."""
 
 
 def is_original(raw: dict[str, Any]) -> bool:
@@ -221,7 +184,7 @@ def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs
         tokenizer = AutoTokenizer.from_pretrained(source, revision=recipe.revision)
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {source} has no usable tokenizer ({first_line(error)})") from None
-    template = TEMPLATES[_template(config.original, tokenizer, recipe)]
+    template = find_template(recipe.template or _template(config.original, tokenizer))
     counts = special_counts(config) if recipe.special_tokens != "off" else {}
     tokens = [token_name(task, k) for task, number in counts.items() for k in range(number)]
     tokenizer.add_tokens(["<image>", *tokens], special_tokens=True)
@@ -246,12 +209,8 @@ def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs
     return llava.inputs_of(processor, config, recipe, pad_to_square=pad)
 
 
-def _template(raw: dict[str, Any], tokenizer: Any, recipe: BackboneRecipe) -> str:
-    """Name of the conversation template: as given, or as model type and tokenizer say without doubt."""
-    if recipe.template:
-        if recipe.template not in TEMPLATES:
-            raise UserError(f"no template is called {recipe.template!r}; there are {', '.join(TEMPLATES)}")
-        return recipe.template
+def _template(raw: dict[str, Any], tokenizer: Any) -> str:
+    """Name of the conversation template, as model type and tokenizer say without doubt."""
     llm = LLMS[raw["model_type"]]
     if llm is Phi3Config:
         return "llava_phi_3"

@@ -23,6 +23,9 @@ from transformers import (
     InternVLVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -30,6 +33,7 @@ from transformers import (
     Qwen2Config,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    SiglipImageProcessor,
     SiglipVisionConfig,
 )
 
@@ -144,11 +148,28 @@ def idefics3(path):
     ).save_pretrained(path)
 
 
+def paligemma(path):
+    """No chat template, and a prompt whose tokens all see each other."""
+    text = tokenizer("<image>")
+    config = PaliGemmaConfig(
+        text_config={"model_type": "gemma", "vocab_size": len(text) + 1152, "head_dim": 8, **LLM},
+        vision_config={
+            "model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8, "projection_dim": 32, **TOWER
+        },
+        image_token_index=text.convert_tokens_to_ids("<image>"), projection_dim=32,
+    )  # fmt: skip
+    PaliGemmaForConditionalGeneration(config).save_pretrained(path)
+    images = SiglipImageProcessor(size={"height": 32, "width": 32})
+    images.image_seq_length = 16
+    PaliGemmaProcessor(image_processor=images, tokenizer=text).save_pretrained(path)
+
+
 FAMILIES = {
     "qwen2_5_vl": (qwen2_5_vl, {"image_size": 64}),
     "internvl": (internvl, {"whole_image": "last"}),
     "gemma3": (gemma3, {}),
     "idefics3": (idefics3, {"whole_image": "last"}),
+    "paligemma": (paligemma, {"template": "{{ '<image>' + messages[0].content[1].text }}"}),
 }
 
 

@@ -32,8 +32,9 @@ from transformers import (
 
 from probing.backbones import Backbone, Batch, TokenMap, count_blocks, describe_checkpoint, load_backbone
 from probing.backbones.base import SPECIAL
-from probing.backbones.original import SYSTEM, read_config
+from probing.backbones.original import read_config
 from probing.backbones.towers import ConvNextTower
+from probing.chat import SYSTEM
 from probing.distill.recipe import DistillRecipe
 from probing.distill.train import run_stage
 from probing.errors import UserError
