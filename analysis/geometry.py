@@ -79,7 +79,7 @@ def neighbour_overlap(one: Tensor, other: Tensor, k: int) -> Tensor:
     overlap_at_chance(len(one), k)
     first, second = unit_rows(one), unit_rows(other).to(one.device)
     shares = []
-    for rows in torch.arange(len(one), device=one.device).split(ROWS_AT_ONCE):
+    for rows in torch.split(torch.arange(len(one), device=one.device), ROWS_AT_ONCE):
         near = torch.zeros(len(rows), len(one), dtype=torch.bool, device=one.device)
         near.scatter_(1, _nearest(first, rows, k), True)
         shares.append(near.gather(1, _nearest(second, rows, k)).double().mean(dim=1))

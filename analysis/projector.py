@@ -133,7 +133,8 @@ def _eigenvalues(rows: Tensor) -> Tensor:
     """Eigenvalues (…, min(N, d)) of RᵀR, from the smaller of RᵀR and RRᵀ, whose others are zero."""
     count, width = rows.shape[-2:]
     smaller = rows @ rows.mT if count <= width else rows.mT @ rows
-    return torch.linalg.eigvalsh(smaller)
+    values: Tensor = torch.linalg.eigvalsh(smaller)
+    return values
 
 
 def _distribution(spectrum: Tensor) -> Tensor:
@@ -146,7 +147,8 @@ def _distribution(spectrum: Tensor) -> Tensor:
 
 
 def _shannon(shares: Tensor) -> Tensor:
-    return torch.special.entr(shares).sum(dim=-1)
+    terms: Tensor = torch.special.entr(shares)
+    return terms.sum(dim=-1)
 
 
 def _rank(spectrum: Tensor) -> Tensor:
