@@ -164,8 +164,8 @@ def _match_orthogonally(vectors: Tensor, dictionary: _Dictionary, steps: int, no
     basis, mixing = vectors.new_zeros(count, steps, width), vectors.new_zeros(count, steps, steps)
     target, coefficients = vectors.new_zeros(count, steps), vectors.new_zeros(count, steps)
     residual, energy = vectors, vectors.new_zeros(count, steps)
-    # Where all that an atom could explain is round-off, it is not taken.
-    floor = torch.finfo(dictionary.atoms.dtype).eps * torch.linalg.vector_norm(vectors, dim=1)
+    # Where all that an atom could explain is round-off it is not taken, so that its coefficient is exactly zero.
+    floor = 10 * torch.finfo(dictionary.atoms.dtype).eps * torch.linalg.vector_norm(vectors, dim=1)
     for step in range(steps):
         scores = dictionary.correlations(residual)
         if not non_negative:

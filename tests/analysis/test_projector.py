@@ -153,6 +153,8 @@ def test_renyi_goes_through_von_neumann_and_falls_with_the_order():
     assert (below + above) / 2 == pytest.approx(at, abs=1e-5)
     assert below == pytest.approx(above, abs=1e-2)
     assert float(matrix_entropy(tokens, 1e-6)) == pytest.approx(math.log(10), abs=1e-4)
+    flat = torch.cat([tokens[:, :3], torch.zeros(20, 7)], dim=1) @ rotation(10)
+    assert float(matrix_entropy(flat, 1e-3)) == pytest.approx(math.log(3), abs=1e-2)  # round-off is no dimension
     largest = torch.linalg.eigvalsh(tokens.T @ tokens).max() / tokens.square().sum()
     assert float(matrix_entropy(tokens, 2000)) == pytest.approx(-math.log(largest), rel=1e-3)
 
