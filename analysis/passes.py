@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from analysis.scores import Curve, ScoreFile, read_if_fits
 from probing.backbones import Backbone, Layer, layer_name
 from probing.backbones.base import Batch
 from probing.bank import ProbeBank
-from probing.data.coco import Skipped
+from probing.data.coco import ImageList, Skipped
 from probing.data.loader import Prepared, micro_batches
 from probing.fit import Interrupted
 from probing.progress import Progress
@@ -124,36 +124,79 @@ def score_arm(
     """
     selection = selection.arm(arm)
     asked = f"{settings} {','.join(map(layer_name, selection.layers))} {selection.probes} {selection.controls}"
-    state = pass_state(run, scorer, arm)
-    saved = read_if_fits(state, asked)
-    tally = Tally.resumed(saved, backbone.device) if saved else Tally()
-    if saved:
-        logger.info("%s: going on after %d images", scorer.stem, tally.done)
     predict = _Predictor(run, arm, backbone, scorer, selection)
-    images, recipe = scorer.images, run.recipe
-    plan = [list(range(i, min(i + batch, len(images)))) for i in range(tally.done, len(images), batch)]
     prepare = {name: teacher.prepare for name, teacher in scorer.teachers.items()}
-    batches = micro_batches(
-        images, plan, backbone.prepare, prepare, recipe.data.view, recipe.fit.workers, backbone.device
-    )
+
+    def read(plan: list[list[int]]) -> Iterator[Prepared]:
+        view, workers = run.recipe.data.view, run.recipe.fit.workers
+        return micro_batches(scorer.images, plan, backbone.prepare, prepare, view, workers, backbone.device)
+
     what = f"{scorer.stem.removeprefix('scores/')} ({'checkpoint' if arm == 'no' else arm})"
+    resumable = Resumable(pass_state(run, scorer, arm), asked, run.recipe.fit.save_minutes)
+    tally = gather(what, scorer.images, batch, read, predict, resumable, backbone.device)
+    return tally.file(scorer.images.split, settings)
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """Where an unfinished pass is kept.
+
+    Attributes:
+        file: the state.
+        asked: what it depends on; the state of another pass is not used.
+        minutes: between saved states.
+    """
+
+    file: Path
+    asked: str
+    minutes: float
+
+
+def gather(
+    what: str,
+    images: ImageList,
+    batch: int,
+    read: Callable[[list[list[int]]], Iterator[Prepared]],
+    each: Callable[[Prepared, Tally], None],
+    resumable: Resumable,
+    device: torch.device,
+) -> Tally:
+    """Goes through a split once, from the last saved state where there is one.
+
+    Args:
+        what: is done, for the progress bar.
+        images: of the split.
+        batch: images per forward pass.
+        read: image indices of each batch → the batches.
+        each: scores one batch.
+        resumable: where the state is kept; the caller removes it once the scores are safe.
+        device: of sums.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+    """
+    saved = read_if_fits(resumable.file, resumable.asked)
+    tally = Tally.resumed(saved, device) if saved else Tally()
+    if saved:
+        logger.info("%s: going on after %d images", what, tally.done)
+    plan = [list(range(i, min(i + batch, len(images)))) for i in range(tally.done, len(images), batch)]
     last = time.monotonic()
     with torch.no_grad(), Interruption().watch() as interruption, Progress(what, len(plan), unit="batches") as bar:
-        for indices, prepared in zip(plan, batches, strict=True):
+        for indices, prepared in zip(plan, read(plan), strict=True):
             tally.skipped |= {skip.image: skip for skip in prepared.skipped}
             if prepared.student is not None:
                 tally.names += [images.names[index] for index in prepared.indices]
-                predict(prepared, tally)
+                each(prepared, tally)
             tally.done += len(indices)
             bar.advance()
-            due = time.monotonic() - last >= 60 * recipe.fit.save_minutes
+            due = time.monotonic() - last >= 60 * resumable.minutes
             if (due or interruption.asked) and tally.done < len(images):
-                with disk_errors(run.path):
-                    tally.file(images.split, asked).write(state)
+                with disk_errors(resumable.file.parent):
+                    tally.file(images.split, resumable.asked).write(resumable.file)
                 last = time.monotonic()
                 if interruption.asked:
                     raise Interrupted
-    return tally.file(images.split, settings)
+    return tally
 
 
 def pass_state(run: Run, scorer: Scorer, arm: str) -> Path:

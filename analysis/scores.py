@@ -28,6 +28,8 @@ STATISTICS: dict[tuple[str, str], Statistic] = {
     ("da2k", "strict"): pair_accuracy,
     ("miou", "strict"): mean_iou,
     ("miou", "blind"): mean_iou,
+    **{("word_miou", variant): mean_iou for variant in ("raw", "centred")},
+    **{(f"word_{metric}", v): pair_accuracy for metric in ("cosine", "retrieval") for v in ("raw", "centred")},
 }
 """How a metric and protocol follow from sums over images; the mean, where none is named here."""
 AVERAGE = "mean"

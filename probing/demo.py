@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from analysis.align import AlignRecipe, align
 from analysis.compare import compare, statements
 from analysis.evaluate import Options, evaluate
 from probing.data.toyworld.layout import write_world
@@ -23,7 +24,7 @@ from reports.page import write_report
 logger = logging.getLogger(__name__)
 
 TRAIN_SCENES, VAL_SCENES, WORLD_SEED = 2000, 400, 11
-DECODED_IMAGES = 64
+DECODED_IMAGES, ALIGNED_IMAGES = 64, 200
 LAYERS = {"quick": "0,2,4,6", "full": "all"}
 DECODED_LAYERS = {"quick": "0,6", "full": "all"}
 CONTROLS = {"quick": ["random"], "full": ["shuffled", "random"]}
@@ -52,18 +53,20 @@ def run_demo(preset: str, out: Path) -> Path:
     world = write_world(out / "world", TRAIN_SCENES, VAL_SCENES, WORLD_SEED)
     names = QUICK if preset == "quick" else FULL
     runs: list[Path] = []
+    aligned: list[Path] = []
     for name in names:
         recipe = demo_recipe(models, world, names[name], LAYERS[preset], [] if runs else CONTROLS[preset])
         run = train(recipe, out / "runs" / name)
         for options in demo_options(models, world, recipe, DECODED_LAYERS[preset]):
             evaluate(run.path, options)
         runs.append(run.path)
+        aligned.append(align(align_recipe(recipe), out / "runs" / f"{name}_words").parent)
     differences = compare(runs, list(names))
     sentences = statements(differences)
     for sentence in sentences:
         if "cosine_centred" in sentence:
             logger.info(sentence)
-    return write_report(runs, out / "report", differences, sentences)
+    return write_report([*runs, *aligned], out / "report", differences, sentences)
 
 
 def demo_options(models: Path, world: Path, recipe: ProbeRunRecipe, layers: str) -> list[Options]:
@@ -99,6 +102,17 @@ def demo_recipe(
         "fit": {"epochs": 1, "batch_size": 4, "micro_batch": 4, "lr": 3e-3, "workers": 1, "save_minutes": 1},
     }
     return validate(ProbeRunRecipe, values, "demo").with_absolute_paths()
+
+
+def align_recipe(recipe: ProbeRunRecipe) -> AlignRecipe:
+    """Patches and words of the checkpoint that a recipe probes."""
+    values = {
+        "backbone": recipe.backbone.model_dump(),
+        "data": recipe.data.model_dump() | {"eval_limit": ALIGNED_IMAGES},
+        "pictures": 2,
+        "workers": 1,
+    }
+    return validate(AlignRecipe, values, "demo")
 
 
 def _tell_quality(quality: dict[str, Any]) -> None:

@@ -13,6 +13,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from probing.run import whole_file, write_text
+from reports.alignment import (
+    COMPRESSION,
+    VARIANTS,
+    WORDS,
+    AlignmentResults,
+    PatchPicture,
+    compression_figure,
+    is_alignment,
+    load_alignments,
+    read_pictures,
+    sentences,
+    similarity_figure,
+    words_figure,
+)
 from reports.curves import (
     PROBES,
     difference_figure,
@@ -56,7 +70,13 @@ def write_report(
     Raises:
         UserError: a folder is no run, or has no results yet.
     """
-    loaded = load_runs(runs)
+    probed, aligned = [run for run in runs if not is_alignment(run)], [run for run in runs if is_alignment(run)]
+    chapter = _chapter(load_alignments(aligned), out) if aligned else {}
+    page = out / "index.html"
+    if not probed:
+        write_text(page, _templates().get_template("alignment_page.html").render(**chapter))
+        return page
+    loaded = load_runs(probed)
     for metric, protocol in _measures(loaded):
         _save(layer_figure(loaded, metric, protocol), out / "figures" / f"layers_{metric}_{protocol}")
     grids = {}
@@ -70,12 +90,11 @@ def write_report(
         write_text(out / "table8.csv", table.frame().to_csv(index_label="checkpoint"))
     merged = pd.concat([run.results.assign(checkpoint=run.label) for run in loaded])
     write_text(out / "results.csv", merged.to_csv(index=False))
-    page = out / "index.html"
     compared = []
     if differences is not None:
         write_text(out / "differences.csv", differences.to_csv(index=False))
         compared = [_difference(differences, *key, out) for key in _difference_keys(differences)]
-    write_text(page, _render(loaded, grids, table, compared, list(statements)))
+    write_text(page, _render(loaded, grids, table, compared, list(statements), chapter))
     return page
 
 
@@ -204,32 +223,94 @@ def _render(
     table: DecodedTable | None,
     compared: list[dict[str, Any]],
     statements: list[str],
+    chapter: dict[str, Any],
 ) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     handles = legend_handles(series(runs), own=True)
     legend = [
         {"label": h.get_label(), "colour": str(h.get_color()), "dash": DASHES.get(str(h.get_linestyle()), "dashed")}
         for h in handles
     ]
-    return environment.get_template("page.html").render(
-        runs=runs,
-        legend=legend,
-        findings=[teacher_finding(run, teacher) for run in runs for teacher in run.teachers] if _headline(runs) else [],
-        titles=TITLES,
-        random={run.label: random_control(run) for run in runs},
-        convergence={run.label: convergence(run) for run in runs},
-        sections=_sections(runs),
-        table=table,
-        grids=grids,
-        compared=compared,
-        statements=statements,
-        learning=[{"run": run.label, "src": _image(learning_figure(run))} for run in runs if len(run.curves)],
+    return (
+        _templates()
+        .get_template("page.html")
+        .render(
+            **chapter,
+            runs=runs,
+            legend=legend,
+            findings=[teacher_finding(run, teacher) for run in runs for teacher in run.teachers]
+            if _headline(runs)
+            else [],
+            titles=TITLES,
+            random={run.label: random_control(run) for run in runs},
+            convergence={run.label: convergence(run) for run in runs},
+            sections=_sections(runs),
+            table=table,
+            grids=grids,
+            compared=compared,
+            statements=statements,
+            learning=[{"run": run.label, "src": _image(learning_figure(run))} for run in runs if len(run.curves)],
+        )
     )
+
+
+def _templates() -> jinja2.Environment:
+    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    return jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+
+def _chapter(runs: list[AlignmentResults], out: Path) -> dict[str, Any]:
+    """The chapter on patches and words: figures written, and given to the page."""
+
+    def panel(figure: Figure, name: str, alt: str) -> dict[str, str]:
+        source = _image(figure)
+        _save(figure, out / "figures" / name)
+        return {"src": source, "alt": alt}
+
+    parts = [
+        {
+            "title": "How few directions the tokens of an image use",
+            "text": "From the vision tower, through the projector, to every layer of the LLM. Less is more compressed.",
+            "panels": [
+                panel(compression_figure(runs, metric), f"compression_{metric}", f"{name} by layer")
+                for metric, name in COMPRESSION.items()
+            ],
+        }
+    ]
+    parts += [
+        {
+            "title": f"Patches and their words, {text}",
+            "text": "Dotted: with labels permuted.",
+            "panels": [
+                panel(words_figure(runs, metric, variant), f"{metric}_{variant}", f"{name} by layer")
+                for metric, name in WORDS.items()
+            ],
+        }
+        for variant, text in VARIANTS.items()
+    ]
+    entries = [
+        {
+            "label": run.label,
+            "manifest": run.manifest,
+            "sentences": sentences(run),
+            "pictures": [_patch_picture(picture) for picture in read_pictures(run.path)],
+        }
+        for run in runs
+    ]
+    return {"alignments": entries, "alignment_parts": parts}
+
+
+def _patch_picture(picture: PatchPicture) -> dict[str, Any]:
+    rows, columns = picture.grid
+    tables = []
+    for layer, words in picture.words.items():
+        cells = [{"text": near[0], "title": ", ".join(near)} for near in words]
+        tables.append({"layer": layer, "rows": [cells[row * columns : (row + 1) * columns] for row in range(rows)]})
+    return {
+        "name": picture.name,
+        "src": _image(similarity_figure(picture)),
+        "alt": f"{picture.name}: similarity of each patch to the words of {', '.join(picture.labels)}, by layer",
+        "tables": tables,
+    }
 
 
 def _headline(runs: list[RunResults]) -> bool:

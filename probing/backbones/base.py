@@ -246,6 +246,8 @@ class Backbone:
         prepare: images (RGB) → `Batch` on the CPU, through the checkpoint's own processor and chat template. Holds no
             weights, so data-loader workers can carry it.
         sha256: identifies the weights.
+        words: input embeddings of the LLM.
+        projector: between vision tower and LLM; None where the family's is not known.
     """
 
     name: str
@@ -257,6 +259,8 @@ class Backbone:
     hidden_size: int
     prepare: Callable[[Sequence[Any]], Batch]
     sha256: str
+    words: nn.Module | None = None
+    projector: nn.Module | None = None
 
     @property
     def layers(self) -> int:

@@ -205,6 +205,8 @@ def backbone_of(
         hidden_size=model.config.get_text_config().hidden_size,
         prepare=inputs,
         sha256=identity(source, model.config, device),
+        words=model.get_input_embeddings(),
+        projector=getattr(model.base_model, "multi_modal_projector", None),
     )
 
 

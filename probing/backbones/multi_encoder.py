@@ -293,6 +293,8 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
         hidden_size=config.text_config.hidden_size,
         prepare=EncoderInputs(inputs, prepare),
         sha256=identity(source, config, device),
+        words=model.get_input_embeddings(),
+        projector=model.model.multi_modal_projector,
     )
 
 

@@ -24,17 +24,20 @@ class Prepared:
         student: the checkpoint's inputs; None where every image of the micro-batch is corrupt.
         pixels: pixel values per teacher.
         skipped: images that could not be read.
+        annotations: what is known of each image, where that was asked for.
     """
 
     indices: list[int]
     student: Batch | None
     pixels: dict[str, Tensor]
     skipped: list[Skipped]
+    annotations: Tensor | None = None
 
     def pin_memory(self) -> "Prepared":
         """A copy in page-locked memory, for the data loader."""
         student = self.student.pin_memory() if self.student else None
-        return Prepared(self.indices, student, {n: p.pin_memory() for n, p in self.pixels.items()}, self.skipped)
+        pixels = {name: tensor.pin_memory() for name, tensor in self.pixels.items()}
+        return Prepared(self.indices, student, pixels, self.skipped, self.annotations)
 
 
 class _MicroBatches(Dataset[Prepared]):
@@ -47,17 +50,21 @@ class _MicroBatches(Dataset[Prepared]):
         student: Callable[[Sequence[Any]], Batch],
         teachers: dict[str, Prepare],
         squared: bool,
+        annotate: Callable[[str], Tensor] | None,
     ) -> None:
         self.images, self.plan, self.student, self.teachers, self.squared = images, plan, student, teachers, squared
+        self.annotate = annotate
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, position: int) -> Prepared:
-        indices, pictures, skipped = [], [], []
+        indices, pictures, annotations, skipped = [], [], [], []
         for index in self.plan[position]:
             try:
                 picture = self.images.read(index)
+                if self.annotate is not None:
+                    annotations.append(self.annotate(self.images.names[index]))
             except OSError as error:
                 reason = f"corrupt: {str(error).splitlines()[0][:120]}" if str(error) else "corrupt"
                 skipped.append(Skipped(self.images.names[index], self.images.split, reason))
@@ -67,7 +74,9 @@ class _MicroBatches(Dataset[Prepared]):
         if not pictures:
             return Prepared([], None, {}, skipped)
         pixels = {name: prepare(pictures) for name, prepare in self.teachers.items()}
-        return Prepared(indices, self.student(pictures), pixels, skipped)
+        return Prepared(
+            indices, self.student(pictures), pixels, skipped, torch.stack(annotations) if annotations else None
+        )
 
 
 def micro_batches(
@@ -78,6 +87,7 @@ def micro_batches(
     view: str,
     workers: int,
     device: torch.device,
+    annotate: Callable[[str], Tensor] | None = None,
 ) -> Iterator[Prepared]:
     """Yields one `Prepared` per entry of the plan, in its order.
 
@@ -89,9 +99,10 @@ def micro_batches(
         view: `square` or `own`, see `DataRecipe.view`.
         workers: reading processes; 0 reads in this one.
         device: where batches will go.
+        annotate: image name → what is known of it; an OSError counts as that of a corrupt image.
     """
     loader = DataLoader(
-        _MicroBatches(images, plan, student, teachers, view == "square"),
+        _MicroBatches(images, plan, student, teachers, view == "square", annotate),
         batch_size=None,
         num_workers=min(workers, len(plan)),
         pin_memory=device.type == "cuda",

@@ -1,0 +1,140 @@
+"""`probing align` on a tiny LLaVA over a tiny world: numbers against plain loops, the page, bad input."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+
+from analysis.align import AlignRecipe, align
+from analysis.projector import von_neumann_entropy
+from probing.backbones import load_backbone
+from probing.cli import cli
+from probing.data.coco import list_images
+from probing.data.panoptic import read_panoptic
+from probing.data.toyworld.layout import write_world
+from probing.errors import UserError
+from reports.page import write_report
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("align") / "world", 2, 6, seed=4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.llava(tmp_path_factory.mktemp("align") / "llava", layers=3, hidden=32, image=48)
+
+
+def recipe(checkpoint, world, **values):
+    backbone, data = {"checkpoint": str(checkpoint)}, {"path": f"coco:{world}"} | values.pop("data", {})
+    return AlignRecipe.model_validate({"backbone": backbone, "data": data, "workers": 0, **values})
+
+
+def read(path):
+    return pd.read_csv(path, dtype={"layer": str}, keep_default_na=False)
+
+
+def test_numbers_are_those_of_plain_loops(checkpoint, world, tmp_path):
+    """From the command line to the table; patch by patch, with labels counted from pixels."""
+    out = tmp_path / "run"
+    arguments = ["align", str(checkpoint), "--data", f"coco:{world}", "--out", str(out), "micro_batch=4", "workers=0"]
+    said = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert f"next: probing report {out}" in said.output
+    results = read(out / "results.csv")
+    maps, images = read_panoptic(world, "val2017"), list_images(world, "val2017")
+    settings = recipe(checkpoint, world)
+    backbone = load_backbone(settings.backbone, torch.device("cpu"))
+    tokenizer, table = backbone.prepare.processor.tokenizer, backbone.words.weight.detach()
+    words = []
+    for name in maps.names:
+        ids = [i for i in tokenizer(f"a {name}", add_special_tokens=False).input_ids if tokenizer.decode([i]).strip()]
+        words.append(table[ids[len(tokenizer("a", add_special_tokens=False).input_ids) :]].mean(0))
+    words = torch.stack(words)
+    cosines, right, entropies, tower = [], [], [], []
+    for index in range(len(images)):
+        labels = maps.labels(images.names[index])
+        side = len(labels) // 6
+        states, tokens = backbone.hidden_states([images.read(index)], "2")
+        patches = tokens.image_states(states[2])[0]
+        entropies.append(float(von_neumann_entropy(patches)))
+        for number, patch in enumerate(patches):
+            row, column = divmod(number, 6)
+            part = labels[row * side : (row + 1) * side, column * side : (column + 1) * side]
+            kind, counts = np.unique(part, return_counts=True)
+            if counts.max() / part.size >= 0.5 and kind[counts.argmax()] < len(words):
+                near = F.cosine_similarity(patch[None], words)
+                cosines.append(float(near[kind[counts.argmax()]]))
+                right.append(int(near.argmax()) == kind[counts.argmax()])
+        pixels = backbone.prepare([images.read(index)]).inputs["pixel_values"]
+        features = backbone.core.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        tower.append(float(von_neumann_entropy(features)))
+
+    def value(metric, layer, control="no", **rest):
+        chosen = results[(results["metric"] == metric) & (results["layer"] == layer) & (results["control"] == control)]
+        for name, wanted in rest.items():
+            chosen = chosen[chosen[name] == wanted]
+        return chosen["value"].item()
+
+    assert value("word_cosine", "2", protocol="raw") == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert value("word_retrieval", "2", protocol="raw") == pytest.approx(np.mean(right), abs=1e-6)
+    assert value("von_neumann_entropy", "2") == pytest.approx(np.mean(entropies), abs=1e-5)
+    assert value("von_neumann_entropy", "tower") == pytest.approx(np.mean(tower), abs=1e-5)
+    assert set(results["control"]) == {"no", "permuted", "random"}
+    entropy = results[results["metric"] == "von_neumann_entropy"]["protocol"]
+    assert entropy.str.contains("36 tokens, at most").all()
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["data"]["labelled_patches"] == len(cosines)
+
+
+def test_the_page_has_the_chapter_and_a_second_call_measures_nothing(checkpoint, world, tmp_path, monkeypatch):
+    settings = recipe(checkpoint, world, layers="0,3", pictures=1)
+    results = align(settings, tmp_path / "run")
+    before = results.read_text()
+    monkeypatch.setattr("analysis.align.gather", None)
+    assert align(settings, tmp_path / "run").read_text() == before
+    page = write_report([tmp_path / "run"], tmp_path / "report").read_text()
+    assert "Patches and words" in page and "Nearest word of each patch, layer 3" in page
+    assert (tmp_path / "report" / "figures" / "word_retrieval_centred.svg").exists()
+    with pytest.raises(UserError, match="holds another run"):
+        align(recipe(checkpoint, world, layers="0", pictures=1), tmp_path / "run")
+
+
+def test_patches_that_say_their_words_are_found(checkpoint, world, tmp_path, monkeypatch):
+    """Image tokens replaced by the words of what they show: every patch is right, and permuted labels are not."""
+    settings = recipe(checkpoint, world, layers="0", pictures=0, micro_batch=6)
+    backbone = load_backbone(settings.backbone, torch.device("cpu"))
+    maps, images = read_panoptic(world, "val2017"), list_images(world, "val2017")
+    from analysis.align import Annotator
+    from probing.data.patch_labels import plain_name
+    from probing.words import word_vectors
+
+    shares = torch.stack([Annotator(maps, (6, 6))(name) for name in images.names])
+    words = word_vectors(backbone.prepare.processor.tokenizer, backbone.words.weight, map(plain_name, maps.names))
+    backbone.projector.register_forward_hook(lambda module, args, out: words[shares.argmax(-1)][: len(out)].detach())
+    monkeypatch.setattr("analysis.align.load_backbone", lambda *args: backbone)
+    results = read(align(settings, tmp_path / "run"))
+    found = results[(results["metric"] == "word_retrieval") & (results["protocol"] == "raw")].set_index("control")
+    assert found.loc["no", "value"] == 1 and found.loc["permuted", "value"] == 0
+    cosine = results[(results["metric"] == "word_cosine") & (results["protocol"] == "raw")].set_index("control")
+    assert cosine.loc["no", "value"] == pytest.approx(1, abs=1e-5)
+
+
+def test_what_cannot_be_measured_is_said(checkpoint, world, coco, tmp_path):
+    with pytest.raises(UserError, match="line up with annotations on squares alone"):
+        align(recipe(checkpoint, world, data={"view": "own"}), tmp_path / "run")
+    with pytest.raises(UserError, match="neither panoptic_val2017"):
+        align(recipe(checkpoint, coco), tmp_path / "run")
+    whole = json.loads((world / "annotations" / "panoptic_val2017.json").read_text())
+    other = tmp_path / "other"
+    (other / "annotations" / "panoptic_val2017").mkdir(parents=True)
+    (other / "val2017").symlink_to(world / "val2017")
+    (other / "annotations" / "panoptic_val2017.json").write_text(json.dumps(whole | {"annotations": []}))
+    with pytest.raises(UserError, match="none of the 6 images of val2017 is annotated"):
+        align(recipe(checkpoint, other), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
