@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from analysis.features import Extractor, classifier, inception
 from analysis.generation import Embeddings, Painter, score_generation
-from analysis.passes import PROBES, Selection, pass_state, score_arm
+from analysis.passes import ARMS, PROBES, Selection, pass_state, score_arm
 from analysis.pictures import SIDE, Pictures, draw_depth, draw_gen, draw_seg
 from analysis.pooled import open_runs, write_pooled
 from analysis.scorers import Cosine, DepthPairs, Scorer, Segmentation, early_means
@@ -28,6 +28,7 @@ from probing import __version__
 from probing.backbones import Backbone, layer_name, parse_layers
 from probing.bank import bank_layers
 from probing.data.coco import ImageList, Skipped
+from probing.data.substitutes import SUBSTITUTES
 from probing.errors import UserError
 from probing.recipe import ProbeRunRecipe
 from probing.run import Run, disk_errors, members, write_text
@@ -60,7 +61,8 @@ class Options:
         protocols: those of them to compute; by default all of each metric.
         layers: which, as text; by default all that were probed.
         probes: `resampler`, `ridge`; by default both, and for generated images the resampler alone.
-        controls: `no`, `shuffled`, `random`; by default all that the run has, and for generated images `no` alone.
+        controls: `no`, `shuffled`, `random`; by default all that the run has, and for generated images `no` alone; and
+            what is shown in place of the image, if asked for: `blank`, `other`, `caption`.
         images: per decoded metric; by default all.
         da2k: folder in DA-2K's layout, for the metric of that name.
         inception_weights: file, for fid; by default they are downloaded.
@@ -131,7 +133,7 @@ def evaluate(path: Path, options: Options | None = None) -> Path:
     if options.pictures:
         drawn = dict.fromkeys(PICTURED[metric] for metric in options.metrics if metric in PICTURED)
         jobs += [Job(workshop.pictures(name), chosen["pictures"]) for name in drawn]
-    for arm in ("no", "random"):
+    for arm in ARMS:
         _score_arm(run, arm, jobs, workshop, options)
     for metric, job in zip(options.metrics, jobs, strict=False):
         if metric in GENERATED:
@@ -168,9 +170,9 @@ def selection(recipe: ProbeRunRecipe, blocks: int, options: Options, metric: str
     there = {
         "layer": [layer_name(layer) for layer in probed],
         "probe": [p for p in PROBES if p == "resampler" or recipe.fit.ridge],
-        "control": ["no", *recipe.controls],
+        "control": ["no", *recipe.controls, *SUBSTITUTES],
     }
-    defaults = {"probe": there["probe"], "control": there["control"]}
+    defaults = {"probe": there["probe"], "control": ["no", *recipe.controls]}
     if generated:
         defaults = {"probe": ["resampler"], "control": ["no"]}
     if metric == "pictures":

@@ -19,6 +19,7 @@ from probing.backbones.base import Batch
 from probing.bank import ProbeBank
 from probing.data.coco import ImageList, Skipped
 from probing.data.loader import Prepared, micro_batches
+from probing.data.substitutes import SUBSTITUTES, caption_inputs, substitute
 from probing.fit import Interrupted
 from probing.progress import Progress
 from probing.ridge import RidgeReadout, place_states
@@ -27,6 +28,10 @@ from probing.run import Interruption, Run, disk_errors
 logger = logging.getLogger(__name__)
 
 PROBES = ("resampler", "ridge")
+ARMS = ("no", "random", *SUBSTITUTES)
+"""Passes of their own: the checkpoint, the same with random weights, and the checkpoint shown something else."""
+WITHOUT_RIDGE = ("shuffled", "caption")
+"""Controls without a ridge readout: it is not trained on shuffled pairs, and a caption has no places."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Selection:
     Attributes:
         layers: some of those that were probed.
         probes: some of `PROBES`.
-        controls: some of `no`, `shuffled` and `random`.
+        controls: some of `no`, `shuffled`, `random`, and of `probing.data.substitutes.SUBSTITUTES`.
     """
 
     layers: tuple[Layer, ...]
@@ -44,8 +49,8 @@ class Selection:
     controls: tuple[str, ...]
 
     def arm(self, arm: str) -> "Selection":
-        """The part that is scored on one set of backbone weights."""
-        mine = [c for c in self.controls if (c == "random") == (arm == "random")]
+        """The part that is scored on one set of backbone weights, shown one kind of input."""
+        mine = [c for c in self.controls if (c if c in ARMS else "no") == arm]
         return Selection(self.layers, self.probes, tuple(mine))
 
     def lacking(
@@ -60,11 +65,16 @@ class Selection:
                     for control in self.controls:
                         if "resampler" in self.probes:
                             yield from (Curve(probe="resampler", control=control, seed=s, **place) for s in seeds)
-                        if "ridge" in self.probes and control != "shuffled":
+                        if "ridge" in self.probes and control not in WITHOUT_RIDGE:
                             yield Curve(probe="ridge", control=control, seed=seeds[0], **place)
 
         layers = tuple(layer for layer in self.layers if not there.issuperset(curves(layer)))
         return Selection(layers, self.probes, self.controls)
+
+
+def _trained(control: str) -> str:
+    """The control whose probes are scored: what is shown in place of the image is new to those of the checkpoint."""
+    return "no" if control in SUBSTITUTES else control
 
 
 @dataclass
@@ -109,7 +119,7 @@ def score_arm(
 
     Args:
         run: the run.
-        arm: `no` or `random`.
+        arm: one of `ARMS`.
         backbone: with the weights of that arm.
         scorer: the metric.
         selection: layers, probes and controls.
@@ -127,9 +137,14 @@ def score_arm(
     predict = _Predictor(run, arm, backbone, scorer, selection)
     prepare = {name: teacher.prepare for name, teacher in scorer.teachers.items()}
 
+    student: Any = backbone.prepare
+    if arm == "caption":
+        student = caption_inputs(student, run.recipe.backbone)
+    show = substitute(arm, scorer.images) if arm in SUBSTITUTES else None
+
     def read(plan: list[list[int]]) -> Iterator[Prepared]:
         view, workers = run.recipe.data.view, run.recipe.fit.workers
-        return micro_batches(scorer.images, plan, backbone.prepare, prepare, view, workers, backbone.device)
+        return micro_batches(scorer.images, plan, student, prepare, view, workers, backbone.device, show=show)
 
     what = f"{scorer.stem.removeprefix('scores/')} ({'checkpoint' if arm == 'no' else arm})"
     resumable = Resumable(pass_state(run, scorer, arm), asked, run.recipe.fit.save_minutes)
@@ -212,11 +227,11 @@ class _Predictor:
         self.run, self.arm, self.backbone, self.scorer, self.selection = run, arm, backbone, scorer, selection
         resampled, layers = "resampler" in selection.probes, ",".join(map(layer_name, selection.layers))
         self.banks = {
-            control: ProbeBank.load(run.probes(control), device, scorer.teachers, layers)
+            control: ProbeBank.load(run.probes(_trained(control)), device, scorer.teachers, layers)
             for control in (selection.controls if resampled else ())
         }
-        ridged = "ridge" in selection.probes and arm in selection.controls
-        self.ridge = RidgeReadout.load(run.ridge(arm), device) if ridged else RidgeReadout({})
+        ridged = "ridge" in selection.probes and arm in selection.controls and arm not in WITHOUT_RIDGE
+        self.ridge = RidgeReadout.load(run.ridge(_trained(arm)), device) if ridged else RidgeReadout({})
         self.means = {name: mean.to(device) for name, mean in load_file(run.means).items()}
 
     def __call__(self, prepared: Prepared, tally: Tally) -> None:
@@ -254,6 +269,8 @@ class _Predictor:
                     selected[kinds] = batch.tokens.select(hidden.to(device).float(), kinds)
                 rows = scorer.score(key.teacher, probe(*selected[kinds]), context)
                 note(key.teacher, where, "resampler", control, key.seed, rows)
+        if not self.ridge.maps:
+            return
         image_states = batch.tokens.image_states(hidden.to(device))
         for teacher, weight, bias in self.ridge.at(layer):
             if teacher in scorer.teachers:

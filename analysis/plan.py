@@ -10,7 +10,7 @@ import torch
 from analysis.evaluate import GENERATED, Options, protocols_of, selection
 from analysis.features import Extractor, classifier, inception, inception_file, reference_file
 from analysis.generation import feature_folder
-from analysis.passes import Selection
+from analysis.passes import ARMS, WITHOUT_RIDGE, Selection
 from analysis.scores import score_file
 from probing.backbones import count_blocks, layer_name
 from probing.data.coco import ImageList
@@ -72,14 +72,14 @@ def plan(run: Run | None, recipe: ProbeRunRecipe, options: Options) -> list[Cost
     return costs
 
 
-def _arms(chosen: Selection) -> set[bool]:
-    """Sets of backbone weights: the checkpoint's own, and random ones."""
-    return {control == "random" for control in chosen.controls}
+def _arms(chosen: Selection) -> list[str]:
+    """Passes of the backbone: with its own weights, with random ones, and shown something else."""
+    return [arm for arm in ARMS if chosen.arm(arm).controls]
 
 
 def _kinds(chosen: Selection) -> list[tuple[str, str]]:
-    """Kinds of curves: probes by control; there is no ridge readout of shuffled pairs."""
-    return [(p, c) for p in chosen.probes for c in chosen.controls if (p, c) != ("ridge", "shuffled")]
+    """Kinds of curves: probes by control."""
+    return [(p, c) for p in chosen.probes for c in chosen.controls if p != "ridge" or c not in WITHOUT_RIDGE]
 
 
 def _generation(

@@ -228,8 +228,9 @@ EVALUATION_OPTIONS = (
         "--control",
         "controls",
         multiple=True,
-        type=click.Choice(["no", "shuffled", "random"]),
-        help="no is the checkpoint itself. Default: all the run has; for fid and frechet no.",
+        type=click.Choice(["no", "shuffled", "random", "blank", "other", "caption"]),
+        help="no is the checkpoint itself. Default: all the run has; for fid and frechet no. blank, other and caption "
+        "show the checkpoint a grey image, the next one, or the caption as text in place of the image.",
     ),
     click.option("--images", type=click.IntRange(1), help="Images per decoded metric. Default: all."),
     click.option("--da2k", type=click.Path(path_type=Path), help="Folder in DA-2K's layout, for --metric da2k."),

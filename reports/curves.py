@@ -17,6 +17,8 @@ from reports.results import AVERAGE, FINAL, TITLES, RunResults, layer_rank, metr
 # Okabe & Ito's palette, darker ones first: told apart by colour-blind readers, and by lightness in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+SHOWN = {"blank": ("shown grey", "_"), "other": ("shown another image", "+"), "caption": ("told the caption", "*")}
+"""What the checkpoint was given in place of the image: name and marker."""
 PROBES = {"resampler": "Perceiver resampler", "ridge": "ridge readout"}
 STYLE = {
     "font.size": 9,
@@ -57,6 +59,10 @@ def series(runs: Sequence[RunResults]) -> list[Series]:
             lines.append(Series(f"random weights{suffix}", run, "random", colour, "--", "x"))
         if "shuffled" in ran:
             lines.append(Series(f"shuffled pairs{suffix}", run, "shuffled", "#8a8a8a", ":", ""))
+        for control, (name, marker) in SHOWN.items():
+            if control in ran:
+                colour = "#6a3d9a" if len(runs) == 1 else COLOURS[i % len(COLOURS)]
+                lines.append(Series(f"{name}{suffix}", run, control, colour, ":", marker))
     return lines
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from reports.curves import SHOWN
 from reports.results import TITLES, RunResults
 
 METRIC, PROTOCOL = "cosine_centred", "strict"
@@ -59,6 +60,15 @@ def teacher_finding(run: RunResults, teacher: str) -> Finding:
     if len(shuffled):
         top = shuffled.loc[shuffled["value"].idxmax()]
         sentences.append(f"Trained on shuffled pairs, the best probe scores {_number(top)}; {_apart(best, top)}.")
+    for control, (name, _) in SHOWN.items():
+        other = run.curve(teacher, "resampler", control, METRIC, PROTOCOL)
+        other = other[other["layer"] == best["layer"]]
+        if len(other):
+            left = other.iloc[0]
+            sentences.append(
+                f"When the checkpoint is {name}, the same probe at layer {best['layer']} scores {_number(left)}: what "
+                "is missing came from the picture."
+            )
     ridge = run.curve(teacher, "ridge", "no", METRIC, PROTOCOL)
     if len(ridge):
         top = ridge.loc[ridge["value"].idxmax()]

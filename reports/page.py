@@ -29,6 +29,7 @@ from reports.alignment import (
 )
 from reports.curves import (
     PROBES,
+    SHOWN,
     difference_figure,
     layer_figure,
     learning_figure,
@@ -47,8 +48,10 @@ COLUMNS = {
     "resampler": ("resampler", "no"),
     "resampler, shuffled pairs": ("resampler", "shuffled"),
     "resampler, random weights": ("resampler", "random"),
+    **{f"resampler, {name}": ("resampler", control) for control, (name, _) in SHOWN.items()},
     "ridge": ("ridge", "no"),
     "ridge, random weights": ("ridge", "random"),
+    **{f"ridge, {name}": ("ridge", control) for control, (name, _) in SHOWN.items()},
 }
 DASHES = {"-": "solid", "--": "dashed", ":": "dotted"}
 

@@ -249,7 +249,9 @@ class Core(nn.Module):
         self.llava, self.encoders = llava_core, encoders
 
     def forward(self, **inputs: Any) -> Any:
-        """One forward pass; every sample has one image."""
+        """One forward pass; every sample has one image, or none has."""
+        if "pixel_values" not in inputs:
+            return self.llava(**inputs)
         teachers = self.encoders.teachers
         features = {name: teacher.target(inputs.pop(f"teacher_pixels.{name}")) for name, teacher in teachers.items()}
         batch = len(inputs["input_ids"])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -13,6 +14,8 @@ from probing.backbones.base import Batch
 from probing.data.coco import ImageList, Skipped, square
 
 Prepare = Callable[[Sequence[Any]], Any]
+Show = Callable[[int, Image.Image], Any]
+"""Index of an image, and the image → what the student is given."""
 
 
 @dataclass(frozen=True)
@@ -51,32 +54,37 @@ class _MicroBatches(Dataset[Prepared]):
         teachers: dict[str, Prepare],
         squared: bool,
         annotate: Callable[[str], Tensor] | None,
+        show: Show | None,
     ) -> None:
         self.images, self.plan, self.student, self.teachers, self.squared = images, plan, student, teachers, squared
-        self.annotate = annotate
+        self.annotate, self.show = annotate, show
 
     def __len__(self) -> int:
         return len(self.plan)
 
+    def _view(self, shown: Any) -> Any:
+        return square(shown) if self.squared and isinstance(shown, Image.Image) else shown
+
     def __getitem__(self, position: int) -> Prepared:
-        indices, pictures, annotations, skipped = [], [], [], []
+        indices, pictures, shown, annotations, skipped = [], [], [], [], []
         for index in self.plan[position]:
             try:
                 picture = self.images.read(index)
                 if self.annotate is not None:
                     annotations.append(self.annotate(self.images.names[index]))
+                if self.show is not None:
+                    shown.append(self._view(self.show(index, picture)))
             except OSError as error:
                 reason = f"corrupt: {str(error).splitlines()[0][:120]}" if str(error) else "corrupt"
                 skipped.append(Skipped(self.images.names[index], self.images.split, reason))
                 continue
             indices.append(index)
-            pictures.append(square(picture) if self.squared else picture)
+            pictures.append(self._view(picture))
         if not pictures:
             return Prepared([], None, {}, skipped)
         pixels = {name: prepare(pictures) for name, prepare in self.teachers.items()}
-        return Prepared(
-            indices, self.student(pictures), pixels, skipped, torch.stack(annotations) if annotations else None
-        )
+        student = self.student(pictures if self.show is None else shown)
+        return Prepared(indices, student, pixels, skipped, torch.stack(annotations) if annotations else None)
 
 
 def micro_batches(
@@ -88,6 +96,7 @@ def micro_batches(
     workers: int,
     device: torch.device,
     annotate: Callable[[str], Tensor] | None = None,
+    show: Show | None = None,
 ) -> Iterator[Prepared]:
     """Yields one `Prepared` per entry of the plan, in its order.
 
@@ -100,9 +109,10 @@ def micro_batches(
         workers: reading processes; 0 reads in this one.
         device: where batches will go.
         annotate: image name → what is known of it; an OSError counts as that of a corrupt image.
+        show: what the student is given in place of an image, see `probing.data.substitutes`; the same holds of it.
     """
     loader = DataLoader(
-        _MicroBatches(images, plan, student, teachers, view == "square", annotate),
+        _MicroBatches(images, plan, student, teachers, view == "square", annotate, show),
         batch_size=None,
         num_workers=min(workers, len(plan)),
         pin_memory=device.type == "cuda",

@@ -13,13 +13,17 @@ from analysis import passes
 from analysis.evaluate import Options, evaluate
 from analysis.scores import ScoreFile, score_file
 from analysis.segmentation import class_counts, mean_iou
+from probing.backbones import load_backbone
+from probing.bank import ProbeBank
+from probing.data.coco import list_images
+from probing.data.substitutes import caption_inputs
 from probing.data.toyworld.layout import write_world
 from probing.data.toyworld.make import ASSETS
 from probing.demo import demo_recipe
 from probing.errors import UserError
 from probing.fit import Interrupted
 from probing.recipe import TeacherRecipe
-from probing.run import Interruption
+from probing.run import Interruption, Run
 from probing.teachers import depth, load_teacher
 from probing.train import train
 
@@ -230,3 +234,40 @@ def test_a_pass_that_was_stopped_goes_on_to_the_same_numbers(evaluated, tmp_path
     shutil.rmtree(whole / "scores")
     evaluate(whole, options)
     assert (copy / "results.csv").read_text() == (whole / "results.csv").read_text()
+
+
+def test_what_is_shown_in_place_of_the_image(evaluated):
+    """The same probes, the same targets, another input: against probes run by hand on that input."""
+    run, world, before = evaluated
+    evaluate(run, Options(layers="6", controls=("blank", "other", "caption"), micro_batch=3))
+    results = pd.read_csv(run / "results.csv", dtype={"layer": str}, keep_default_na=False)
+    assert len(results) > len(before)
+    images = list_images(world, "val2017")
+    pictures = [images.read(index) for index in range(len(images))]
+    backbone = load_backbone(Run.open(run).recipe.backbone, torch.device("cpu"))
+    bank = ProbeBank.load(run / "probes", torch.device("cpu"), ["depth"], "6")
+    (probe,) = [probe for key, probe in bank.probes.items() if key.layer == 6]
+    teacher = load_teacher("depth", TeacherRecipe(id=str(ASSETS / "depth")), torch.device("cpu"))
+    target = teacher.target(teacher.prepare(pictures))
+    grey = Image.new("RGB", (48, 48), (128, 128, 128))
+    for control, instead in {"blank": [grey] * len(pictures), "other": pictures[1:] + pictures[:1]}.items():
+        states, _ = backbone.hidden_states(instead, "6")
+        with torch.no_grad():
+            own = F.cosine_similarity(probe(states[6]), target, dim=-1).mean()
+        found = rows(results, "cosine", protocol="strict", control=control, layer="6")
+        depth_row = rows(found, "cosine", probe="resampler", teacher="depth")
+        assert depth_row["value"].item() == pytest.approx(float(own), abs=1e-5)
+        assert len(rows(found, "cosine", probe="ridge")) == 3
+    captions = json.loads((world / "annotations" / "captions_val2017.json").read_text())
+    name = {image["id"]: image["file_name"] for image in captions["images"]}
+    caption = next(e["caption"] for e in captions["annotations"] if name[e["image_id"]] == images.names[0])
+    inputs = caption_inputs(backbone.prepare, Run.open(run).recipe.backbone)
+    batch = inputs([caption, "a"])
+    text = backbone.prepare.processor.tokenizer.decode(batch.inputs["input_ids"][0])
+    assert caption in text and "<image>" not in text and not batch.tokens.mask("image").any()
+    assert batch.tokens.mask("padding")[1].any()
+    curves = rows(results, "cosine", control="caption", protocol="strict", layer="6")
+    assert set(curves["probe"]) == {"resampler"} and len(curves) == 3
+    (world / "annotations" / "captions_val2017.json").unlink()
+    with pytest.raises(UserError, match="the control `caption` needs COCO's captions of val2017"):
+        evaluate(run, Options(layers="0", controls=("caption",)))

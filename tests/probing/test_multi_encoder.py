@@ -74,7 +74,7 @@ def test_what_enters_the_llm_is_computed_by_hand(trained, models, data):
     states, tokens = backbone.hidden_states(images, "0")
     saved = load_file(folder / "encoders.safetensors")
     config = load_config(str(folder), "checkpoint")
-    model = load_inner(str(folder), config, dtype=torch.float32)
+    model = load_inner(str(folder), config, torch.device("cpu"), torch.float32)
     features = {}
     for name in ("gen", "depth", "seg"):
         teacher = load_teacher(name, teacher_recipe(models, name), CPU)
