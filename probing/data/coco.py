@@ -130,7 +130,7 @@ def list_images(root: Path, split: str, limit: int | None = None) -> ImageList:
     return ImageList(folder, split, names[:limit], skipped, unlisted)
 
 
-def square(image: Image.Image) -> Image.Image:
+def square(image: Image.Image, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
     """Squashes an image to a square of its longer side, so that no processor crops it and all grids line up."""
     side = max(image.size)
-    return image if image.width == image.height else image.resize((side, side), Image.Resampling.BICUBIC)
+    return image if image.width == image.height else image.resize((side, side), resample)

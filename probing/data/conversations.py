@@ -19,13 +19,14 @@ from torch import Tensor
 
 from probing.chat import TAG, render
 from probing.data.coco import square
+from probing.data.patch_words import PatchWords
 from probing.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
 ROLES = {"human": "user", "gpt": "assistant"}
-NOTES = ("skipped", "cut")
+NOTES = ("skipped", "cut", "unlabelled")
 """What a batch tells about its samples, by name."""
 
 
@@ -220,7 +221,7 @@ class Encoder:
 def collate(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     """Pads samples on the right and joins their images.
 
-    Samples that were left out or cut are named under `skipped` and `cut`. Where none is left, the batch is two
+    What is to be noted of samples is under `skipped`, `cut` and `unlabelled`. Where none is left, the batch is two
     unsupervised tokens, which cost nothing and move nothing.
     """
     notes = {kind: [sample[kind] for sample in samples if kind in sample] for kind in NOTES}
@@ -236,6 +237,9 @@ def collate(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     pixels = [sample["pixel_values"] for sample in good if "pixel_values" in sample]
     if pixels:
         batch["pixel_values"] = torch.cat(pixels)
+    labelled = [sample["patch_labels"] for sample in good if "patch_labels" in sample]
+    if labelled:
+        batch["patch_labels"] = torch.cat(labelled)
     with_target = [row for row, sample in enumerate(good) if "teacher_pixels" in sample]
     if with_target:
         batch["target_rows"] = torch.tensor(with_target)
@@ -244,12 +248,25 @@ def collate(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     return batch | {kind: names for kind, names in notes.items() if names}
 
 
+def _patch_labels(patches: PatchWords, images: list[tuple[str, tuple[int, int]]]) -> dict[str, Any]:
+    """What a sample says of the patches of its images, each a name and a size; see `ConversationDataset`."""
+    labels, reasons = [], []
+    for name, size in images:
+        try:
+            labels.append(patches(name, size))
+        except OSError as error:
+            labels.append(torch.full((patches.grid[0] * patches.grid[1],), -1))
+            reasons.append(f"{name}: {error}")
+    return {"patch_labels": torch.stack(labels)} | ({"unlabelled": "; ".join(reasons)} if reasons else {})
+
+
 class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Encoded conversations.
 
     A sample whose image cannot be read, or does not fit, is `{"skipped": name and reason}`; one whose end was cut off
     has its own name under `cut`. A sample with exactly one image has it under `teacher_pixels` too, as each teacher
-    wants it; with several it would not be clear which of them is meant.
+    wants it; with several it would not be clear which of them is meant. Where patches are labelled, `patch_labels`
+    (images, patches) go with `pixel_values`, and an image whose annotations cannot be used is named under `unlabelled`.
     """
 
     def __init__(
@@ -260,6 +277,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         squared: bool = False,
         teachers: dict[str, Callable[[Sequence[Any]], Tensor]] | None = None,
         single: bool = False,
+        patches: PatchWords | None = None,
     ) -> None:
         """Puts a data set together.
 
@@ -270,9 +288,10 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
             squared: squash every image to a square first, so that student and teachers see the same.
             teachers: each teacher's `prepare`.
             single: leave out samples with several images, for models that see the teachers' features of one.
+            patches: labels the patches of every image.
         """
         self.conversations, self.image_root, self.encoder = conversations, image_root, encoder
-        self.squared, self.teachers, self.single = squared, teachers or {}, single
+        self.squared, self.teachers, self.single, self.patches = squared, teachers or {}, single, patches
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -286,10 +305,11 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         called = f"conversation {index}" + (f" (id {conversation.id})" if conversation.id else "")
         if self.single and len(conversation.images) > 1:
             return {"skipped": f"{called}: {len(conversation.images)} images, and a multi-encoder model takes one"}
-        images = []
+        images, sizes = [], []
         for name in conversation.images:
             try:
                 with Image.open(self.image_root / name) as image:
+                    sizes.append(image.size)
                     images.append(square(image.convert("RGB")) if self.squared else image.convert("RGB"))
             except FileNotFoundError:
                 return {"skipped": f"{name}: missing"}
@@ -304,4 +324,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if self.teachers and len(images) == 1 and "pixel_values" in sample:
             seen = {name: prepare(images)[0] for name, prepare in self.teachers.items()}
             sample = sample | {"teacher_pixels": seen}
+        if self.patches is not None and "pixel_values" in sample:
+            shown = list(zip(conversation.images, sizes, strict=True))[: len(sample["pixel_values"])]
+            sample = sample | _patch_labels(self.patches, shown)
         return sample | ({"cut": called} if "cut" in sample else {})

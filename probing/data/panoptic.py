@@ -57,7 +57,7 @@ def read_panoptic(root: Path, split: str) -> Panoptic:
     for path in (source, folder):
         if not path.exists():
             raise UserError(
-                f"no {path}; mIoU needs COCO's panoptic annotations: unpack {source.name} and its PNGs there"
+                f"no {path}; COCO's panoptic annotations are needed: unpack {source.name} and its PNGs there"
             )
     try:
         whole: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))

@@ -1,5 +1,7 @@
 """From label maps to what each patch of an image shows, and to the words for it."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -8,7 +10,7 @@ COVERAGE = 0.5
 _NO_WORDS = {"merged", "other", "stuff"}
 
 
-def patch_shares(labels: NDArray[np.uint8], classes: int, grid: tuple[int, int]) -> NDArray[np.float64]:
+def patch_shares(labels: NDArray[np.integer[Any]], classes: int, grid: tuple[int, int]) -> NDArray[np.float64]:
     """How much of every patch each class covers.
 
     Args:

@@ -86,6 +86,29 @@ class EncodersRecipe(Strict):
     """Tokens per teacher, in mode `token`."""
 
 
+class PatchAlignmentRecipe(Strict):
+    """Patch-aligned training: image tokens of what a word stands for are drawn to the word's input embedding."""
+
+    annotations: str
+    """`coco:DIR`: what is where, from `DIR/annotations/{panoptic,instances}_SPLIT.json`, SPLIT being the folder that an
+    image lies in."""
+    weight: float = Field(default=0.5, gt=0)
+    """Weight of the loss beside next-token prediction."""
+    loss: Literal["cosine", "contrastive"] = "cosine"
+    """`cosine` draws tokens to their word; `contrastive` away from the other words of the same image too."""
+    coverage: float = Field(default=0.5, gt=0, le=1)
+    """Share of a patch that a class must cover to be its label."""
+    temperature: float = Field(default=0.07, gt=0)
+    """Of the contrast (InfoNCE, arXiv:1807.03748; the value is that of arXiv:1805.01978)."""
+
+    @field_validator("annotations")
+    @classmethod
+    def _known_scheme(cls, value: str) -> str:
+        if not value.startswith("coco:"):
+            raise ValueError(f"must look like coco:DIR, not {value!r}")
+        return value
+
+
 class DistillRecipe(Strict):
     """One stage of training."""
 
@@ -100,6 +123,8 @@ class DistillRecipe(Strict):
     """Embedding losses; without, the stage learns by next-token prediction alone (Table 4)."""
     encoders: EncodersRecipe | None = None
     """Makes the checkpoint a multi-encoder one; later stages find that out themselves."""
+    patches: PatchAlignmentRecipe | None = None
+    """Draws image tokens to the words for what they show, beside whatever else the stage learns."""
     train_special_tokens: bool | None = None
     """Whether special tokens are trained; by default in pt alone (Table 6)."""
     view: Literal["own", "square"] = "own"

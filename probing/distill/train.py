@@ -14,15 +14,19 @@ from typing import Any
 
 import torch
 import yaml
+from PIL import Image
 
 import probing.compat  # noqa: F401  # isort: skip
 from transformers import PrinterCallback, Trainer
 
 from probing.backbones import multi_encoder, original
 from probing.backbones.base import SPECIAL, parse_layers, special_ids
+from probing.backbones.llava import tower_grid
 from probing.data.conversations import ConversationDataset, Encoder, collate, read_conversations, require_some_image
+from probing.data.patch_words import PatchWords, read_annotations
 from probing.distill.callbacks import Bar, Losses, Watch
 from probing.distill.notes import Notes
+from probing.distill.patches import PatchAlignment, attach_pairs
 from probing.distill.predictors import FOLDER, EmbeddingPredictors, Task
 from probing.distill.recipe import DistillRecipe, EmbeddingRecipe, EncodersRecipe
 from probing.distill.targets import attach_targets
@@ -59,17 +63,19 @@ FIXED_ARGUMENTS = ("remove_unused_columns", "label_names", "average_tokens_acros
 
 
 class StageTrainer(Trainer):
-    """The Trainer, with teachers' features in every batch and every loss in the log."""
+    """The Trainer, with what losses are taken against in every batch, and every loss in the log."""
 
     def __init__(self, model: Trainee, teachers: dict[str, Teacher], **kwargs: Any) -> None:
         super().__init__(model=model, **kwargs)
         self.trainee, self.teachers = model, teachers
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[Any, Any]:
-        """The micro-batches of one step, with `targets`."""
+        """The micro-batches of one step, with `targets` and `patches`."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.teachers:
             attach_targets(batches, self.teachers, self.args.world_size)
+        if self.trainee.patches is not None:
+            attach_pairs(batches, self.trainee.patches.least, device, self.args.world_size)
         return batches, items
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -144,7 +150,13 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
     if _last_state(work):
         _require_same(recipe, work / "recipe.yaml")
     conversations = read_conversations(Path(recipe.data.conversations), recipe.data.limit)
-    require_some_image(conversations, Path(recipe.data.image_root))
+    root, squared = Path(recipe.data.image_root), recipe.view == "square"
+    require_some_image(conversations, root)
+    shown = sorted({name for conversation in conversations for name in conversation.images})
+    annotations = None
+    if recipe.patches is not None:
+        annotated = Path(recipe.patches.annotations.removeprefix("coco:")).expanduser()
+        annotations = read_annotations(annotated, root, shown)
     source = locate(recipe.checkpoint, "checkpoint")
     if original.is_original(read_json(source, "config.json", recipe.revision)):
         raise UserError(
@@ -184,6 +196,14 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         teachers = encoders.teachers
     encoder = Encoder(processor, config.image_token_id, recipe.max_length)
     encoder.require_usable()
+    labeller, alignment = None, None
+    if recipe.patches is not None and annotations is not None:
+        labeller = PatchWords(
+            annotations, processor.image_processor, tower_grid(config), recipe.patches.coverage, squared
+        )
+        _require_one_token_a_patch(processor, config.image_token_id, labeller.grid)
+        labeller.require_usable(shown)
+        alignment = PatchAlignment.of(recipe.patches, processor.tokenizer, labeller.words)
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     if recipe.gradient_checkpointing:
@@ -208,16 +228,16 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             {} if encoders else special_ids(processor.tokenizer),
             recipe.trains_special_tokens,
             encoders,
+            alignment,
         )
         prepare = {name: teacher.prepare for name, teacher in teachers.items()}
-        root, squared = Path(recipe.data.image_root), recipe.view == "square"
         try:
             trainer = StageTrainer(
                 trainee,
                 teachers,
                 args=arguments,
                 train_dataset=ConversationDataset(
-                    conversations, root, encoder, squared, prepare, single=encoders is not None
+                    conversations, root, encoder, squared, prepare, encoders is not None, labeller
                 ),
                 data_collator=functools.partial(collate, pad_id=processor.tokenizer.pad_token_id),
                 callbacks=[watch, Losses(trainee), Bar(f"stage {recipe.stage}")],
@@ -236,6 +256,11 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             logger.warning("%d images could not be used, first: %s", len(notes["skipped"]), notes["skipped"][0])
         if notes["cut"]:
             logger.warning("%d conversations are longer than max_length and were cut", len(notes["cut"]))
+        missing, broken = annotations.missing if annotations else [], notes["unlabelled"]
+        if missing:
+            logger.warning("%d images have no annotations for patches, first: %s", len(missing), missing[0])
+        if broken:
+            logger.warning("%d annotations of images could not be used, first: %s", len(broken), broken[0])
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         record = {
             "recipe": dump_recipe(recipe),
@@ -246,6 +271,7 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             "log": trainer.state.log_history,
             "conversations": len(conversations),
             **notes,
+            "not_annotated": len(missing),
             "versions": versions(),
         }
         with disk_errors(out), whole_folder(out) as folder:
@@ -263,6 +289,17 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return out
+
+
+def _require_one_token_a_patch(processor: Any, image_token_id: int, grid: tuple[int, int]) -> None:
+    """Raises UserError where image tokens are not the patches of the grid, one by one."""
+    ids = processor(images=[Image.new("RGB", (8, 8))], text=[processor.image_token], return_tensors="pt")["input_ids"]
+    tokens = int((ids == image_token_id).sum())
+    if tokens != grid[0] * grid[1]:
+        raise UserError(
+            f"the processor places {tokens} image tokens where the vision tower has {grid[0]} x {grid[1]} patches, so "
+            "these cannot be aligned; leave out patches, or give a checkpoint with a token per patch"
+        )
 
 
 def _save_checkpoint(model: Any, processor: Any, trainee: Trainee, state: dict[str, Any], folder: Path) -> None:

@@ -14,6 +14,7 @@ from probing.backbones.base import SpecialEmbeddings, token_kinds
 from probing.backbones.multi_encoder import Encoders
 from probing.distill.losses import embedding_losses
 from probing.distill.notes import Notes
+from probing.distill.patches import PatchAlignment
 from probing.distill.predictors import EmbeddingPredictors
 
 TRAINED_PARTS = {
@@ -46,6 +47,7 @@ class Trainee(nn.Module):
         special_ids: dict[str, list[int]] | None = None,
         train_special: bool = False,
         encoders: Encoders | None = None,
+        patches: PatchAlignment | None = None,
     ) -> None:
         """Decides what is trained.
 
@@ -58,10 +60,11 @@ class Trainee(nn.Module):
             special_ids: ids of each task's special tokens, where the checkpoint has them.
             train_special: whether they are trained.
             encoders: of a multi-encoder checkpoint; installed in the model already.
+            patches: draws image tokens to words.
         """
         super().__init__()
         self.model, self.notes, self.encoders = model, notes, encoders
-        self.embedding, self.contrastive = embedding, contrastive
+        self.embedding, self.contrastive, self.patches = embedding, contrastive, patches
         self.special_ids = special_ids or {}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(part in name for part in TRAINED_PARTS[stage]))
@@ -113,7 +116,7 @@ class Trainee(nn.Module):
 
     @contextlib.contextmanager
     def _states(self) -> Iterator[dict[int, Tensor]]:
-        """Gathers the states that predictors read during a forward pass."""
+        """Gathers what losses read during a forward pass: states of blocks, and at 0 the projector's output."""
         states: dict[int, Tensor] = {}
 
         def keep(layer: int) -> Callable[..., None]:
@@ -126,6 +129,8 @@ class Trainee(nn.Module):
         blocks = self.model.model.language_model.layers
         layers = {layer for task in tasks for layer in task.layers}
         handles = [blocks[layer - 1].register_forward_hook(keep(layer)) for layer in sorted(layers)]
+        if self.patches is not None:
+            handles.append(self.model.model.multi_modal_projector.register_forward_hook(keep(0)))
         try:
             yield states
         finally:
@@ -133,7 +138,12 @@ class Trainee(nn.Module):
                 handle.remove()
 
     def losses(
-        self, labels: Tensor, items: Tensor | None, inputs: dict[str, Any], targets: dict[str, Any] | None
+        self,
+        labels: Tensor,
+        items: Tensor | None,
+        inputs: dict[str, Any],
+        targets: dict[str, Any] | None,
+        patches: dict[str, Tensor] | None,
     ) -> dict[str, tuple[float, Tensor]]:
         """The stage's named losses, each with its weight in the sum that is minimised.
 
@@ -142,6 +152,7 @@ class Trainee(nn.Module):
             items: supervised tokens of the whole accumulated batch.
             inputs: the model's own.
             targets: from `probing.distill.targets.attach_targets`; None where no sample of the micro-batch has one.
+            patches: from `probing.distill.patches.attach_pairs`; None where the micro-batch has no image.
         """
         items = None if items is None else items.clamp(min=1)  # a batch may have nothing to learn from
         if self.encoders is not None and targets is not None:
@@ -151,9 +162,14 @@ class Trainee(nn.Module):
         if self.encoders is not None:
             self.encoders.end()
         named = {"next_token": (1.0, output.loss)}
+        nothing = output.loss.new_zeros(())
+        if self.patches is not None:
+            aligned = nothing
+            if patches is not None:
+                aligned = self.patches.loss(states[0], **patches, embed=self.model.get_input_embeddings())
+            named[self.patches.name] = (self.patches.weight, aligned)
         if self.embedding is None:
             return named
-        nothing = output.loss.new_zeros(())
         rows = targets["rows"] if targets else None
         for task in self.embedding.tasks:
             for layer in task.layers:
@@ -178,8 +194,10 @@ class Trainee(nn.Module):
         labels: Tensor,
         skipped: list[str] | None = None,
         cut: list[str] | None = None,
+        unlabelled: list[str] | None = None,
         num_items_in_batch: Tensor | None = None,
         targets: dict[str, Any] | None = None,
+        patches: dict[str, Tensor] | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """One micro-batch; every loss is its part of the mean over the whole batch.
@@ -188,14 +206,17 @@ class Trainee(nn.Module):
             labels: (B, T), ignored positions -100.
             skipped: samples of this micro-batch that were left out.
             cut: samples of this micro-batch that were too long.
+            unlabelled: images of this micro-batch whose annotations cannot be used.
             num_items_in_batch: supervised tokens of the whole accumulated batch, from the Trainer.
             targets: teachers' features, where the stage has embedding losses.
+            patches: labels of patches, where the stage draws them to words.
             **inputs: the model's own.
         """
         if self.notes is not None:
             self.notes.add("skipped", skipped or [])
             self.notes.add("cut", cut or [])
-        named = self.losses(labels, num_items_in_batch, inputs, targets)
+            self.notes.add("unlabelled", unlabelled or [])
+        named = self.losses(labels, num_items_in_batch, inputs, targets, patches)
         for name, (_, value) in named.items():
             self.step_losses[name] = self.step_losses.get(name, 0.0) + value.detach().float()
         loss = torch.stack([weight * value for weight, value in named.values()]).sum()
