@@ -120,6 +120,10 @@ def align(recipe: AlignRecipe, out: Path) -> Path:
         if not tally.names:
             raise UserError(f"no image of {images.split} could be read; check {images.folder}")
         found = tally.file(images.split, settings)
+        if not any(curve.layer == TOWER for curve in found.table):
+            logger.warning(
+                "what goes into the projector is not one row of patches per image here; nothing is measured before it"
+            )
         with disk_errors(out):
             found.write(file)
             if recipe.pictures:

@@ -230,6 +230,11 @@ class EncoderInputs:
         return self.inputs.text
 
     @property
+    def processor(self) -> Any:
+        """The checkpoint's own."""
+        return self.inputs.processor
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the image tokens."""
         return self.inputs.grid

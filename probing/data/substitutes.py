@@ -131,5 +131,4 @@ def substitute(kind: str, images: ImageList) -> Blank | Other | Caption:
 
 def caption_inputs(inputs: Any, recipe: BackboneRecipe) -> CaptionInputs:
     """The input side for captions, from a checkpoint's own."""
-    processor = getattr(inputs, "processor", None) or inputs.inputs.processor
-    return CaptionInputs(processor, recipe.prompt, inputs.grid)
+    return CaptionInputs(inputs.processor, recipe.prompt, inputs.grid)

@@ -138,3 +138,11 @@ def test_what_cannot_be_measured_is_said(checkpoint, world, coco, tmp_path):
     with pytest.raises(UserError, match="none of the 6 images of val2017 is annotated"):
         align(recipe(checkpoint, other), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_tiles_are_measured_behind_the_projector_alone(world, tmp_path, caplog):
+    """Image tokens are those of the whole image; before the projector there are other numbers of patches."""
+    checkpoint = tiny.llava_next(tmp_path / "next")
+    results = read(align(recipe(checkpoint, world, pictures=1), tmp_path / "run"))
+    assert "nothing is measured before it" in caplog.text
+    assert set(results["layer"]) == {"0", "1", "2", "3", "mean"} and set(results["control"]) == {"no", "permuted"}
