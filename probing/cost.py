@@ -43,7 +43,7 @@ class TrainingCost:
     disk: int
 
     def lines(self) -> list[str]:
-        """For people; sizes in GB of 10^9 bytes."""
+        """For people; a GB has 10^9 bytes."""
         named = {
             "checkpoint": self.backbone,
             "teachers": self.teachers,
@@ -51,18 +51,28 @@ class TrainingCost:
             "sums of ridge readouts": self.sums,
             f"a forward pass of {self.batch} images": self.step,
         }
-        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in named.items())
-        work = f"{self.images:,} images x {self.passes} passes x {self.flops / 1e12:,.3g} TFLOP"
+        parts = ", ".join(f"{name} {_short(size, 'B')}" for name, size in named.items())
+        whole = self.images * self.passes * self.flops
+        work = f"{self.images:,} images x {self.passes} passes x {_short(self.flops, 'FLOP')}"
         return [
-            f"training, work: {work} = {self.images * self.passes * self.flops / 1e12:,.0f} TFLOP",
-            f"training, memory of a device: {self.memory / 1e9:.2f} GB ({parts})",
-            f"training, disk: {self.disk / 1e9:.2f} GB at its fullest",
+            f"training, work: {work} = {_short(whole, 'FLOP')}",
+            f"training, memory of a device: {_short(self.memory, 'B')} ({parts})",
+            f"training, disk: {_short(self.disk, 'B')} at its fullest",
         ]
 
     @property
     def memory(self) -> int:
         """Peak of the device's memory."""
         return self.backbone + self.teachers + self.probes + self.sums + self.step
+
+
+def _short(number: float, unit: str) -> str:
+    """Three digits and a prefix: 16.8 TFLOP."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if number < 999.5:
+            return f"{number:.3g} {prefix}{unit}"
+        number /= 1000
+    return f"{number:,.3g} E{unit}"
 
 
 def training_cost(recipe: ProbeRunRecipe) -> TrainingCost:

@@ -156,6 +156,15 @@ class Interruption:
                 signal.signal(number, handler)
 
 
+def is_alignment(path: Path) -> bool:
+    """Whether a folder is a finished run of `probing align`."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("kind") == "alignment"
+
+
 @dataclass(frozen=True)
 class Run:
     """A run directory.
@@ -206,6 +215,8 @@ class Run:
             UserError: there is no run, or its training has not finished.
         """
         saved = path / "recipe.yaml"
+        if is_alignment(path):
+            raise UserError(f"{path} is a run of probing align, which has no probes; its page: probing report {path}")
         if not saved.exists():
             raise UserError(f"no run at {path} (it has no recipe.yaml); make one with: probing train --out {path}")
         recipe = validate(ProbeRunRecipe, yaml.safe_load(saved.read_text(encoding="utf-8")), str(saved))

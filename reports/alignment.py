@@ -65,15 +65,6 @@ def _rank(layer: str) -> float:
     return {TOWER: -1.0, FINAL: float("inf")}.get(layer) or float(layer)
 
 
-def is_alignment(path: Path) -> bool:
-    """Whether a folder is a run of `probing align`."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("kind") == "alignment"
-
-
 def load_alignments(paths: Sequence[Path]) -> list[AlignmentResults]:
     """Reads finished runs of `probing align`.
 

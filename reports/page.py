@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from probing.run import whole_file, write_text
+from probing.run import is_alignment, whole_file, write_text
 from reports.alignment import (
     COMPRESSION,
     VARIANTS,
@@ -20,7 +20,6 @@ from reports.alignment import (
     AlignmentResults,
     PatchPicture,
     compression_figure,
-    is_alignment,
     load_alignments,
     read_pictures,
     sentences,

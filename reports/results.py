@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.frechet import is_distance
 from probing.errors import UserError
-from probing.run import members
+from probing.run import is_alignment, members
 
 TEACHERS = ("depth", "seg", "gen")
 TITLES = {"depth": "Depth", "seg": "Segmentation", "gen": "Generation"}
@@ -145,6 +145,8 @@ def load_runs(paths: Sequence[Path]) -> list[RunResults]:
     for path in paths:
         runs = members(path)
         for run in runs or [path]:
+            if is_alignment(run):
+                raise UserError(f"{run} is a run of probing align, which has no probes to compare; leave it out")
             if not (run / "manifest.json").exists():
                 raise UserError(f"no finished run at {run}; make one with: probing train --out {run}")
         if not (path / "results.csv").exists():

@@ -17,7 +17,9 @@ from probing.data.coco import list_images
 from probing.data.panoptic import read_panoptic
 from probing.data.toyworld.layout import write_world
 from probing.errors import UserError
+from probing.run import Run
 from reports.page import write_report
+from reports.results import load_runs
 from tests import tiny
 
 
@@ -101,6 +103,10 @@ def test_the_page_has_the_chapter_and_a_second_call_measures_nothing(checkpoint,
     page = write_report([tmp_path / "run"], tmp_path / "report").read_text()
     assert "Patches and words" in page and "Nearest word of each patch, layer 3" in page
     assert (tmp_path / "report" / "figures" / "word_retrieval_centred.svg").exists()
+    with pytest.raises(UserError, match="has no probes to compare"):
+        load_runs([tmp_path / "run"])
+    with pytest.raises(UserError, match="has no probes; its page: probing report"):
+        Run.open(tmp_path / "run")
     with pytest.raises(UserError, match="holds another run"):
         align(recipe(checkpoint, world, layers="0", pictures=1), tmp_path / "run")
 
