@@ -124,8 +124,7 @@ def evaluate(path: Path, options: Options | None = None) -> Path:
     if accelerator.num_processes > 1:
         raise UserError("probing evaluate runs as one process; start it without accelerate launch")
     device = accelerator.device
-    for metric in options.metrics:
-        protocols_of(metric, options.protocols)
+    require_protocols(options)
     workshop = _Workshop(run, options, device)
     blocks = run.manifest["checkpoint"]["layers"]
     chosen = {metric: selection(run.recipe, blocks, options, metric) for metric in (*options.metrics, "pictures")}
@@ -145,11 +144,17 @@ def evaluate(path: Path, options: Options | None = None) -> Path:
 
 
 def protocols_of(metric: str, wanted: Sequence[str]) -> list[str]:
-    """The protocols of a metric that were asked for; raises UserError where it has none of them."""
-    chosen = [p for p in PROTOCOLS[metric] if not wanted or p in wanted]
-    if not chosen:
-        raise UserError(f"{metric} has the protocols {', '.join(PROTOCOLS[metric])}; choose one of them")
-    return chosen
+    """The protocols of a metric that were asked for; all, where none of those asked for is one of its own."""
+    return [p for p in PROTOCOLS[metric] if p in wanted] or list(PROTOCOLS[metric])
+
+
+def require_protocols(options: Options) -> None:
+    """Raises UserError where a protocol was asked for that none of the metrics has."""
+    there = {protocol for metric in options.metrics for protocol in PROTOCOLS[metric]}
+    for protocol in options.protocols:
+        if protocol not in there:
+            have = "; ".join(f"{metric} has {', '.join(PROTOCOLS[metric])}" for metric in options.metrics)
+            raise UserError(f"no metric asked for has the protocol {protocol!r}: {have}")
 
 
 def selection(recipe: ProbeRunRecipe, blocks: int, options: Options, metric: str) -> Selection:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from analysis.evaluate import GENERATED, Options, protocols_of, selection
+from analysis.evaluate import GENERATED, Options, protocols_of, require_protocols, selection
 from analysis.features import Extractor, classifier, inception, inception_file, reference_file
 from analysis.generation import feature_folder
 from analysis.passes import ARMS, WITHOUT_RIDGE, Selection
@@ -49,6 +49,7 @@ def plan(run: Run | None, recipe: ProbeRunRecipe, options: Options) -> list[Cost
     """
     blocks = run.manifest["checkpoint"]["layers"] if run else count_blocks(recipe.backbone)
     images = held_out_images(recipe.data)
+    require_protocols(options)
     costs = []
     for metric in options.metrics:
         protocols = protocols_of(metric, options.protocols)

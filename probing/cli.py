@@ -214,7 +214,7 @@ EVALUATION_OPTIONS = (
         "protocols",
         multiple=True,
         type=click.Choice(["strict", "paper", "blind"]),
-        help="Default: all that a metric has.",
+        help="For the metrics that have it; the others, and without, all that a metric has.",
     ),
     click.option("--layers", help="Some of the probed layers, such as 0,4,8-12,final. Default: all."),
     click.option(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from analysis import passes
-from analysis.evaluate import Options, evaluate
+from analysis.evaluate import Options, evaluate, protocols_of
 from analysis.scores import ScoreFile, score_file
 from analysis.segmentation import class_counts, mean_iou
 from probing.backbones import load_backbone
@@ -120,7 +120,7 @@ def test_what_a_metric_needs_and_does_not_find(evaluated, tmp_path):
     run, world, _ = evaluated
     for options, message in (
         (Options(metrics=("da2k",)), "give --da2k DIR"),
-        (decoded(world, "da2k", protocols=("paper",)), "da2k has the protocols strict"),
+        (decoded(world, "da2k", protocols=("paper",)), "no metric asked for has the protocol 'paper': da2k has strict"),
         (Options(metrics=("frechet",)), "give --extractor DIR"),
         (Options(layers="0,3"), "no layer '3'; it has 0, 6"),
         (Options(controls=("random",)), "no control 'random'; it has no, shuffled"),
@@ -271,3 +271,8 @@ def test_what_is_shown_in_place_of_the_image(evaluated):
     (world / "annotations" / "captions_val2017.json").unlink()
     with pytest.raises(UserError, match="the control `caption` needs COCO's captions of val2017"):
         evaluate(run, Options(layers="0", controls=("caption",)))
+
+
+def test_a_protocol_is_for_the_metrics_that_have_it():
+    assert protocols_of("miou", ("blind",)) == ["blind"] and protocols_of("da2k", ("blind",)) == ["strict"]
+    assert protocols_of("cosine", ("paper", "blind")) == ["paper"] and len(protocols_of("miou", ())) == 3
