@@ -211,7 +211,8 @@ def learning_figure(run: RunResults) -> Figure:
                 ordered = curve.sort_values("step")
                 window = max(len(ordered) // 40, 1)
                 smooth = ordered["loss"].rolling(window, center=True, min_periods=1).mean()
-                axes.plot(ordered["step"], smooth, color=colours(0.92 * place), linewidth=1)
+                thin = max(window, len(ordered) // 200)  # more points than that cannot be seen, and weigh in the page
+                axes.plot(ordered["step"][::thin], smooth[::thin], color=colours(0.92 * place), linewidth=1)
             axes.set_title(TITLES.get(teacher, teacher), fontsize=10, loc="left", fontweight="bold")
             axes.set_xlabel("optimiser step")
         row[0].set_ylabel("training loss (smooth L1)")
