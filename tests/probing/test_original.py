@@ -270,6 +270,9 @@ def test_states_are_those_of_the_described_forward_pass(tmp_path, images, kind, 
     found = describe_checkpoint(recipe)
     assert found["dtype"] == "float32"
     assert found["family"] == f"original {kind}" and found["special_tokens"] == sum(number.values())
+    alone, _ = backbone.hidden_states(images[1:], "all,final")
+    for layer, state in states.items():
+        torch.testing.assert_close(state[1:], alone[layer], rtol=1e-4, atol=1e-5)
     half, _ = load_backbone(recipe.model_copy(update={"dtype": "bfloat16"}), CPU).hidden_states(images, "2")
     assert torch.cosine_similarity(half[2].float().flatten(), states[2].flatten(), dim=0) > 0.999
     fresh = load_backbone(recipe, CPU, random_seed=3)
@@ -385,6 +388,9 @@ def test_tiles_become_those_of_llava_next(tmp_path, images):
     torch.testing.assert_close(states["final"], expected[-1])
     counts = [(tokens.kinds[row] == TOKEN_KINDS.index("tile")).sum() for row in range(2)]
     assert tokens.counts()["image"] == 16 and all(count > 0 for count in counts)
+    alone, own = backbone.hidden_states(images[:1], "3")
+    length = own.kinds.shape[1]
+    torch.testing.assert_close(states[3][:1, :length], alone[3], rtol=1e-4, atol=1e-5)
     assert describe_checkpoint(recipe)["tokens"]["newline"] > 0
 
 
