@@ -6,6 +6,7 @@ kept per image, and `results.csv` summarises them as it does those of probes.
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 import time
@@ -14,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -38,7 +41,7 @@ from probing.data.coco import ImageList, Skipped, list_images, square
 from probing.data.instances import Instances, read_label_maps
 from probing.data.loader import Prepared, micro_batches
 from probing.data.panoptic import Panoptic
-from probing.data.patch_labels import COVERAGE, patch_shares, plain_name
+from probing.data.patch_labels import COVERAGE, patch_labels, patch_shares, plain_name, word_numbers
 from probing.errors import UserError
 from probing.provenance import versions
 from probing.recipe import BackboneRecipe, DataRecipe, Strict, dump_recipe
@@ -76,14 +79,24 @@ class AlignRecipe(Strict):
 
 @dataclass(frozen=True)
 class Annotator:
-    """Image name → how much of each patch every class covers, (P, K)."""
+    """Image name → how much of each patch is what every word stands for, (P, K)."""
 
     maps: Panoptic | Instances
     grid: tuple[int, int]
 
+    @functools.cached_property
+    def words(self) -> list[str]:
+        """The words for the classes, each once."""
+        return list(dict.fromkeys(map(plain_name, self.maps.names)))
+
+    @functools.cached_property
+    def _numbers(self) -> NDArray[np.int64]:
+        return word_numbers(self.maps.names, self.words)
+
     def __call__(self, name: str) -> Tensor:
         """Reads one image's label map; raises OSError where it is broken."""
-        return torch.from_numpy(patch_shares(self.maps.labels(name), len(self.maps.names), self.grid)).float()
+        labels = self._numbers[self.maps.labels(name)]
+        return torch.from_numpy(patch_shares(labels, len(self.words), self.grid)).float()
 
 
 def align(recipe: AlignRecipe, out: Path) -> Path:
@@ -125,11 +138,11 @@ def align(recipe: AlignRecipe, out: Path) -> Path:
                 "what goes into the projector is not one row of patches per image here; nothing is measured before it"
             )
         with disk_errors(out):
-            found.write(file)
             if recipe.pictures:
                 _draw(measure, out / "pictures", recipe.pictures)
-            resumable.file.unlink(missing_ok=True)
             _write_manifest(out, recipe, backbone, images, maps, found, time.monotonic() - started)
+            found.write(file)  # last: where it is there, nothing else is missing
+            resumable.file.unlink(missing_ok=True)
     with disk_errors(out):
         return write_rows(out / "results.csv", backbone.name, summaries(found, [0]))
 
@@ -169,11 +182,10 @@ class _Measure:
     ) -> None:
         assert backbone.words is not None
         self.backbone, self.layers, self.recipe, self.images = backbone, layers, recipe, images
-        self.maps = maps
         self.annotate = Annotator(maps, cast(Any, backbone.prepare).grid)
         self.tokenizer = cast(Any, backbone.prepare).processor.tokenizer
         self.vocabulary = cast(Tensor, backbone.words.weight).detach()
-        self.names = [plain_name(name) for name in maps.names]
+        self.names = self.annotate.words
         words = word_vectors(self.tokenizer, self.vocabulary, self.names)
         self.words = {"raw": words, "centred": words - self.vocabulary.float().mean(dim=0)}
         self.permuted = [derangement(len(words), seed).to(words.device) for seed in range(PERMUTATIONS)]
@@ -203,15 +215,17 @@ class _Measure:
                 totals[layer] = totals[layer] + mean if layer in totals else mean
 
             self.backbone.stream(student, self.layers, visit)
+        if not count:
+            raise UserError(f"none of the first {number} images could be read; check {self.images.folder}")
         return {layer: total / count for layer, total in totals.items()}
 
     def __call__(self, prepared: Prepared, tally: Tally) -> None:
         """Measures one batch."""
         assert prepared.student is not None and prepared.annotations is not None
         student = prepared.student.to(self.backbone.device)
+        labels = patch_labels(prepared.annotations.flatten(0, 1).numpy(), self.recipe.coverage)
         shares = prepared.annotations.to(self.backbone.device)
-        best = shares.max(dim=-1)
-        patches = Patches(shares, torch.where(best.values >= self.recipe.coverage, best.indices, -1))
+        patches = Patches(shares, torch.from_numpy(labels).view(shares.shape[:2]).to(self.backbone.device))
 
         def note(
             teacher: str, layer: str, control: str, metric: str, protocol: str, values: Tensor, seed: int = 0
@@ -322,9 +336,7 @@ def _draw(measure: _Measure, folder: Path, count: int) -> None:
             own = similarity(state[None] - measure.centres[layer], measure.words["centred"][there])[0]
             tensors[f"similarity.{number}.{layer_name(layer)}"] = own.cpu().contiguous()
         picture = square(measure.images.read(number)).resize((256, 256))
-        tensors[f"photograph.{number}"] = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(
-            256, 256, 3
-        )
+        tensors[f"photograph.{number}"] = torch.from_numpy(np.array(picture))
         entries.append({"image": name, "labels": [measure.names[label] for label in there], "words": words})
     whole = {"grid": list(measure.annotate.grid), "layers": [layer_name(layer) for layer in drawn], "images": entries}
     folder.mkdir(parents=True, exist_ok=True)
@@ -343,11 +355,8 @@ def _write_manifest(
     seconds: float,
 ) -> None:
     identity = vars(backbone.identity)
-    skipped = [vars(s) for s in images.skipped] + [
-        dict(zip(("image", "split", "reason"), row, strict=True)) for row in found.skipped
-    ]
-    labelled = {curve: values for curve, values in found.table.items() if curve.metric == "word_retrieval"}
-    patches = int(next(iter(labelled.values()))[:, 1].sum())
+    skipped = [vars(s) for s in (*images.skipped, *(Skipped(*row) for row in found.skipped))]
+    patches = int(next(values for curve, values in found.table.items() if curve.metric == "word_retrieval")[:, 1].sum())
     manifest = {
         "kind": "alignment",
         "checkpoint": {name: value for name, value in identity.items() if name != "prompt"},

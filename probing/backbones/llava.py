@@ -220,7 +220,8 @@ def randomised(model: Any, seed: int) -> Any:
     if tower is model:
         raise UserError(f"{type(model).__name__} names no vision tower to keep; leave out the control `random`")
     model.set_encoder(torch.nn.Identity(), "image")
-    model.to("meta")  # lest there be two of them at once
+    if not hasattr(model, "hf_device_map") and not getattr(model, "is_quantized", False):  # those cannot be moved
+        model.to("meta")  # lest there be two of them at once
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = type(model)._from_config(model.config, dtype=model.dtype)

@@ -1,5 +1,6 @@
 """From label maps to what each patch of an image shows, and to the words for it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def patch_shares(labels: NDArray[np.integer[Any]], classes: int, grid: tuple[int
     return shares
 
 
-def patch_labels(shares: NDArray[np.float64], coverage: float = COVERAGE) -> NDArray[np.int64]:
+def patch_labels(shares: NDArray[np.floating], coverage: float = COVERAGE) -> NDArray[np.int64]:
     """The class of every patch, (patches); -1 where none covers enough of it.
 
     Args:
@@ -43,6 +44,22 @@ def patch_labels(shares: NDArray[np.float64], coverage: float = COVERAGE) -> NDA
     best = shares.argmax(axis=1)
     enough = shares[np.arange(len(shares)), best] >= coverage
     return np.where(enough, best, -1)
+
+
+def word_numbers(names: Sequence[str], words: Sequence[str]) -> NDArray[np.int64]:
+    """Which of some words each class of a label map is called by, for every value that a map may have.
+
+    Args:
+        names: of the classes.
+        words: among them the plain name of every class; two classes may have the same.
+
+    Returns:
+        (256), the number of a word; the number of words where a value is no class.
+    """
+    number = {word: index for index, word in enumerate(words)}
+    table = np.full(256, len(words))
+    table[: len(names)] = [number[plain_name(name)] for name in names]
+    return table
 
 
 def plain_name(name: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from probing.data.coco import square
 from probing.data.instances import Instances, read_label_maps
 from probing.data.panoptic import UNLABELED, Panoptic
-from probing.data.patch_labels import patch_labels, patch_shares, plain_name
+from probing.data.patch_labels import patch_labels, patch_shares, plain_name, word_numbers
 from probing.errors import UserError
 
 KINDS = ("panoptic", "instances")
@@ -127,11 +127,7 @@ class PatchWords:
 
     def __post_init__(self) -> None:
         words = self.annotations.words
-        number = {word: index for index, word in enumerate(words)}
-        tables = {}
-        for split, maps in self.annotations.maps.items():
-            tables[split] = np.full(UNLABELED + 1, len(words))
-            tables[split][: len(maps.names)] = [number[plain_name(name)] for name in maps.names]
+        tables = {split: word_numbers(maps.names, words) for split, maps in self.annotations.maps.items()}
         object.__setattr__(self, "words", words)
         object.__setattr__(self, "_numbers", tables)
 

@@ -1,5 +1,6 @@
 """`probing align` on a tiny LLaVA over a tiny world: numbers against plain loops, the page, bad input."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 
-from analysis.align import AlignRecipe, align
+from analysis.align import AlignRecipe, Annotator, align
 from analysis.projector import von_neumann_entropy
 from probing.backbones import load_backbone
 from probing.cli import cli
@@ -116,7 +117,6 @@ def test_patches_that_say_their_words_are_found(checkpoint, world, tmp_path, mon
     settings = recipe(checkpoint, world, layers="0", pictures=0, micro_batch=6)
     backbone = load_backbone(settings.backbone, torch.device("cpu"))
     maps, images = read_panoptic(world, "val2017"), list_images(world, "val2017")
-    from analysis.align import Annotator
     from probing.data.patch_labels import plain_name
     from probing.words import word_vectors
 
@@ -152,3 +152,28 @@ def test_tiles_are_measured_behind_the_projector_alone(world, tmp_path, caplog):
     results = read(align(recipe(checkpoint, world, pictures=1), tmp_path / "run"))
     assert "nothing is measured before it" in caplog.text
     assert set(results["layer"]) == {"0", "1", "2", "3", "mean"} and set(results["control"]) == {"no", "permuted"}
+
+
+def test_a_run_that_died_while_it_was_written_is_made_whole(checkpoint, world, tmp_path, monkeypatch):
+    """Scores come last: where they are there, neither pictures nor manifest are missing."""
+    settings = recipe(checkpoint, world, layers="0", pictures=1)
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("analysis.align._write_manifest", die)
+        with pytest.raises(KeyboardInterrupt):
+            align(settings, tmp_path / "run")
+    align(settings, tmp_path / "run")
+    assert (tmp_path / "run" / "manifest.json").exists() and (tmp_path / "run" / "pictures" / "patches.json").exists()
+
+
+def test_classes_with_one_name_are_one_word(world):
+    """COCO has a wall of bricks and other walls; where two are called the same, they are the same label."""
+    maps = read_panoptic(world, "val2017")
+    name = next(iter(maps.segments))
+    apart, merged = Annotator(maps, (6, 6)), dataclasses.replace(maps, names=["thing"] * len(maps.names))
+    together = Annotator(merged, (6, 6))
+    assert together.words == ["thing"]
+    torch.testing.assert_close(together(name)[:, 0], apart(name).sum(dim=1))
