@@ -9,6 +9,7 @@ import torch
 
 from probing.backbones import load_backbone, parse_layers
 from probing.dry_run import META, count_flops, dry_run
+from probing.errors import UserError
 from probing.fit import Fit, plan_steps
 from probing.recipe import ProbeRunRecipe
 from probing.train import bytes_needed, load_teachers, training_images
@@ -103,6 +104,8 @@ def training_cost(recipe: ProbeRunRecipe) -> TrainingCost:
         moments = [torch.zeros_like(p) for own in state.parameters for p in own for _ in range(2)]
         micros = plan_steps(len(images), recipe.fit)[0]
         prepared = next(fit.batches([micros[:1]]))
+        if prepared.student is None:
+            raise UserError(f"none of the first {len(micros[0])} images could be read; check {images.folder}")
         columns = {column: index for index, column in enumerate(state.columns)}
         before = usage.bytes
         fit.micro_batch(state, prepared, 1.0, True, columns)

@@ -19,6 +19,7 @@ from transformers import (
 
 from probing.cost import training_cost
 from probing.dry_run import META, count_flops, dry_run
+from probing.errors import UserError
 from probing.recipe import ProbeRunRecipe
 from tests import tiny
 
@@ -128,6 +129,20 @@ def test_the_papers_run_without_weights(tmp_path):
     assert cost.flops == pytest.approx(by_hand, rel=0.02)
     assert cost.backbone == pytest.approx(2 * (7.505e9 + 0.846e9 + 0.0294e9), rel=0.01)
     assert cost.probes == pytest.approx(16 * 1.005e9, rel=0.005)
+
+
+def test_a_batch_of_corrupt_images_is_said(models, tmp_path):
+    coco = tiny.coco(tmp_path / "coco", train=2, val=2)
+    for image in (coco / "train2017").iterdir():
+        image.write_bytes(b"no image")
+    values = {
+        "backbone": {"checkpoint": str(models["llava"])},
+        "data": {"path": f"coco:{coco}"},
+        "teachers": {"gen": {"id": str(models["gen"])}},
+        "fit": {"batch_size": 2, "micro_batch": 2, "workers": 0},
+    }
+    with pytest.raises(UserError, match="none of the first 2 images could be read"):
+        training_cost(ProbeRunRecipe.model_validate(values))
 
 
 @pytest.mark.slow
