@@ -50,9 +50,29 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
         ValueError: shapes do not fit, there are fewer than four items, or a value is not finite.
     """
     _check_pair(x, y, least=4)
-    one, two = _u_centred_gram(x), _u_centred_gram(y)
+    return matrix_cosine(u_centred(gram(x)), u_centred(gram(y)))
+
+
+def matrix_cosine(one: Tensor, two: Tensor) -> float:
+    """Cosine of two matrices (n, n); 0 where one is zero. Of U-centred Gram matrices it is `linear_cka`."""
     length = torch.linalg.matrix_norm(one) * torch.linalg.matrix_norm(two)
     return float((one * two).sum() / length) if length > 0 else 0.0
+
+
+def gram(features: Tensor) -> Tensor:
+    """Inner products (n, n) of features (n, d) less their mean, float64; large means would cost digits."""
+    rows = centred(features)
+    return rows @ rows.mT
+
+
+def u_centred(matrix: Tensor) -> Tensor:
+    """A Gram matrix (n, n) without its diagonal, U-centred; exactly zero where only round-off is left."""
+    matrix = matrix.clone().fill_diagonal_(0)
+    count, sums = len(matrix), matrix.sum(dim=0)
+    rest = matrix - (sums[:, None] + sums[None]) / (count - 2) + sums.sum() / ((count - 1) * (count - 2))
+    rest.fill_diagonal_(0)
+    small = torch.linalg.matrix_norm(rest) <= _round_off(count) * torch.linalg.matrix_norm(matrix)
+    return rest.masked_fill(small, 0)
 
 
 def neighbour_overlap(one: Tensor, other: Tensor, k: int) -> Tensor:
@@ -76,14 +96,24 @@ def neighbour_overlap(one: Tensor, other: Tensor, k: int) -> Tensor:
         ValueError: shapes do not fit, k is out of range, or a value is not finite.
     """
     _check_pair(one, other, least=2)
-    overlap_at_chance(len(one), k)
-    first, second = unit_rows(one), unit_rows(other).to(one.device)
-    shares = []
-    for rows in torch.split(torch.arange(len(one), device=one.device), ROWS_AT_ONCE):
-        near = torch.zeros(len(rows), len(one), dtype=torch.bool, device=one.device)
-        near.scatter_(1, _nearest(first, rows, k), True)
-        shares.append(near.gather(1, _nearest(second, rows, k)).double().mean(dim=1))
-    return torch.cat(shares)
+    return shared_neighbours(nearest_neighbours(one, k), nearest_neighbours(other, k).to(one.device))
+
+
+def nearest_neighbours(features: Tensor, k: int) -> Tensor:
+    """Indices (n, k) of the nearest other items of features (n, d), by cosine.
+
+    Raises:
+        ValueError: k is out of range.
+    """
+    overlap_at_chance(len(features), k)
+    unit = unit_rows(features)
+    groups = torch.split(torch.arange(len(unit), device=unit.device), ROWS_AT_ONCE)
+    return torch.cat([_nearest(unit, rows, k) for rows in groups])
+
+
+def shared_neighbours(one: Tensor, other: Tensor) -> Tensor:
+    """Share (n), float64, of the neighbours (n, k) of each item that are among its others (n, k)."""
+    return (one[:, :, None] == other[:, None]).any(dim=2).double().mean(dim=1)
 
 
 def overlap_at_chance(n: int, k: int) -> float:
@@ -129,9 +159,9 @@ def attention_share(attention: Tensor, image: Tensor, query: Tensor) -> Tensor:
     attention is uniform it is the share of image positions among those that a query sees: that is its chance.
 
     Args:
-        attention: after the softmax, (heads, T, T) or (B, heads, T, T), queries before keys.
-        image: which positions are image, bool, (T), or (B, T) where there is a batch.
-        query: which positions to average over, likewise. Rows of other queries are not used, and may be NaN.
+        attention: after the softmax, (heads, Q, T) or (B, heads, Q, T), queries before keys.
+        image: which keys are image, bool, (T), or (B, T) where there is a batch.
+        query: which queries to average over, bool, (Q) or (B, Q). Rows of other queries are not used, and may be NaN.
 
     Returns:
         float64, () without a batch and (B) with one.
@@ -139,13 +169,13 @@ def attention_share(attention: Tensor, image: Tensor, query: Tensor) -> Tensor:
     Raises:
         ValueError: shapes do not fit, a mask is not bool, or a sample has no query.
     """
-    if attention.ndim not in (3, 4) or attention.shape[-1] != attention.shape[-2]:
-        raise ValueError(f"attention is (heads, T, T) or (B, heads, T, T), not {tuple(attention.shape)}")
-    shape = (*attention.shape[:-3], attention.shape[-1])
-    for mask in (image, query):
-        if mask.dtype != torch.bool or mask.shape not in (shape, shape[-1:]):
-            raise ValueError(f"a mask of this attention is bool {shape}, not {mask.dtype} {tuple(mask.shape)}")
-    image, query = image.expand(shape), query.expand(shape)
+    if attention.ndim not in (3, 4):
+        raise ValueError(f"attention is (heads, Q, T) or (B, heads, Q, T), not {tuple(attention.shape)}")
+    batch = attention.shape[:-3]
+    for name, mask, size in (("keys", image, attention.shape[-1]), ("queries", query, attention.shape[-2])):
+        if mask.dtype != torch.bool or mask.shape not in ((*batch, size), (size,)):
+            raise ValueError(f"the mask of {name} is bool {(*batch, size)}, not {mask.dtype} {tuple(mask.shape)}")
+    image, query = image.expand(*batch, attention.shape[-1]), query.expand(*batch, attention.shape[-2])
     if not query.any(dim=-1).all():
         raise ValueError("a sample has no query to average over")
     on_image = attention.mean(dim=-3, dtype=torch.float64) @ image.double()[..., None]
@@ -166,20 +196,6 @@ def _check_pair(one: Tensor, other: Tensor, least: int) -> None:
         )
     if not (one.isfinite().all() and other.isfinite().all()):
         raise ValueError("a representation is not finite")
-
-
-def _u_centred_gram(features: Tensor) -> Tensor:
-    """Gram matrix (n, n) without its diagonal, U-centred; exactly zero where only round-off is left.
-
-    A shift of the features changes nothing in it; they are centred first because large means cost digits.
-    """
-    rows = centred(features)
-    gram = (rows @ rows.T).fill_diagonal_(0)
-    count, sums = len(gram), gram.sum(dim=0)
-    rest = gram - (sums[:, None] + sums[None]) / (count - 2) + sums.sum() / ((count - 1) * (count - 2))
-    rest.fill_diagonal_(0)
-    small = torch.linalg.matrix_norm(rest) <= _round_off(count) * torch.linalg.matrix_norm(gram)
-    return rest.masked_fill(small, 0)
 
 
 def _nearest(unit: Tensor, rows: Tensor, k: int) -> Tensor:

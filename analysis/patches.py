@@ -97,9 +97,9 @@ def scores(similar: Tensor, patches: Patches) -> Iterator[tuple[str, Tensor]]:
     Yields:
         Name of a metric, and what each image adds to its sums.
     """
-    yield "word_cosine", alignment(similar, patches.labels)
-    yield "word_retrieval", retrieval(similar, patches.labels)
-    yield "word_miou", segmentation_counts(similar, patches.shares)
+    yield "cosine", alignment(similar, patches.labels)
+    yield "retrieval", retrieval(similar, patches.labels)
+    yield "miou", segmentation_counts(similar, patches.shares)
 
 
 def derangement(count: int, seed: int = 0) -> Tensor:

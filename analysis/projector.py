@@ -118,6 +118,8 @@ def matrix_entropy(tokens: Tensor, alpha: float) -> Tensor:
     _check(tokens)
     if not 0 < alpha < math.inf:
         raise ValueError(f"the order of an entropy is above 0 and finite, not {alpha}")
+    if alpha == 2:  # Σ p² is a sum over the Gram matrix, which needs no eigenvalues
+        return _order_two(tokens.double())
     shares = _distribution(_eigenvalues(tokens.double()))
     if math.isclose(alpha, 1):
         return _shannon(shares)
@@ -130,12 +132,24 @@ def _check(tokens: Tensor, least: int = 1) -> None:
         raise ValueError(f"expected finite tokens (…, N, d), N at least {least}, not {tuple(tokens.shape)}")
 
 
-def _eigenvalues(rows: Tensor) -> Tensor:
-    """Eigenvalues (…, min(N, d)) of RᵀR, from the smaller of RᵀR and RRᵀ, whose others are zero."""
+def _smaller(rows: Tensor) -> Tensor:
+    """The smaller of RᵀR and RRᵀ, which share their eigenvalues but for zeros."""
     count, width = rows.shape[-2:]
-    smaller = rows @ rows.mT if count <= width else rows.mT @ rows
-    values: Tensor = torch.linalg.eigvalsh(smaller)
+    return rows @ rows.mT if count <= width else rows.mT @ rows
+
+
+def _eigenvalues(rows: Tensor) -> Tensor:
+    """Eigenvalues (…, min(N, d)) of RᵀR, without further zeros."""
+    values: Tensor = torch.linalg.eigvalsh(_smaller(rows))
     return values
+
+
+def _order_two(tokens: Tensor) -> Tensor:
+    """-ln Σ p², p the eigenvalues of the Gram matrix over its trace; 0 where all tokens are zero."""
+    matrix = _smaller(tokens)
+    squares = matrix.square().sum(dim=(-2, -1))
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    return torch.where(squares > 0, 2 * trace.log() - squares.log(), 0).clamp(min=0)
 
 
 def _distribution(spectrum: Tensor) -> Tensor:

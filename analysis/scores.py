@@ -29,7 +29,9 @@ STATISTICS: dict[tuple[str, str], Statistic] = {
     ("miou", "strict"): mean_iou,
     ("miou", "blind"): mean_iou,
     **{("word_miou", variant): mean_iou for variant in ("raw", "centred")},
+    **{("lens_miou", lens): mean_iou for lens in ("final norm", "no norm")},
     **{(f"word_{metric}", v): pair_accuracy for metric in ("cosine", "retrieval") for v in ("raw", "centred")},
+    **{("lens_retrieval", lens): pair_accuracy for lens in ("final norm", "no norm")},
 }
 """How a metric and protocol follow from sums over images; the mean, where none is named here."""
 AVERAGE = "mean"

@@ -365,17 +365,31 @@ def distill(recipe_file: Path, out: Path, overrides: tuple[str, ...]) -> None:
 @cli.command()
 @click.argument("checkpoint")
 @click.option("--data", required=True, help="coco:DIR, a folder in COCO's official layout, with masks.")
+@click.option(
+    "--teacher",
+    "teacher_options",
+    multiple=True,
+    metavar="NAME[=ID]",
+    help="depth, seg or gen, with a folder or Hub id, to compare every layer with; repeat. By default none.",
+)
 @click.option("--layers", help="all, or a list such as 0,4,8-12,final.")
 @click.option("--images", type=click.IntRange(1), help="Take only the first so many. Default: all with masks.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def align(
-    checkpoint: str, data: str, layers: str | None, images: int | None, out: Path, overrides: tuple[str, ...]
+    checkpoint: str,
+    data: str,
+    teacher_options: tuple[str, ...],
+    layers: str | None,
+    images: int | None,
+    out: Path,
+    overrides: tuple[str, ...],
 ) -> None:
     """How CHECKPOINT's projector compresses the image, and whether each patch says the word for what it shows.
 
-    Writes results.csv as probing evaluate does; probing report takes the folder. KEY=VALUE sets any field of the
-    recipe, e.g. data.eval_split=train2017 coverage=0.8.
+    Beside it the logit lens, patches as sums of words, likeness to the teachers, and attention to the image, layer by
+    layer. Writes results.csv as probing evaluate does; probing report takes the folder. KEY=VALUE sets any field of
+    the recipe, e.g. data.eval_split=train2017 coverage=0.8.
     """
     _quiet_libraries()
     from analysis.align import AlignRecipe
@@ -385,11 +399,12 @@ def align(
 
     values: dict[str, Any] = {"backbone": {"checkpoint": checkpoint}, "data": {"path": data}}
     values |= {"layers": layers} if layers else {}
+    values["teachers"] = _teacher_values(teacher_options)
     if images:
         values["data"]["eval_limit"] = images
     apply_overrides(values, overrides)
     try:
-        results = align_checkpoint(validate(AlignRecipe, values, "command line"), out)
+        results = align_checkpoint(validate(AlignRecipe, values, "command line").with_absolute_paths(), out)
     except Interrupted:
         click.echo("interrupted; what was measured is saved, and the same command goes on from there", err=True)
         sys.exit(130)

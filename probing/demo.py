@@ -109,6 +109,7 @@ def align_recipe(recipe: ProbeRunRecipe) -> AlignRecipe:
     values = {
         "backbone": recipe.backbone.model_dump(),
         "data": recipe.data.model_dump() | {"eval_limit": ALIGNED_IMAGES},
+        "teachers": {name: teacher.model_dump() for name, teacher in recipe.teachers.items()},
         "pictures": 2,
         "workers": 1,
     }

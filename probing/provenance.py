@@ -3,6 +3,11 @@
 import hashlib
 import importlib.metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from probing.backbones import Identity
+    from probing.teachers.base import Teacher
 
 PACKAGES = ("mllm-probing", "torch", "torchvision", "transformers", "accelerate", "timm", "numpy", "pillow")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -17,6 +22,25 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def made_of(checkpoint: "Identity", prompt: str, teachers: dict[str, "Teacher"]) -> dict[str, Any]:
+    """The part of a manifest that names checkpoint, prompt and teachers; `prompt` is the user's turn."""
+    return {
+        "checkpoint": {name: value for name, value in vars(checkpoint).items() if name != "prompt"},
+        "prompt": prompt,
+        "rendered_prompt": checkpoint.prompt,
+        "teachers": {
+            name: {
+                "id": teacher.id,
+                "class": teacher.class_name,
+                "shape": list(teacher.shape),
+                "licence": teacher.licence,
+                "sha256": teacher.sha256,
+            }
+            for name, teacher in teachers.items()
+        },
+    }
 
 
 def weights_hash(folder: Path) -> str:

@@ -149,24 +149,40 @@ class FitRecipe(Strict):
 Control = Literal["shuffled", "random"]
 
 
-class ProbeRunRecipe(Strict):
-    """A whole run of `probing train`."""
+class LayersRecipe(Strict):
+    """What every look at the layers of a checkpoint is told."""
 
     backbone: BackboneRecipe
     data: DataRecipe
-    teachers: dict[Literal["depth", "seg", "gen"], TeacherRecipe] = Field(min_length=1)
+    teachers: dict[Literal["depth", "seg", "gen"], TeacherRecipe] = {}
+    """Whose features the layers are held against."""
     layers: str = "all"
     """`all` (0 to L), or a list such as `0,4,8-12,final`; `final` is the state after the last norm."""
-    probe: ProbeRecipe = ProbeRecipe()
-    fit: FitRecipe = FitRecipe()
-    controls: list[Control] = ["shuffled"]
-    """Trained controls: `shuffled` pairs every image with another image's target; `random` probes the same
-    architecture with random weights in LLM and projector. The mean-target control is always there."""
 
     @field_validator("layers", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) else value  # one layer alone is a number in YAML
+
+    def with_absolute_paths(self) -> Self:
+        """A copy whose existing local folders are absolute, so that the run can be used from anywhere."""
+        recipe = self.model_copy(deep=True)
+        recipe.backbone.checkpoint = _absolute(recipe.backbone.checkpoint)
+        recipe.data.path = "coco:" + _absolute(recipe.data.path.removeprefix("coco:"))
+        for teacher in recipe.teachers.values():
+            teacher.id = _absolute(teacher.id)
+        return recipe
+
+
+class ProbeRunRecipe(LayersRecipe):
+    """A whole run of `probing train`."""
+
+    teachers: dict[Literal["depth", "seg", "gen"], TeacherRecipe] = Field(min_length=1)
+    probe: ProbeRecipe = ProbeRecipe()
+    fit: FitRecipe = FitRecipe()
+    controls: list[Control] = ["shuffled"]
+    """Trained controls: `shuffled` pairs every image with another image's target; `random` probes the same
+    architecture with random weights in LLM and projector. The mean-target control is always there."""
 
     @field_validator("controls")
     @classmethod
@@ -185,15 +201,6 @@ class ProbeRunRecipe(Strict):
                 f"data.train_split and data.eval_split are both {self.data.eval_split!r}; name a held-out split"
             )
         return self
-
-    def with_absolute_paths(self) -> Self:
-        """A copy whose existing local folders are absolute, so that the run can be used from anywhere."""
-        recipe = self.model_copy(deep=True)
-        recipe.backbone.checkpoint = _absolute(recipe.backbone.checkpoint)
-        recipe.data.path = "coco:" + _absolute(recipe.data.path.removeprefix("coco:"))
-        for teacher in recipe.teachers.values():
-            teacher.id = _absolute(teacher.id)
-        return recipe
 
 
 def _absolute(source: str) -> str:

@@ -19,7 +19,7 @@ from probing.convergence import judge
 from probing.data.coco import ImageList, list_images
 from probing.errors import UserError
 from probing.fit import Fit, summary
-from probing.provenance import versions
+from probing.provenance import made_of, versions
 from probing.recipe import DataRecipe, ProbeRunRecipe
 from probing.resampler import Resampler, ResamplerConfig
 from probing.run import Run, disk_errors, require_space, whole_file, whole_folder, write_text
@@ -188,19 +188,7 @@ def provenance_of(
 ) -> dict[str, Any]:
     """What a run is made of: checkpoint, prompt, teachers, data and versions."""
     return {
-        "checkpoint": {name: value for name, value in vars(checkpoint).items() if name != "prompt"},
-        "prompt": recipe.backbone.prompt,
-        "rendered_prompt": checkpoint.prompt,
-        "teachers": {
-            name: {
-                "id": teacher.id,
-                "class": teacher.class_name,
-                "shape": list(teacher.shape),
-                "licence": teacher.licence,
-                "sha256": teacher.sha256,
-            }
-            for name, teacher in teachers.items()
-        },
+        **made_of(checkpoint, recipe.backbone.prompt, teachers),
         "data": {
             "path": recipe.data.path,
             "train_split": train.split,

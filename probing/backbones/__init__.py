@@ -52,19 +52,25 @@ def _open(recipe: BackboneRecipe) -> tuple[str, Any, Any]:
     return source, config, family
 
 
-def load_backbone(recipe: BackboneRecipe, device: torch.device, random_seed: int | None = None) -> Backbone:
+def load_backbone(
+    recipe: BackboneRecipe, device: torch.device, random_seed: int | None = None, with_head: bool = False
+) -> Backbone:
     """Loads a checkpoint.
 
     Args:
         recipe: which, and how.
         device: where to put it, unless the recipe has a device map.
         random_seed: draws LLM and projector anew with this seed (the random-weights control).
+        with_head: keeps the output embeddings, which no probe needs.
 
     Raises:
         UserError: there is no such checkpoint, it is of no known family, or it is incomplete.
     """
     source, config, family = _open(recipe)
-    return family.load(source, config, recipe, device, random_seed)
+    backbone: Backbone = family.load(source, config, recipe, device, random_seed)
+    if not with_head:
+        backbone.head = None
+    return backbone
 
 
 def count_blocks(recipe: BackboneRecipe) -> int:

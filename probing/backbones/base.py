@@ -248,6 +248,7 @@ class Backbone:
         sha256: identifies the weights.
         words: input embeddings of the LLM.
         projector: between vision tower and LLM; None where the family's is not known.
+        head: the LLM's output embeddings, state after the final norm → logits; None unless it was asked for.
     """
 
     name: str
@@ -261,6 +262,7 @@ class Backbone:
     sha256: str
     words: nn.Module | None = None
     projector: nn.Module | None = None
+    head: nn.Module | None = None
 
     @property
     def layers(self) -> int:

@@ -207,6 +207,7 @@ def backbone_of(
         sha256=identity(source, model.config, device),
         words=model.get_input_embeddings(),
         projector=getattr(model.base_model, "multi_modal_projector", None),
+        head=model.get_output_embeddings(),
     )
 
 

@@ -302,6 +302,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
         sha256=identity(source, config, device),
         words=model.get_input_embeddings(),
         projector=model.model.multi_modal_projector,
+        head=model.get_output_embeddings(),
     )
 
 

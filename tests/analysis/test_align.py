@@ -9,16 +9,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from transformers import AutoModelForImageTextToText
 
-from analysis.align import AlignRecipe, Annotator, align
+from analysis.align import AlignRecipe, align
+from analysis.align_passes import Annotator
+from analysis.geometry import linear_cka, neighbour_overlap
 from analysis.projector import von_neumann_entropy
+from analysis.pursuit import orthogonal_matching_pursuit
 from probing.backbones import load_backbone
 from probing.cli import cli
-from probing.data.coco import list_images
+from probing.data.coco import list_images, square
 from probing.data.panoptic import read_panoptic
 from probing.data.toyworld.layout import write_world
 from probing.errors import UserError
 from probing.run import Run
+from probing.teachers import load_teacher
 from reports.page import write_report
 from reports.results import load_runs
 from tests import tiny
@@ -88,11 +93,77 @@ def test_numbers_are_those_of_plain_loops(checkpoint, world, tmp_path):
     assert value("word_retrieval", "2", protocol="raw") == pytest.approx(np.mean(right), abs=1e-6)
     assert value("von_neumann_entropy", "2") == pytest.approx(np.mean(entropies), abs=1e-5)
     assert value("von_neumann_entropy", "tower") == pytest.approx(np.mean(tower), abs=1e-5)
-    assert set(results["control"]) == {"no", "permuted", "random"}
+    assert set(results["control"]) == {"no", "permuted", "random", "uniform"}
     entropy = results[results["metric"] == "von_neumann_entropy"]["protocol"]
     assert entropy.str.contains("36 tokens, at most").all()
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["data"]["labelled_patches"] == len(cosines)
+
+
+def test_the_dear_measures_are_those_of_plain_loops(checkpoint, models, tmp_path):
+    """Lens, attention, sums of words and likeness, against logits and attention that the model gives by itself."""
+    world = write_world(tmp_path / "world", 2, 16, seed=5)
+    settings = recipe(
+        checkpoint,
+        world,
+        layers="0,2,3,final",
+        micro_batch=4,
+        sample=5,
+        teachers={name: {"id": str(models[name])} for name in ("depth", "gen")},
+    )
+    results = read(align(settings, tmp_path / "run"))
+    backbone = load_backbone(settings.backbone, torch.device("cpu"))
+    images = list_images(world, "val2017")
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, attn_implementation="eager").eval()
+    teachers = {name: load_teacher(name, settings.teachers[name], torch.device("cpu")) for name in settings.teachers}
+    order = torch.randperm(36, generator=torch.Generator().manual_seed(0))
+    pooled = {name: [] for name in ("2", "tower", "depth", "gen")}
+    lens, energy, attention, uniform, places = [], [], [], [], []
+    for index in range(16):
+        image = square(images.read(index))
+        batch = backbone.prepare([image])
+        with torch.no_grad():
+            out = model(**batch.inputs, output_hidden_states=True, output_attentions=True)
+        shown = batch.tokens.mask("image")[0]
+        states = out.hidden_states[2][0, shown]
+        pooled["2"].append(states.mean(0))
+        tower = model.model.vision_tower(batch.inputs["pixel_values"], output_hidden_states=True)
+        pooled["tower"].append(tower.hidden_states[-2][0, 1:].mean(0))
+        targets = {name: teacher.target(teacher.prepare([image]))[0] for name, teacher in teachers.items()}
+        for name, target in targets.items():
+            pooled[name].append(target.mean(0))
+        attention.append(float(out.attentions[1][0, :, -1, shown].sum(-1).mean()))
+        uniform.append(int(shown.sum()) / len(shown))
+        if index < 5:
+            chances = model.lm_head(model.model.language_model.norm(states[order[:32]])).softmax(-1)
+            lens.append(float(-(chances * chances.log()).sum(-1).mean()))
+            found = orthogonal_matching_pursuit(states[order[:2]].detach(), backbone.words.weight.detach(), 4)
+            energy.append(float(found.energy[:, -1].mean()))
+            grid = teachers["depth"].grid
+            plane = F.interpolate(states.T.view(1, -1, 6, 6), size=grid, mode="bilinear").flatten(2)[0].T
+            places.append(linear_cka(plane.detach(), targets["depth"]))
+    pooled = {name: torch.stack(rows).detach() for name, rows in pooled.items()}
+
+    def value(teacher, metric, protocol, control="no"):
+        own = (results["layer"] == "2") & (results["teacher"] == teacher) & (results["control"] == control)
+        own &= (results["metric"] == metric) & results["protocol"].str.startswith(protocol)
+        return results[own]["value"].item()
+
+    assert value("words", "lens_entropy", "final norm") == pytest.approx(np.mean(lens), abs=1e-5)
+    assert value("words", "explained_energy", "orthogonal, 4 words") == pytest.approx(np.mean(energy), abs=1e-5)
+    assert value("tokens", "image_attention", "last token") == pytest.approx(np.mean(attention), abs=1e-5)
+    assert value("tokens", "image_attention", "last token", "uniform") == pytest.approx(np.mean(uniform), abs=1e-6)
+    assert value("depth", "cka_places", "unbiased") == pytest.approx(np.mean(places), abs=1e-5)
+    for name in ("tower", "depth", "gen"):
+        assert value(name, "cka", "unbiased") == pytest.approx(linear_cka(pooled["2"], pooled[name]), abs=1e-4)
+        overlap = float(neighbour_overlap(pooled["2"], pooled[name], 4).mean())
+        assert value(name, "mutual_knn", "k = 4 of 16 images, at chance 0.267") == pytest.approx(overlap, abs=0.02)
+    assert set(results[results["metric"] == "lens_entropy"].query("layer == 'final'")["protocol"].str[:10]) == {
+        "final norm"
+    }
+    both = results[(results["metric"] == "lens_retrieval") & (results["protocol"] == "final norm")]
+    both = both[both["control"] == "no"].set_index("layer")["value"]
+    assert both["3"] == both["final"]  # the state after the last block, normed, is the final state
 
 
 def test_the_page_has_the_chapter_and_a_second_call_measures_nothing(checkpoint, world, tmp_path, monkeypatch):
@@ -123,7 +194,7 @@ def test_patches_that_say_their_words_are_found(checkpoint, world, tmp_path, mon
     shares = torch.stack([Annotator(maps, (6, 6))(name) for name in images.names])
     words = word_vectors(backbone.prepare.processor.tokenizer, backbone.words.weight, map(plain_name, maps.names))
     backbone.projector.register_forward_hook(lambda module, args, out: words[shares.argmax(-1)][: len(out)].detach())
-    monkeypatch.setattr("analysis.align.load_backbone", lambda *args: backbone)
+    monkeypatch.setattr("analysis.align.load_backbone", lambda *args, **kwargs: backbone)
     results = read(align(settings, tmp_path / "run"))
     found = results[(results["metric"] == "word_retrieval") & (results["protocol"] == "raw")].set_index("control")
     assert found.loc["no", "value"] == 1 and found.loc["permuted", "value"] == 0
@@ -151,7 +222,8 @@ def test_tiles_are_measured_behind_the_projector_alone(world, tmp_path, caplog):
     checkpoint = tiny.llava_next(tmp_path / "next")
     results = read(align(recipe(checkpoint, world, pictures=1), tmp_path / "run"))
     assert "nothing is measured before it" in caplog.text
-    assert set(results["layer"]) == {"0", "1", "2", "3", "mean"} and set(results["control"]) == {"no", "permuted"}
+    assert set(results["layer"]) == {"0", "1", "2", "3", "mean"}
+    assert "random" not in set(results[results["metric"].str.startswith("word")]["control"])
 
 
 def test_a_run_that_died_while_it_was_written_is_made_whole(checkpoint, world, tmp_path, monkeypatch):
@@ -162,7 +234,7 @@ def test_a_run_that_died_while_it_was_written_is_made_whole(checkpoint, world, t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("analysis.align._write_manifest", die)
+        patched.setattr("analysis.align._manifest", die)
         with pytest.raises(KeyboardInterrupt):
             align(settings, tmp_path / "run")
     align(settings, tmp_path / "run")

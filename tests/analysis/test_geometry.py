@@ -202,11 +202,13 @@ def test_attention_that_does_not_fit_is_refused():
     attention = torch.full((2, 4, 10, 10), 0.1)
     with pytest.raises(ValueError, match="attention is"):
         attention_share(attention[0, 0], image[0], query[0])
-    with pytest.raises(ValueError, match="attention is"):
+    with pytest.raises(ValueError, match="the mask of keys"):
         attention_share(attention[..., :9], image, query)
-    with pytest.raises(ValueError, match="a mask"):
+    with pytest.raises(ValueError, match="the mask of queries"):
+        attention_share(attention[..., :9, :], image, query)
+    with pytest.raises(ValueError, match="the mask of keys"):
         attention_share(attention[0], image, query)
-    with pytest.raises(ValueError, match="a mask"):
+    with pytest.raises(ValueError, match="the mask of keys"):
         attention_share(attention, image.long(), query)
     with pytest.raises(ValueError, match="no query"):
         attention_share(attention, image, query & False)

@@ -50,7 +50,7 @@ def test_iou_is_that_of_the_painted_pixels():
     found = similar.argmax(-1).view(4, 4).repeat_interleave(6, 0).repeat_interleave(8, 1)
     counts = class_counts(confusion(torch.from_numpy(labels), found, 3))
     patches = Patches(torch.from_numpy(shares)[None], torch.from_numpy(patch_labels(shares))[None])
-    own = dict(scores(similar, patches))["word_miou"][0]
+    own = dict(scores(similar, patches))["miou"][0]
     np.testing.assert_allclose(own * 6 * 8, counts.numpy(), rtol=1e-9)
     np.testing.assert_allclose(mean_iou(own.numpy()), mean_iou(counts.numpy()))
 
