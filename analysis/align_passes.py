@@ -114,7 +114,8 @@ class Subject:
         self.vocabulary = cast(Tensor, self.backbone.words.weight).detach()
         words = word_vectors(self.tokenizer, self.vocabulary, self.names)
         self.words = {"raw": words, "centred": words - self.vocabulary.float().mean(dim=0)}
-        self.permuted = [derangement(len(words), seed).to(words.device) for seed in range(PERMUTATIONS)]
+        permuted = [derangement(len(words), seed) for seed in range(PERMUTATIONS)]
+        self.orders = torch.stack([torch.arange(len(words)), *permuted]).to(words.device)
         self.fresh = _fresh(self.backbone.projector)
 
     @property
@@ -263,13 +264,12 @@ class WholePass:
                 note(name, layer, "", POOLED, "", features[:left].float().mean(dim=1))
 
         def match(layer: str, prefix: str, protocol: str, similar: Tensor, control: str = "no") -> None:
-            for metric, values in scores(similar, patches):
-                if prefix == "word" or metric != "cosine":
-                    note("words", layer, control, f"{prefix}_{metric}", protocol, values)
-            for seed, order in enumerate(self.subject.permuted if control == "no" else []):
-                for metric, values in scores(similar[..., order], patches):
-                    if prefix == "word" or metric != "cosine":
-                        note("words", layer, "permuted", f"{prefix}_{metric}", protocol, values, seed)
+            for metric, values in scores(similar, patches, subject.orders[: None if control == "no" else 1]):
+                if prefix == "lens" and metric == "cosine":
+                    continue  # logits are none
+                note("words", layer, control, f"{prefix}_{metric}", protocol, values[0])
+                for seed, permuted in enumerate(values[1:]):
+                    note("words", layer, "permuted", f"{prefix}_{metric}", protocol, permuted, seed)
 
         def visit(layer: Layer, hidden: Tensor) -> None:
             with torch.no_grad():

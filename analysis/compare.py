@@ -10,11 +10,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.frechet import Jackknife, is_distance
-from analysis.pooled import open_runs, read_distances, read_scores, require_alike
+from analysis.pooled import Scored, open_runs, read_distances, read_scores, require_alike
 from analysis.scores import AVERAGE, Curve, by_seed, is_block, over_layers
 from analysis.statistics import Statistic, paired_bootstrap
 from probing.errors import UserError
-from probing.run import Run
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Difference:
         reference: what it is compared with.
         teacher: which teacher.
         layer: a layer, or `mean` for the mean over the layers 1 … L that both have.
-        probe: `resampler` or `ridge`.
+        probe: `resampler` or `ridge`; empty where nothing was trained.
         metric: which metric.
         protocol: how it is computed.
         split: where the images come from.
@@ -54,6 +53,17 @@ class Difference:
     higher: str
 
 
+TOLD = (
+    ("word_cosine", "centred"),
+    ("word_retrieval", "centred"),
+    ("word_miou", "centred"),
+    ("lens_retrieval", "final norm"),
+    ("lens_miou", "final norm"),
+    ("explained_energy", "orthogonal, 4"),
+    ("von_neumann_entropy", ""),
+    ("effective_rank", ""),
+)
+"""Metric and beginning of the protocol of what is said of runs of `probing align`; the table has the rest."""
 COLUMNS = [field.name for field in fields(Difference)]
 
 
@@ -85,7 +95,7 @@ def compare(paths: Sequence[Path], labels: Sequence[str]) -> pd.DataFrame:
 
 
 def _differences(
-    reference: Sequence[Run], runs: Sequence[Run], reference_label: str, label: str, places: str
+    reference: Sequence[Scored], runs: Sequence[Scored], reference_label: str, label: str, places: str
 ) -> Iterator[Difference]:
     found = False
     theirs, ours = read_scores(reference), read_scores(runs)
@@ -126,7 +136,7 @@ def _differences(
 
 
 def _distances(
-    reference: Sequence[Run], runs: Sequence[Run], reference_label: str, label: str, paired: bool
+    reference: Sequence[Scored], runs: Sequence[Scored], reference_label: str, label: str, paired: bool
 ) -> Iterator[Difference]:
     """Differences of Fréchet distances: both jackknives leave out the same images."""
     theirs, ours = read_distances(reference), read_distances(runs)
@@ -153,9 +163,29 @@ def _seeds(row: pd.Series) -> str:
     return "" if row["seeds"] == "1, 1" else f" and {row['seeds'].replace(',', ' and')} seeds"
 
 
+def _told(row: pd.Series) -> str:
+    """One difference where nothing was trained, so that neither sign is better."""
+    where = "mean over layers" if row["layer"] == AVERAGE else f"layer {row['layer']}"
+    protocol = f" ({row['protocol']})" if row["protocol"] else ""
+    verdict = "higher" if row["ci_low"] > 0 else "lower" if row["ci_high"] < 0 else "no clear difference"
+    return (
+        f"{row['metric']}{protocol}, {where}: {row['checkpoint']} - {row['reference']} = {row['value']:+.4f} "
+        f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}] over {row['n']} images{_seeds(row)}: {verdict}"
+    )
+
+
 def statements(table: pd.DataFrame) -> list[str]:
-    """One sentence per checkpoint, teacher, probe and metric: the mean over layers, and at how many it is clear."""
-    sentences = []
+    """One sentence per checkpoint, teacher, probe and metric: the mean over layers, and at how many it is clear.
+
+    What has no probes gets one for each of `TOLD`, behind the projector and over the layers.
+    """
+    told = table[(table["probe"] == "") & table["layer"].isin(["0", AVERAGE])]
+    sentences = [
+        _told(row)
+        for metric, protocol in TOLD
+        for _, row in told[(told["metric"] == metric) & told["protocol"].str.startswith(protocol)].iterrows()
+    ]
+    table = table[table["probe"] != ""]
     keys = ["checkpoint", "reference", "teacher", "probe", "metric", "protocol"]
     for key, part in table.groupby(keys, sort=False):
         checkpoint, reference, teacher, probe, metric, protocol = key

@@ -114,7 +114,7 @@ def evaluate(path: Path, options: Options | None = None) -> Path:
     options = options or Options()
     if members(path):
         runs = open_runs(path)
-        for run in runs:
+        for run in (run for run in runs if isinstance(run, Run)):  # those of probing align are scored already
             logger.info("%s", run.path)
             evaluate(run.path, options)
         with disk_errors(path):

@@ -38,68 +38,36 @@ def similarity(states: Tensor, words: Tensor) -> Tensor:
     return F.normalize(states.float(), dim=-1) @ F.normalize(words.float(), dim=-1).T
 
 
-def alignment(similar: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the cosine between a labelled patch and its word, and the number of labelled patches.
+def scores(similar: Tensor, patches: Patches, orders: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Every number that says how well patches match their words, and how well they match words of other labels.
 
     Args:
-        similar: (B, P, K), from `similarity`.
-        labels: (B, P).
-
-    Returns:
-        (B, 2); the first over the second is the mean.
-    """
-    there = labels >= 0
-    own = similar.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    return torch.stack([(own * there).sum(dim=1), there.sum(dim=1).to(own)], dim=-1)
-
-
-def retrieval(similar: Tensor, labels: Tensor) -> Tensor:
-    """How many labelled patches are nearest to their own word among all labels, and the number of labelled patches.
-
-    Args:
-        similar: (B, P, K).
-        labels: (B, P).
-
-    Returns:
-        (B, 2); the first over the second is the accuracy.
-    """
-    there = labels >= 0
-    right = (similar.argmax(dim=-1) == labels) & there
-    return torch.stack([right.sum(dim=1), there.sum(dim=1)], dim=-1).float()
-
-
-def segmentation_counts(similar: Tensor, shares: Tensor) -> Tensor:
-    """What each image adds to the IoU of labelling every patch with its nearest word.
-
-    The same as counting the pixels of a map in which each patch is painted in one class; pixels without class are left
-    out.
-
-    Args:
-        similar: (B, P, K).
-        shares: (B, P, K).
-
-    Returns:
-        (B, 3 K): share of patches in both, in the truth, and in the prediction; see `analysis.segmentation.mean_iou`.
-    """
-    found = F.one_hot(similar.argmax(dim=-1), similar.shape[-1]).to(shares)
-    both, true = (found * shares).sum(dim=1), shares.sum(dim=1)
-    predicted = (found * shares.sum(dim=-1, keepdim=True)).sum(dim=1)
-    return torch.cat([both, true, predicted], dim=-1)
-
-
-def scores(similar: Tensor, patches: Patches) -> Iterator[tuple[str, Tensor]]:
-    """Every number that says how well patches match their words.
-
-    Args:
-        similar: (B, P, K).
+        similar: of patches and words, (B, P, K); for all but the first metric their order is enough.
         patches: what they show.
+        orders: permutations of the labels, (R, K): label k is given the word of label `orders[r, k]`.
 
     Yields:
-        Name of a metric, and what each image adds to its sums.
+        Name of a metric, and what each image adds to its sums:
+
+        `cosine` (R, B, 2): sum of the similarity of labelled patches and their word, and their number.
+        `retrieval` (R, B, 2): how many of them are nearest to their own word among all, and their number.
+        `miou` (R, B, 3 K): of painting every patch in the label whose word is nearest, the shares of patches in both,
+            in the truth, and in the prediction, as if pixels were counted; see `analysis.segmentation.mean_iou`.
     """
-    yield "cosine", alignment(similar, patches.labels)
-    yield "retrieval", retrieval(similar, patches.labels)
-    yield "miou", segmentation_counts(similar, patches.shares)
+    there = patches.labels >= 0
+    number = there.sum(dim=1).expand(len(orders), -1)
+    own = orders[:, patches.labels.clamp(min=0)]
+    cosine = similar.expand(len(orders), -1, -1, -1).gather(-1, own[..., None])[..., 0]
+    yield "cosine", torch.stack([(cosine * there).sum(dim=-1), number.to(cosine)], dim=-1)
+    nearest = orders.argsort(dim=1)[:, similar.argmax(dim=-1)]
+    right = ((nearest == patches.labels) & there).sum(dim=-1)
+    yield "retrieval", torch.stack([right, number], dim=-1).float()
+    shares = patches.shares.expand(len(orders), -1, -1, -1)
+    both, predicted = (
+        torch.zeros_like(shares[:, :, 0]).scatter_add(-1, nearest, painted)
+        for painted in (shares.gather(-1, nearest[..., None])[..., 0], shares.sum(dim=-1))
+    )
+    yield "miou", torch.cat([both, shares.sum(dim=2), predicted], dim=-1)
 
 
 def derangement(count: int, seed: int = 0) -> Tensor:

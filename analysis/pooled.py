@@ -8,48 +8,56 @@ from typing import Any
 import numpy as np
 
 from analysis.frechet import Jackknife
-from analysis.scores import Curve, ScoreFile, Summary, read_summaries, summaries, write_rows
+from analysis.scores import Curve, ScoreFile, Summary, by_seed, read_summaries, summaries, write_rows
 from analysis.statistics import Interval
 from probing.errors import UserError
-from probing.run import SPEED_ONLY, Run, members
+from probing.run import SPEED_ONLY, AlignmentRun, Run, is_alignment, members
+
+Scored = Run | AlignmentRun
 
 
-def require_alike(one: Run, two: Run) -> None:
+def require_alike(one: Scored, two: Scored) -> None:
     """Raises UserError naming the first thing in which two runs differ and must not."""
+    if type(one) is not type(two):
+        raise UserError(f"{one.path} and {two.path} cannot be compared: one has probes, the other is of probing align")
     a, b = one.manifest, two.manifest
     names = sorted(set(a["teachers"]) | set(b["teachers"]))
     pairs: list[tuple[str, Any, Any]] = [
         ("number of layers", a["checkpoint"]["layers"], b["checkpoint"]["layers"]),
         ("teachers", sorted(a["teachers"]), sorted(b["teachers"])),
         *((f"{n} teacher", *(m["teachers"].get(n, {}).get("sha256") for m in (a, b))) for n in names),
-        *((what, a["data"][what], b["data"][what]) for what in ("train_split", "eval_split", "view")),
-        ("training images", a["data"]["train_digest"], b["data"]["train_digest"]),
+        ("eval_split", a["data"]["eval_split"], b["data"]["eval_split"]),
         ("held-out images", a["data"]["eval_digest"], b["data"]["eval_digest"]),
         ("prompt", a["prompt"], b["prompt"]),
     ]
-    for section in ("probe", "fit"):
-        mine, others = (getattr(run.recipe, section).model_dump() for run in (one, two))
-        skipped = {"seeds", *(name.removeprefix("fit.") for name in SPEED_ONLY)}
-        pairs += [(f"{section}.{key}", mine[key], others[key]) for key in mine if key not in skipped]
+    if isinstance(one, Run) and isinstance(two, Run):
+        pairs += [(what, a["data"][what], b["data"][what]) for what in ("train_split", "view")]
+        pairs += [("training images", a["data"]["train_digest"], b["data"]["train_digest"])]
+        for section in ("probe", "fit"):
+            mine, others = (getattr(run.recipe, section).model_dump() for run in (one, two))
+            skipped = {"seeds", *(name.removeprefix("fit.") for name in SPEED_ONLY)}
+            pairs += [(f"{section}.{key}", mine[key], others[key]) for key in mine if key not in skipped]
+    elif isinstance(one, AlignmentRun) and isinstance(two, AlignmentRun):
+        pairs += [(what, a["data"][what], b["data"][what]) for what in ("annotations", "classes")]
+        pairs += [(key, one.settings[key], two.settings[key]) for key in one.settings]
     for what, mine, others in pairs:
         if mine != others:
             shown = "" if any(len(str(v)) > 60 for v in (mine, others)) else f" ({mine} and {others})"
             raise UserError(f"{one.path} and {two.path} cannot be compared: they differ in {what}{shown}")
 
 
-def open_runs(path: Path) -> list[Run]:
+def open_runs(path: Path) -> Sequence[Scored]:
     """A run, or the runs of a folder of them, in the order of their names.
 
     Raises:
         UserError: there is none, one is unfinished, or those of a folder differ in more than the checkpoint, or have
             more than one seed of the probes: seeds within seeds are not told apart.
     """
-    paths = members(path)
-    runs = [Run.open(path)] if not paths else [Run.open(member) for member in paths]
+    runs = [_open(member) for member in members(path) or [path]]
     for run in runs[1:]:
         require_alike(runs[0], run)
     for run in runs if len(runs) > 1 else []:
-        if len(run.recipe.fit.seeds) > 1:
+        if isinstance(run, Run) and len(run.recipe.fit.seeds) > 1:
             raise UserError(
                 f"{run.path} has {len(run.recipe.fit.seeds)} seeds of its probes; runs that are read as the seeds of "
                 "one checkpoint must have one each"
@@ -57,7 +65,11 @@ def open_runs(path: Path) -> list[Run]:
     return runs
 
 
-def read_scores(runs: Sequence[Run]) -> dict[str, ScoreFile]:
+def _open(path: Path) -> Scored:
+    return AlignmentRun(path) if is_alignment(path) else Run.open(path)
+
+
+def read_scores(runs: Sequence[Scored]) -> dict[str, ScoreFile]:
     """The scores of one run as they are, and of several as one: the seed of a curve is then the number of its run.
 
     Args:
@@ -76,11 +88,11 @@ def read_scores(runs: Sequence[Run]) -> dict[str, ScoreFile]:
     return {name: _merged(runs, [files[name] for files in found]) for name in sorted(shared)}
 
 
-def _files(run: Run, kind: str) -> list[Path]:
+def _files(run: Scored, kind: str) -> list[Path]:
     return sorted((run.path / "scores").glob(f"*.{kind}"))
 
 
-def _merged(runs: Sequence[Run], files: Sequence[ScoreFile]) -> ScoreFile:
+def _merged(runs: Sequence[Scored], files: Sequence[ScoreFile]) -> ScoreFile:
     first = files[0]
     for run, file in zip(runs[1:], files[1:], strict=True):
         if (file.settings, file.split) != (first.settings, first.split):
@@ -93,13 +105,13 @@ def _merged(runs: Sequence[Run], files: Sequence[ScoreFile]) -> ScoreFile:
     for number, file in enumerate(files):
         place = {name: row for row, name in enumerate(file.names)}
         rows = [place[name] for name in names]
-        for curve, scores in file.table.items():
-            if replace(curve, seed=0) in there:
-                table[replace(curve, seed=number)] = scores[rows]
+        for curve, several in by_seed(file.table).items():
+            for place_of_seed, scores in enumerate(several.values() if curve in there else ()):
+                table[replace(curve, seed=number + place_of_seed * len(files))] = scores[rows]
     return ScoreFile(table, names, first.split, first.settings)
 
 
-def write_pooled(folder: Path, runs: Sequence[Run]) -> Path:
+def write_pooled(folder: Path, runs: Sequence[Scored]) -> Path:
     """Writes `results.csv` of a folder of runs: every seed, and all of them together."""
     rows = [row for file in read_scores(runs).values() for row in summaries(file, range(len(runs)))]
     for several in read_distances(runs).values():
@@ -108,7 +120,7 @@ def write_pooled(folder: Path, runs: Sequence[Run]) -> Path:
     return write_rows(folder / "results.csv", folder.resolve().name, rows)
 
 
-def read_distances(runs: Sequence[Run]) -> dict[Curve, list[Summary]]:
+def read_distances(runs: Sequence[Scored]) -> dict[Curve, list[Summary]]:
     """Distances between sets of images, by curve, of every run; curves that a run lacks are left out.
 
     Of a run with several seeds of its probes it is the row of all of them.

@@ -320,14 +320,21 @@ def plan(path: Path, overrides: tuple[str, ...], **options: Any) -> None:
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the comparison's report.")
 def compare(runs: tuple[Path, ...], out: Path) -> None:
-    """Paired differences of RUNs from the first one, per teacher and layer, and a report of them all."""
+    """Paired differences of RUNs from the first one, per teacher and layer, and a report of them all.
+
+    RUNs are all evaluated ones with probes, or all of probing align, or folders of such runs, whose checkpoints differ
+    by their seed.
+    """
     _quiet_libraries()
     from analysis.compare import compare as compare_runs
     from analysis.compare import statements
+    from probing.run import is_alignment
+    from reports.alignment import load_alignments
     from reports.page import write_report
     from reports.results import load_runs
 
-    differences = compare_runs(runs, [run.label for run in load_runs(runs)])
+    labels = [run.label for run in (load_alignments(runs) if is_alignment(runs[0]) else load_runs(runs))]
+    differences = compare_runs(runs, labels)
     sentences = statements(differences)
     for sentence in sentences:
         click.echo(sentence)

@@ -157,9 +157,9 @@ class Interruption:
 
 
 def is_alignment(path: Path) -> bool:
-    """Whether a folder is a finished run of `probing align`."""
+    """Whether a folder is a finished run of `probing align`, or a folder of them."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(((members(path) or [path])[0] / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and manifest.get("kind") == "alignment"
@@ -249,6 +249,24 @@ class Run:
     def means(self) -> Path:
         """File of the training split's mean targets."""
         return self.path / "mean_targets.safetensors"
+
+
+@dataclass(frozen=True)
+class AlignmentRun:
+    """The directory of a finished run of `probing align`."""
+
+    path: Path
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the run was made of."""
+        return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Fields of its recipe that its numbers depend on, besides the checkpoint, and what the manifest names."""
+        recipe = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        return {name: recipe[name] for name in ("layers", "coverage", "sample")}
 
 
 def members(path: Path) -> list[Path]:

@@ -15,24 +15,79 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from probing.errors import UserError
+from probing.run import members
 from reports.curves import COLOURS, MARKERS, STYLE
-from reports.results import AVERAGE, FINAL
+from reports.results import AVERAGE, FINAL, TITLES
 
 TOWER = "tower"
 """What `results.csv` calls the tokens before the projector."""
-COMPRESSION = {
-    "von_neumann_entropy": "von Neumann entropy (nats)",
-    "matrix_entropy": "matrix entropy, order 2 (nats)",
-    "effective_rank": "effective rank, centred",
-    "effective_rank_singular": "effective rank of singular values",
-    "anisotropy": "anisotropy (mean cosine of two tokens)",
-}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What one panel shows.
+
+    Attributes:
+        name: of the figure's file.
+        metric: as in `results.csv`.
+        label: of the vertical axis.
+        protocol: its beginning, where the metric has several.
+        teacher: what layers are compared with, where that is what the metric does.
+        control: the control that is drawn dotted.
+        chance: its name in the legend.
+    """
+
+    name: str
+    metric: str
+    label: str
+    protocol: str = ""
+    teacher: str = ""
+    control: str = ""
+    chance: str = ""
+
+
+COMPRESSION = [
+    Measure(f"compression_{metric}", metric, label)
+    for metric, label in {
+        "von_neumann_entropy": "von Neumann entropy (nats)",
+        "matrix_entropy": "matrix entropy, order 2 (nats)",
+        "effective_rank": "effective rank, centred",
+        "effective_rank_singular": "effective rank of singular values",
+        "anisotropy": "anisotropy (mean cosine of two tokens)",
+    }.items()
+]
+PERMUTED = {"control": "permuted", "chance": "permuted labels"}
 WORDS = {
     "word_cosine": "cosine with the label's word",
     "word_retrieval": "nearest word is the label's",
     "word_miou": "mIoU of the nearest words",
 }
 VARIANTS = {"centred": "means taken from patches and words", "raw": "as they are"}
+LENS = [
+    *(
+        Measure(f"lens_{metric}_{lens.replace(' ', '_')}", f"lens_{metric}", f"{label}, {lens}", lens, **PERMUTED)
+        for metric, label in {
+            "retrieval": "label of the largest logit is right",
+            "miou": "mIoU of largest logits",
+        }.items()
+        for lens in ("final norm", "no norm")
+    ),
+    *(
+        Measure(f"lens_entropy_{lens.replace(' ', '_')}", "lens_entropy", f"entropy of next word (nats), {lens}", lens)
+        for lens in ("final norm", "no norm")
+    ),
+]
+SUMS = {
+    "matching pursuit": "matching pursuit",
+    "orthogonal": "orthogonal pursuit",
+    "non-negative": "non-negative pursuit",
+}
+REFERENCES = {TOWER: "the tower"} | {name: f"the {title.lower()} teacher" for name, title in TITLES.items()}
+ATTENTION = [
+    Measure(f"attention_{query.replace(' ', '_')}", "image_attention", f"attention to image, {query}", query,
+            control="uniform", chance="uniform attention")
+    for query in ("last token", "tokens after the image")
+]  # fmt: skip
 CONTROL = {"color": "#8a8a8a", "linestyle": ":", "linewidth": 1.3}
 
 
@@ -52,12 +107,22 @@ class AlignmentResults:
     results: pd.DataFrame
     manifest: dict[str, Any]
 
-    def curve(self, metric: str, control: str = "no", protocol: str | None = None) -> pd.DataFrame:
-        """One curve in the order of the layers, the tower first; empty where this was not measured."""
+    def curve(self, metric: str, control: str = "no", protocol: str = "", teacher: str = "") -> pd.DataFrame:
+        """One curve in the order of the layers, the tower first; empty where this was not measured.
+
+        Args:
+            metric: as in `results.csv`.
+            control: likewise.
+            protocol: how it begins.
+            teacher: what the layers are compared with.
+        """
         r = self.results
         chosen = r[(r["metric"] == metric) & (r["control"] == control) & (r["layer"] != AVERAGE)]
-        if protocol is not None:
-            chosen = chosen[chosen["protocol"] == protocol]
+        chosen = chosen[chosen["protocol"].str.startswith(protocol)]
+        if teacher:
+            chosen = chosen[chosen["teacher"] == teacher]
+        if "all" in set(chosen["seed"]):
+            chosen = chosen[chosen["seed"] == "all"]
         return chosen.iloc[chosen["layer"].map(_rank).argsort(kind="stable")]
 
 
@@ -66,21 +131,28 @@ def _rank(layer: str) -> float:
 
 
 def load_alignments(paths: Sequence[Path]) -> list[AlignmentResults]:
-    """Reads finished runs of `probing align`.
+    """Reads finished runs of `probing align`, and folders of runs whose checkpoints differ by their seed alone.
 
     Raises:
         UserError: one has no results.
     """
     found = []
     for path in paths:
+        runs = members(path)
         if not (path / "results.csv").exists():
-            raise UserError(f"{path} has no results; type the probing align that made it once more")
+            again = f"probing evaluate {path}" if runs else "the probing align that made it once more"
+            raise UserError(f"{path} has no results; type {again}")
         results = pd.read_csv(path / "results.csv", dtype={"layer": str, "seed": str}, keep_default_na=False)
-        found.append((path, results, json.loads((path / "manifest.json").read_text(encoding="utf-8"))))
-    names = [manifest["checkpoint"]["name"] for *_, manifest in found]
+        first = (runs or [path])[0]
+        manifest = json.loads((first / "manifest.json").read_text(encoding="utf-8"))
+        found.append((first, results, manifest | ({"runs": len(runs)} if runs else {})))
+    names = [
+        path.resolve().name if members(path) else manifest["checkpoint"]["name"]
+        for path, (_, _, manifest) in zip(paths, found, strict=True)
+    ]
     return [
-        AlignmentResults(f"{name} ({path.resolve().name})" if names.count(name) > 1 else name, path, results, manifest)
-        for name, (path, results, manifest) in zip(names, found, strict=True)
+        AlignmentResults(f"{name} ({path.resolve().name})" if names.count(name) > 1 else name, first, results, manifest)
+        for name, path, (first, results, manifest) in zip(names, paths, found, strict=True)
     ]
 
 
@@ -99,45 +171,69 @@ def _ticks(axes: Axes, layers: Sequence[str]) -> None:
     axes.set_xlabel("LLM layer (0 = projector output)")
 
 
-def _layers(runs: Sequence[AlignmentResults], metrics: Sequence[str]) -> list[str]:
-    there = {layer for run in runs for metric in metrics for layer in run.curve(metric)["layer"]}
-    return sorted(there, key=_rank)
-
-
-def compression_figure(runs: Sequence[AlignmentResults], metric: str) -> Figure:
-    """How few directions an image's tokens use, from the tower on; a line per checkpoint."""
-    layers = _layers(runs, [metric])
+def layer_lines(runs: Sequence[AlignmentResults], measure: Measure) -> Figure:
+    """One measure by layer, a line per checkpoint, with its control and the random projector beside it."""
+    m = measure
+    curves = [run.curve(m.metric, "no", m.protocol, m.teacher) for run in runs]
+    layers = sorted({layer for curve in curves for layer in curve["layer"]}, key=_rank)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.2, 3.0), layout="constrained")
         axes = figure.subplots()
-        for index, run in enumerate(runs):
-            style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-            _draw(axes, run.curve(metric), layers, label=run.label, **style)
-        axes.set_ylabel(COMPRESSION[metric])
-        axes.set_ylim(bottom=min(axes.get_ylim()[0], 0.0))
+        fresh_named = False
+        for index, (run, curve) in enumerate(zip(runs, curves, strict=True)):
+            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+            _draw(axes, curve, layers, label=run.label, color=colour, marker=marker)
+            if m.control:
+                chance = run.curve(m.metric, m.control, m.protocol, m.teacher)
+                _draw(axes, chance, layers, label=None if index else m.chance, **CONTROL)
+            fresh = run.curve(m.metric, "random", m.protocol, m.teacher)
+            if len(fresh) and m.control == "permuted":
+                name = None if fresh_named else "random projector"
+                axes.plot(layers.index("0"), fresh["value"].iloc[0], "x", color="#333333", label=name)
+                fresh_named = True
+        axes.set_title(m.label, fontsize=9, loc="left")
+        if not m.control:
+            axes.set_ylim(bottom=min(axes.get_ylim()[0], 0.0))
         _ticks(axes, layers)
-        if len(runs) > 1:
-            axes.legend(frameon=False)
+        if len(runs) > 1 or m.control:
+            axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-def words_figure(runs: Sequence[AlignmentResults], metric: str, variant: str) -> Figure:
-    """How well patches match the words of what they show, with permuted labels and a random projector beside it."""
-    layers = _layers(runs, list(WORDS))
+def likeness_measures(runs: Sequence[AlignmentResults]) -> list[Measure]:
+    """A panel for every reference that layers were compared with."""
+    found = []
+    kinds = {"cka": "CKA", "cka_places": "CKA of the places of an image", "mutual_knn": "nearest images shared"}
+    for metric, label in kinds.items():
+        there = {teacher for run in runs for teacher in run.curve(metric)["teacher"]}
+        for reference in (name for name in REFERENCES if name in there):
+            control = {} if metric == "cka_places" else {"control": "permuted", "chance": "permuted images"}
+            name = f"{label} with {REFERENCES[reference]}"
+            found.append(Measure(f"{metric}_{reference}", metric, name, teacher=reference, **control))
+    return found
+
+
+def sums_figure(runs: Sequence[AlignmentResults], pursuit: str, layer: str) -> Figure:
+    """Share of a patch that so many words explain, at one layer, beside so many random vectors."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.2, 3.0), layout="constrained")
         axes = figure.subplots()
         for index, run in enumerate(runs):
             colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-            _draw(axes, run.curve(metric, "no", variant), layers, label=run.label, color=colour, marker=marker)
-            permuted = run.curve(metric, "permuted", variant)
-            _draw(axes, permuted, layers, label="permuted labels" if index == 0 else None, **CONTROL)
-            fresh = run.curve(metric, "random", variant)
-            if len(fresh):
-                name = "random projector" if index == 0 else None
-                axes.plot(layers.index("0"), fresh["value"].iloc[0], "x", color="#333333", label=name)
-        axes.set_ylabel(WORDS[metric])
-        _ticks(axes, layers)
+            styles: dict[str, dict[str, Any]] = {"no": {"color": colour, "marker": marker, "label": run.label}}
+            styles["random"] = {**CONTROL, "label": None if index else "random vectors"}
+            for control, style in styles.items():
+                rows = run.curve("explained_energy", control, pursuit)
+                rows = rows[rows["layer"] == layer]
+                count = rows["protocol"].str.extract(r", (\d+) word")[0].astype(int)
+                rows = rows.assign(count=count).sort_values("count")
+                axes.plot(rows["count"], rows["value"], markersize=4, **style)
+                axes.fill_between(
+                    rows["count"], rows["ci_low"], rows["ci_high"], color=style["color"], alpha=0.18, linewidth=0
+                )
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("words")
+        axes.set_title(f"explained at layer {layer}, {SUMS[pursuit]}", fontsize=9, loc="left")
         axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -152,6 +248,7 @@ class PatchPicture:
         grid: rows and columns of the patches.
         labels: the classes that cover most of it.
         words: by layer, the nearest words of every patch.
+        sums: by layer, the words of which every patch is most nearly a sum, with their parts.
         similarity: by layer, the centred cosine of every patch with each label, (patches, labels).
     """
 
@@ -160,6 +257,7 @@ class PatchPicture:
     grid: tuple[int, int]
     labels: list[str]
     words: dict[str, list[list[str]]]
+    sums: dict[str, list[list[tuple[str, float]]]]
     similarity: dict[str, NDArray[Any]]
 
 
@@ -178,6 +276,7 @@ def read_pictures(run: Path) -> list[PatchPicture]:
             grid=(rows, columns),
             labels=entry["labels"],
             words=entry["words"],
+            sums=entry["sums"],
             similarity={layer: tensors[f"similarity.{number}.{layer}"] for layer in whole["layers"]},
         )
         for number, entry in enumerate(whole["images"])
@@ -223,19 +322,47 @@ def sentences(run: AlignmentResults) -> list[str]:
             f"The von Neumann entropy of an image's tokens is {change}: {after['value']:.2f} nats, "
             f"{tower['value']:.2f} before it."
         )
+    kept, chance = (_row(run.curve("mutual_knn", control, teacher=TOWER), "0") for control in ("no", "permuted"))
+    if kept is not None and chance is not None:
+        found.append(
+            f"Of an image's nearest images before the projector {_percent(kept)} are its nearest behind it too, by "
+            f"chance {_percent(chance)}."
+        )
     own, chance = (_row(run.curve("word_retrieval", control, "centred"), "0") for control in ("no", "permuted"))
     if own is not None and chance is not None:
         above = own["ci_low"] > chance["ci_high"]
         found.append(
-            f"Behind the projector the nearest of the labels' words is the right one for {100 * own['value']:.1f} % of "
-            f"the labelled patches, with labels permuted for {100 * chance['value']:.1f} %: "
+            f"Behind the projector the nearest of the labels' words is the right one for {_percent(own)} of "
+            f"the labelled patches, with labels permuted for {_percent(chance)}: "
             + ("patches say the words for what they show." if above else "no more than chance.")
         )
         curve = run.curve("word_retrieval", "no", "centred")
         best = curve.loc[curve["value"].idxmax()]
         if best["layer"] != "0":
-            found.append(f"The share is largest at layer {best['layer']}: {100 * best['value']:.1f} %.")
+            found.append(f"The share is largest at layer {best['layer']}: {_percent(best)}.")
+    curve, chances = (run.curve("lens_retrieval", control, "final norm") for control in ("no", "permuted"))
+    if len(curve):
+        best = curve.loc[curve["value"].idxmax()]
+        chance = _row(chances, best["layer"])
+        assert chance is not None
+        above = best["ci_low"] > chance["ci_high"]
+        found.append(
+            f"Through the logit lens the right label is likeliest for at most {_percent(best)} of the labelled patches "
+            f"(layer {best['layer']}; labels permuted {_percent(chance)}){'.' if above else ', no more than chance.'}"
+        )
+    whole, chance = (_row(run.curve("explained_energy", control, "orthogonal, 8"), "0") for control in ("no", "random"))
+    if whole is not None and chance is not None:
+        how = "more" if whole["ci_low"] > chance["ci_high"] else "less" if whole["ci_high"] < chance["ci_low"] else ""
+        found.append(
+            f"Eight words explain {_percent(whole)} of a patch behind the projector, eight random vectors "
+            f"{_percent(chance)}"
+            + (f": words explain {how}." if how else ": no more than any vectors do (intervals overlap).")
+        )
     return found
+
+
+def _percent(row: pd.Series) -> str:
+    return f"{100 * row['value']:.1f} %"
 
 
 def _row(curve: pd.DataFrame, layer: str) -> pd.Series | None:

@@ -14,17 +14,23 @@ from PIL import Image
 
 from probing.run import is_alignment, whole_file, write_text
 from reports.alignment import (
+    ATTENTION,
     COMPRESSION,
+    LENS,
+    PERMUTED,
+    SUMS,
     VARIANTS,
     WORDS,
     AlignmentResults,
+    Measure,
     PatchPicture,
-    compression_figure,
+    layer_lines,
+    likeness_measures,
     load_alignments,
     read_pictures,
     sentences,
     similarity_figure,
-    words_figure,
+    sums_figure,
 )
 from reports.curves import (
     PROBES,
@@ -73,10 +79,15 @@ def write_report(
         UserError: a folder is no run, or has no results yet.
     """
     probed, aligned = [run for run in runs if not is_alignment(run)], [run for run in runs if is_alignment(run)]
-    chapter = _chapter(load_alignments(aligned), out) if aligned else {}
+    alignments = load_alignments(aligned) if aligned else []
+    chapter = _chapter(alignments, out) if alignments else {}
     page = out / "index.html"
+    if differences is not None:
+        write_text(out / "differences.csv", differences.to_csv(index=False))
     if not probed:
-        write_text(page, _templates().get_template("alignment_page.html").render(**chapter))
+        _write_merged(alignments, out)
+        template = _templates().get_template("alignment_page.html")
+        write_text(page, template.render(**chapter, statements=list(statements)))
         return page
     loaded = load_runs(probed)
     for metric, protocol in _measures(loaded):
@@ -90,14 +101,17 @@ def write_report(
     table = decoded_table(loaded)
     if table:
         write_text(out / "table8.csv", table.frame().to_csv(index_label="checkpoint"))
-    merged = pd.concat([run.results.assign(checkpoint=run.label) for run in loaded])
-    write_text(out / "results.csv", merged.to_csv(index=False))
+    _write_merged([*loaded, *alignments], out)
     compared = []
     if differences is not None:
-        write_text(out / "differences.csv", differences.to_csv(index=False))
         compared = [_difference(differences, *key, out) for key in _difference_keys(differences)]
     write_text(page, _render(loaded, grids, table, compared, list(statements), chapter))
     return page
+
+
+def _write_merged(runs: Sequence[RunResults | AlignmentResults], out: Path) -> None:
+    merged = pd.concat([run.results.assign(checkpoint=run.label) for run in runs])
+    write_text(out / "results.csv", merged.to_csv(index=False))
 
 
 def _difference_keys(differences: pd.DataFrame) -> list[tuple[str, str]]:
@@ -268,27 +282,45 @@ def _chapter(runs: list[AlignmentResults], out: Path) -> dict[str, Any]:
         _save(figure, out / "figures" / name)
         return {"src": source, "alt": alt}
 
+    def part(title: str, text: str, measures: Sequence[Measure]) -> dict[str, Any]:
+        there = [m for m in measures if any(len(run.curve(m.metric, "no", m.protocol, m.teacher)) for run in runs)]
+        panels = [panel(layer_lines(runs, m), m.name, f"{m.label} by layer") for m in there]
+        return {"title": title, "text": text, "panels": panels}
+
     parts = [
-        {
-            "title": "How few directions the tokens of an image use",
-            "text": "From the vision tower, through the projector, to every layer of the LLM. Less is more compressed.",
-            "panels": [
-                panel(compression_figure(runs, metric), f"compression_{metric}", f"{name} by layer")
-                for metric, name in COMPRESSION.items()
-            ],
-        }
+        part(
+            "How few directions the tokens of an image use",
+            "From the vision tower, through the projector, to every layer of the LLM. Less is more compressed.",
+            COMPRESSION,
+        )
     ]
-    parts += [
-        {
-            "title": f"Patches and their words, {text}",
-            "text": "Dotted: with labels permuted.",
-            "panels": [
-                panel(words_figure(runs, metric, variant), f"{metric}_{variant}", f"{name} by layer")
-                for metric, name in WORDS.items()
-            ],
-        }
-        for variant, text in VARIANTS.items()
+    for variant, text in VARIANTS.items():
+        words = [Measure(f"{metric}_{variant}", metric, label, variant, **PERMUTED) for metric, label in WORDS.items()]
+        parts.append(part(f"Patches and their words, {text}", "Dotted: with labels permuted.", words))
+    parts.append(
+        part("Logit lens", "What the LLM would say next if a patch were its last state. Dotted: labels permuted.", LENS)
+    )
+    sums = part(
+        "A patch as a sum of words",
+        "Share of a patch's squared length that few words of the vocabulary explain, beside as many random vectors.",
+        [Measure("explained_by_layer", "explained_energy", "explained by 4 words", "orthogonal, 4", control="random",
+                 chance="random vectors")],
+    )  # fmt: skip
+    first = next((layer for run in runs for layer in run.curve("explained_energy")["layer"]), "")
+    sums["panels"] += [
+        panel(sums_figure(runs, name, first), f"explained_{name.replace(' ', '_')}", f"{label}, by number of words")
+        for name, label in SUMS.items()
+        if sums["panels"]
     ]
+    parts.append(sums)
+    parts.append(
+        part(
+            "Likeness to the tower and the teachers",
+            "Whether the same images are near each other: in a layer, and in what stands beside it.",
+            likeness_measures(runs),
+        )
+    )
+    parts.append(part("Attention to the image", "Dotted: if attention were uniform.", ATTENTION))
     entries = [
         {
             "label": run.label,
@@ -298,14 +330,18 @@ def _chapter(runs: list[AlignmentResults], out: Path) -> dict[str, Any]:
         }
         for run in runs
     ]
-    return {"alignments": entries, "alignment_parts": parts}
+    return {"alignments": entries, "alignment_parts": [one for one in parts if one["panels"]]}
 
 
 def _patch_picture(picture: PatchPicture) -> dict[str, Any]:
     rows, columns = picture.grid
     tables = []
     for layer, words in picture.words.items():
-        cells = [{"text": near[0], "title": ", ".join(near)} for near in words]
+        sums = [" + ".join(f"{part:.2g} {word}" for word, part in found) for found in picture.sums[layer]]
+        cells = [
+            {"text": near[0], "title": f"nearest: {', '.join(near)}; as a sum: {found or 'of no words'}"}
+            for near, found in zip(words, sums, strict=True)
+        ]
         tables.append({"layer": layer, "rows": [cells[row * columns : (row + 1) * columns] for row in range(rows)]})
     return {
         "name": picture.name,

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from analysis.align import AlignRecipe, align
 from analysis.align_passes import Annotator
+from analysis.compare import compare
 from analysis.geometry import linear_cka, neighbour_overlap
 from analysis.projector import von_neumann_entropy
 from analysis.pursuit import orthogonal_matching_pursuit
@@ -136,7 +137,7 @@ def test_the_dear_measures_are_those_of_plain_loops(checkpoint, models, tmp_path
         uniform.append(int(shown.sum()) / len(shown))
         if index < 5:
             chances = model.lm_head(model.model.language_model.norm(states[order[:32]])).softmax(-1)
-            lens.append(float(-(chances * chances.log()).sum(-1).mean()))
+            lens.append(float(-(chances * chances.log()).sum(-1).mean().detach()))
             found = orthogonal_matching_pursuit(states[order[:2]].detach(), backbone.words.weight.detach(), 4)
             energy.append(float(found.energy[:, -1].mean()))
             grid = teachers["depth"].grid
@@ -181,6 +182,36 @@ def test_the_page_has_the_chapter_and_a_second_call_measures_nothing(checkpoint,
         Run.open(tmp_path / "run")
     with pytest.raises(UserError, match="holds another run"):
         align(recipe(checkpoint, world, layers="0", pictures=1), tmp_path / "run")
+
+
+def test_runs_of_seeds_are_pooled_and_compared(world, tmp_path):
+    """Two checkpoints of two seeds each: the differences are those of the pooled numbers, and the page says them."""
+    for arm in ("one", "two"):
+        for seed in (0, 1):
+            checkpoint = tiny.llava(tmp_path / "models" / f"{arm}{seed}", image=48, seed=seed + 2 * (arm == "two"))
+            align(recipe(checkpoint, world, layers="0,3", pictures=0, sample=3), tmp_path / arm / f"seed_{seed}")
+        said = CliRunner().invoke(cli, ["evaluate", str(tmp_path / arm)], catch_exceptions=False)
+        assert said.exit_code == 0
+    arms = [str(tmp_path / arm) for arm in ("one", "two")]
+    said = CliRunner().invoke(cli, ["compare", *arms, "--out", str(tmp_path / "out")], catch_exceptions=False)
+    assert "word_retrieval (centred), layer 0: two - one = " in said.output and "2 pairs of seeds" in said.output
+    table = read(tmp_path / "out" / "differences.csv").query("metric == 'word_miou' and protocol == 'raw'")
+    found = {row["layer"]: row["value"] for _, row in table.iterrows()}
+    pooled = [read(tmp_path / arm / "results.csv") for arm in ("one", "two")]
+    pooled = [p.query("metric == 'word_miou' and protocol == 'raw' and control == 'no'") for p in pooled]
+    pooled = [p.set_index("layer")["value"] for p in pooled]
+    singles = [read(tmp_path / "two" / f"seed_{seed}" / "results.csv") for seed in (0, 1)]
+    singles = [s.query("metric == 'word_miou' and protocol == 'raw' and control == 'no'") for s in singles]
+    assert pooled[1]["3"] == pytest.approx(np.mean([s.set_index("layer")["value"]["3"] for s in singles]), abs=1e-6)
+    for layer in ("0", "3", "mean"):
+        assert found[layer] == pytest.approx(pooled[1][layer] - pooled[0][layer], abs=1e-6)
+    permuted = read(tmp_path / "two" / "results.csv").query("control == 'permuted' and metric == 'word_miou'")
+    assert set(permuted["seed"]) == {"all"}
+    assert "Paired differences" in (tmp_path / "out" / "index.html").read_text()
+    assert set(read(tmp_path / "out" / "results.csv")["checkpoint"]) == {"one", "two"}
+    with pytest.raises(UserError, match="differ in coverage"):
+        align(recipe(checkpoint, world, layers="0,3", pictures=0, sample=3, coverage=0.9), tmp_path / "other")
+        compare([tmp_path / "one" / "seed_0", tmp_path / "other"], ["a", "b"])
 
 
 def test_patches_that_say_their_words_are_found(checkpoint, world, tmp_path, monkeypatch):
