@@ -175,9 +175,7 @@ class SamplePass:
         assert prepared.student is not None
         subject, backbone = self.subject, self.subject.backbone
         student = prepared.student.to(backbone.device)
-        targets = {
-            name: teacher.target(prepared.pixels[name]) for name, teacher in subject.teachers.items() if teacher.grid
-        }
+        targets = {name: prepared.target(teacher) for name, teacher in subject.teachers.items() if teacher.grid}
 
         def note(teacher: str, layer: Layer, control: str, metric: str, protocol: str, values: Tensor) -> None:
             tally.note(Curve(teacher, layer_name(layer), "", control, metric, protocol, 0), values, metric == MEAN)
@@ -299,7 +297,7 @@ class WholePass:
                 note("tokens", str(block), "uniform", "image_attention", queries, uniform)
         if left > 0:
             for name, teacher in subject.teachers.items():
-                pool(name, "", teacher.target(prepared.pixels[name]))
+                pool(name, "", prepared.target(teacher))
 
     def _label_logits(self, given: Tensor) -> Tensor:
         """Logit of every label, the largest of its tokens', (B, P, K); their order is that of the probabilities."""

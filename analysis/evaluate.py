@@ -32,10 +32,11 @@ from probing.data.substitutes import SUBSTITUTES
 from probing.errors import UserError
 from probing.recipe import ProbeRunRecipe
 from probing.run import Run, disk_errors, members, write_text
+from probing.target_cache import TargetCache
 from probing.teachers import Teacher
 from probing.teachers.gen import GUIDANCE, STEPS, GenDecoder
 from probing.teachers.seg import SegDecoder
-from probing.train import arm_backbone, held_out_images, load_teachers, training_images
+from probing.train import arm_backbone, caches_of, held_out_images, load_teachers, training_images
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class Options:
         guidance: of the diffusion.
         pictures: images to draw at every layer, where a metric is decoded.
         micro_batch: images per forward pass; by default as in training.
+        target_cache: see `DataRecipe.target_cache`; by default as in training. For the cosine, which needs no pixels.
     """
 
     metrics: tuple[str, ...] = ("cosine",)
@@ -86,6 +88,7 @@ class Options:
     guidance: float = GUIDANCE
     pictures: int = 4
     micro_batch: int | None = None
+    target_cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,8 @@ def _score_arm(run: Run, arm: str, jobs: Iterable[Job], workshop: "_Workshop", o
     _check_unchanged(run, backbone, workshop.teachers, workshop.images)
     for scorer, lacking, settings, file in due:
         batch = options.micro_batch or run.recipe.fit.micro_batch
-        found = score_arm(run, arm, backbone, scorer, lacking, batch, settings)
+        kept = workshop.kept() if isinstance(scorer, Cosine) else {}
+        found = score_arm(run, arm, backbone, scorer, lacking, batch, settings, kept)
         if not found.names:
             raise UserError(f"no image of {scorer.images.split} could be read; check {scorer.images.folder}")
         there = read_if_fits(file, settings)
@@ -248,6 +252,7 @@ class _Workshop:
         self._seg: SegDecoder | None = None
         self._gen: GenDecoder | None = None
         self._means: list[torch.Tensor] = []
+        self._kept: dict[str, TargetCache] | None = None
 
     def scorer(self, metric: str) -> Scorer:
         """The scorer of one metric."""
@@ -268,6 +273,14 @@ class _Workshop:
         scorer = Embeddings.of(self.images, self.teachers, options.images)
         self.painter(metric)  # before anything long begins, so that what is missing is said at once
         return scorer
+
+    def kept(self) -> dict[str, TargetCache]:
+        """Features of the teachers for the held-out images that are kept on disk."""
+        if self._kept is None:
+            recipe = self.run.recipe.model_copy(deep=True)
+            recipe.data.target_cache = self.options.target_cache or recipe.data.target_cache
+            self._kept = caches_of(recipe, self.teachers, self.images)
+        return self._kept
 
     def seg(self) -> SegDecoder:
         """The decoder of the seg teacher."""

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from probing.backbones import Backbone, Layer, layer_name
 from probing.backbones.base import Batch
 from probing.bank import ProbeBank
 from probing.data.coco import ImageList, Skipped
-from probing.data.loader import Prepared, micro_batches
+from probing.data.loader import Kept, Prepared, micro_batches
 from probing.data.substitutes import SUBSTITUTES, caption_inputs, substitute
 from probing.fit import Interrupted
 from probing.progress import Progress
@@ -113,7 +113,14 @@ class Tally:
 
 
 def score_arm(
-    run: Run, arm: str, backbone: Backbone, scorer: Scorer, selection: Selection, batch: int, settings: str
+    run: Run,
+    arm: str,
+    backbone: Backbone,
+    scorer: Scorer,
+    selection: Selection,
+    batch: int,
+    settings: str,
+    kept: Mapping[str, Kept],
 ) -> ScoreFile:
     """Scores what was trained on one set of backbone weights, from the last saved state where there is one.
 
@@ -125,6 +132,7 @@ def score_arm(
         selection: layers, probes and controls.
         batch: images per forward pass.
         settings: what the scores depend on besides the run.
+        kept: features of teachers that are read instead of being computed, where the metric needs nothing else of them.
 
     Returns:
         The scores, with the images that could not be read.
@@ -144,7 +152,9 @@ def score_arm(
 
     def read(plan: list[list[int]]) -> Iterator[Prepared]:
         view, workers = run.recipe.data.view, run.recipe.fit.workers
-        return micro_batches(scorer.images, plan, student, prepare, view, workers, backbone.device, show=show)
+        return micro_batches(
+            scorer.images, plan, student, prepare, view, workers, backbone.device, show=show, kept=kept
+        )
 
     what = f"{scorer.stem.removeprefix('scores/')} ({'checkpoint' if arm == 'no' else arm})"
     resumable = Resumable(pass_state(run, scorer, arm), asked, run.recipe.fit.save_minutes)
@@ -238,7 +248,7 @@ class _Predictor:
         """Scores one batch."""
         assert prepared.student is not None
         scorer, seed = self.scorer, self.run.recipe.fit.seeds[0]
-        targets = {name: teacher.target(prepared.pixels[name]) for name, teacher in scorer.teachers.items()}
+        targets = {name: prepared.target(teacher) for name, teacher in scorer.teachers.items()}
         context = scorer.begin(prepared, targets)
         batch = prepared.student.to(self.backbone.device)
 

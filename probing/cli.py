@@ -20,6 +20,14 @@ F = TypeVar("F", bound=Callable[..., None])
 TEACHERS = ("depth", "seg", "gen")
 
 
+TARGET_CACHE = click.option(
+    "--target-cache",
+    metavar="off|auto|DIR",
+    help="Keep the teachers' features on disk: auto is the user's cache folder, if there is room. Default: off, or as "
+    "in training.",
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="probing")
 @click.option("--quiet", "-q", is_flag=True, help="Only warnings and errors.")
@@ -140,6 +148,7 @@ def teachers() -> None:
     type=click.Choice(["shuffled", "random"]),
     help="Trained control besides those of the recipe; repeat. shuffled is on by default.",
 )
+@TARGET_CACHE
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run directory; an unfinished run goes on.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def train(
@@ -149,6 +158,7 @@ def train(
     teacher_options: tuple[str, ...],
     layers: str | None,
     controls: tuple[str, ...],
+    target_cache: str | None,
     out: Path,
     overrides: tuple[str, ...],
 ) -> None:
@@ -163,6 +173,8 @@ def train(
         values.setdefault("backbone", {})["checkpoint"] = checkpoint
     if data:
         values.setdefault("data", {})["path"] = data
+    if target_cache:
+        values.setdefault("data", {})["target_cache"] = target_cache
     if layers:
         values["layers"] = layers
     if controls:
@@ -250,6 +262,7 @@ EVALUATION_OPTIONS = (
         help="Images to draw at every layer, where a metric is decoded.",
     ),
     click.option("--micro-batch", type=click.IntRange(1), help="Images per forward pass. Default: as in training."),
+    TARGET_CACHE,
 )
 
 

@@ -33,6 +33,7 @@ from probing.recipe import FitRecipe, ProbeRunRecipe
 from probing.resampler import ResamplerConfig
 from probing.ridge import RidgeKey, RidgeReadout, RidgeSums, place_states
 from probing.run import Interruption, disk_errors, whole_file
+from probing.target_cache import TargetCache
 from probing.teachers import Teacher
 
 logger = logging.getLogger(__name__)
@@ -161,6 +162,7 @@ class Fit:
         controls: what is trained: `no` and perhaps `shuffled`, or `random`.
         folder: where the training state is kept while the work lasts.
         accelerator: device and processes.
+        kept: features of teachers that are read instead of being computed.
     """
 
     recipe: ProbeRunRecipe
@@ -171,6 +173,7 @@ class Fit:
     controls: Sequence[str]
     folder: Path
     accelerator: Accelerator
+    kept: dict[str, TargetCache] = field(default_factory=dict)
 
     def start(self) -> FitState:
         """Fresh probes and optimiser."""
@@ -245,6 +248,7 @@ class Fit:
             self.recipe.data.view,
             self.recipe.fit.workers,
             self.accelerator.device,
+            kept=self.kept,
         )
 
     def _step(
@@ -307,7 +311,7 @@ class Fit:
         assert prepared.student is not None
         device = self.accelerator.device
         batch = prepared.student.to(self.backbone.device)
-        targets = {name: teacher.target(prepared.pixels[name]) for name, teacher in self.teachers.items()}
+        targets = {name: prepared.target(teacher) for name, teacher in self.teachers.items()}
         shuffled = {name: target.roll(1, dims=0) for name, target in targets.items()}
         losses = torch.zeros(len(columns) + len(self.teachers), dtype=self._wide, device=device)
         for index, (name, target) in enumerate(targets.items()):

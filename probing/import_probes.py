@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
-from probing.backbones import FINAL, Batch, TokenMap, identify, layer_name, parse_layers
+from probing.backbones import FINAL, identify, layer_name, parse_layers
 from probing.bank import ProbeBank, ProbeKey, bank_config, bank_layers
 from probing.data.coco import ImageList, Skipped
-from probing.data.loader import micro_batches
+from probing.data.loader import micro_batches, no_student
 from probing.distill.predictors import FOLDER
 from probing.errors import UserError
 from probing.hub import locate, read_json, read_tensors
@@ -208,11 +208,6 @@ def _require_theirs(found: Found, width: int, teachers: dict[str, Teacher]) -> N
             )
 
 
-def _nothing(images: Sequence[Any]) -> Batch:
-    """In place of a student, where only teachers look at the images."""
-    return Batch({}, TokenMap(torch.zeros(len(images), 1, dtype=torch.long), (0, 0)))
-
-
 def mean_targets(
     recipe: ProbeRunRecipe, teachers: dict[str, Teacher], images: ImageList, device: torch.device
 ) -> tuple[dict[str, Tensor], list[Skipped]]:
@@ -222,7 +217,7 @@ def mean_targets(
     count, batch = 0, recipe.fit.micro_batch
     plan = [list(range(first, min(first + batch, len(images)))) for first in range(0, len(images), batch)]
     prepare = {name: teacher.prepare for name, teacher in teachers.items()}
-    batches = micro_batches(images, plan, _nothing, prepare, recipe.data.view, recipe.fit.workers, device)
+    batches = micro_batches(images, plan, no_student, prepare, recipe.data.view, recipe.fit.workers, device)
     with Progress("mean targets", len(plan), unit="batches") as bar:
         for prepared in batches:
             skipped += prepared.skipped

@@ -87,6 +87,11 @@ class DataRecipe(Strict):
     view: Literal["square", "own"] = "square"
     """`square`: student and teachers see the same image squashed to a square, so that grids line up (the paper's
     evaluation view); `own`: each applies its own preprocessing to the original image (the paper's training view)."""
+    target_cache: str = "off"
+    """Teachers' features are kept on disk and not computed again: `off`, `auto` (the user's cache folder, if there is
+    room), or a folder."""
+    target_cache_dtype: Literal["float32", "float16"] = "float32"
+    """Of what is kept; float16 takes half the disk and rounds features to 11 bits."""
 
     @field_validator("path")
     @classmethod
@@ -171,6 +176,8 @@ class LayersRecipe(Strict):
         recipe.data.path = "coco:" + _absolute(recipe.data.path.removeprefix("coco:"))
         for teacher in recipe.teachers.values():
             teacher.id = _absolute(teacher.id)
+        if recipe.data.target_cache not in ("off", "auto"):
+            recipe.data.target_cache = str(Path(recipe.data.target_cache).expanduser().absolute())
         return recipe
 
 

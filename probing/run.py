@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from probing.errors import UserError
 from probing.recipe import ProbeRunRecipe, dump_recipe, validate
 
-SPEED_ONLY = ("fit.workers", "fit.save_minutes")
+SPEED_ONLY = ("fit.workers", "fit.save_minutes", "data.target_cache")
 """Fields that a resumed run may change: they do not move a number."""
 
 

@@ -23,6 +23,7 @@ from probing.provenance import made_of, versions
 from probing.recipe import DataRecipe, ProbeRunRecipe
 from probing.resampler import Resampler, ResamplerConfig
 from probing.run import Run, disk_errors, require_space, whole_file, whole_folder, write_text
+from probing.target_cache import TargetCache, open_caches
 from probing.teachers import Teacher, load_teacher
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,21 @@ def held_out_images(data: DataRecipe) -> ImageList:
 def load_teachers(recipe: ProbeRunRecipe, device: torch.device) -> dict[str, Teacher]:
     """The teachers of a recipe."""
     return {name: load_teacher(name, teacher, device) for name, teacher in recipe.teachers.items()}
+
+
+def caches_of(
+    recipe: ProbeRunRecipe,
+    teachers: dict[str, Teacher],
+    images: ImageList,
+    process: int = 0,
+    processes: int = 1,
+) -> dict[str, TargetCache]:
+    """Features of the teachers that are kept on disk, as the recipe asks."""
+    data, fit = recipe.data, recipe.fit
+    return open_caches(
+        data.target_cache, data.target_cache_dtype, teachers, images, data.view, fit.micro_batch, fit.workers,
+        process, processes,
+    )  # fmt: skip
 
 
 def arm_backbone(recipe: ProbeRunRecipe, arm: str, device: torch.device) -> Backbone:
@@ -105,6 +121,8 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
         logger.info("%s is finished already", out)
         return run
     provenance = provenance_of(recipe, backbone.identity, teachers, train_images, eval_images)
+    kept = caches_of(recipe, teachers, train_images, accelerator.process_index, accelerator.num_processes)
+    accelerator.wait_for_everyone()
     arms: list[tuple[str, list[str]]] = [("no", ["no", *(["shuffled"] if "shuffled" in recipe.controls else [])])]
     if "random" in recipe.controls:
         arms.append(("random", ["random"]))
@@ -115,7 +133,7 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
             del backbone
             gc.collect()
             backbone = arm_backbone(recipe, arm, accelerator.device)
-        _train_arm(run, arm, controls, backbone, teachers, train_images, layers, provenance, accelerator)
+        _train_arm(run, arm, controls, backbone, teachers, kept, train_images, layers, provenance, accelerator)
     if accelerator.is_main_process:
         with disk_errors(out):
             _finish(run, [arm for arm, _ in arms], provenance, train_images, eval_images)
@@ -133,13 +151,14 @@ def _train_arm(
     controls: list[str],
     backbone: Backbone,
     teachers: dict[str, Teacher],
+    kept: dict[str, TargetCache],
     images: ImageList,
     layers: Sequence[Layer],
     provenance: dict[str, Any],
     accelerator: Accelerator,
 ) -> None:
     """Trains on one set of backbone weights; its summary, written last, says that its probes are in place."""
-    fit = Fit(run.recipe, backbone, teachers, images, layers, controls, run.path / "state" / arm, accelerator)
+    fit = Fit(run.recipe, backbone, teachers, images, layers, controls, run.path / "state" / arm, accelerator, kept)
     _check_same_inputs(fit.folder, provenance, accelerator.is_main_process)
     state = fit.run()
     if not accelerator.is_main_process:

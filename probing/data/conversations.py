@@ -8,7 +8,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from probing.chat import TAG, render
 from probing.data.coco import square
+from probing.data.loader import Kept
 from probing.data.patch_words import PatchWords
 from probing.errors import UserError
 
@@ -240,11 +241,12 @@ def collate(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     labelled = [sample["patch_labels"] for sample in good if "patch_labels" in sample]
     if labelled:
         batch["patch_labels"] = torch.cat(labelled)
-    with_target = [row for row, sample in enumerate(good) if "teacher_pixels" in sample]
-    if with_target:
-        batch["target_rows"] = torch.tensor(with_target)
-        chosen: list[dict[str, Any]] = [good[row]["teacher_pixels"] for row in with_target]
-        batch["teacher_pixels"] = {name: torch.stack([one[name] for one in chosen]) for name in chosen[0]}
+    for kind in ("teacher_pixels", "teacher_features"):
+        with_target = [row for row, sample in enumerate(good) if kind in sample]
+        if with_target:
+            batch["target_rows"] = torch.tensor(with_target)
+            chosen: list[dict[str, Any]] = [good[row][kind] for row in with_target]
+            batch[kind] = {name: torch.stack([one[name] for one in chosen]) for name in chosen[0]}
     return batch | {kind: names for kind, names in notes.items() if names}
 
 
@@ -260,12 +262,34 @@ def _patch_labels(patches: PatchWords, images: list[tuple[str, tuple[int, int]]]
     return {"patch_labels": torch.stack(labels)} | ({"unlabelled": "; ".join(reasons)} if reasons else {})
 
 
+@dataclass(frozen=True)
+class KeptFeatures:
+    """Features of every teacher that are kept on disk.
+
+    Attributes:
+        rows: place of every image in the caches.
+        caches: by name of the teacher.
+    """
+
+    rows: dict[str, int]
+    caches: Mapping[str, Kept]
+
+    def of(self, image: str) -> dict[str, Tensor] | None:
+        """Features (N, D) of one image by teacher; None where it could not be read when they were made."""
+        if image not in self.rows:
+            return None
+        found = {name: cache.read(self.rows[image]) for name, cache in self.caches.items()}
+        whole = {name: features for name, features in found.items() if features is not None}
+        return whole if len(whole) == len(found) else None
+
+
 class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Encoded conversations.
 
     A sample whose image cannot be read, or does not fit, is `{"skipped": name and reason}`; one whose end was cut off
     has its own name under `cut`. A sample with exactly one image has it under `teacher_pixels` too, as each teacher
-    wants it; with several it would not be clear which of them is meant. Where patches are labelled, `patch_labels`
+    wants it, or what teachers make of it under `teacher_features`, where that is kept; with several it would not be
+    clear which of them is meant. Where patches are labelled, `patch_labels`
     (images, patches) go with `pixel_values`, and an image whose annotations cannot be used is named under `unlabelled`.
     """
 
@@ -278,6 +302,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         teachers: dict[str, Callable[[Sequence[Any]], Tensor]] | None = None,
         single: bool = False,
         patches: PatchWords | None = None,
+        kept: KeptFeatures | None = None,
     ) -> None:
         """Puts a data set together.
 
@@ -289,9 +314,11 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
             teachers: each teacher's `prepare`.
             single: leave out samples with several images, for models that see the teachers' features of one.
             patches: labels the patches of every image.
+            kept: teachers' features that are read instead of being computed from pixels.
         """
         self.conversations, self.image_root, self.encoder = conversations, image_root, encoder
         self.squared, self.teachers, self.single, self.patches = squared, teachers or {}, single, patches
+        self.kept = kept
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -322,8 +349,14 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         except CutInsideImageError as error:
             return {"skipped": f"{called}: {error}"}
         if self.teachers and len(images) == 1 and "pixel_values" in sample:
-            seen = {name: prepare(images)[0] for name, prepare in self.teachers.items()}
-            sample = sample | {"teacher_pixels": seen}
+            if self.kept is not None:
+                features = self.kept.of(conversation.images[0])
+                if features is None:
+                    return {"skipped": f"{conversation.images[0]}: could not be read when teachers' features were kept"}
+                sample = sample | {"teacher_features": features}
+            else:
+                seen = {name: prepare(images)[0] for name, prepare in self.teachers.items()}
+                sample = sample | {"teacher_pixels": seen}
         if self.patches is not None and "pixel_values" in sample:
             shown = list(zip(conversation.images, sizes, strict=True))[: len(sample["pixel_values"])]
             sample = sample | _patch_labels(self.patches, shown)

@@ -1,19 +1,29 @@
 """Batches for student and teachers alike, read and preprocessed in worker processes."""
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from probing.backbones.base import Batch
+from probing.backbones.base import Batch, TokenMap
 from probing.data.coco import ImageList, Skipped, square
+from probing.teachers.base import Teacher
 
 Prepare = Callable[[Sequence[Any]], Any]
+
+
+class Kept(Protocol):
+    """Features that are kept for every image of a list, see `probing.target_cache`."""
+
+    def read(self, index: int) -> Tensor | None:
+        """Those of one image; None where there are none."""
+
+
 Show = Callable[[int, Image.Image], Any]
 """Index of an image, and the image → what the student is given."""
 
@@ -28,6 +38,7 @@ class Prepared:
         pixels: pixel values per teacher.
         skipped: images that could not be read.
         annotations: what is known of each image, where that was asked for.
+        kept: features per teacher, for those whose features are kept; these have no pixels.
     """
 
     indices: list[int]
@@ -35,12 +46,24 @@ class Prepared:
     pixels: dict[str, Tensor]
     skipped: list[Skipped]
     annotations: Tensor | None = None
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     def pin_memory(self) -> "Prepared":
         """A copy in page-locked memory, for the data loader."""
         student = self.student.pin_memory() if self.student else None
-        pixels = {name: tensor.pin_memory() for name, tensor in self.pixels.items()}
-        return Prepared(self.indices, student, pixels, self.skipped, self.annotations)
+        pixels, kept = ({n: tensor.pin_memory() for n, tensor in d.items()} for d in (self.pixels, self.kept))
+        return Prepared(self.indices, student, pixels, self.skipped, self.annotations, kept)
+
+    def target(self, teacher: Teacher) -> Tensor:
+        """Features (B, N, D) of a teacher, on its device: kept ones, or computed now."""
+        if teacher.name in self.kept:
+            return self.kept[teacher.name].to(teacher.device, non_blocking=True)
+        return teacher.target(self.pixels[teacher.name])
+
+
+def no_student(pictures: Sequence[Any]) -> Batch:
+    """In place of a student's inputs, where only teachers look at the images."""
+    return Batch({}, TokenMap(torch.zeros(len(pictures), 1, dtype=torch.long), (0, 0)))
 
 
 class _MicroBatches(Dataset[Prepared]):
@@ -55,9 +78,11 @@ class _MicroBatches(Dataset[Prepared]):
         squared: bool,
         annotate: Callable[[str], Tensor] | None,
         show: Show | None,
+        kept: Mapping[str, Kept],
     ) -> None:
-        self.images, self.plan, self.student, self.teachers, self.squared = images, plan, student, teachers, squared
-        self.annotate, self.show = annotate, show
+        self.images, self.plan, self.student, self.squared = images, plan, student, squared
+        self.teachers = {name: prepare for name, prepare in teachers.items() if name not in kept}
+        self.annotate, self.show, self.kept = annotate, show, kept
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -67,9 +92,13 @@ class _MicroBatches(Dataset[Prepared]):
 
     def __getitem__(self, position: int) -> Prepared:
         indices, pictures, shown, annotations, skipped = [], [], [], [], []
+        kept: dict[str, list[Tensor]] = {name: [] for name in self.kept}
         for index in self.plan[position]:
             try:
                 picture = self.images.read(index)
+                features = {name: cache.read(index) for name, cache in self.kept.items()}
+                if any(one is None for one in features.values()):
+                    raise OSError("could not be read when teachers' features were kept")
                 if self.annotate is not None:
                     annotations.append(self.annotate(self.images.names[index]))
                 if self.show is not None:
@@ -80,11 +109,16 @@ class _MicroBatches(Dataset[Prepared]):
                 continue
             indices.append(index)
             pictures.append(self._view(picture))
+            for name, one in features.items():
+                kept[name].append(cast(Tensor, one))
         if not pictures:
             return Prepared([], None, {}, skipped)
         pixels = {name: prepare(pictures) for name, prepare in self.teachers.items()}
         student = self.student(pictures if self.show is None else shown)
-        return Prepared(indices, student, pixels, skipped, torch.stack(annotations) if annotations else None)
+        known = torch.stack(annotations) if annotations else None
+        return Prepared(
+            indices, student, pixels, skipped, known, {name: torch.stack(own) for name, own in kept.items()}
+        )
 
 
 def micro_batches(
@@ -97,6 +131,7 @@ def micro_batches(
     device: torch.device,
     annotate: Callable[[str], Tensor] | None = None,
     show: Show | None = None,
+    kept: Mapping[str, Kept] | None = None,
 ) -> Iterator[Prepared]:
     """Yields one `Prepared` per entry of the plan, in its order.
 
@@ -110,9 +145,10 @@ def micro_batches(
         device: where batches will go.
         annotate: image name → what is known of it; an OSError counts as that of a corrupt image.
         show: what the student is given in place of an image, see `probing.data.substitutes`; the same holds of it.
+        kept: features of teachers that are read instead of being computed from pixels.
     """
     loader = DataLoader(
-        _MicroBatches(images, plan, student, teachers, view == "square", annotate, show),
+        _MicroBatches(images, plan, student, teachers, view == "square", annotate, show, kept or {}),
         batch_size=None,
         num_workers=min(workers, len(plan)),
         pin_memory=device.type == "cuda",

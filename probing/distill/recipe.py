@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from probing.recipe import Strict, TeacherRecipe
 
-SPEED_ONLY = ("workers", "save_steps")
+SPEED_ONLY = ("workers", "save_steps", "target_cache")
 """Fields that a stage may change when it goes on: they do not move a number."""
 
 STAGE_DEFAULTS: dict[str, dict[str, float]] = {
@@ -156,6 +156,11 @@ class DistillRecipe(Strict):
     """Optimiser steps between saved training states; the newest is kept."""
     workers: int = Field(default=2, ge=0)
     """Processes that read images."""
+    target_cache: str = "off"
+    """Teachers' features are kept on disk and not computed again: `off`, `auto` (the user's cache folder, if there is
+    room), or a folder."""
+    target_cache_dtype: Literal["float32", "float16"] = "float32"
+    """Of what is kept; float16 takes half the disk and rounds features to 11 bits."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Further fields of transformers' TrainingArguments: report_to, fsdp, deepspeed, logging_steps, … Not those that
     the recipe has a field for."""

@@ -16,18 +16,25 @@ def attach_targets(batches: list[dict[str, Any]], teachers: dict[str, Teacher], 
     the global batch, so that its size alone matters and not how it is cut up.
 
     Args:
-        batches: micro-batches of this process; `teacher_pixels` and `target_rows` are taken out of them.
+        batches: micro-batches of this process; `teacher_pixels` or `teacher_features`, and `target_rows`, are taken
+            out of them.
         teachers: by name.
         world: number of processes.
     """
     found: list[tuple[dict[str, Any], Tensor, dict[str, Tensor]]] = []
     for batch in batches:
-        pixels, rows = batch.pop("teacher_pixels", None), batch.pop("target_rows", None)
-        if rows is not None:
-            found.append((batch, rows, {name: teacher.target(pixels[name]) for name, teacher in teachers.items()}))
+        pixels, kept = batch.pop("teacher_pixels", None), batch.pop("teacher_features", None)
+        rows = batch.pop("target_rows", None)
+        if rows is None:
+            continue
+        if kept is not None:
+            features = {name: kept[name].to(teacher.device) for name, teacher in teachers.items()}
+        else:
+            features = {name: teacher.target(pixels[name]) for name, teacher in teachers.items()}
+        found.append((batch, rows, features))
     others, start = {}, 0
     for name, teacher in teachers.items():
-        device = next(teacher.model.parameters()).device
+        device = teacher.device
         mine = [unit_rows(features[name]) for _, _, features in found]
         tokens, width = teacher.shape
         rows = torch.cat(mine) if mine else torch.zeros(0, tokens * width, device=device)

@@ -22,7 +22,15 @@ from transformers import PrinterCallback, Trainer
 from probing.backbones import multi_encoder, original
 from probing.backbones.base import SPECIAL, parse_layers, special_ids
 from probing.backbones.llava import tower_grid
-from probing.data.conversations import ConversationDataset, Encoder, collate, read_conversations, require_some_image
+from probing.data.coco import ImageList
+from probing.data.conversations import (
+    ConversationDataset,
+    Encoder,
+    KeptFeatures,
+    collate,
+    read_conversations,
+    require_some_image,
+)
 from probing.data.patch_words import PatchWords, read_annotations
 from probing.distill.callbacks import Bar, Losses, Watch
 from probing.distill.notes import Notes
@@ -37,6 +45,7 @@ from probing.hub import first_line, identity, load_config, locate, read_json
 from probing.provenance import versions
 from probing.recipe import dump_recipe, validate
 from probing.run import Interruption, disk_errors, whole_folder, write_text
+from probing.target_cache import open_caches
 from probing.teachers import Teacher, load_teacher
 
 logger = logging.getLogger(__name__)
@@ -231,13 +240,14 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             alignment,
         )
         prepare = {name: teacher.prepare for name, teacher in teachers.items()}
+        kept = _kept_features(recipe, teachers, root, shown, arguments)
         try:
             trainer = StageTrainer(
                 trainee,
                 teachers,
                 args=arguments,
                 train_dataset=ConversationDataset(
-                    conversations, root, encoder, squared, prepare, encoders is not None, labeller
+                    conversations, root, encoder, squared, prepare, encoders is not None, labeller, kept
                 ),
                 data_collator=functools.partial(collate, pad_id=processor.tokenizer.pad_token_id),
                 callbacks=[watch, Losses(trainee), Bar(f"stage {recipe.stage}")],
@@ -289,6 +299,20 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return out
+
+
+def _kept_features(
+    recipe: DistillRecipe, teachers: dict[str, Teacher], root: Path, shown: list[str], arguments: Any
+) -> KeptFeatures | None:
+    """What teachers make of the images, kept on disk, where the recipe asks for it and there is room."""
+    if recipe.target_cache == "off":
+        return None
+    images = ImageList(root, "conversations", [name for name in shown if (root / name).is_file()])
+    caches = open_caches(
+        recipe.target_cache, recipe.target_cache_dtype, teachers, images, recipe.view, recipe.micro_batch,
+        recipe.workers, arguments.process_index, arguments.world_size,
+    )  # fmt: skip
+    return KeptFeatures({name: row for row, name in enumerate(images.names)}, caches) if caches else None
 
 
 def _require_one_token_a_patch(processor: Any, image_token_id: int, grid: tuple[int, int]) -> None:

@@ -48,11 +48,15 @@ class Teacher:
         """Name of the real class."""
         return type(self.model).__name__
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.model.parameters()).device
+
     @torch.no_grad()
     def target(self, pixels: Tensor) -> Tensor:
         """Features (B, N, D) of pixel values, float32; N and D are `shape`."""
-        device = next(self.model.parameters()).device
-        return self.encode(pixels.to(device, non_blocking=True)).float().contiguous()
+        return self.encode(pixels.to(self.device, non_blocking=True)).float().contiguous()
 
 
 @dataclass(frozen=True)

@@ -340,3 +340,18 @@ def test_recipes_that_contradict_themselves(recipe):
     ):
         with pytest.raises(ValueError, match=message):
             recipe(embedding)
+
+
+@pytest.mark.parametrize("view", ["own", "square"])
+def test_kept_features_give_the_losses_of_computed_ones(recipe, tmp_path, view):
+    """And a stage that was begun without them may go on with them."""
+    computed, kept = recipe(view=view), recipe(view=view, target_cache=str(tmp_path / "cache"))
+    assert not kept.difference(computed)
+    logs = [log_of(run_stage(one, tmp_path / name)) for one, name in ((computed, "computed"), (kept, "kept"))]
+    for one, two in zip(*logs, strict=True):
+        for name in (name for name in one if name.startswith("loss")):
+            assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-5)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("computed", "kept"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+    assert {folder.name.split("-")[0] for folder in (tmp_path / "cache").iterdir()} == {"depth", "seg", "gen"}
