@@ -323,13 +323,16 @@ class Fit:
             losses[len(columns) + index] = F.smooth_l1_loss(mean, target) * weight
 
         def visit(layer: Layer, hidden: Tensor) -> None:
-            keys, mask = batch.tokens.select(hidden.to(device=device, dtype=torch.float32), self.recipe.probe.keys)
+            states = hidden.to(device=device, dtype=None if self.recipe.fit.bf16 else torch.float32)
+            keys, mask = batch.tokens.select(states, self.recipe.probe.keys)
             for control, bank in state.banks.items():
                 wanted = shuffled if control == "shuffled" else targets
                 if control == "shuffled" and len(prepared.indices) < 2:
                     continue  # one image cannot be paired with another
                 for key, probe in bank.at(layer):
-                    loss = F.smooth_l1_loss(probe(keys, mask), wanted[key.teacher])
+                    with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.fit.bf16):
+                        prediction = probe(keys, mask)
+                    loss = F.smooth_l1_loss(prediction.float(), wanted[key.teacher])
                     (loss * weight).backward()
                     losses[columns[control, key]] += loss.detach() * weight
             if gather and self.recipe.fit.ridge:

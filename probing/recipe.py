@@ -142,6 +142,8 @@ class FitRecipe(Strict):
     """Minutes between saved training states; 0 saves after every step."""
     workers: int = Field(default=2, ge=0)
     """Processes that read and preprocess images."""
+    bf16: bool = False
+    """Products in bfloat16 (autocast); weights, gradients, sums and losses stay float32."""
 
     @field_validator("seeds")
     @classmethod

@@ -45,7 +45,7 @@ class PerceiverAttention(nn.Module):
     def __init__(self, width: int, heads: int, dim_head: int) -> None:
         super().__init__()
         inner = heads * dim_head
-        self.heads = heads
+        self.dim_head = dim_head
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.to_q = nn.Linear(width, inner, bias=False)
@@ -53,16 +53,29 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
-        """Attends from latents (B, Nq, D) to keys x (B, T, D) and latents; mask (B, T) is True for keys in use."""
-        batch, queries, _ = latents.shape
-        x, latents = self.norm1(x), self.norm2(latents)
-        q = self.to_q(latents)
-        k, v = self.to_kv(torch.cat((x, latents), dim=1)).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        """Attends from latents to keys and latents.
+
+        Args:
+            x: keys (B, T, D).
+            latents: (1, Nq, D), the same for every sample, so that what depends on them alone is computed once.
+            mask: (B, T), True for keys in use.
+
+        Returns:
+            (B, Nq, D).
+        """
+        batch, queries = len(x), latents.shape[1]
+        latents = self.norm2(latents)
+        q = self._heads(self.to_q(latents)).expand(batch, -1, -1, -1)
+        keys, own = (self._heads(self.to_kv(tokens)) for tokens in (self.norm1(x), latents))
+        k, v = torch.cat((keys, own.expand(batch, -1, -1, -1)), dim=2).chunk(2, dim=1)
         if mask is not None:
             mask = torch.cat((mask, mask.new_ones(batch, queries)), dim=1)[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        """(B, T, n * heads * dim_head) → (B, n * heads, T, dim_head)."""
+        return tokens.unflatten(-1, (-1, self.dim_head)).transpose(1, 2)
 
 
 class Resampler(nn.Module):
@@ -98,7 +111,6 @@ class Resampler(nn.Module):
             The prediction (B, Nq, O), a LayerNorm's output.
         """
         latents = self.latents if queries is None else self.proj_in(queries)[None]
-        latents = latents.expand(states.shape[0], -1, -1)
         x = self.proj_in(states)
         block = cast(nn.ModuleList, self.layers[0])
         latents = latents + block[0](x, latents, mask)

@@ -3,12 +3,14 @@
     python -m tests.benchmarks.fit_step
 
 Floor = the bare forward of the backbone (no lm_head) + the same probes' own forward and backward + the optimiser's
-step, each measured alone. The step also reads, decodes and preprocesses images and runs the teachers; those are
-printed apart, so that one sees what is overhead and what is work.
+step, each measured alone. The first ratio is that of a step whose targets are kept on disk, the second that of a step
+that runs the teachers over the floor and the teachers. Images are read beside the step; that is printed apart. Parts
+and steps are timed in turns, and the best of each counts.
 Peak memory is that of a fresh process with 4 and with 32 probed layers, above the process before its first step.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import resource
@@ -17,84 +19,103 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
 import probing.compat  # noqa: F401
-from probing.data.loader import micro_batches
+from probing.data.loader import Prepared, micro_batches
 from probing.fit import Fit, plan_steps
 from probing.recipe import ProbeRunRecipe
 from probing.train import arm_backbone, load_teachers, training_images
 from tests import tiny
+from tests.benchmarks.sizes import SIZES
 
-BATCH = 32
-HIDDEN = 256
+BATCH = {"toy": 16, "middle": 4, "deep": 32}
+BOUND, GROWTH = 1.15, 1.3
 
 
-def best_of(repeats: int, work: Callable[[], object]) -> float:
-    """Shortest of several timings, in milliseconds: the least disturbed one."""
-    times = []
+def deep(root: Path, images: int) -> dict[str, Any]:
+    """32 blocks of H = 256, for memory by the number of layers."""
+    return {
+        "backbone": {"checkpoint": str(tiny.llava(root / "llava", layers=32, hidden=256, image=48))},
+        "data": {"path": f"coco:{tiny.coco(root / 'coco', train=images, val=2)}"},
+        "teachers": {
+            "depth": {"id": str(tiny.depth_teacher(root / "depth", width=64, size=42))},
+            "seg": {"id": str(tiny.seg_teacher(root / "seg", width=8))},
+            "gen": {"id": str(tiny.gen_teacher(root / "gen", projection=64))},
+        },
+    }
+
+
+def best_in_turns(repeats: int, works: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Shortest of several timings of each, in milliseconds; in turns, lest something else decides."""
+    best = dict.fromkeys(works, float("inf"))
     for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(1e3 * (time.perf_counter() - start))
-    return min(times)
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
+    return best
 
 
-def make_fit(root: Path, layers: int) -> Fit:
-    """A LLaVA of 32 blocks with some of its layers probed against three tiny teachers."""
-    recipe = ProbeRunRecipe.model_validate(
-        {
-            "backbone": {"checkpoint": str(tiny.llava(root / "llava", layers=32, hidden=HIDDEN, image=48))},
-            "data": {"path": f"coco:{tiny.coco(root / 'coco', train=BATCH, val=2)}"},
-            "teachers": {
-                "depth": {"id": str(tiny.depth_teacher(root / "depth", width=64, size=42))},
-                "seg": {"id": str(tiny.seg_teacher(root / "seg", width=8))},
-                "gen": {"id": str(tiny.gen_teacher(root / "gen", projection=64))},
-            },
-            "fit": {"epochs": 1, "batch_size": BATCH, "micro_batch": BATCH, "workers": 0, "ridge": False},
-        }
-    )
+def make_fit(size: str, root: Path, layers: int | None, bf16: bool) -> Fit:
+    """Everything that a step needs; `layers` says how many of the last ones are probed, by default all."""
+    batch = BATCH[size]
+    values = {**SIZES, "deep": deep}[size](root, batch)
+    values["backbone"]["dtype"] = "bfloat16" if bf16 else "float32"
+    fit = {"epochs": 1, "batch_size": batch, "micro_batch": batch, "workers": 0, "ridge": False, "bf16": bf16}
+    recipe = ProbeRunRecipe.model_validate({**values, "fit": fit})
     accelerator = Accelerator(cpu=True)
-    images = training_images(recipe.data)
     backbone = arm_backbone(recipe, "no", accelerator.device)
-    chosen = list(range(32 - layers + 1, 33))  # the last ones: the forward is as deep in both cases
-    return Fit(
-        recipe, backbone, load_teachers(recipe, accelerator.device), images, chosen, ["no"], root / "state", accelerator
-    )
+    first = 0 if layers is None else backbone.layers - layers + 1  # the forward is as deep in all cases
+    teachers = load_teachers(recipe, accelerator.device)
+    chosen = list(range(first, backbone.layers + 1))
+    return Fit(recipe, backbone, teachers, training_images(recipe.data), chosen, ["no"], root / "state", accelerator)
 
 
-def measure(layers: int, repeats: int) -> dict[str, float]:
+def measure(size: str, layers: int | None, bf16: bool, repeats: int) -> dict[str, float]:
     """Times one step and its parts, in milliseconds, and the peak memory it adds, in MB."""
     with tempfile.TemporaryDirectory() as folder:
-        fit = make_fit(Path(folder), layers)
+        fit = make_fit(size, Path(folder), layers, bf16)
         state = fit.start()
         steps = plan_steps(len(fit.images), fit.recipe.fit)
         (micro,) = steps[0]
         prepare = {name: teacher.prepare for name, teacher in fit.teachers.items()}
-        read = (fit.images, [micro], fit.backbone.prepare, prepare, "square", 0, fit.accelerator.device)
-        prepared = next(micro_batches(*read))
+
+        def read() -> Prepared:
+            device = fit.accelerator.device
+            return next(micro_batches(fit.images, [micro], fit.backbone.prepare, prepare, "square", 0, device))
+
+        prepared = read()
         assert prepared.student is not None
         batch = prepared.student
         parameters = state.optimizer.param_groups[0]["params"]
         base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-        def step() -> None:
-            fit._step(state, steps[0], iter([prepared]), 1000, gather=False)
+        kept = replace(prepared, kept={name: prepared.target(teacher) for name, teacher in fit.teachers.items()})
+
+        def step(batches: Prepared = kept) -> None:
+            fit._step(state, steps[0], iter([batches]), 1000, gather=False)
 
         step()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
         own = 16 * sum(p.numel() for p in parameters)  # weights, gradients, two moments: grows with the layers, rightly
-        targets = {name: teacher.target(prepared.pixels[name]) for name, teacher in fit.teachers.items()}
-        states, _ = fit.backbone.hidden_states([fit.images.read(0)] * BATCH, str(fit.layers[0]))
-        hidden = states[fit.layers[0]]
+        targets = kept.kept
+        states, tokens = fit.backbone.hidden_states([fit.images.read(0)] * BATCH[size], str(fit.layers[0]))
+        hidden, _ = tokens.select(states[fit.layers[0]], fit.recipe.probe.keys)
+        hidden = hidden if bf16 else hidden.float()
+        autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
 
         def probes_alone() -> None:
             for key, probe in state.banks["no"].probes.items():
-                F.smooth_l1_loss(probe(hidden), targets[key.teacher]).backward()
+                with autocast:
+                    prediction = probe(hidden)
+                F.smooth_l1_loss(prediction.float(), targets[key.teacher]).backward()
 
         @torch.no_grad()
         def forward() -> None:
@@ -106,45 +127,57 @@ def measure(layers: int, repeats: int) -> dict[str, float]:
                     torch.nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
             state.optimizer.step()
 
-        return {
-            "step": best_of(repeats, step),
-            "backbone": best_of(repeats, forward),
-            "probes": best_of(repeats, probes_alone),
-            "optimiser": best_of(repeats, optimise),
-            "teachers": best_of(repeats, lambda: [t.target(prepared.pixels[n]) for n, t in fit.teachers.items()]),
-            "reading": best_of(2, lambda: next(micro_batches(*read))),
-            "peak_mb": peak / 1024,
-            "probe_state_mb": own * 3 / 4 / 2**20,  # gradients and moments; the weights were there before
+        works = {
+            "step": step,
+            "whole": lambda: step(prepared),
+            "backbone": forward,
+            "probes": probes_alone,
+            "optimiser": optimise,
         }
+        works |= {"teachers": lambda: [prepared.target(t) for t in fit.teachers.values()], "reading": read}
+        found = best_in_turns(repeats, works)
+        return found | {"peak_mb": peak / 1024, "probe_state_mb": own * 3 / 4 / 2**20}  # the weights were there before
 
 
 def main() -> None:
-    """Prints a table; each row is measured in a process of its own."""
+    """Prints tables; each row is measured in a process of its own."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--size", choices=BATCH)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    if options.layers:
-        torch.set_num_threads(2)
-        sys.stdout.write("\n" + json.dumps(measure(options.layers, options.repeats)))
+    if options.size:
+        torch.set_num_threads(options.threads)
+        found = measure(options.size, options.layers, options.bf16, options.repeats)
+        sys.stdout.write("\n" + json.dumps(found))
         return
-    out = sys.stdout.write
-    out("layers  step/floor  step  = backbone + probes + optimiser + teachers (ms)")
-    out("   reading (ms)   peak MB  probe state MB\n")
-    rows = {}
-    for layers in (4, 32):
-        command = [sys.executable, "-m", "tests.benchmarks.fit_step", "--layers", str(layers)]
+
+    def alone(*arguments: str) -> dict[str, float]:
+        command = [sys.executable, "-m", "tests.benchmarks.fit_step", *arguments, "--threads", str(options.threads)]
         done = subprocess.run([*command, "--repeats", str(options.repeats)], capture_output=True, text=True, check=True)
-        row = rows[layers] = json.loads(done.stdout.splitlines()[-1])
-        floor = row["backbone"] + row["probes"] + row["optimiser"]
-        parts = f"{row['backbone']:8.0f} {row['probes']:8.0f} {row['optimiser']:9.0f} {row['teachers']:9.0f}"
-        out(f"{layers:6d}  {row['step'] / floor:10.2f}  {row['step']:4.0f}  {parts} {row['reading']:23.0f}")
-        out(f" {row['peak_mb']:13.0f} {row['probe_state_mb']:15.0f}\n")
-    grown = rows[32]["peak_mb"] - rows[4]["peak_mb"]
-    expected = rows[32]["probe_state_mb"] - rows[4]["probe_state_mb"]
-    out(f"from 4 to 32 layers the peak grows by {grown:.0f} MB; ")
-    out(f"gradients and moments of the probes are {expected:.0f} MB of it\n")
+        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    out = sys.stdout.write
+    out("size    dtype  step/floor  with teachers    step, ms  backbone   probes optimiser  teachers   reading\n")
+    for size in SIZES:
+        for flags in ([], ["--bf16"]):
+            row = alone("--size", size, *flags)
+            floor = row["backbone"] + row["probes"] + row["optimiser"]
+            parts = f"{row['backbone']:8.0f} {row['probes']:8.0f} {row['optimiser']:9.0f} {row['teachers']:9.0f}"
+            ratio, whole = row["step"] / floor, row["whole"] / (floor + row["teachers"])
+            out(f"{size:7s} {'bf16' if flags else 'fp32':5s} {ratio:11.2f} {whole:14.2f} {row['step']:11.0f}  {parts}")
+            out(f" {row['reading']:9.0f}{'' if max(ratio, whole) <= BOUND else f'   above {BOUND}'}\n")
+            sys.stdout.flush()
+    rows = {layers: alone("--size", "deep", "--layers", str(layers)) for layers in (4, 32)}
+    out("\nlayers probed  peak MB of a step  of which gradients and moments of probes\n")
+    for layers, row in rows.items():
+        out(f"{layers:13d} {row['peak_mb']:17.0f} {row['probe_state_mb']:25.0f}\n")
+    rest = {layers: row["peak_mb"] - row["probe_state_mb"] for layers, row in rows.items()}
+    out(f"the rest with 32 layers over that with 4: {rest[32] / rest[4]:.2f} (bound {GROWTH})\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""Where the time of one training step goes, by PyTorch's profiler, and what stacking probes would bring.
+
+    python -m tests.benchmarks.profile_step --size middle
+
+Probes of one shape (the same teacher's, of another control or seed) can run as one stacked module; so can the first
+projection of all probes of a layer. Both are timed beside what is done: one probe after the other.
+"""
+
+import argparse
+import copy
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call, stack_module_state, vmap
+from torch.profiler import ProfilerActivity, profile
+
+from probing.data.loader import micro_batches
+from probing.fit import plan_steps
+from probing.resampler import Resampler
+from tests.benchmarks.fit_step import BATCH, best_in_turns, make_fit
+from tests.benchmarks.sizes import SIZES
+
+
+def main() -> None:
+    """Prints the table, and the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="toy")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(options.threads)
+    out = sys.stdout.write
+    with tempfile.TemporaryDirectory() as folder:
+        fit = make_fit(options.size, Path(folder), None, bf16=False)
+        state = fit.start()
+        (step,) = plan_steps(len(fit.images), fit.recipe.fit)
+        prepare = {name: teacher.prepare for name, teacher in fit.teachers.items()}
+        read = micro_batches(fit.images, step, fit.backbone.prepare, prepare, "square", 0, fit.accelerator.device)
+        prepared = next(read)
+        assert prepared.student is not None
+        fit._step(state, step, iter([prepared]), 1000, gather=False)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            fit._step(state, step, iter([prepared]), 1000, gather=False)
+        out(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=45) + "\n")
+
+        tokens = prepared.student.tokens.select(
+            torch.randn(BATCH[options.size], prepared.student.tokens.kinds.shape[1], fit.backbone.hidden_size),
+            fit.recipe.probe.keys,
+        )[0]
+        probes = [probe for _, probe in state.banks["no"].at(fit.layers[0])]
+        for probe in probes:
+            twins = [Resampler(probe.config) for _ in range(2)]
+            parameters, _ = stack_module_state(twins)
+            base = copy.deepcopy(twins[0]).to("meta")
+
+            def apart(twins: list[Resampler] = twins) -> None:
+                for twin in twins:
+                    F.mse_loss(twin(tokens), torch.zeros(())).backward()
+
+            def stacked(base: Resampler = base, parameters: dict[str, torch.Tensor] = parameters) -> None:
+                found = vmap(lambda own: functional_call(base, own, (tokens,)))(parameters)
+                F.mse_loss(found, torch.zeros(())).backward()
+
+            times = best_in_turns(5, {"apart": apart, "stacked": stacked})
+            shape = f"{probe.config.queries} x {probe.config.output_width}"
+            out(f"two probes of a target of {shape}: stacked takes {times['stacked'] / times['apart']:.2f} x\n")
+        firsts = [torch.nn.Linear(fit.backbone.hidden_size, probe.config.width) for probe in probes]
+        joined = torch.nn.Linear(fit.backbone.hidden_size, sum(probe.config.width for probe in probes))
+        works = {
+            "apart": lambda: [first(tokens).sum().backward() for first in firsts],
+            "joined": lambda: joined(tokens).sum().backward(),
+        }
+        times = best_in_turns(5, works)
+        out(f"first projection of {len(probes)} probes: joined takes {times['joined'] / times['apart']:.2f} x\n")
+
+
+if __name__ == "__main__":
+    main()
