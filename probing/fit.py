@@ -5,6 +5,7 @@ teacher, every seed, the shuffled control) run forward and backward on it, and t
 with the probes, not with the states. Probes share nothing, so training many gives the same numbers as training one.
 """
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -41,6 +42,21 @@ logger = logging.getLogger(__name__)
 
 class Interrupted(Exception):
     """The user stopped the run; it goes on from the saved state."""
+
+
+@contextlib.contextmanager
+def _others_alive(processes: int) -> Iterator[None]:
+    """Raises UserError where another process of the run ended while this one waited for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistError) or "by peer" in str(error)  # the latter is gloo
+        if processes == 1 or not lost:
+            raise
+        raise UserError(
+            "another process of this run ended before its time (its own messages say why); the same command goes on "
+            "from the last saved state"
+        ) from None
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -142,9 +158,10 @@ class FitState:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step = saved["step"]
         self.losses = saved["losses"].tolist()
+        device = self.parameters[0][0].device
         for teacher, layer, sums in saved["ridge"]:
-            self.ridge[teacher, layer] = RidgeSums(sums)
-        self.target_sums = {name: (total, count) for name, (total, count) in saved["target_sums"].items()}
+            self.ridge[teacher, layer] = RidgeSums({name: value.to(device) for name, value in sums.items()})
+        self.target_sums = {name: (total.to(device), count) for name, (total, count) in saved["target_sums"].items()}
         self.skipped = {row[0]: Skipped(*row) for row in saved["skipped"]}
         self.seconds = saved["seconds"]
 
@@ -218,7 +235,8 @@ class Fit:
         batches = self.batches(steps[state.step :])
         saved = time.monotonic()
         what = "random-weights control" if "random" in self.controls else "probes"
-        with Interruption().watch() as interruption, Progress(what, len(steps), state.step, show=main) as progress:
+        progress = Progress(what, len(steps), state.step, show=main)
+        with _others_alive(processes), Interruption().watch() as interruption, progress:
             while state.step < len(steps):
                 started = time.monotonic()
                 row = self._step(state, steps[state.step], batches, len(steps), gather=state.step < first_epoch)
@@ -390,7 +408,8 @@ class Fit:
     def _resume(self, state: FitState) -> None:
         if not self._state_file.exists():
             return
-        state.restore(torch.load(self._state_file, map_location=self.accelerator.device, weights_only=True))
+        # To the CPU first: processes of a run without accelerator have devices such as cpu:0, which torch does not know.
+        state.restore(torch.load(self._state_file, map_location=lambda storage, _: storage, weights_only=True))
         if not self.accelerator.is_main_process:  # the main process holds the sums of all
             state.ridge.clear()
             state.target_sums.clear()

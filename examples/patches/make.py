@@ -31,7 +31,6 @@ def arms(models: Path) -> dict[str, dict[str, Any]]:
     return {
         "llava": plain["llava"],
         "patch": {"patches": patches},
-        "contrast": {"patches": {**patches, "loss": "contrastive"}},
         "ola": plain["ola"],
         "ola_patch": {**plain["ola"], "patches": patches},
     }

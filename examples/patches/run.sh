@@ -4,7 +4,7 @@
 set -euo pipefail
 folder=${1:?folder}
 seeds=${SEEDS:-0 1 2}
-arms=(llava patch contrast ola ola_patch)
+arms=(llava patch ola ola_patch)
 here=$(dirname "$0")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 

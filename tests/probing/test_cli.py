@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -225,6 +226,33 @@ def test_two_processes_train_what_one_does(models, coco, tmp_path):
             one, two = (load_file(tmp_path / run / kind / teacher / "model.safetensors") for run in ("one", "two"))
             for name, tensor in one.items():
                 assert (tensor - two[name]).abs().max() < 2e-3, (kind, teacher, name)
+
+
+@pytest.mark.slow
+def test_a_run_whose_other_process_dies_ends_and_goes_on(models, coco, tmp_path):
+    """The survivor says so in one line, and the same command gives the same bytes as a run that was left alone."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "probing"]
+    more = ["fit.epochs=20", "controls=[]", "fit.save_minutes=0"]
+
+    def start(out):
+        arguments = [*launch, *map(str, train_arguments(models, coco, out, *more))]
+        return subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+    whole = start(tmp_path / "whole")
+    assert whole.wait() == 0, whole.stderr.read()
+    hurt = start(tmp_path / "hurt")
+    while not (tmp_path / "hurt" / "state" / "no" / "state.pt").exists():
+        assert hurt.poll() is None
+        time.sleep(0.01)
+    psutil.Process(hurt.pid).children()[1].kill()
+    said = hurt.communicate(timeout=120)[1]
+    assert hurt.returncode != 0 and "probing: another process of this run ended before its time" in said
+    assert not (tmp_path / "hurt" / "manifest.json").exists()
+    again = start(tmp_path / "hurt")
+    assert again.wait() == 0, again.stderr.read()
+    for file in ("probes/depth/model.safetensors", "ridge/seg/model.safetensors", "learning_curves.csv"):
+        assert (tmp_path / "hurt" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
 @pytest.mark.skipif(not REAL_COCO.exists(), reason="the small piece of real COCO is not beside the repository")

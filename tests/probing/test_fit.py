@@ -81,6 +81,18 @@ def test_accumulation_does_not_change_the_result(fitted):
     np.testing.assert_allclose([row[0] for row in large.losses], [row[0] for row in small.losses], rtol=1e-4)
 
 
+def test_products_in_bfloat16_train_nearly_the_same(fitted):
+    whole, _ = fitted((2,), ("no",), name="float32")
+    short, _ = fitted((2,), ("no",), name="bfloat16", bf16=True)
+    for key, probe in whole.banks["no"].probes.items():
+        for name, expected in probe.state_dict().items():
+            found = short.banks["no"].probes[key].state_dict()[name]
+            assert found.dtype == torch.float32
+            assert (found - expected).abs().max() < 0.01
+    assert not torch.equal(torch.tensor(whole.losses), torch.tensor(short.losses))
+    torch.testing.assert_close(torch.tensor(whole.losses), torch.tensor(short.losses), rtol=0.02, atol=1e-3)
+
+
 def test_shuffled_pairs_train_on_other_images_targets(fitted):
     state, fit = fitted((1,), ("shuffled",), ("gen",), epochs=1, batch_size=12, micro_batch=12)
     (order,) = plan_steps(12, fit.recipe.fit)[0]
