@@ -408,7 +408,7 @@ class Fit:
     def _resume(self, state: FitState) -> None:
         if not self._state_file.exists():
             return
-        # To the CPU first: processes of a run without accelerator have devices such as cpu:0, which torch does not know.
+        # To the CPU first: processes without accelerator have devices such as cpu:0, which torch cannot load to.
         state.restore(torch.load(self._state_file, map_location=lambda storage, _: storage, weights_only=True))
         if not self.accelerator.is_main_process:  # the main process holds the sums of all
             state.ridge.clear()
