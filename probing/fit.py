@@ -73,6 +73,12 @@ def plan_steps(images: int, fit: FitRecipe, process: int = 0, processes: int = 1
     return steps
 
 
+def require_enough(images: int, fit: FitRecipe, processes: int) -> None:
+    """Raises UserError where some process would have no image of a batch."""
+    if min(images, fit.batch_size) < processes:
+        raise UserError(f"{processes} processes for {images} images in batches of {fit.batch_size}; use fewer")
+
+
 @dataclass
 class FitState:
     """Everything that changes while probes are trained.
@@ -206,10 +212,7 @@ class Fit:
         state = self.start()
         self._resume(state)
         processes = self.accelerator.num_processes
-        if min(len(self.images), fit.batch_size) < processes:
-            raise UserError(
-                f"{processes} processes for {len(self.images)} images in batches of {fit.batch_size}; use fewer"
-            )
+        require_enough(len(self.images), fit, processes)
         steps = plan_steps(len(self.images), fit, self.accelerator.process_index, processes)
         first_epoch = len(steps) // fit.epochs
         batches = self.batches(steps[state.step :])
