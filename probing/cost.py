@@ -46,7 +46,7 @@ class TrainingCost:
         teachers: weights of the teachers.
         probes: weights, gradients and AdamW's two moments.
         sums: of ridge readouts and mean targets.
-        step: what a step needs besides, at its peak: in the passes, or while processes add up their gradients.
+        step: what a step needs besides, at its peak.
         images: training images of one epoch.
         batch: images of one forward pass.
         flops: per image, forward and backward.
@@ -148,7 +148,7 @@ def training_cost(recipe: ProbeRunRecipe, processes: int = 1) -> TrainingCost:
             teachers=ready - loaded,
             probes=4 * parameters,
             sums=sums,
-            step=max(usage.peak - ready - 4 * parameters - sums, 2 * parameters if processes > 1 else 0),
+            step=usage.peak - ready - 4 * parameters - sums,
             images=len(images),
             batch=len(prepared.indices),
             flops=flops() // len(prepared.indices),

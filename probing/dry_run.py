@@ -53,7 +53,7 @@ def backward(loss: Tensor) -> None:
 
     `Tensor.backward` would take the modes away for as long as it lasts, and attention would be written out.
     """
-    engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+    engine: Any = torch.autograd.Variable._execution_engine
     engine.run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )

@@ -131,6 +131,7 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             raise UserError(f"{REFUSED}: {first_line(error)}; see its section `trainer`") from None
         result = trainer.train(resume_from_checkpoint=_last_state(work))
     if watch.stopped:
+        trainer.accelerator.wait_for_everyone()  # a launcher stops the others as soon as one has ended
         raise KeyboardInterrupt
     # Gathered by all processes where weights are sharded over them.
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)

@@ -52,7 +52,7 @@ def make_recipe(root: Path, hidden: int, layers: int, side: int, micro_batch: in
 
 
 def make_stage(root: Path, stage: str, hidden: int, layers: int, side: int, micro_batch: int) -> DistillRecipe:
-    """The same LLaVA and teachers, in one step of a stage with embedding losses."""
+    """The same LLaVA and teachers, in two steps of a stage with embedding losses."""
     probes = make_recipe(root, hidden, layers, side, micro_batch)
     images = sorted((root / "coco/train2017").iterdir())
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a red cube " * 8}]
@@ -67,6 +67,7 @@ def make_stage(root: Path, stage: str, hidden: int, layers: int, side: int, micr
             "embedding": {"teachers": teachers, "layers": dict.fromkeys(teachers, str(layers)), "seek": 1},
             "batch_size": 2 * micro_batch,
             "micro_batch": micro_batch,
+            "epochs": 2,  # AdamW's moments are there from the second step on
             "workers": 0,
             "trainer": {"report_to": "none", "use_cpu": True},
         }
