@@ -85,6 +85,7 @@ def test_the_papers_run_without_weights(tmp_path):
     assert cost.probes == pytest.approx(16 * 1.005e9, rel=0.005)
 
 
+@pytest.mark.slow
 def test_teachers_and_probes_are_in_32_bits_and_take_their_time(tmp_path):
     values = full_size_recipe(tmp_path)
     cost = training_cost(ProbeRunRecipe.model_validate(values), processes=2)
