@@ -306,24 +306,53 @@ def _evaluation(options: dict[str, Any]) -> "Options":
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path), metavar="RUN_OR_RECIPE")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--devices", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the images, one each."
+)
+@click.option(
+    "--tflops",
+    type=click.FloatRange(0, min_open=True),
+    default=150.0,
+    show_default=True,
+    help="TFLOP/s that a device sustains in 16-bit numbers; the default is meant for an H100, on the careful side.",
+)
+@click.option(
+    "--tflops-long",
+    type=click.FloatRange(0, min_open=True),
+    default=40.0,
+    show_default=True,
+    help="The same in 32-bit numbers, in which probes and teachers are computed.",
+)
 @evaluation_options
-def plan(path: Path, overrides: tuple[str, ...], **options: Any) -> None:
+def plan(
+    path: Path, overrides: tuple[str, ...], devices: int, tflops: float, tflops_long: float, **options: Any
+) -> None:
     """What a run costs: training it by RECIPE, and evaluating it; of a finished RUN, what of that is there already.
 
-    Nothing is loaded but configurations: the weights need not be there. KEY=VALUE changes fields of the recipe; the
-    options are those of `probing evaluate`.
+    RECIPE may be one of probing distill too. Nothing is loaded but configurations: the weights need not be there.
+    KEY=VALUE changes fields of the recipe; the options are those of `probing evaluate`, and where it runs.
     """
     _quiet_libraries()
     from analysis.plan import plan as plan_evaluation
-    from probing.cost import training_cost
-    from probing.recipe import ProbeRunRecipe, load_recipe
+    from probing.cost import Devices, training_cost
+    from probing.recipe import ProbeRunRecipe, load_recipe, read_yaml
     from probing.run import Run
 
+    where = Devices(devices, tflops, tflops_long)
     run = Run.open(path) if path.is_dir() else None
     if run and overrides:
         raise UserError(f"{path} is a finished run, whose recipe stands; give a recipe, or leave out {overrides[0]}")
+    if not run and "stage" in read_yaml(path):
+        if options["metrics"]:
+            raise UserError(f"{path} trains a checkpoint, which is not scored; leave out --metric")
+        from probing.distill.cost import stage_cost
+        from probing.distill.recipe import DistillRecipe
+
+        for line in stage_cost(load_recipe(DistillRecipe, path, overrides), devices).lines(where):
+            click.echo(line)
+        return
     recipe = run.recipe if run else load_recipe(ProbeRunRecipe, path, overrides)
-    for line in [] if run else training_cost(recipe).lines():
+    for line in [] if run else training_cost(recipe, devices).lines(where):
         click.echo(line)
     for cost in plan_evaluation(run, recipe, _evaluation(options)):
         click.echo(f"{cost.metric}: {cost.work}; there already: {cost.there}")

@@ -10,9 +10,31 @@ import torch
 from probing.backbones import load_backbone, parse_layers
 from probing.dry_run import META, count_flops, dry_run
 from probing.errors import UserError
-from probing.fit import Fit, plan_steps
+from probing.fit import Fit, plan_steps, require_enough
 from probing.recipe import ProbeRunRecipe
 from probing.train import bytes_needed, load_teachers, training_images
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where a training runs, and how fast each device is assumed to be in the long run.
+
+    Attributes:
+        number: of devices, each with a process of its own, that share the images.
+        short: TFLOP/s in 16-bit numbers.
+        long: TFLOP/s in 32-bit numbers.
+    """
+
+    number: int = 1
+    short: float = 150.0
+    long: float = 40.0
+
+    def time(self, short: float, long: float) -> str:
+        """How long so many operations take; what is no product of matrices, and reading the images, do not count."""
+        hours = (short / self.short + long / self.long) / 1e12 / 3600 / self.number
+        each = f"each of {self.number} devices" if self.number > 1 else "one device"
+        rates = f"{self.short:g} TFLOP/s in 16-bit numbers and {self.long:g} in 32-bit ones"
+        return f"{hours:.3g} h, at {rates} on {each} (an assumption; --tflops)"
 
 
 @dataclass(frozen=True)
@@ -28,6 +50,7 @@ class TrainingCost:
         images: training images of one epoch.
         batch: images of one forward pass.
         flops: per image, forward and backward.
+        long: those of them in 32-bit numbers.
         passes: over the images: epochs, and again with random weights where that control is trained.
         disk: at its fullest.
     """
@@ -40,10 +63,11 @@ class TrainingCost:
     images: int
     batch: int
     flops: int
+    long: int
     passes: int
     disk: int
 
-    def lines(self) -> list[str]:
+    def lines(self, devices: Devices) -> list[str]:
         """For people; a GB has 10^9 bytes."""
         named = {
             "checkpoint": self.backbone,
@@ -52,13 +76,15 @@ class TrainingCost:
             "sums of ridge readouts": self.sums,
             f"a forward pass of {self.batch} images": self.step,
         }
-        parts = ", ".join(f"{name} {_short(size, 'B')}" for name, size in named.items())
-        whole = self.images * self.passes * self.flops
-        work = f"{self.images:,} images x {self.passes} passes x {_short(self.flops, 'FLOP')}"
+        parts = ", ".join(f"{name} {short(size, 'B')}" for name, size in named.items())
+        seen = self.images * self.passes
+        work = f"{self.images:,} images x {self.passes} passes x {short(self.flops, 'FLOP')}"
+        wide = f"{self.long / self.flops:.0%} in 32-bit numbers"
         return [
-            f"training, work: {work} = {_short(whole, 'FLOP')}",
-            f"training, memory of a device: {_short(self.memory, 'B')} ({parts})",
-            f"training, disk: {_short(self.disk, 'B')} at its fullest",
+            f"training, work: {work} = {short(seen * self.flops, 'FLOP')}, {wide}",
+            f"training, time: {devices.time(seen * (self.flops - self.long), seen * self.long)}",
+            f"training, memory of a device: {short(self.memory, 'B')} ({parts})",
+            f"training, disk: {short(self.disk, 'B')} at its fullest",
         ]
 
     @property
@@ -67,7 +93,7 @@ class TrainingCost:
         return self.backbone + self.teachers + self.probes + self.sums + self.step
 
 
-def _short(number: float, unit: str) -> str:
+def short(number: float, unit: str) -> str:
     """Three digits and a prefix: 16.8 TFLOP."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if number < 999.5:
@@ -76,13 +102,14 @@ def _short(number: float, unit: str) -> str:
     return f"{number:,.3g} E{unit}"
 
 
-def training_cost(recipe: ProbeRunRecipe) -> TrainingCost:
+def training_cost(recipe: ProbeRunRecipe, processes: int = 1) -> TrainingCost:
     """Runs a micro-batch on shapes alone, and counts; images, configurations and processors are read, and no weights.
 
     What an allocator keeps besides what is asked of it does not count.
 
     Args:
         recipe: the run. Quantised weights are counted as if they were not.
+        processes: that share the images.
 
     Raises:
         UserError: as training would, but for faults in the weights.
@@ -102,7 +129,8 @@ def training_cost(recipe: ProbeRunRecipe) -> TrainingCost:
         state = fit.start()
         parameters = usage.bytes - ready
         moments = [torch.zeros_like(p) for own in state.parameters for p in own for _ in range(2)]
-        micros = plan_steps(len(images), recipe.fit)[0]
+        require_enough(len(images), recipe.fit, processes)
+        micros = plan_steps(len(images), recipe.fit, 0, processes)[0]
         prepared = next(fit.batches([micros[:1]]))
         if prepared.student is None:
             raise UserError(f"none of the first {len(micros[0])} images could be read; check {images.folder}")
@@ -124,6 +152,7 @@ def training_cost(recipe: ProbeRunRecipe) -> TrainingCost:
             images=len(images),
             batch=len(prepared.indices),
             flops=flops() // len(prepared.indices),
+            long=flops.long // len(prepared.indices),
             passes=recipe.fit.epochs * (1 + ("random" in recipe.controls)),
             disk=bytes_needed(recipe, backbone, teachers, layers),
         )

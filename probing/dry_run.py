@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
 META = torch.device("meta")
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -48,15 +48,68 @@ def dry_run() -> Iterator[Usage]:
         yield usage
 
 
-@contextlib.contextmanager
-def count_flops() -> Iterator[Callable[[], int]]:
-    """Counts floating-point operations, backward passes included; call what it yields for their number."""
-    counter = FlopCounterMode(
-        display=False,
-        custom_mapping={_attention: _attention_flops, _attention_backward: _attention_backward_flops},
+def backward(loss: Tensor) -> None:
+    """Runs a backward pass in which checkpointed blocks are run again as in the forward pass.
+
+    `Tensor.backward` would take the modes away for as long as it lasts, and attention would be written out.
+    """
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
-    with counter:
-        yield counter.get_total_flops
+
+
+@dataclass
+class Flops:
+    """Floating-point operations so far; call it for all of them.
+
+    Attributes:
+        short: in 16-bit numbers.
+        long: in 32-bit and longer ones.
+    """
+
+    short: int = 0
+    long: int = 0
+
+    def __call__(self) -> int:
+        """All of them."""
+        return self.short + self.long
+
+
+@contextlib.contextmanager
+def count_flops() -> Iterator[Flops]:
+    """Counts floating-point operations, backward passes included."""
+    flops = Flops()
+
+    def tallied(formula: Callable[..., int]) -> Callable[..., int]:
+        def counted(*args: Any, **kwargs: Any) -> int:
+            number = formula(*args, **kwargs)
+            dtype = next(leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+            if dtype in (torch.bfloat16, torch.float16):
+                flops.short += number
+            else:
+                flops.long += number
+            return number
+
+        counted._get_raw = True  # type: ignore[attr-defined]
+        return counted
+
+    own = {_attention: _attention_flops, _attention_backward: _attention_backward_flops}
+    formulas = dict(flop_registry) | {op: shape_wrapper(formula) for op, formula in own.items()}
+    with FlopCounterMode(display=False, custom_mapping={op: tallied(f) for op, f in formulas.items()}):
+        yield flops
+
+
+@contextlib.contextmanager
+def autocast(keep: bool = True) -> Iterator[None]:
+    """What `torch.autocast` in bfloat16 does on a GPU, for shapes; torch itself has none on the meta device.
+
+    Args:
+        keep: the copies of trained weights until the end, as a forward pass does. A checkpointed block that is run
+            again in a backward pass keeps them only so long as it needs them.
+    """
+    with _Autocast(keep):
+        yield
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
@@ -95,6 +148,54 @@ def _fused_attention(
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     output: Tensor = _attention(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return output
+
+
+class _Autocast(TorchFunctionMode):
+    """Rounds what goes into products, and widens what goes into sums."""
+
+    rounded = frozenset(
+        {
+            F.linear, F.scaled_dot_product_attention, F.conv1d, F.conv2d, F.conv3d, torch.matmul, torch.bmm, torch.mm,
+            torch.addmm, torch.baddbmm, torch.einsum, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm,
+        }
+    )  # fmt: skip
+    widened = frozenset(
+        {
+            F.softmax, F.log_softmax, F.layer_norm, F.group_norm, F.cross_entropy, F.nll_loss, F.smooth_l1_loss,
+            F.mse_loss, F.cosine_similarity, F.normalize, torch.softmax, torch.log_softmax, torch.exp, torch.pow,
+            torch.rsqrt, torch.sum, torch.cumsum, torch.norm, Tensor.softmax, Tensor.log_softmax, Tensor.exp,
+            Tensor.pow, Tensor.__pow__, Tensor.rsqrt, Tensor.sum, Tensor.cumsum, Tensor.norm,
+        }
+    )  # fmt: skip
+
+    def __init__(self, keep: bool) -> None:
+        super().__init__()
+        self.keep, self.kept = keep, dict[Tensor, Tensor]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.rounded:
+            args, kwargs = tree_map_only(Tensor, self._round, (args, kwargs))
+        elif func in self.widened:
+            args, kwargs = tree_map_only(Tensor, _widen, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _round(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype != torch.float32:
+            return tensor
+        if not (self.keep and tensor.requires_grad and tensor.is_leaf):
+            return tensor.to(torch.bfloat16)
+        if tensor not in self.kept:
+            self.kept[tensor] = tensor.to(torch.bfloat16)
+        return self.kept[tensor]
+
+    def __exit__(self, *error: Any) -> None:
+        self.kept.clear()
+        super().__exit__(*error)
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 class _RealIntegers(TorchDispatchMode):

@@ -39,6 +39,9 @@ from probing.teachers import Teacher
 
 logger = logging.getLogger(__name__)
 
+MESSAGE = 2**26
+"""Numbers of gradients that processes exchange at once, about."""
+
 
 class Interrupted(Exception):
     """The user stopped the run; it goes on from the saved state."""
@@ -88,6 +91,24 @@ def plan_steps(images: int, fit: FitRecipe, process: int = 0, processes: int = 1
             parts = np.array_split(mine, math.ceil(len(mine) / fit.micro_batch)) if mine else []
             steps.append([part.tolist() for part in parts])
     return steps
+
+
+def require_enough(images: int, fit: FitRecipe, processes: int) -> None:
+    """Raises UserError where some process would have no image of a batch."""
+    if min(images, fit.batch_size) < processes:
+        raise UserError(f"{processes} processes for {images} images in batches of {fit.batch_size}; use fewer")
+
+
+def _messages(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters whose gradients are sent together."""
+    some: list[Tensor] = []
+    for parameter in parameters:
+        some.append(parameter)
+        if sum(p.numel() for p in some) >= MESSAGE:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 @dataclass
@@ -226,10 +247,7 @@ class Fit:
         state = self.start()
         self._resume(state)
         processes = self.accelerator.num_processes
-        if min(len(self.images), fit.batch_size) < processes:
-            raise UserError(
-                f"{processes} processes for {len(self.images)} images in batches of {fit.batch_size}; use fewer"
-            )
+        require_enough(len(self.images), fit, processes)
         steps = plan_steps(len(self.images), fit, self.accelerator.process_index, processes)
         first_epoch = len(steps) // fit.epochs
         batches = self.batches(steps[state.step :])
@@ -305,11 +323,12 @@ class Fit:
         return int(self.accelerator.reduce(mine, "sum"))
 
     def _reduce(self, parameters: list[Tensor]) -> None:
-        """Adds up the gradients of all processes, in one message."""
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
-        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view_as(parameter)
+        """Adds up the gradients of all processes; a single message would need them twice more."""
+        for some in _messages(parameters):
+            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in some]
+            flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+            for parameter, part in zip(some, flat.split([p.numel() for p in some]), strict=True):
+                parameter.grad = part.view_as(parameter)
 
     def micro_batch(
         self, state: FitState, prepared: Prepared, weight: float, gather: bool, columns: dict[tuple[str, ProbeKey], int]

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,16 +131,26 @@ def require_space(where: Path, needed: int) -> None:
         )
 
 
+MOMENT = 2.0
+"""Seconds within which two signals count as one."""
+
+
 class Interruption:
-    """Notes Ctrl-C or SIGTERM, so that the loop can stop between two steps; a second one stops at once."""
+    """Notes Ctrl-C or SIGTERM, so that the loop can stop between two steps; a second one stops at once.
+
+    What comes within a moment of the first is the same one: a launcher passes on to its processes what a terminal or a
+    scheduler has sent to all of them already.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self.first = False, 0.0
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self.first = True, now
+        elif now - self.first > MOMENT:
             raise KeyboardInterrupt
-        self.asked = True
 
     @contextlib.contextmanager
     def watch(self) -> Iterator["Interruption"]:

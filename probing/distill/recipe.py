@@ -1,9 +1,11 @@
 """Recipes of the training stages."""
 
+import math
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from probing.errors import UserError
 from probing.recipe import Strict, TeacherRecipe
 
 SPEED_ONLY = ("workers", "save_steps", "target_cache")
@@ -195,3 +197,21 @@ class DistillRecipe(Strict):
     def global_batch(self) -> int:
         """The batch size, default filled in."""
         return self.batch_size if self.batch_size is not None else int(STAGE_DEFAULTS[self.stage]["batch_size"])
+
+    def cut_up(self, processes: int) -> tuple[int, int]:
+        """Conversations of one forward pass, and forward passes of a process in one optimiser step.
+
+        Raises:
+            UserError: the batch cannot be shared evenly.
+        """
+        micro = min(self.micro_batch, self.global_batch)
+        if self.global_batch % (micro * processes):
+            raise UserError(
+                f"batch_size {self.global_batch} is not a multiple of micro_batch {micro} times {processes} processes; "
+                "change one of them"
+            )
+        return micro, self.global_batch // (micro * processes)
+
+    def steps(self, conversations: int) -> int:
+        """Optimiser steps of the stage."""
+        return self.max_steps or math.ceil(self.epochs * math.ceil(conversations / self.global_batch))

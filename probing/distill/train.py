@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import difflib
-import functools
 import json
 import logging
 import math
@@ -14,39 +13,28 @@ from typing import Any
 
 import torch
 import yaml
-from PIL import Image
 
 import probing.compat  # noqa: F401  # isort: skip
 from transformers import PrinterCallback, Trainer
 
-from probing.backbones import multi_encoder, original
-from probing.backbones.base import SPECIAL, parse_layers, special_ids
-from probing.backbones.llava import tower_grid
+from probing.backbones import multi_encoder
 from probing.data.coco import ImageList
-from probing.data.conversations import (
-    ConversationDataset,
-    Encoder,
-    KeptFeatures,
-    collate,
-    read_conversations,
-    require_some_image,
-)
-from probing.data.patch_words import PatchWords, read_annotations
+from probing.data.conversations import KeptFeatures
 from probing.distill.callbacks import Bar, Losses, Watch
 from probing.distill.notes import Notes
-from probing.distill.patches import PatchAlignment, attach_pairs
-from probing.distill.predictors import FOLDER, EmbeddingPredictors, Task
-from probing.distill.recipe import DistillRecipe, EmbeddingRecipe, EncodersRecipe
+from probing.distill.parts import images_of, open_start, put_together
+from probing.distill.patches import attach_pairs
+from probing.distill.predictors import FOLDER
+from probing.distill.recipe import DistillRecipe
 from probing.distill.targets import attach_targets
-from probing.distill.tokens import add_special_tokens
 from probing.distill.trainee import Trainee
 from probing.errors import UserError
-from probing.hub import first_line, identity, load_config, locate, read_json
+from probing.hub import first_line, identity
 from probing.provenance import versions
 from probing.recipe import dump_recipe, validate
 from probing.run import Interruption, disk_errors, whole_folder, write_text
 from probing.target_cache import open_caches
-from probing.teachers import Teacher, load_teacher
+from probing.teachers import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -97,42 +85,6 @@ class StageTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _embedding(
-    recipe: EmbeddingRecipe, seed: int, source: str, model: Any, processor: Any, device: torch.device
-) -> tuple[EmbeddingPredictors, dict[str, Teacher]]:
-    """Predictors and teachers of a stage; gives the checkpoint special tokens where the recipe has some.
-
-    Raises:
-        UserError: a teacher cannot be loaded, a layer is not in the LLM, or the checkpoint has other tokens or
-            predictors.
-    """
-    blocks, width = len(model.model.language_model.layers), model.config.text_config.hidden_size
-    chosen = {name: parse_layers(recipe.layers[name], blocks) for name in recipe.tasks}
-    for name, layers in chosen.items():
-        if not all(isinstance(layer, int) and layer > 0 for layer in layers):
-            raise UserError(f"embedding.layers.{name} is {recipe.layers[name]!r}; give decoder blocks, 1 to {blocks}")
-    teachers: dict[str, Teacher] = {name: load_teacher(name, recipe.teachers[name], device) for name in recipe.tasks}
-    tasks = [
-        Task(name, tuple(int(layer) for layer in chosen[name]), recipe.weights.get(name, 0.5), teachers[name].shape)
-        for name in recipe.tasks
-    ]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        embedding = EmbeddingPredictors(tasks, width, recipe.seek, recipe.keys, recipe.heads, recipe.dim_head)
-    saved = (Path(source) / FOLDER).is_dir()
-    if recipe.seek:
-        if special_ids(processor.tokenizer) and not saved:
-            raise UserError(
-                f"{source} has special tokens and not the predictors whose queries they are; embedding losses go on "
-                f"from a folder with {FOLDER}/, as stage pt writes it"
-            )
-        add_special_tokens(processor, model, recipe.tasks, recipe.seek)
-    if saved:
-        embedding.load(Path(source) / FOLDER)
-        logger.info("embedding predictors go on from %s", Path(source) / FOLDER)
-    return embedding, teachers
-
-
 def run_stage(recipe: DistillRecipe, out: Path) -> Path:
     """Runs one stage and writes an ordinary LLaVA folder.
 
@@ -150,77 +102,15 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         UserError: checkpoint, data or recipe cannot be used, or `out` holds something else.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     work = out.parent / f"{out.name}.training"
     if _is_finished(recipe, out):
         logger.warning("%s is finished already", out)
         return out
     if _last_state(work):
         _require_same(recipe, work / "recipe.yaml")
-    conversations = read_conversations(Path(recipe.data.conversations), recipe.data.limit)
-    root, squared = Path(recipe.data.image_root), recipe.view == "square"
-    require_some_image(conversations, root)
-    shown = sorted({name for conversation in conversations for name in conversation.images})
-    annotations = None
-    if recipe.patches is not None:
-        annotated = Path(recipe.patches.annotations.removeprefix("coco:")).expanduser()
-        annotations = read_annotations(annotated, root, shown)
-    source = locate(recipe.checkpoint, "checkpoint")
-    if original.is_original(read_json(source, "config.json", recipe.revision)):
-        raise UserError(
-            f"{recipe.checkpoint} is in LLaVA's original format, which is probed as it is, and not trained; give the "
-            "checkpoint converted to transformers' format"
-        )
-    config = load_config(source, "checkpoint", revision=recipe.revision)
-    several = config.model_type == multi_encoder.MODEL_TYPE
-    if config.model_type != "llava" and not several:
-        raise UserError(f"{recipe.checkpoint} is no LLaVA checkpoint (model type {config.model_type!r})")
-    if several and (recipe.encoders is not None or recipe.embedding is not None):
-        raise UserError(f"{recipe.checkpoint} has several encoders already; leave out embedding and encoders")
-    arguments = _training_arguments(recipe, work, len(conversations))
-    try:
-        processor = AutoProcessor.from_pretrained(source, revision=recipe.revision)
-        # Weights are trained in float32, whatever they are stored in; bf16 is autocast.
-        loading: dict[str, Any] = {"revision": recipe.revision, "dtype": torch.float32}
-        if several:
-            model = multi_encoder.load_inner(source, config, torch.device("cpu"), **loading)
-        else:
-            model = AutoModelForImageTextToText.from_pretrained(source, **loading)
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {recipe.checkpoint} cannot be loaded: {first_line(error)}") from None
-    embedding: EmbeddingPredictors | None = None
-    teachers: dict[str, Teacher] = {}
-    if recipe.embedding is not None and recipe.embedding.tasks:
-        embedding, teachers = _embedding(recipe.embedding, recipe.seed, source, model, processor, arguments.device)
-    encoders: multi_encoder.Encoders | None = None
-    if several or recipe.encoders is not None:
-        if recipe.encoders is not None:
-            config = _several(recipe.encoders, config, processor, model)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            folder = Path(source) if several else None
-            encoders = multi_encoder.open_encoders(config, processor.tokenizer, arguments.device, folder)
-        encoders.install(model)
-        teachers = encoders.teachers
-    encoder = Encoder(processor, config.image_token_id, recipe.max_length)
-    encoder.require_usable()
-    labeller, alignment = None, None
-    if recipe.patches is not None and annotations is not None:
-        labeller = PatchWords(
-            annotations, processor.image_processor, tower_grid(config), recipe.patches.coverage, squared
-        )
-        _require_one_token_a_patch(processor, config.image_token_id, labeller.grid)
-        labeller.require_usable(shown)
-        alignment = PatchAlignment.of(recipe.patches, processor.tokenizer, labeller.words)
-    if processor.tokenizer.pad_token_id is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    if recipe.gradient_checkpointing:
-        # The LLM alone: asked of the whole model, transformers makes the frozen tower's inputs require gradients too,
-        # and the backward pass goes through it for nothing.
-        llm = model.model.language_model
-        enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    start = open_start(recipe)
+    arguments = _training_arguments(recipe, work, len(start.conversations))
+    parts = put_together(recipe, start, arguments.device)
     with disk_errors(work), arguments.main_process_first():
         if arguments.process_index == 0:
             if not _last_state(work):  # what never reached a saved state tells nothing
@@ -228,28 +118,16 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             write_text(work / "recipe.yaml", dump_recipe(recipe))
     with Interruption().watch() as interruption, disk_errors(work):
         watch = Watch(interruption)
-        trainee = Trainee(
-            model,
-            recipe.stage,
-            Notes(work, arguments.process_index),
-            embedding,
-            recipe.embedding.contrastive if recipe.embedding else 0.0,
-            {} if encoders else special_ids(processor.tokenizer),
-            recipe.trains_special_tokens,
-            encoders,
-            alignment,
-        )
-        prepare = {name: teacher.prepare for name, teacher in teachers.items()}
-        kept = _kept_features(recipe, teachers, root, shown, arguments)
+        trainee = parts.trainee
+        trainee.notes = Notes(work, arguments.process_index)
+        parts.samples.kept = _kept_features(recipe, parts.teachers, images_of(start.conversations), arguments)
         try:
             trainer = StageTrainer(
                 trainee,
-                teachers,
+                parts.teachers,
                 args=arguments,
-                train_dataset=ConversationDataset(
-                    conversations, root, encoder, squared, prepare, encoders is not None, labeller, kept
-                ),
-                data_collator=functools.partial(collate, pad_id=processor.tokenizer.pad_token_id),
+                train_dataset=parts.samples,
+                data_collator=parts.collate,
                 callbacks=[watch, Losses(trainee), Bar(f"stage {recipe.stage}")],
             )
             trainer.remove_callback(PrinterCallback)
@@ -257,6 +135,7 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             raise UserError(f"{REFUSED}: {first_line(error)}; see its section `trainer`") from None
         result = trainer.train(resume_from_checkpoint=_last_state(work))
     if watch.stopped:
+        trainer.accelerator.wait_for_everyone()  # a launcher stops the others as soon as one has ended
         raise KeyboardInterrupt
     # Gathered by all processes where weights are sharded over them.
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -266,7 +145,7 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             logger.warning("%d images could not be used, first: %s", len(notes["skipped"]), notes["skipped"][0])
         if notes["cut"]:
             logger.warning("%d conversations are longer than max_length and were cut", len(notes["cut"]))
-        missing, broken = annotations.missing if annotations else [], notes["unlabelled"]
+        missing, broken = start.annotations.missing if start.annotations else [], notes["unlabelled"]
         if missing:
             logger.warning("%d images have no annotations for patches, first: %s", len(missing), missing[0])
         if broken:
@@ -274,25 +153,25 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         record = {
             "recipe": dump_recipe(recipe),
-            "started_from": identity(source, config),
+            "started_from": identity(start.source, start.config),
             "stage": recipe.stage,
             "steps": result.global_step,
             "final_loss": losses[-1],
             "log": trainer.state.log_history,
-            "conversations": len(conversations),
+            "conversations": len(start.conversations),
             **notes,
             "not_annotated": len(missing),
             "versions": versions(),
         }
         with disk_errors(out), whole_folder(out) as folder:
-            _save_checkpoint(model, processor, trainee, state, folder)
-            if encoders is not None:
-                _save_encoders(encoders, config, state, folder)
-            if embedding is not None:
+            _save_checkpoint(trainee.model, parts.processor, trainee, state, folder)
+            if trainee.encoders is not None:
+                _save_encoders(trainee.encoders, parts.config, state, folder)
+            if trainee.embedding is not None:
                 own = {n.removeprefix("embedding."): t for n, t in state.items() if n.startswith("embedding.")}
-                embedding.load_state_dict(own)
-                used = {name: {"id": t.id, "sha256": t.sha256, "shape": t.shape} for name, t in teachers.items()}
-                embedding.cpu().save(folder / FOLDER, {"teachers": used, "versions": versions()})
+                trainee.embedding.load_state_dict(own)
+                used = {name: {"id": t.id, "sha256": t.sha256, "shape": t.shape} for name, t in parts.teachers.items()}
+                trainee.embedding.cpu().save(folder / FOLDER, {"teachers": used, "versions": versions()})
             if (work / "runs").exists():  # TensorBoard's curves
                 shutil.copytree(work / "runs", folder / "runs")
             (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -302,28 +181,18 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
 
 
 def _kept_features(
-    recipe: DistillRecipe, teachers: dict[str, Teacher], root: Path, shown: list[str], arguments: Any
+    recipe: DistillRecipe, teachers: dict[str, Teacher], shown: list[str], arguments: Any
 ) -> KeptFeatures | None:
     """What teachers make of the images, kept on disk, where the recipe asks for it and there is room."""
     if recipe.target_cache == "off":
         return None
+    root = Path(recipe.data.image_root)
     images = ImageList(root, "conversations", [name for name in shown if (root / name).is_file()])
     caches = open_caches(
         recipe.target_cache, recipe.target_cache_dtype, teachers, images, recipe.view, recipe.micro_batch,
         recipe.workers, arguments.process_index, arguments.world_size,
     )  # fmt: skip
     return KeptFeatures({name: row for row, name in enumerate(images.names)}, caches) if caches else None
-
-
-def _require_one_token_a_patch(processor: Any, image_token_id: int, grid: tuple[int, int]) -> None:
-    """Raises UserError where image tokens are not the patches of the grid, one by one."""
-    ids = processor(images=[Image.new("RGB", (8, 8))], text=[processor.image_token], return_tensors="pt")["input_ids"]
-    tokens = int((ids == image_token_id).sum())
-    if tokens != grid[0] * grid[1]:
-        raise UserError(
-            f"the processor places {tokens} image tokens where the vision tower has {grid[0]} x {grid[1]} patches, so "
-            "these cannot be aligned; leave out patches, or give a checkpoint with a token per patch"
-        )
 
 
 def _save_checkpoint(model: Any, processor: Any, trainee: Trainee, state: dict[str, Any], folder: Path) -> None:
@@ -338,17 +207,6 @@ def _save_checkpoint(model: Any, processor: Any, trainee: Trainee, state: dict[s
             weights[table][ids] = rows.to(weights[table])
     model.save_pretrained(folder, state_dict=weights)
     processor.save_pretrained(folder)
-
-
-def _several(recipe: EncodersRecipe, config: Any, processor: Any, model: Any) -> multi_encoder.MultiEncoderConfig:
-    """The configuration of a LLaVA that becomes a multi-encoder one; gives it tokens where the mode has some."""
-    names = [name for name in SPECIAL if name in recipe.teachers]
-    if recipe.mode == "token":
-        add_special_tokens(processor, model, names, recipe.tokens)
-    values = {name: value for name, value in model.config.to_dict().items() if name != "model_type"}
-    teachers = {name: {"id": recipe.teachers[name].id, "grid": recipe.teachers[name].grid} for name in names}
-    values["encoders"] = {"mode": recipe.mode, "tokens": recipe.tokens, "teachers": teachers}
-    return multi_encoder.MultiEncoderConfig(**values)
 
 
 def _save_encoders(encoders: multi_encoder.Encoders, config: Any, state: dict[str, Any], folder: Path) -> None:
@@ -419,17 +277,12 @@ def _training_arguments(recipe: DistillRecipe, work: Path, conversations: int) -
             raise UserError(f"'trainer.{name}' cannot be changed; leave it out")
     # From the launcher, not from accelerate's state: that would be set up here, before the Trainer's own device choice.
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = min(recipe.micro_batch, recipe.global_batch)
-    if recipe.global_batch % (micro * processes):
-        raise UserError(
-            f"batch_size {recipe.global_batch} is not a multiple of micro_batch {micro} times {processes} processes; "
-            "change one of them"
-        )
-    steps = recipe.max_steps or math.ceil(recipe.epochs * math.ceil(conversations / recipe.global_batch))
+    micro, accumulated = recipe.cut_up(processes)
+    steps = recipe.steps(conversations)
     values: dict[str, Any] = {
         "output_dir": str(work),
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": recipe.global_batch // (micro * processes),
+        "gradient_accumulation_steps": accumulated,
         "num_train_epochs": recipe.epochs,
         "max_steps": recipe.max_steps or -1,
         "learning_rate": recipe.peak_lr,

@@ -1,6 +1,7 @@
-"""How near the memory that `probing plan` says comes to what a training takes.
+"""How near the memory that `probing plan` says comes to what a training takes, of probes or of a checkpoint.
 
     python -m tests.benchmarks.memory
+    python -m tests.benchmarks.memory --stage ift
 
 Measured is the peak of a fresh process that trains on a CPU, above what the same process held after training something
 tiny, so that the libraries do not count. There glibc hands back at once what was freed; left to itself it keeps holes,
@@ -21,12 +22,16 @@ from pathlib import Path
 import psutil
 
 import probing.compat  # noqa: F401
-from probing.cost import training_cost
+from probing.cost import TrainingCost, training_cost
+from probing.distill.cost import StageCost, stage_cost
+from probing.distill.recipe import DistillRecipe
+from probing.distill.train import run_stage
 from probing.recipe import ProbeRunRecipe
 from probing.train import train
 from tests import tiny
 
 MB = 2**20
+PARTS = ["backbone", "teachers", "probes", "sums", "step"]
 
 
 def make_recipe(root: Path, hidden: int, layers: int, side: int, micro_batch: int) -> ProbeRunRecipe:
@@ -46,14 +51,45 @@ def make_recipe(root: Path, hidden: int, layers: int, side: int, micro_batch: in
     )
 
 
+def make_stage(root: Path, stage: str, hidden: int, layers: int, side: int, micro_batch: int) -> DistillRecipe:
+    """The same LLaVA and teachers, in two steps of a stage with embedding losses."""
+    probes = make_recipe(root, hidden, layers, side, micro_batch)
+    images = sorted((root / "coco/train2017").iterdir())
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a red cube " * 8}]
+    entries = [{"image": image.name, "conversations": turns} for image in images]
+    (root / "conversations.json").write_text(json.dumps(entries))
+    teachers = {name: teacher.model_dump() for name, teacher in probes.teachers.items()}
+    return DistillRecipe.model_validate(
+        {
+            "checkpoint": probes.backbone.checkpoint,
+            "stage": stage,
+            "data": {"conversations": str(root / "conversations.json"), "image_root": str(images[0].parent)},
+            "embedding": {"teachers": teachers, "layers": dict.fromkeys(teachers, str(layers)), "seek": 1},
+            "batch_size": 2 * micro_batch,
+            "micro_batch": micro_batch,
+            "epochs": 2,  # AdamW's moments are there from the second step on
+            "workers": 0,
+            "trainer": {"report_to": "none", "use_cpu": True},
+        }
+    )
+
+
 def main() -> None:
     """Prints a table; each row is measured in a process of its own."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", nargs="+", default=["512,4,224,16", "1024,8,128,4", "1024,2,224,8"])
+    parser.add_argument("--stage", choices=["pt", "vpt", "ift"])
     parser.add_argument("--run", type=Path)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     out = sys.stdout.write
+    if options.run and options.stage:
+        run_stage(make_stage(options.run / "tiny", options.stage, 32, 1, 32, 2), options.run / "tiny_run")
+        gc.collect()
+        base = psutil.Process().memory_info().rss / MB
+        run_stage(DistillRecipe.model_validate_json((options.run / "recipe.json").read_text()), options.run / "run")
+        out("\n" + json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - base))
+        return
     if options.run:
         train(make_recipe(options.run / "tiny", hidden=32, layers=1, side=32, micro_batch=2), options.run / "tiny_run")
         gc.collect()
@@ -61,19 +97,26 @@ def main() -> None:
         train(ProbeRunRecipe.model_validate_json((options.run / "recipe.json").read_text()), options.run / "run")
         out("\n" + json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - base))
         return
-    out("hidden layers batch  planned = backbone + teachers + probes + sums + step (MB)")
-    out("   measured  planned / measured\n")
+    names = ["weights", "teachers", "gradients", "moments", "step"] if options.stage else PARTS
+    out(f"hidden layers batch  planned = {' + '.join(names)} (MB)   measured  planned / measured\n")
     for sizes in options.sizes:
         hidden, layers, side, micro_batch = map(int, sizes.split(","))
         with tempfile.TemporaryDirectory() as folder:
-            recipe = make_recipe(Path(folder), hidden, layers, side, micro_batch)
-            cost = training_cost(recipe)
+            cost: TrainingCost | StageCost
+            recipe: ProbeRunRecipe | DistillRecipe
+            if options.stage:
+                recipe = make_stage(Path(folder), options.stage, hidden, layers, side, micro_batch)
+                cost = stage_cost(recipe)
+            else:
+                recipe = make_recipe(Path(folder), hidden, layers, side, micro_batch)
+                cost = training_cost(recipe)
             (Path(folder) / "recipe.json").write_text(recipe.model_dump_json())
             command = [sys.executable, "-m", "tests.benchmarks.memory", "--run", folder]
+            command += ["--stage", options.stage] if options.stage else []
             env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)}
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
             measured = json.loads(done.stdout.splitlines()[-1])
-        parts = [n / MB for n in (cost.memory, cost.backbone, cost.teachers, cost.probes, cost.sums, cost.step)]
+        parts = [n / MB for n in (cost.memory, *(getattr(cost, name) for name in names))]
         out(f"{hidden:6d} {layers:6d} {micro_batch:5d} {' '.join(f'{part:8.0f}' for part in parts)}")
         out(f" {measured:18.0f} {cost.memory / MB / measured:18.2f}\n")
 

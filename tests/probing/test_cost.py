@@ -1,27 +1,17 @@
 """What a run costs, told from shapes alone, against sizes counted by hand and runs that were measured."""
 
-import json
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    DepthAnythingConfig,
-    Dinov2Config,
-    DPTImageProcessor,
-    OneFormerConfig,
-    SwinConfig,
-)
 
-from probing.cost import training_cost
-from probing.dry_run import META, count_flops, dry_run
+from probing.cost import Devices, training_cost
+from probing.dry_run import META, autocast, backward, count_flops, dry_run
 from probing.errors import UserError
 from probing.recipe import ProbeRunRecipe
-from tests import tiny
+from tests import full_size, tiny
 
 
 def test_peak_and_flops_of_a_chain_of_products():
@@ -75,46 +65,12 @@ def test_attention_counts_as_fused(grouped):
     assert flops() == 7 * product
 
 
-def full_size(root):
-    """The paper's checkpoint and teachers: configurations, preprocessing and a small tokenizer, and no weights."""
-    checkpoint = root / "ola-llama3"
-    tokenizer = tiny.tokenizer()
-    tokenizer.add_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], special_tokens=True)
-    tokenizer.save_pretrained(checkpoint)
-    llm = {
-        "model_type": "llava_llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16", "max_position_embeddings": 8192,
-    }  # fmt: skip
-    vision = {
-        "mm_vision_tower": "laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup-res768",
-        "mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad",
-    }  # fmt: skip
-    (checkpoint / "config.json").write_text(json.dumps(llm | vision))
-    dinov2 = Dinov2Config(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14,
-        out_indices=[5, 12, 18, 24], reshape_hidden_states=False, apply_layernorm=True,
-    )  # fmt: skip
-    neck = {"reassemble_hidden_size": 1024, "neck_hidden_sizes": [256, 512, 1024, 1024], "fusion_hidden_size": 256}
-    DepthAnythingConfig(backbone_config=dinov2, **neck).save_pretrained(root / "depth")
-    DPTImageProcessor(size={"height": 518, "width": 518}).save_pretrained(root / "depth")
-    swin = SwinConfig(
-        image_size=384, patch_size=4, embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48], window_size=12,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    OneFormerConfig(backbone_config=swin, num_labels=133).save_pretrained(root / "seg")
-    DPTImageProcessor(size={"height": 800, "width": 800}).save_pretrained(root / "seg")
-    CLIPVisionConfig(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224,
-        patch_size=14, projection_dim=1024,
-    ).save_pretrained(root / "gen")  # fmt: skip
-    CLIPImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}).save_pretrained(
-        root / "gen"
-    )
+def full_size_recipe(root):
+    """The paper's run without weights."""
     return {
-        "backbone": {"checkpoint": str(checkpoint)},
+        "backbone": {"checkpoint": str(full_size.ola(root / "ola-llama3"))},
         "data": {"path": f"coco:{tiny.coco(root / 'coco', train=2, val=2)}"},
-        "teachers": {name: {"id": str(root / name)} for name in ("depth", "seg", "gen")},
+        "teachers": full_size.teachers(root),
         "layers": "1-32",
         "controls": [],
         "fit": {"epochs": 2, "batch_size": 2, "micro_batch": 2, "workers": 0, "ridge": False},
@@ -123,12 +79,38 @@ def full_size(root):
 
 def test_the_papers_run_without_weights(tmp_path):
     """Llama-3-8B with ConvNeXt-XXL, 32 layers, three teachers; by hand 16.8 TFLOP for 630 tokens."""
-    cost = training_cost(ProbeRunRecipe.model_validate(full_size(tmp_path)))
-    further = 750 - 630  # a small tokenizer makes more of the prompt; per token LLM, proj_in and to_kv of all probes
-    by_hand = 16.8e12 + further * (2 * 6.98e9 + 32 * (1024 + 1536 + 1024) * (4 * 4096 + 6 * 256))
-    assert cost.flops == pytest.approx(by_hand, rel=0.02)
+    cost = training_cost(ProbeRunRecipe.model_validate(full_size_recipe(tmp_path)))
+    assert cost.flops == pytest.approx(16.8e12, rel=0.02)  # the small tokenizer makes about as many
     assert cost.backbone == pytest.approx(2 * (7.505e9 + 0.846e9 + 0.0294e9), rel=0.01)
     assert cost.probes == pytest.approx(16 * 1.005e9, rel=0.005)
+
+
+@pytest.mark.slow
+def test_teachers_and_probes_are_in_32_bits_and_take_their_time(tmp_path):
+    values = full_size_recipe(tmp_path)
+    cost = training_cost(ProbeRunRecipe.model_validate(values), processes=2)
+    assert cost.long == pytest.approx(1.62e12 + 2.64e12, rel=0.05)  # facts of teachers and probes at their sizes
+    assert cost.batch == 1  # of the batch of two, each process has one
+    seconds = cost.images * cost.passes * ((cost.flops - cost.long) / 200e12 + cost.long / 50e12) / 2
+    assert f"{seconds / 3600:.3g} h, at 200 TFLOP/s" in cost.lines(Devices(2, 200, 50))[1]
+    with pytest.raises(UserError, match="3 processes for 2 images"):
+        training_cost(ProbeRunRecipe.model_validate(values), processes=3)
+
+
+def test_autocast_rounds_products_and_keeps_the_weights_it_rounded():
+    with dry_run() as usage, count_flops() as flops:
+        weight, states = torch.ones(64, 64, device=META, requires_grad=True), torch.ones(8, 64, device=META)
+        before = usage.bytes
+        with autocast():
+            out = F.linear(states, weight)
+            assert out.dtype == torch.bfloat16
+            assert F.layer_norm(out, (64,)).dtype == torch.float32
+            assert usage.bytes - before == 2 * (64 * 64 + 2 * 8 * 64)  # the weight's copy, both states
+            F.linear(states, weight)
+            loss = out.sum()
+        backward(loss)
+        assert weight.grad.dtype == torch.float32
+    assert flops() == flops.short == 3 * 2 * 8 * 64 * 64
 
 
 def test_a_batch_of_corrupt_images_is_said(models, tmp_path):
@@ -146,8 +128,11 @@ def test_a_batch_of_corrupt_images_is_said(models, tmp_path):
 
 
 @pytest.mark.slow
-def test_planned_memory_is_what_a_training_takes():
+@pytest.mark.parametrize(
+    "options", [["--sizes", "1024,2,224,8"], ["--stage", "ift", "--sizes", "1024,4,128,8"]], ids=["probes", "stage"]
+)
+def test_planned_memory_is_what_a_training_takes(options):
     """In a fresh process, above what it held before; see tests/benchmarks/memory.py."""
-    command = [sys.executable, "-m", "tests.benchmarks.memory", "--sizes", "1024,2,224,8"]
+    command = [sys.executable, "-m", "tests.benchmarks.memory", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout.split()[-1]) == pytest.approx(1, abs=0.1)

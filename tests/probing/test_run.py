@@ -1,9 +1,12 @@
 """Files and folders are whole or not there, and what a killed process left is cleared by one process alone."""
 
+import signal
+
 import pytest
 
+from probing import run as run_module
 from probing.recipe import ProbeRunRecipe
-from probing.run import Run, whole_file, whole_folder
+from probing.run import Interruption, Run, whole_file, whole_folder
 
 
 @pytest.fixture
@@ -42,3 +45,16 @@ def test_a_failure_leaves_what_was_there(tmp_path, context):
         raise RuntimeError
     assert target.read_text() == "old" if context is whole_file else (target / "old").exists()
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_signal_that_is_passed_on_counts_once_and_a_later_one_stops(monkeypatch):
+    """A launcher sends its processes again what SLURM or a terminal has sent to all."""
+    now = [100.0]
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
+    with Interruption().watch() as interruption:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert interruption.asked
+        now[0] += 5
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
