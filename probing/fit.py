@@ -32,7 +32,7 @@ from probing.progress import Progress
 from probing.recipe import FitRecipe, ProbeRunRecipe
 from probing.resampler import ResamplerConfig
 from probing.ridge import RidgeKey, RidgeReadout, RidgeSums, place_states
-from probing.run import Interruption, disk_errors, whole_file
+from probing.run import Interruption, disk_errors, reading, whole_file
 from probing.teachers import Teacher
 
 logger = logging.getLogger(__name__)
@@ -383,7 +383,8 @@ class Fit:
     def _resume(self, state: FitState) -> None:
         if not self._state_file.exists():
             return
-        state.restore(torch.load(self._state_file, map_location=self.accelerator.device, weights_only=True))
+        with reading(self._state_file, f"remove {self.folder} to train from the start"):
+            state.restore(torch.load(self._state_file, map_location=self.accelerator.device, weights_only=True))
         if not self.accelerator.is_main_process:  # the main process holds the sums of all
             state.ridge.clear()
             state.target_sums.clear()

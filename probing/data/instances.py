@@ -9,8 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as rle
 
-from probing.data.panoptic import UNLABELED, Panoptic, read_panoptic
-from probing.errors import UserError
+from probing.data.panoptic import UNLABELED, Panoptic, read_classes, read_panoptic, require_few
+from probing.errors import BROKEN, UserError
+
+LARGEST = 2**15
+"""Most rows and columns of a label map."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,40 @@ class Instances:
             OSError: an outline is broken.
         """
         rows, columns = self.sizes[image]
+        if not (0 < rows <= LARGEST and 0 < columns <= LARGEST):
+            raise OSError(f"its annotated size is {columns} x {rows} pixels")
         found = np.full((rows, columns), UNLABELED, dtype=np.uint8)
         for number, outline in self.objects.get(image, []):
             try:
                 encoded = outline
                 if isinstance(outline, list):
+                    _require_near(outline, max(rows, columns))
                     encoded = rle.merge(rle.frPyObjects(outline, rows, columns))
-                elif isinstance(outline["counts"], list):
-                    encoded = rle.frPyObjects(outline, rows, columns)
+                else:
+                    encoded = _whole(outline, rows, columns)
                 inside = rle.decode(encoded).astype(bool)
                 found[inside] = number
-            except (TypeError, ValueError, KeyError, IndexError) as error:
+            except BROKEN as error:
                 raise OSError(f"broken outline of a {self.names[number]}: {error}") from None
         return found
+
+
+def _require_near(polygons: list[Any], side: int) -> None:
+    """Raises ValueError where a point is far outside the image: pycocotools would draw all the way to it."""
+    for polygon in map(np.asarray, polygons):
+        if polygon.ndim != 1 or polygon.dtype.kind not in "iuf" or not (np.abs(polygon) <= 4 * side).all():
+            raise ValueError("a polygon has points that are no numbers, or far outside the image")
+
+
+def _whole(outline: dict[str, Any], rows: int, columns: int) -> Any:
+    """A mask's runs as pycocotools wants them; raises ValueError where they are not of this image."""
+    if [int(side) for side in outline["size"]] != [rows, columns]:
+        raise ValueError(f"its mask is of {outline['size']} rows and columns, the image has {[rows, columns]}")
+    if isinstance(outline["counts"], list):
+        if sum(outline["counts"]) != rows * columns or min(outline["counts"]) < 0:
+            raise ValueError("the runs of its mask do not fill the image")
+        return rle.frPyObjects(outline, rows, columns)
+    return {"size": [rows, columns], "counts": outline["counts"]}
 
 
 def read_instances(root: Path, split: str) -> Instances:
@@ -58,8 +82,7 @@ def read_instances(root: Path, split: str) -> Instances:
     source = root / "annotations" / f"instances_{split}.json"
     try:
         whole: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
-        categories = sorted(whole["categories"], key=lambda category: category["id"])
-        number = {category["id"]: index for index, category in enumerate(categories)}
+        names, number = read_classes(whole)
         files = {image["id"]: image["file_name"] for image in whole["images"]}
         sizes = {image["file_name"]: (int(image["height"]), int(image["width"])) for image in whole["images"]}
         objects: dict[str, list[tuple[int, Any]]] = {}
@@ -67,13 +90,12 @@ def read_instances(root: Path, split: str) -> Instances:
             objects.setdefault(files[entry["image_id"]], []).append(
                 (number[entry["category_id"]], entry["segmentation"])
             )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except BROKEN as error:
         raise UserError(
             f"{source} is not an instance annotation file of COCO ({type(error).__name__}: {error}); download it again"
         ) from None
-    if len(categories) >= UNLABELED:
-        raise UserError(f"{source} has {len(categories)} categories; at most {UNLABELED - 1} are supported")
-    return Instances([category["name"] for category in categories], sizes, objects)
+    require_few(names, source)
+    return Instances(names, sizes, objects)
 
 
 def read_label_maps(root: Path, split: str) -> Panoptic | Instances:

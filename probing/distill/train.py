@@ -4,10 +4,12 @@ import copy
 import dataclasses
 import difflib
 import functools
+import glob
 import json
 import logging
 import math
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,8 @@ from probing.distill.trainee import Trainee
 from probing.errors import UserError
 from probing.hub import first_line, identity, load_config, locate, read_json
 from probing.provenance import versions
-from probing.recipe import dump_recipe, validate
-from probing.run import Interruption, disk_errors, whole_folder, write_text
+from probing.recipe import dump_recipe, local_path, validate
+from probing.run import Interruption, disk_errors, remove_left_overs, whole_folder, write_text
 from probing.teachers import Teacher, load_teacher
 
 logger = logging.getLogger(__name__)
@@ -144,18 +146,22 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     work = out.parent / f"{out.name}.training"
-    if _is_finished(recipe, out):
+    with disk_errors(out):
+        finished = _is_finished(recipe, out)
+    if finished:
         logger.warning("%s is finished already", out)
+        if int(os.environ.get("RANK", "0")) == 0:  # it may have been killed before it cleared up
+            shutil.rmtree(work, ignore_errors=True)
         return out
     if _last_state(work):
         _require_same(recipe, work / "recipe.yaml")
-    conversations = read_conversations(Path(recipe.data.conversations), recipe.data.limit)
-    root, squared = Path(recipe.data.image_root), recipe.view == "square"
+    conversations = read_conversations(local_path(recipe.data.conversations), recipe.data.limit)
+    root, squared = local_path(recipe.data.image_root), recipe.view == "square"
     require_some_image(conversations, root)
     shown = sorted({name for conversation in conversations for name in conversation.images})
     annotations = None
     if recipe.patches is not None:
-        annotated = Path(recipe.patches.annotations.removeprefix("coco:")).expanduser()
+        annotated = local_path(recipe.patches.annotations.removeprefix("coco:"))
         annotations = read_annotations(annotated, root, shown)
     source = locate(recipe.checkpoint, "checkpoint")
     if original.is_original(read_json(source, "config.json", recipe.revision)):
@@ -214,6 +220,7 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         enable({"use_reentrant": False})
     with disk_errors(work), arguments.main_process_first():
         if arguments.process_index == 0:
+            remove_left_overs(out.parent.glob(f".{glob.escape(out.name)}.*.tmp"))
             if not _last_state(work):  # what never reached a saved state tells nothing
                 shutil.rmtree(work, ignore_errors=True)
             write_text(work / "recipe.yaml", dump_recipe(recipe))
@@ -245,7 +252,14 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             trainer.remove_callback(PrinterCallback)
         except ValueError as error:
             raise UserError(f"{REFUSED}: {first_line(error)}; see its section `trainer`") from None
-        result = trainer.train(resume_from_checkpoint=_last_state(work))
+        saved = _last_state(work)
+        try:
+            result = trainer.train(resume_from_checkpoint=saved)
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"the saved state {saved} is a pickle that holds more than tensors, which may run code; remove {work} "
+                "to train from the start"
+            ) from None
     if watch.stopped:
         raise KeyboardInterrupt
     # Gathered by all processes where weights are sharded over them.

@@ -224,6 +224,26 @@ def test_ctrl_c_saves_the_step_it_comes_in(recipe, tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+class Payload:
+    """Makes a file when it is unpickled by anything that runs code."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_saved_state_with_code_in_it_is_not_run(recipe, tmp_path, interrupted, name):
+    same = recipe(max_steps=3, save_steps=1)
+    interrupted(same, tmp_path / "out", after=2)
+    torch.save({"state": Payload(tmp_path / "it ran")}, tmp_path / "out.training" / "checkpoint-1" / name)
+    with pytest.raises(UserError, match=r"may run code; remove .*out\.training"):
+        run_stage(same, tmp_path / "out")
+    assert not (tmp_path / "it ran").exists()
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_unreadable_images_are_named_and_the_rest_is_trained_on(recipe, data, tmp_path, micro_batch, interrupted):
     (Path(data["image_root"]) / "3.png").write_bytes(b"broken")
