@@ -111,8 +111,7 @@ def load_config(source: str, what: str, **kwargs: Any) -> Any:
                 "backbone.trust_remote_code=true"
             ) from None
         place = "" if Path(source).exists() else "there is no such folder, and as a Hub id "
-        said = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        raise UserError(f"{what} {source} cannot be read: {place}{first_line(said)}") from None
+        raise UserError(f"{what} {source} cannot be read: {place}{_said(error)}") from None
 
 
 @contextlib.contextmanager
@@ -129,8 +128,14 @@ def loading(what: str) -> Iterator[None]:
             f"{what} cannot be loaded: its weights are a pickle that holds more than tensors, which may run code; give "
             "it as safetensors"
         ) from None
-    except (*BROKEN, ImportError, RuntimeError, EOFError, MemoryError, SafetensorError) as error:
-        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from None
+    except (*BROKEN, ImportError, RuntimeError, EOFError, MemoryError, SafetensorError, StrictDataclassError) as error:
+        raise UserError(f"{what} cannot be loaded: {_said(error)}") from None
+
+
+def _said(error: BaseException) -> str:
+    """What an error says; a configuration's own say what is wrong in the one that they come from."""
+    said = first_line((isinstance(error, StrictDataclassError) and error.__cause__) or error)
+    return f"{type(error).__name__}: {said}" if isinstance(error, TypeError | LookupError | AttributeError) else said
 
 
 def first_line(error: BaseException) -> str:

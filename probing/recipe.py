@@ -336,4 +336,8 @@ def load_recipe(model: type[R], path: Path, overrides: Iterable[str] = ()) -> R:
 
 def dump_recipe(recipe: BaseModel) -> str:
     """The resolved recipe as YAML, every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = recipe.model_dump(mode="json")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if any(mark in text for mark in "\x85\u2028\u2029"):  # line ends to YAML, which it would read back as others
+        return yaml.safe_dump(values, sort_keys=False)
+    return text

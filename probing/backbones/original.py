@@ -75,7 +75,7 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def is_original(raw: dict[str, Any]) -> bool:
     """Whether a `config.json` is of the original format."""
-    return "mm_vision_tower" in raw or raw.get("model_type") in set(LLMS) - {"llava"}
+    return "mm_vision_tower" in raw or str(raw.get("model_type")) in set(LLMS) - {"llava"}
 
 
 def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig | LlavaNextConfig:
@@ -92,7 +92,7 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig | Ll
     Raises:
         UserError: the checkpoint is of a kind that is not supported.
     """
-    kind = raw.get("model_type", "")
+    kind = str(raw.get("model_type", ""))
     if kind not in LLMS:
         raise UserError(f"{recipe.checkpoint} is an original LLaVA of model type {kind!r}; known are {', '.join(LLMS)}")
     projector, aspect = raw.get("mm_projector_type", "linear"), raw.get("image_aspect_ratio", "square")

@@ -12,8 +12,8 @@ from pycocotools import mask as rle
 from probing.data.panoptic import UNLABELED, Panoptic, read_classes, read_panoptic, require_few
 from probing.errors import BROKEN, UserError
 
-LARGEST = 2**15
-"""Most rows and columns of a label map."""
+LARGEST = 2**27
+"""Most pixels of a label map."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,16 @@ class Instances:
             OSError: an outline is broken.
         """
         rows, columns = self.sizes[image]
-        if not (0 < rows <= LARGEST and 0 < columns <= LARGEST):
+        if rows < 1 or columns < 1 or rows * columns > LARGEST:
             raise OSError(f"its annotated size is {columns} x {rows} pixels")
         found = np.full((rows, columns), UNLABELED, dtype=np.uint8)
         for number, outline in self.objects.get(image, []):
             try:
-                encoded = outline
                 if isinstance(outline, list):
                     _require_near(outline, max(rows, columns))
-                    encoded = rle.merge(rle.frPyObjects(outline, rows, columns))
+                    inside = rle.decode(rle.merge(rle.frPyObjects(outline, rows, columns))).astype(bool)
                 else:
-                    encoded = _whole(outline, rows, columns)
-                inside = rle.decode(encoded).astype(bool)
+                    inside = _mask(outline, rows, columns)
                 found[inside] = number
             except BROKEN as error:
                 raise OSError(f"broken outline of a {self.names[number]}: {error}") from None
@@ -58,19 +56,42 @@ class Instances:
 def _require_near(polygons: list[Any], side: int) -> None:
     """Raises ValueError where a point is far outside the image: pycocotools would draw all the way to it."""
     for polygon in map(np.asarray, polygons):
-        if polygon.ndim != 1 or polygon.dtype.kind not in "iuf" or not (np.abs(polygon) <= 4 * side).all():
-            raise ValueError("a polygon has points that are no numbers, or far outside the image")
+        if polygon.ndim != 1 or polygon.size < 4 or polygon.dtype.kind not in "iuf":
+            raise ValueError("a polygon is no list of four numbers or more")
+        if not (np.abs(polygon) <= 4 * side).all():
+            raise ValueError("a point is far outside the image")
 
 
-def _whole(outline: dict[str, Any], rows: int, columns: int) -> Any:
-    """A mask's runs as pycocotools wants them; raises ValueError where they are not of this image."""
-    if [int(side) for side in outline["size"]] != [rows, columns]:
-        raise ValueError(f"its mask is of {outline['size']} rows and columns, the image has {[rows, columns]}")
-    if isinstance(outline["counts"], list):
-        if sum(outline["counts"]) != rows * columns or min(outline["counts"]) < 0:
-            raise ValueError("the runs of its mask do not fill the image")
-        return rle.frPyObjects(outline, rows, columns)
-    return {"size": [rows, columns], "counts": outline["counts"]}
+def _mask(outline: dict[str, Any], rows: int, columns: int) -> NDArray[np.bool_]:
+    """A mask from its runs, outside and inside in turn, down the columns; raises ValueError where they do not fit.
+
+    Not by pycocotools, which writes beyond its memory where compressed runs are broken.
+    """
+    runs = outline["counts"]
+    runs = np.asarray(_uncompressed(runs) if isinstance(runs, str) else runs)
+    if runs.dtype.kind != "i" or runs.ndim != 1 or runs.min() < 0 or runs.sum() != rows * columns:
+        raise ValueError("the runs of its mask do not fill the image")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(columns, rows).T
+
+
+def _uncompressed(text: str) -> list[int]:
+    """COCO's compressed runs: five bits a character, least first, and from the third on the difference of every second.
+
+    See `rleFrString` in pycocotools.
+    """
+    runs: list[int] = []
+    number = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            number -= 1 << shift
+        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+        number = shift = 0
+    return runs
 
 
 def read_instances(root: Path, split: str) -> Instances:

@@ -190,6 +190,8 @@ def test_annotations(world, kind, document):
         [[0, 0, 1, 1]],
         [],
         [["0", "0"]],
+        [[]],
+        [[0, 0, 4, 0, 4, 4], []],
         {"size": [8, 8], "counts": [2**31, 2**31]},
         {"size": [8, 8], "counts": [-8, 72]},
         {"size": [10**6, 10**6], "counts": [10**12]},
@@ -293,6 +295,7 @@ TEXTS = (
     "backbone: {checkpoint: ~nobody_of_that_name/x}\ndata: {path: 'coco:~nobody_of_that_name/y'}",
     "backbone: {checkpoint: " + "x" * 5000 + "}",
     "fit: {lr: .inf, epochs: 1e400}",
+    'backbone: {checkpoint: a/b, prompt: "a\\Nb\\Lc"}',
 )
 
 
@@ -314,7 +317,7 @@ def test_recipes(tmp_path, model, values):
     for text in TEXTS:
         check(text)
     rest = yaml.safe_dump({key: value for key, value in values.items() if key != "backbone"})
-    for text in TEXTS[-6:-1]:
+    for text in TEXTS[-7:]:
         check(f"{text}\n{rest}" if "data:" not in text else text)
 
     @fuzz
@@ -515,6 +518,9 @@ def test_a_configuration_that_is_nonsense(models, tmp_path):
     @example(config | {"text_config": config["text_config"] | {"hidden_size": -1}})
     @example(config | {"text_config": config["text_config"] | {"num_hidden_layers": "two"}})
     @example(config | {"vision_config": 3})
+    @example(config | {"model_type": []})
+    @example(config | {"model_type": "llava_llama", "mm_vision_tower": 3, "hidden_size": "x"})
+    @example(config | {"mm_vision_tower": "/nowhere", "mm_projector_type": "mlp2x_gelu"})
     def check(changed):
         (folder / "config.json").write_text(json.dumps(changed))
         try:
