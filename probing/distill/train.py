@@ -26,7 +26,7 @@ from probing.backbones.base import SPECIAL, parse_layers, special_ids
 from probing.backbones.llava import tower_grid
 from probing.data.conversations import ConversationDataset, Encoder, collate, read_conversations, require_some_image
 from probing.data.patch_words import PatchWords, read_annotations
-from probing.distill.callbacks import Bar, Losses, Watch
+from probing.distill.callbacks import AllStepsTaken, Bar, Losses, Watch
 from probing.distill.notes import Notes
 from probing.distill.patches import PatchAlignment, attach_pairs
 from probing.distill.predictors import FOLDER, EmbeddingPredictors, Task
@@ -254,7 +254,9 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             raise UserError(f"{REFUSED}: {first_line(error)}; see its section `trainer`") from None
         saved = _last_state(work)
         try:
-            result = trainer.train(resume_from_checkpoint=saved)
+            trainer.train(resume_from_checkpoint=saved)
+        except AllStepsTaken:
+            logger.info("all steps were taken already")
         except pickle.UnpicklingError:
             raise UserError(
                 f"the saved state {saved} is a pickle that holds more than tensors, which may run code; remove {work} "
@@ -280,7 +282,7 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             "recipe": dump_recipe(recipe),
             "started_from": identity(source, config),
             "stage": recipe.stage,
-            "steps": result.global_step,
+            "steps": trainer.state.global_step,
             "final_loss": losses[-1],
             "log": trainer.state.log_history,
             "conversations": len(conversations),
