@@ -38,8 +38,8 @@ from probing.data.panoptic import Panoptic
 from probing.data.patch_labels import COVERAGE
 from probing.errors import UserError
 from probing.provenance import made_of, versions
-from probing.recipe import LayersRecipe, dump_recipe
-from probing.run import disk_errors, write_text
+from probing.recipe import LayersRecipe, dump_recipe, local_path
+from probing.run import AlignmentRun, disk_errors, remove_left_overs, write_text
 from probing.teachers import load_teacher
 from probing.teachers.base import Teacher
 
@@ -77,7 +77,7 @@ def align(recipe: AlignRecipe, out: Path) -> Path:
     """
     if recipe.data.view != "square":
         raise UserError("data.view is 'own', and patches line up with annotations on squares alone; leave it out")
-    root = Path(recipe.data.path.removeprefix("coco:")).expanduser()
+    root = local_path(recipe.data.path.removeprefix("coco:"))
     maps = read_label_maps(root, recipe.data.eval_split)
     images = _annotated(list_images(root, recipe.data.eval_split), maps, recipe.data.eval_limit)
     checkpoint = identify(recipe.backbone)
@@ -187,9 +187,10 @@ def _claim(out: Path, recipe: AlignRecipe, checkpoint: Identity) -> None:
     text = dump_recipe(recipe)
     if there.exists() and there.read_text(encoding="utf-8") != text:
         raise UserError(f"{out} holds another run, or one of another recipe; choose another --out, or remove it")
-    if made.exists() and json.loads(made.read_text(encoding="utf-8"))["checkpoint"]["sha256"] != checkpoint.sha256:
+    if made.exists() and AlignmentRun(out).manifest["checkpoint"]["sha256"] != checkpoint.sha256:
         raise UserError(f"the checkpoint is not the one that {out} was made with; choose another --out, or remove it")
     with disk_errors(out):
+        remove_left_overs(out.rglob(".*.tmp"))
         write_text(there, text)
 
 

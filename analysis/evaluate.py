@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import load_file
 
 from analysis.features import Extractor, classifier, inception
 from analysis.generation import Embeddings, Painter, score_generation
@@ -123,6 +122,7 @@ def evaluate(path: Path, options: Options | None = None) -> Path:
         with disk_errors(path):
             return write_pooled(path, runs)
     run = Run.open(path)
+    run.remove_left_overs(idle=3600)  # another process may be scoring another metric
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise UserError("probing evaluate runs as one process; start it without accelerate launch")
@@ -237,7 +237,7 @@ def _score_arm(run: Run, arm: str, jobs: Iterable[Job], workshop: "_Workshop", o
         with disk_errors(run.path):
             found.write(file)
             _note_skipped(run, [*scorer.images.skipped, *(Skipped(*row) for row in found.skipped)])
-        pass_state(run, scorer, arm).unlink(missing_ok=True)
+            pass_state(run, scorer, arm).unlink(missing_ok=True)
     del backbone
     gc.collect()
 
@@ -258,8 +258,7 @@ class _Workshop:
         """The scorer of one metric."""
         options, protocols = self.options, protocols_of(metric, self.options.protocols)
         if metric == "cosine":
-            means = load_file(self.run.means, device=str(self.device))
-            return Cosine(self.images, self.teachers, means, protocols)
+            return Cosine(self.images, self.teachers, self.run.mean_targets(self.device), protocols)
         if metric == "da2k":
             if options.da2k is None:
                 raise UserError("the metric da2k needs its images and pairs; give --da2k DIR")

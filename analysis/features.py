@@ -20,7 +20,7 @@ from probing.data.coco import ImageList, square
 from probing.errors import UserError
 from probing.hub import first_line, identity, load_config, locate
 from probing.progress import Progress
-from probing.run import disk_errors, whole_file
+from probing.run import disk_errors, reading, whole_file
 from probing.teachers.base import Pixels, load_model
 
 INCEPTION_SIDE = 256
@@ -166,7 +166,8 @@ def reference_features(extractor: Extractor, images: ImageList) -> tuple[NDArray
     """
     file = reference_file(extractor, images)
     if file.exists():
-        return load_file(file)["features"], True
+        with reading(file, "remove it"):
+            return load_file(file)["features"], True
     parts = []
     steps = range(0, len(images), BATCH)
     with Progress(f"{extractor.name} features of {images.split}", len(steps), unit="batches") as bar:

@@ -25,7 +25,7 @@ from probing.data.loader import Prepared
 from probing.errors import UserError
 from probing.fit import Interrupted
 from probing.progress import Progress
-from probing.run import Interruption, Run, disk_errors, whole_file
+from probing.run import Interruption, Run, disk_errors, reading, whole_file
 from probing.teachers import Teacher
 from probing.teachers.gen import GenDecoder
 
@@ -161,11 +161,16 @@ def score_generation(run: Run, found: ScoreFile, images: ImageList, painter: Pai
     logger.info("features of the %d real images: %s", len(real), "from the cache" if cached else "computed and cached")
     if len(real) < ENOUGH_IMAGES:
         logger.warning("%d images: below %d a Fréchet distance is biased upwards", len(real), ENOUGH_IMAGES)
-    rows = summarise(run, {curve: load_file(file)["features"] for curve, file in files.items()}, real, painter, found)
+    rows = summarise(run, {curve: _features(file) for curve, file in files.items()}, real, painter, found)
     file = run.path / "scores" / f"{painter.extractor.metrics[0]}-{found.split}.json"
     with disk_errors(run.path):
         write_summaries(file, rows)
     return file
+
+
+def _features(file: Path) -> NDArray[np.float32]:
+    with reading(file, "remove it and evaluate again"):
+        return load_file(file)["features"]
 
 
 def require_images(number: int) -> None:

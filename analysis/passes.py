@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from analysis.scorers import Row, Scorer
@@ -242,7 +241,7 @@ class _Predictor:
         }
         ridged = "ridge" in selection.probes and arm in selection.controls and arm not in WITHOUT_RIDGE
         self.ridge = RidgeReadout.load(run.ridge(_trained(arm)), device) if ridged else RidgeReadout({})
-        self.means = {name: mean.to(device) for name, mean in load_file(run.means).items()}
+        self.means = run.mean_targets(device)
 
     def __call__(self, prepared: Prepared, tally: Tally) -> None:
         """Scores one batch."""

@@ -10,13 +10,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from analysis.depth_pairs import row_score, score_pairs
 from analysis.segmentation import class_counts, confusion, paper_iou
 from analysis.similarity import centred_cosine, flat_cosine, token_cosine
-from probing.data.coco import ImageList, Skipped, square
+from probing.data.coco import ImageList, Skipped, image_size, is_file, square
 from probing.data.da2k import Pair, read_pairs
 from probing.data.loader import Prepared
 from probing.data.panoptic import Panoptic, read_panoptic
@@ -142,7 +141,7 @@ class DepthPairs:
         if "depth" not in teachers:
             raise UserError("da2k needs the depth teacher, which this run was made without")
         found = {name: some for name, some in read_pairs(root).items() if some}
-        names = [name for name in found if (root / name).is_file()]
+        names = [name for name in found if is_file(root / name)]
         missing = [Skipped(name, "da2k", "missing") for name in found if name not in set(names)]
         if not names:
             raise UserError(f"none of the {len(found)} images that {root / 'annotations.json'} names is there")
@@ -151,9 +150,9 @@ class DepthPairs:
         sizes: dict[str, tuple[int, int]] = {}
         for name in names[:limit]:
             try:
-                with Image.open(root / name) as image:
-                    sizes[name] = (image.height, image.width)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+                width, height = image_size(root / name)
+                sizes[name] = (height, width)
+            except OSError:
                 continue  # the loader reads it again, and notes why it is left out
             for pair in found[name]:
                 if not pair.inside(*sizes[name]):

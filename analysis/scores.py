@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from analysis.depth_pairs import pair_accuracy
 from analysis.frechet import Jackknife
 from analysis.segmentation import mean_iou
 from analysis.statistics import Interval, Statistic, bootstrap, share_mean
-from probing.run import Run, whole_file, write_text
+from probing.errors import UserError
+from probing.run import Run, reading, whole_file, write_text
 
 COLUMNS = (
     *("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "split", "seed"),
@@ -34,6 +35,7 @@ STATISTICS: dict[tuple[str, str], Statistic] = {
     **{("lens_retrieval", lens): pair_accuracy for lens in ("final norm", "no norm")},
 }
 """How a metric and protocol follow from sums over images; the mean, where none is named here."""
+AGAIN = "remove it and evaluate again"
 AVERAGE = "mean"
 """What `results.csv` says in place of a layer for the mean over the probed layers 1 … L, as the paper's Table 8 has."""
 
@@ -89,14 +91,17 @@ class ScoreFile:
 
     @classmethod
     def read(cls, file: Path) -> "ScoreFile":
-        """Reads what `write` wrote."""
-        with safe_open(file, framework="np") as stored:
+        """Reads what `write` wrote; raises UserError where that is not what the file holds."""
+        with reading(file, AGAIN), safe_open(file, framework="np") as stored:
             rest = json.loads(stored.metadata()["pass"])
             tables: dict[str, Table] = {"image": {}, "sum": {}}
             for name in stored.keys():  # noqa: SIM118
                 kind, _, key = name.partition(":")
                 tables[kind][Curve.from_key(key)] = stored.get_tensor(name)
-        return cls(table=tables["image"], sums=tables["sum"], **rest)
+            found = cls(table=tables["image"], sums=tables["sum"], **rest)
+            if any(scores.shape[:1] != (len(found.names),) for scores in found.table.values()):
+                raise ValueError("a curve has not as many scores as there are images")
+        return found
 
     def write(self, file: Path) -> None:
         """Writes tensors `image:<curve>` and `sum:<curve>`; everything else goes to the metadata."""
@@ -118,7 +123,7 @@ def read_if_fits(file: Path, settings: str) -> ScoreFile | None:
     """A score file, if it is there, whole, and made with these settings."""
     try:
         found = ScoreFile.read(file)
-    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
+    except UserError:
         return None
     return found if found.settings == settings else None
 
@@ -163,13 +168,14 @@ def write_summaries(file: Path, rows: Sequence[Summary]) -> None:
 
 
 def read_summaries(file: Path) -> list[Summary]:
-    """The inverse of `write_summaries`."""
+    """The inverse of `write_summaries`; raises UserError where the file holds something else."""
     rows = []
-    for row in json.loads(file.read_text(encoding="utf-8")):
-        values = {**row, "curve": Curve.from_key(row["curve"]), "interval": Interval(**row["interval"])}
-        if row.get("distances"):
-            values["distances"] = Jackknife(**{name: np.array(array) for name, array in row["distances"].items()})
-        rows.append(Summary(**values))
+    with reading(file, AGAIN):
+        for row in json.loads(file.read_text(encoding="utf-8")):
+            values = {**row, "curve": Curve.from_key(row["curve"]), "interval": Interval(**row["interval"])}
+            if row.get("distances"):
+                values["distances"] = Jackknife(**{name: np.array(array) for name, array in row["distances"].items()})
+            rows.append(Summary(**values))
     return rows
 
 

@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 from probing.backbones.base import FINAL, Layer, layer_name
 from probing.errors import UserError
 from probing.resampler import Resampler, ResamplerConfig
+from probing.run import reading
+
+LOST = "put it back, or train the probes anew"
 
 
 @dataclass(frozen=True, order=True)
@@ -127,7 +130,8 @@ class ProbeBank:
             chosen = [layer for layer in wanted if layer in config["layers"]]
             if not chosen:
                 raise UserError(f"{folder / teacher} has no layer {layers}; it has {', '.join(config['layers'])}")
-            with safe_open(folder / teacher / "model.safetensors", framework="pt") as file:
+            weights = folder / teacher / "model.safetensors"
+            with reading(weights, LOST), safe_open(weights, framework="pt") as file:
                 for text in chosen:
                     for seed in config["seeds"]:
                         key = ProbeKey(teacher, text if text == FINAL else int(text), seed)
@@ -157,10 +161,13 @@ def bank_config(folder: Path, teacher: str) -> dict[str, Any]:
     try:
         config = json.loads((folder / teacher / "config.json").read_text(encoding="utf-8"))
         missing = {"resampler", "layers", "seeds", "keys"} - config.keys()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise UserError(f"no probes for {teacher!r} in {folder}; train them with: probing train") from None
     if missing:
         raise UserError(
             f"{folder / teacher / 'config.json'} is no probe bank's: {', '.join(sorted(missing))} is missing"
         )
+    for name, kind in (("resampler", dict), ("layers", list), ("seeds", list), ("keys", list)):
+        if not isinstance(config[name], kind):
+            raise UserError(f"{folder / teacher / 'config.json'} is no probe bank's: {name} is {config[name]!r}")
     return dict(config)

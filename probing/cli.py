@@ -75,8 +75,10 @@ def demo(preset: str, out: Path) -> None:
     """The whole story on the toy world, ending in a report."""
     _quiet_libraries()
     from probing.demo import run_demo
+    from probing.run import disk_errors
 
-    page = run_demo(preset, out)
+    with disk_errors(out):
+        page = run_demo(preset, out)
     click.echo(f"report: {page}")
 
 
@@ -169,21 +171,25 @@ def train(
     from probing.recipe import ProbeRunRecipe, apply_overrides, read_yaml, validate
 
     values: dict[str, Any] = read_yaml(recipe_file) if recipe_file else {}
+    for section in ("backbone", "data"):
+        if not isinstance(values.setdefault(section, {}), dict):
+            raise UserError(f"{recipe_file}: {section} is {values[section]!r} and not a section; see examples/")
     if checkpoint:
-        values.setdefault("backbone", {})["checkpoint"] = checkpoint
+        values["backbone"]["checkpoint"] = checkpoint
     if data:
-        values.setdefault("data", {})["path"] = data
+        values["data"]["path"] = data
     if target_cache:
         values.setdefault("data", {})["target_cache"] = target_cache
     if layers:
         values["layers"] = layers
     if controls:
-        values["controls"] = [*values.get("controls", ["shuffled"]), *controls]
+        there = values.get("controls", ["shuffled"])
+        values["controls"] = [*(there if isinstance(there, list) else [there]), *controls]
     if teacher_options or "teachers" not in values:
         values["teachers"] = _teacher_values(teacher_options or TEACHERS)
     apply_overrides(values, overrides)
     for section, field, option in (("backbone", "checkpoint", "--checkpoint"), ("data", "path", "--data")):
-        if field not in (values.get(section) or {}):
+        if field not in values[section]:
             raise UserError(f"no {section}.{field}; give {option} or --recipe")
     recipe = validate(ProbeRunRecipe, values, str(recipe_file or "command line")).with_absolute_paths()
     _quiet_libraries()

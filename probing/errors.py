@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The message says what is wrong, why, and what to type instead, in one line.
     """
+
+
+BROKEN = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What reading a file raises that holds something else than it should."""

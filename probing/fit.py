@@ -33,7 +33,7 @@ from probing.progress import Progress
 from probing.recipe import FitRecipe, ProbeRunRecipe
 from probing.resampler import ResamplerConfig
 from probing.ridge import RidgeKey, RidgeReadout, RidgeSums, place_states
-from probing.run import Interruption, disk_errors, whole_file
+from probing.run import Interruption, disk_errors, reading, whole_file
 from probing.target_cache import TargetCache
 from probing.teachers import Teacher
 
@@ -428,7 +428,8 @@ class Fit:
         if not self._state_file.exists():
             return
         # To the CPU first: processes without accelerator have devices such as cpu:0, which torch cannot load to.
-        state.restore(torch.load(self._state_file, map_location=lambda storage, _: storage, weights_only=True))
+        with reading(self._state_file, f"remove {self.folder} to train from the start"):
+            state.restore(torch.load(self._state_file, map_location=lambda storage, _: storage, weights_only=True))
         if not self.accelerator.is_main_process:  # the main process holds the sums of all
             state.ridge.clear()
             state.target_sums.clear()

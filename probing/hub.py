@@ -5,16 +5,21 @@ import json
 import os
 import pickle
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import probing.compat  # noqa: F401
-from probing.errors import UserError
+from probing.errors import BROKEN, UserError
 from probing.provenance import weights_hash
+from probing.recipe import local_path
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""What weights are called; shards are named by an index beside them."""
 
 
 def _looks_like_path(source: str) -> bool:
@@ -27,12 +32,14 @@ def locate(source: str, what: str) -> str:
     Raises:
         UserError: it looks like a path but there is no such folder, or the folder holds no model.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir():
         if not (path / "config.json").exists() and not (path / "model_index.json").exists():
             raise UserError(
                 f"no {what} in {source}: the folder has no config.json; give a folder made by save_pretrained"
             )
+        for stem in WEIGHTS:
+            _weight_map(str(path), stem)
         return str(path)
     if path.exists():
         raise UserError(f"no {what} at {source}: it is a file; give the folder that holds config.json")
@@ -97,14 +104,14 @@ def load_config(source: str, what: str, **kwargs: Any) -> Any:
 
     try:
         return AutoConfig.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except (*BROKEN, StrictDataclassError) as error:
         if "custom code" in str(error):
             raise UserError(
                 f"{what} {source} comes with code of its own, which was not run; read it, and to run it set "
                 "backbone.trust_remote_code=true"
             ) from None
         place = "" if Path(source).exists() else "there is no such folder, and as a Hub id "
-        raise UserError(f"{what} {source} cannot be read: {place}{first_line(error)}") from None
+        raise UserError(f"{what} {source} cannot be read: {place}{_said(error)}") from None
 
 
 @contextlib.contextmanager
@@ -121,8 +128,14 @@ def loading(what: str) -> Iterator[None]:
             f"{what} cannot be loaded: its weights are a pickle that holds more than tensors, which may run code; give "
             "it as safetensors"
         ) from None
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from None
+    except (*BROKEN, ImportError, RuntimeError, EOFError, MemoryError, SafetensorError, StrictDataclassError) as error:
+        raise UserError(f"{what} cannot be loaded: {_said(error)}") from None
+
+
+def _said(error: BaseException) -> str:
+    """What an error says; a configuration's own say what is wrong in the one that they come from."""
+    said = first_line((isinstance(error, StrictDataclassError) and error.__cause__) or error)
+    return f"{type(error).__name__}: {said}" if isinstance(error, TypeError | LookupError | AttributeError) else said
 
 
 def first_line(error: BaseException) -> str:
@@ -154,7 +167,7 @@ def read_json(source: str, name: str, revision: str | None = None) -> dict[str, 
     file = fetch(source, name, revision)
     try:
         values = json.loads(file.read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -176,14 +189,27 @@ def read_tensors(source: str, prefix: str, revision: str | None = None) -> Itera
                 yield from ((name, tensor) for name, tensor in whole.items() if name.startswith(prefix))
 
 
+def _weight_map(source: str, stem: str, revision: str | None = None) -> dict[str, str]:
+    """Tensor → shard, as the index of a model says; empty where there is none.
+
+    Raises:
+        UserError: it names files that do not lie beside it.
+    """
+    places = read_json(source, f"{stem}.index.json", revision).get("weight_map") or {}
+    for file in places.values() if isinstance(places, dict) else [places]:
+        if not isinstance(file, str) or not file or PurePosixPath(file).name != file or "\\" in file or file == "..":
+            raise UserError(f"{source}: {stem}.index.json names the shard {file!r}, no file beside it; mend the file")
+    return dict(places)
+
+
 def weight_files(source: str, revision: str | None = None, prefix: str = "") -> list[Path]:
     """The weight files of a model that hold tensors whose names begin with a prefix; safetensors are preferred.
 
     Raises:
         UserError: there are none, or a shard that the index names is missing.
     """
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        places = read_json(source, f"{stem}.index.json", revision).get("weight_map", {})
+    for stem in WEIGHTS:
+        places = _weight_map(source, stem, revision)
         names = sorted({file for tensor, file in places.items() if tensor.startswith(prefix)})
         if not places:
             names = [stem]

@@ -26,7 +26,7 @@ from probing.hub import locate, read_json, read_tensors
 from probing.progress import Progress
 from probing.recipe import ProbeRecipe, ProbeRunRecipe, apply_overrides, validate
 from probing.resampler import Resampler, ResamplerConfig
-from probing.run import Run, disk_errors, whole_file, whole_folder, write_text
+from probing.run import Run, disk_errors, reading, whole_file, whole_folder, write_text
 from probing.teachers import Teacher
 from probing.teachers.catalogue import CATALOGUE
 from probing.train import held_out_images, load_teachers, provenance_of, training_images, write_manifest
@@ -72,17 +72,16 @@ def find_probes(checkpoint: str) -> Found:
             "for a stage with embedding losses) nor probes in its configuration (probe_mode)"
         )
     configs = {teacher: bank_config(folder, teacher) for teacher in layers}
-    record = json.loads((folder.parent / "training.json").read_text(encoding="utf-8"))
-    stage = yaml.safe_load(record["recipe"])
-    return Found(
-        bank=ProbeBank.load(folder, torch.device("cpu")),
-        teachers={
-            name: {"id": config["teacher"]["id"]} | _grid(config["resampler"]) for name, config in configs.items()
-        },
-        trained_towards={n: (config["teacher"]["sha256"], config["teacher"]["shape"]) for n, config in configs.items()},
-        trained={name: stage[name] for name in ("epochs", "batch_size", "lr")} | {"steps": record["steps"]},
-        kind="predictors",
-    )
+    with reading(folder.parent, "give it as probing distill wrote it"):
+        record = json.loads((folder.parent / "training.json").read_text(encoding="utf-8"))
+        stage = yaml.safe_load(record["recipe"])
+        return Found(
+            bank=ProbeBank.load(folder, torch.device("cpu")),
+            teachers={n: {"id": config["teacher"]["id"]} | _grid(config["resampler"]) for n, config in configs.items()},
+            trained_towards={n: (c["teacher"]["sha256"], c["teacher"]["shape"]) for n, c in configs.items()},
+            trained={name: stage[name] for name in ("epochs", "batch_size", "lr")} | {"steps": record["steps"]},
+            kind="predictors",
+        )
 
 
 def _grid(resampler: dict[str, int]) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from probing.errors import UserError
+from probing.errors import BROKEN, UserError
 
 DEFAULT_PROMPT = "Describe the image in two lines."
 TOKEN_KINDS = ("system", "image", "tile", "newline", "gen", "depth", "seg", "text", "answer", "padding")
@@ -20,6 +20,8 @@ TOKEN_KINDS = ("system", "image", "tile", "newline", "gen", "depth", "seg", "tex
 
 TokenKind = Literal["system", "image", "tile", "newline", "gen", "depth", "seg", "text", "answer"]
 R = TypeVar("R", bound=BaseModel)
+NO_YAML = (yaml.YAMLError, *BROKEN)
+"""What the YAML reader raises; a date of the 13th month is a ValueError, for instance."""
 
 
 class Strict(BaseModel):
@@ -213,8 +215,23 @@ class ProbeRunRecipe(LayersRecipe):
 
 
 def _absolute(source: str) -> str:
-    path = Path(source).expanduser()
+    path = local_path(source)
     return str(path.resolve()) if path.exists() else source
+
+
+def local_path(source: str) -> Path:
+    """A path as a user types it.
+
+    Raises:
+        UserError: no file can be called that, or it is in the home of a user that there is not.
+    """
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        shown = source if len(source) < 80 else source[:80] + " …"
+        raise UserError(f"{shown!r} is no path ({getattr(error, 'strerror', None) or error}); mend it") from None
+    return path
 
 
 def _fields_of(model: type[BaseModel], location: Iterable[str | int]) -> list[str]:
@@ -253,9 +270,13 @@ def validate(model: type[R], values: Any, source: str) -> R:
         UserError: a field is unknown, missing, of the wrong type or contradicts another; the message names it.
     """
     try:
-        return model.model_validate(values)
+        recipe = model.model_validate(values)
+        dump_recipe(recipe).encode()
     except ValidationError as error:
         raise UserError(_explain(error, model, source)) from None
+    except BROKEN as error:
+        raise UserError(f"{source} holds what cannot be written down again: {error}; use plain values") from None
+    return recipe
 
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -282,7 +303,7 @@ def parse_scalar(text: str) -> Any:
     """Reads one value as YAML, and `1e-3` as the number that YAML 1.1 takes for a string."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except NO_YAML:
         return text
     if isinstance(value, str):
         try:
@@ -304,7 +325,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"no recipe at {path}; see examples/ for recipes to start from") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except NO_YAML as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         at = "" if line is None else f" (line {line + 1})"
         raise UserError(f"recipe {path} is not valid YAML{at}; mend it or start from one in examples/") from None
@@ -324,4 +345,8 @@ def load_recipe(model: type[R], path: Path, overrides: Iterable[str] = ()) -> R:
 
 def dump_recipe(recipe: BaseModel) -> str:
     """The resolved recipe as YAML, every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = recipe.model_dump(mode="json")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if any(mark in text for mark in "\x85\u2028\u2029"):  # line ends to YAML, which it would read back as others
+        return yaml.safe_dump(values, sort_keys=False)
+    return text

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from probing.backbones.base import FINAL, Layer, layer_name
+from probing.run import reading
 
 RidgeKey = tuple[str, Layer]
 """Teacher and layer."""
@@ -105,10 +106,11 @@ class RidgeReadout:
         """Reads what `save` wrote; empty where the folder does not exist."""
         maps: dict[RidgeKey, tuple[Tensor, Tensor]] = {}
         for path in sorted(folder.glob("*/model.safetensors")):
-            tensors = load_file(path, device=str(device))
-            for name in tensors:
-                text, _, leaf = name.removeprefix("layer_").partition(".")
-                if leaf == "weight":
-                    layer: Layer = text if text == FINAL else int(text)
-                    maps[path.parent.name, layer] = (tensors[name], tensors[f"layer_{text}.bias"])
+            with reading(path, "put it back, or train the probes anew"):
+                tensors = load_file(path, device=str(device))
+                for name in tensors:
+                    text, _, leaf = name.removeprefix("layer_").partition(".")
+                    if leaf == "weight":
+                        layer: Layer = text if text == FINAL else int(text)
+                        maps[path.parent.name, layer] = (tensors[name], tensors[f"layer_{text}.bias"])
         return cls(maps)

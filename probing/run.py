@@ -8,24 +8,32 @@ import contextlib
 import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from safetensors import SafetensorError
 
-from probing.errors import UserError
-from probing.recipe import ProbeRunRecipe, dump_recipe, validate
+from probing.errors import BROKEN, UserError
+from probing.recipe import ProbeRunRecipe, dump_recipe, read_yaml, validate
+
+if TYPE_CHECKING:
+    import torch
 
 SPEED_ONLY = ("fit.workers", "fit.save_minutes", "data.target_cache")
 """Fields that a resumed run may change: they do not move a number."""
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
+"""What the system says of a folder that is read-only, a file, or taken away."""
+
+LOST = "put it back, or make the run anew"
 
 
 def _sync(path: Path) -> None:
@@ -51,6 +59,16 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_left_overs(places: Iterable[Path], idle: float = 0.0) -> None:
+    """Removes temporary files and folders that nobody has touched for so many seconds."""
+    for place in list(places):
+        with contextlib.suppress(FileNotFoundError):
+            inside = [place, *place.rglob("*")] if place.is_dir() else [place]
+            if max(path.stat().st_mtime for path in inside) > time.time() - idle:
+                continue
+            shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,7 +113,7 @@ def disk_errors(where: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if any(_is_full_disk(link) for link in _chain(error)):
             raise UserError(f"no disk space left at {where}; free some and run the same command again") from None
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in (*UNWRITABLE, errno.ENAMETOOLONG):
             raise UserError(f"{where} cannot be written ({error}); choose another --out") from None
         raise
 
@@ -112,6 +130,35 @@ def _is_full_disk(error: BaseException) -> bool:
         return True
     # safetensors keeps the system's message, but not its number
     return isinstance(error, SafetensorError) and ("No space left" in str(error) or "File too large" in str(error))
+
+
+@contextlib.contextmanager
+def reading(file: Path, instead: str) -> Iterator[None]:
+    """Turns whatever a broken file makes the libraries raise into one line; nothing that a file holds is ever run.
+
+    Args:
+        file: is read in the block.
+        instead: what to do.
+
+    Raises:
+        UserError: in place of it.
+    """
+    try:
+        yield
+    except (*BROKEN, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        said = (str(error).strip().splitlines() or [""])[0][:200]
+        if isinstance(error, pickle.UnpicklingError):
+            said = "it is a pickle that holds more than tensors, which may run code"
+        raise UserError(f"{file} cannot be read ({type(error).__name__}: {said}); {instead}") from None
+
+
+def read_json(file: Path, instead: str) -> dict[str, Any]:
+    """Reads a JSON object that this program wrote; raises UserError as `reading` does."""
+    with reading(file, instead):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+        return values
 
 
 def require_space(where: Path, needed: int) -> None:
@@ -171,7 +218,7 @@ def is_alignment(path: Path) -> bool:
     """Whether a folder is a finished run of `probing align`, or a folder of them."""
     try:
         manifest = json.loads(((members(path) or [path])[0] / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and manifest.get("kind") == "alignment"
 
@@ -200,7 +247,7 @@ class Run:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; choose another --out")
         if saved.exists():
-            difference = _first_difference(yaml.safe_load(saved.read_text(encoding="utf-8")), yaml.safe_load(text))
+            difference = _first_difference(read_yaml(saved), yaml.safe_load(text))
             if difference:
                 raise UserError(f"{path} holds another run ({difference}); choose another --out, or remove it")
         elif path.exists() and any(p for p in path.iterdir() if not p.name.startswith(".")):
@@ -210,13 +257,13 @@ class Run:
                 write_text(saved, text)
         return cls(path, recipe)
 
-    def remove_left_overs(self) -> None:
-        """Removes what a killed process was writing; for one process alone, while no other writes."""
-        for left_over in list(self.path.rglob(".*.tmp")):
-            if left_over.is_dir():
-                shutil.rmtree(left_over, ignore_errors=True)
-            else:
-                left_over.unlink(missing_ok=True)
+    def remove_left_overs(self, idle: float = 0.0) -> None:
+        """Removes what a killed process was writing.
+
+        Args:
+            idle: only what nobody has touched for so many seconds: where other processes may be writing.
+        """
+        remove_left_overs(self.path.rglob(".*.tmp"), idle)
 
     @classmethod
     def open(cls, path: Path) -> "Run":
@@ -230,7 +277,7 @@ class Run:
             raise UserError(f"{path} is a run of probing align, which has no probes; its page: probing report {path}")
         if not saved.exists():
             raise UserError(f"no run at {path} (it has no recipe.yaml); make one with: probing train --out {path}")
-        recipe = validate(ProbeRunRecipe, yaml.safe_load(saved.read_text(encoding="utf-8")), str(saved))
+        recipe = validate(ProbeRunRecipe, read_yaml(saved), str(saved))
         run = cls(path, recipe)
         if not run.finished:
             raise UserError(
@@ -245,8 +292,8 @@ class Run:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the run was made of."""
-        return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        """What the run was made of; raises UserError where it cannot be read."""
+        return read_json(self.path / "manifest.json", LOST)
 
     def probes(self, control: str) -> Path:
         """Folder of the resamplers of a control (`no`, `shuffled`, `random`)."""
@@ -261,6 +308,13 @@ class Run:
         """File of the training split's mean targets."""
         return self.path / "mean_targets.safetensors"
 
+    def mean_targets(self, device: "torch.device") -> dict[str, "torch.Tensor"]:
+        """The training split's mean target (N, D) per teacher; raises UserError where they cannot be read."""
+        from safetensors.torch import load_file
+
+        with reading(self.means, LOST):
+            return load_file(self.means, device=str(device))
+
 
 @dataclass(frozen=True)
 class AlignmentRun:
@@ -270,8 +324,8 @@ class AlignmentRun:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the run was made of."""
-        return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        """What the run was made of; raises UserError where it cannot be read."""
+        return read_json(self.path / "manifest.json", LOST)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from probing.data.coco import ImageList, list_images
 from probing.errors import UserError
 from probing.fit import Fit, summary
 from probing.provenance import made_of, versions
-from probing.recipe import DataRecipe, ProbeRunRecipe
+from probing.recipe import DataRecipe, ProbeRunRecipe, local_path
 from probing.resampler import Resampler, ResamplerConfig
-from probing.run import Run, disk_errors, require_space, whole_file, whole_folder, write_text
+from probing.run import Run, disk_errors, read_json, require_space, whole_file, whole_folder, write_text
 from probing.target_cache import TargetCache, open_caches
 from probing.teachers import Teacher, load_teacher
 
@@ -31,9 +31,12 @@ logger = logging.getLogger(__name__)
 RANDOM_WEIGHTS_SEED = 2412_09585
 """Seed of the random-weights control: no checkpoint's own initialisation."""
 
+ARMS = ("no", "random")
+"""Sets of backbone weights that probes are trained on: the checkpoint's own, and random ones."""
+
 
 def _images(data: DataRecipe, split: str, limit: int | None) -> ImageList:
-    images = list_images(Path(data.path.removeprefix("coco:")).expanduser(), split, limit)
+    images = list_images(local_path(data.path.removeprefix("coco:")), split, limit)
     if len(images) < 2:
         raise UserError(f"{split} has {len(images)} image; probes need at least 2")
     return images
@@ -111,21 +114,24 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
     backbone = arm_backbone(recipe, "no", accelerator.device)
     layers = parse_layers(recipe.layers, backbone.layers)
     teachers = load_teachers(recipe, accelerator.device)
-    if not (out / "manifest.json").exists():
-        require_space(out, bytes_needed(recipe, backbone, teachers, layers))
-    with accelerator.main_process_first():
+    with disk_errors(out), accelerator.main_process_first():
+        if not (out / "manifest.json").exists():
+            require_space(out, bytes_needed(recipe, backbone, teachers, layers))
         run = Run.create(out, recipe)
         if accelerator.is_main_process:
             run.remove_left_overs()
     if run.finished:
         logger.info("%s is finished already", out)
+        if accelerator.is_main_process:  # it may have been killed before it cleared up
+            for arm in ARMS:
+                shutil.rmtree(run.path / "state" / arm, ignore_errors=True)
         return run
     provenance = provenance_of(recipe, backbone.identity, teachers, train_images, eval_images)
     kept = caches_of(recipe, teachers, train_images, accelerator.process_index, accelerator.num_processes)
     accelerator.wait_for_everyone()
-    arms: list[tuple[str, list[str]]] = [("no", ["no", *(["shuffled"] if "shuffled" in recipe.controls else [])])]
+    arms: list[tuple[str, list[str]]] = [(ARMS[0], ["no", *(["shuffled"] if "shuffled" in recipe.controls else [])])]
     if "random" in recipe.controls:
-        arms.append(("random", ["random"]))
+        arms.append((ARMS[1], ["random"]))
     for arm, controls in arms:
         if _summary_file(run, arm).exists():
             continue
@@ -189,7 +195,7 @@ def _check_same_inputs(folder: Path, provenance: dict[str, Any], main: bool) -> 
         **{f"{name} teacher": [t["sha256"], t["shape"]] for name, t in provenance["teachers"].items()},
     }
     if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = read_json(file, f"remove {folder} to train from the start")
         for name, value in now.items():
             if before.get(name) != value:
                 detail = f" (target shape {before[name][1]} then, {value[1]} now)" if isinstance(value, list) else ""
@@ -227,7 +233,7 @@ def provenance_of(
 
 def _finish(run: Run, arms: list[str], provenance: dict[str, Any], train: ImageList, held_out: ImageList) -> None:
     """Writes learning curves and, last, the manifest; then the training state is no longer needed."""
-    summaries = [json.loads(_summary_file(run, arm).read_text(encoding="utf-8")) for arm in arms]
+    summaries = [read_json(_summary_file(run, arm), "remove it and type the same command again") for arm in arms]
     lines = ["control,teacher,layer,seed,step,loss"]
     convergence = []
     for one in summaries:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from probing.errors import UserError
-from probing.run import members
+from probing.run import LOST, members, read_json, reading
 from reports.curves import COLOURS, MARKERS, STYLE
-from reports.results import AVERAGE, FINAL, TITLES
+from reports.results import AVERAGE, FINAL, TITLES, read_results
 
 TOWER = "tower"
 """What `results.csv` calls the tokens before the projector."""
@@ -142,9 +142,9 @@ def load_alignments(paths: Sequence[Path]) -> list[AlignmentResults]:
         if not (path / "results.csv").exists():
             again = f"probing evaluate {path}" if runs else "the probing align that made it once more"
             raise UserError(f"{path} has no results; type {again}")
-        results = pd.read_csv(path / "results.csv", dtype={"layer": str, "seed": str}, keep_default_na=False)
+        results = read_results(path / "results.csv")
         first = (runs or [path])[0]
-        manifest = json.loads((first / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(first / "manifest.json", LOST)
         found.append((first, results, manifest | ({"runs": len(runs)} if runs else {})))
     names = [
         path.resolve().name if members(path) else manifest["checkpoint"]["name"]
@@ -266,21 +266,22 @@ def read_pictures(run: Path) -> list[PatchPicture]:
     source = run / "pictures" / "patches.json"
     if not source.exists():
         return []
-    whole = json.loads(source.read_text(encoding="utf-8"))
-    tensors = load_file(source.with_suffix(".safetensors"))
-    rows, columns = whole["grid"]
-    return [
-        PatchPicture(
-            name=entry["image"],
-            photograph=tensors[f"photograph.{number}"],
-            grid=(rows, columns),
-            labels=entry["labels"],
-            words=entry["words"],
-            sums=entry["sums"],
-            similarity={layer: tensors[f"similarity.{number}.{layer}"] for layer in whole["layers"]},
-        )
-        for number, entry in enumerate(whole["images"])
-    ]
+    with reading(source, "remove it and measure again"):
+        whole = json.loads(source.read_text(encoding="utf-8"))
+        tensors = load_file(source.with_suffix(".safetensors"))
+        rows, columns = whole["grid"]
+        return [
+            PatchPicture(
+                name=entry["image"],
+                photograph=tensors[f"photograph.{number}"],
+                grid=(rows, columns),
+                labels=entry["labels"],
+                words=entry["words"],
+                sums=entry["sums"],
+                similarity={layer: tensors[f"similarity.{number}.{layer}"] for layer in whole["layers"]},
+            )
+            for number, entry in enumerate(whole["images"])
+        ]
 
 
 def similarity_figure(picture: PatchPicture) -> Figure:

@@ -22,6 +22,7 @@ SHOWN = {"blank": ("shown grey", "_"), "other": ("shown another image", "+"), "c
 PROBES = {"resampler": "Perceiver resampler", "ridge": "ridge readout"}
 STYLE = {
     "font.size": 9,
+    "text.parse_math": False,  # a checkpoint may be called $x^2$
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

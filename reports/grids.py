@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from probing.run import reading
 from reports.curves import STYLE
 from reports.results import layer_rank
 
@@ -60,7 +61,7 @@ def read_grids(run: Path) -> list[Grid]:
     for teacher in ("depth", "seg", "gen"):
         for file in sorted((run / "pictures").glob(f"{teacher}-*.safetensors")):
             found: dict[tuple[str, str], dict[str, tuple[int, NDArray[Any]]]] = {}
-            with safe_open(file, framework="np") as stored:
+            with reading(file, "remove it and evaluate again"), safe_open(file, framework="np") as stored:
                 for key in stored.keys():  # noqa: SIM118
                     _, layer, probe, control, _, _, seed = key.partition(":")[2].split("/")
                     layers = found.setdefault((probe, control), {})

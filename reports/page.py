@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from probing.run import is_alignment, whole_file, write_text
+from probing.run import disk_errors, is_alignment, whole_file, write_text
 from reports.alignment import (
     ATTENTION,
     COMPRESSION,
@@ -76,8 +76,13 @@ def write_report(
         Path of the page.
 
     Raises:
-        UserError: a folder is no run, or has no results yet.
+        UserError: a folder is no run, or has no results yet, or the page cannot be written.
     """
+    with disk_errors(out):
+        return _write_report(runs, out, differences, statements)
+
+
+def _write_report(runs: Sequence[Path], out: Path, differences: pd.DataFrame | None, statements: Sequence[str]) -> Path:
     probed, aligned = [run for run in runs if not is_alignment(run)], [run for run in runs if is_alignment(run)]
     alignments = load_alignments(aligned) if aligned else []
     chapter = _chapter(alignments, out) if alignments else {}
@@ -91,12 +96,12 @@ def write_report(
         return page
     loaded = load_runs(probed)
     for metric, protocol in _measures(loaded):
-        _save(layer_figure(loaded, metric, protocol), out / "figures" / f"layers_{metric}_{protocol}")
+        _save(layer_figure(loaded, metric, protocol), out, f"layers_{metric}_{protocol}")
     grids = {}
     for run in loaded:
         suffix = "" if len(loaded) == 1 else f"_{_slug(run.label)}"
         if len(run.curves):
-            _save(learning_figure(run), out / "figures" / f"learning{suffix}")
+            _save(learning_figure(run), out, f"learning{suffix}")
         grids[run.label] = [_grid(grid, out / "figures", suffix) for grid in read_grids(run.path)]
     table = decoded_table(loaded)
     if table:
@@ -124,7 +129,7 @@ def _difference(differences: pd.DataFrame, metric: str, protocol: str, out: Path
     """One figure of differences, written and given to the page."""
     figure = difference_figure(differences, metric, protocol)
     source = _image(figure)
-    _save(figure, out / "figures" / f"differences_{metric}_{protocol}")
+    _save(figure, out, f"differences_{metric}_{protocol}")
     title = _title(metric_label(metric, protocol))
     return {"title": title, "src": source, "headline": (metric, protocol) == (METRIC, PROTOCOL)}
 
@@ -156,13 +161,15 @@ def _slug(text: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)
 
 
-def _save(figure: Figure, stem: Path) -> None:
-    stem.parent.mkdir(parents=True, exist_ok=True)
+def _save(figure: Figure, folder: Path, name: str) -> None:
+    """Writes a figure; what a table says in its name can be no path."""
+    place = folder / "figures"
+    place.mkdir(parents=True, exist_ok=True)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, not for every format again
-    figure.savefig(stem.with_suffix(".png"), dpi=160)
-    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
+    figure.savefig(place / f"{_slug(name)}.png", dpi=160)
+    figure.savefig(place / f"{_slug(name)}.svg", metadata={"Date": None})
+    figure.savefig(place / f"{_slug(name)}.pdf", metadata={"CreationDate": None})
 
 
 def _image(figure: Figure) -> str:
@@ -279,7 +286,7 @@ def _chapter(runs: list[AlignmentResults], out: Path) -> dict[str, Any]:
 
     def panel(figure: Figure, name: str, alt: str) -> dict[str, str]:
         source = _image(figure)
-        _save(figure, out / "figures" / name)
+        _save(figure, out, name)
         return {"src": source, "alt": alt}
 
     def part(title: str, text: str, measures: Sequence[Measure]) -> dict[str, Any]:

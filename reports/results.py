@@ -1,6 +1,5 @@
 """Reads what runs left behind: results, learning curves, manifest."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import pandas as pd
 
 from analysis.frechet import is_distance
 from probing.errors import UserError
-from probing.run import is_alignment, members
+from probing.run import LOST, is_alignment, members, read_json, reading
 
 TEACHERS = ("depth", "seg", "gen")
 TITLES = {"depth": "Depth", "seg": "Segmentation", "gen": "Generation"}
@@ -27,6 +26,8 @@ METRIC_LABELS = {
     ("fid", "strict"): "FID",
     ("kid", "strict"): "KID",
 }
+PLACE = ("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "split", "seed")
+"""Columns of `results.csv` that say what a number is of."""
 FRECHET, KERNEL = "frechet_", "kernel_"
 
 
@@ -36,7 +37,7 @@ def metric_label(metric: str, protocol: str) -> str:
         return f"Fréchet distance ({metric.removeprefix(FRECHET)} features)"
     if metric.startswith(KERNEL):
         return f"kernel distance ({metric.removeprefix(KERNEL)} features)"
-    return METRIC_LABELS[metric, protocol]
+    return METRIC_LABELS.get((metric, protocol), f"{metric}, {protocol}")
 
 
 def best_layer(curve: pd.DataFrame, metric: str) -> pd.Series:
@@ -151,7 +152,7 @@ def load_runs(paths: Sequence[Path]) -> list[RunResults]:
                 raise UserError(f"no finished run at {run}; make one with: probing train --out {run}")
         if not (path / "results.csv").exists():
             raise UserError(f"{path} has no results yet; type: probing evaluate {path}")
-        results = pd.read_csv(path / "results.csv", dtype={"layer": str, "seed": str}, keep_default_na=False)
+        results = read_results(path / "results.csv")
         found.append((path, results, _curves(runs or [path]), _manifest(runs or [path]), runs))
     names = [path.resolve().name if runs else manifest["checkpoint"]["name"] for path, *_, manifest, runs in found]
     labelled = []
@@ -161,9 +162,23 @@ def load_runs(paths: Sequence[Path]) -> list[RunResults]:
     return labelled
 
 
+def read_results(file: Path) -> pd.DataFrame:
+    """Reads a `results.csv`; raises UserError where the file is something else."""
+    text, numbers = dict.fromkeys(PLACE, str), dict.fromkeys(("value", "ci_low", "ci_high"), float)
+    with reading(file, "remove it and evaluate again"):
+        results = pd.read_csv(file, dtype=text | numbers, keep_default_na=False)
+        lacking = [name for name in (*text, *numbers, "n") if name not in results]
+        if lacking:
+            raise ValueError(f"there is no column {lacking[0]}")
+    return results
+
+
 def _curves(runs: Sequence[Path]) -> pd.DataFrame:
     """Learning curves of one run, or of several, whose number stands for the seed then."""
-    curves = [pd.read_csv(run / "learning_curves.csv", dtype={"layer": str}) for run in runs]
+    curves = []
+    for run in runs:
+        with reading(run / "learning_curves.csv", LOST):
+            curves.append(pd.read_csv(run / "learning_curves.csv", dtype={"layer": str}))
     if len(runs) == 1:
         return curves[0]
     return pd.concat([one.assign(seed=number) for number, one in enumerate(curves)])
@@ -171,7 +186,7 @@ def _curves(runs: Sequence[Path]) -> pd.DataFrame:
 
 def _manifest(runs: Sequence[Path]) -> dict[str, Any]:
     """What the first run was made of, with what was noticed while training any of them."""
-    manifests = [json.loads((run / "manifest.json").read_text(encoding="utf-8")) for run in runs]
+    manifests = [read_json(run / "manifest.json", LOST) for run in runs]
     if len(runs) == 1:
         return manifests[0]
     noticed = {key: [row for one in manifests for row in one[key]] for key in ("convergence", "skipped")}

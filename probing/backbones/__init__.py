@@ -7,7 +7,7 @@ import torch
 from probing.backbones import generic, llava, llava_next, llava_onevision, multi_encoder, original
 from probing.backbones.base import FINAL, Backbone, Batch, Identity, Layer, TokenMap, layer_name, parse_layers
 from probing.errors import UserError
-from probing.hub import identity, load_config, locate, read_json
+from probing.hub import identity, load_config, loading, locate, read_json
 from probing.recipe import BackboneRecipe
 
 __all__ = [
@@ -37,7 +37,8 @@ def _open(recipe: BackboneRecipe) -> tuple[str, Any, Any]:
     source = locate(recipe.checkpoint, "checkpoint")
     raw = read_json(source, "config.json", recipe.revision)
     if original.is_original(raw):
-        return source, original.read_config(raw, recipe), original
+        with loading(f"checkpoint {recipe.checkpoint}"):
+            return source, original.read_config(raw, recipe), original
     config = load_config(source, "checkpoint", revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -67,7 +68,8 @@ def load_backbone(
         UserError: there is no such checkpoint, it is of no known family, or it is incomplete.
     """
     source, config, family = _open(recipe)
-    backbone: Backbone = family.load(source, config, recipe, device, random_seed)
+    with loading(f"checkpoint {source}"):
+        backbone: Backbone = family.load(source, config, recipe, device, random_seed)
     if not with_head:
         backbone.head = None
     return backbone
@@ -82,7 +84,8 @@ def count_blocks(recipe: BackboneRecipe) -> int:
 def identify(recipe: BackboneRecipe) -> Identity:
     """Which checkpoint a recipe names; its weights are hashed, and not loaded."""
     source, config, family = _open(recipe)
-    inputs = family.make_inputs(source, config, recipe)
+    with loading(f"checkpoint {source}"):
+        inputs = family.make_inputs(source, config, recipe)
     text = config.get_text_config()
     return Identity(
         name=source.rstrip("/").rsplit("/", 1)[-1],
@@ -98,4 +101,5 @@ def identify(recipe: BackboneRecipe) -> Identity:
 def describe_checkpoint(recipe: BackboneRecipe) -> dict[str, Any]:
     """What a checkpoint is, from its configuration and processor, without its weights."""
     source, config, family = _open(recipe)
-    return {"checkpoint": recipe.checkpoint, **family.describe(config, family.make_inputs(source, config, recipe))}
+    with loading(f"checkpoint {source}"):
+        return {"checkpoint": recipe.checkpoint, **family.describe(config, family.make_inputs(source, config, recipe))}

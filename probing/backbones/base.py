@@ -47,7 +47,7 @@ def parse_layers(text: str, count: int) -> list[Layer]:
             chosen.update(range(count + 1))
         elif part == FINAL:
             final = True
-        elif first.isdecimal() and (last.isdecimal() if dash else True):
+        elif len(part) < 20 and first.isdecimal() and (last.isdecimal() if dash else True):
             start, stop = int(first), int(last or first)
             if start > stop:
                 raise UserError(f"layers {part!r} run backwards; write {stop}-{start}")
@@ -55,7 +55,9 @@ def parse_layers(text: str, count: int) -> list[Layer]:
                 raise UserError(f"layer {stop} is out of range: this checkpoint has layers 0 to {count}, and 'final'")
             chosen.update(range(start, stop + 1))
         else:
-            raise UserError(f"cannot read layers {part!r}; write 'all', '0,4,8-12' or 'final' (range 0 to {count})")
+            raise UserError(
+                f"cannot read layers {part[:40]!r}; write 'all', '0,4,8-12' or 'final' (range 0 to {count})"
+            )
     return [*sorted(chosen), *([FINAL] if final else [])]
 
 

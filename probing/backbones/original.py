@@ -8,7 +8,6 @@ model; here they become rows of the embedding table and entries of the vocabular
 """
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from probing.backbones.towers import ConvNextTower, convnext_of, stand_in
 from probing.chat import TEMPLATES, find_template
 from probing.errors import UserError
 from probing.hub import first_line, load_config, loading, pretrained, read_json, read_tensors
-from probing.recipe import BackboneRecipe
+from probing.recipe import BackboneRecipe, local_path
 
 LLMS: dict[str, Any] = {
     "llava": LlamaConfig,
@@ -76,7 +75,7 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def is_original(raw: dict[str, Any]) -> bool:
     """Whether a `config.json` is of the original format."""
-    return "mm_vision_tower" in raw or raw.get("model_type") in set(LLMS) - {"llava"}
+    return "mm_vision_tower" in raw or str(raw.get("model_type")) in set(LLMS) - {"llava"}
 
 
 def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig | LlavaNextConfig:
@@ -93,7 +92,7 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig | Ll
     Raises:
         UserError: the checkpoint is of a kind that is not supported.
     """
-    kind = raw.get("model_type", "")
+    kind = str(raw.get("model_type", ""))
     if kind not in LLMS:
         raise UserError(f"{recipe.checkpoint} is an original LLaVA of model type {kind!r}; known are {', '.join(LLMS)}")
     projector, aspect = raw.get("mm_projector_type", "linear"), raw.get("image_aspect_ratio", "square")
@@ -148,13 +147,13 @@ def _tower(raw: dict[str, Any], recipe: BackboneRecipe) -> tuple[str, Any, str |
     """Where the tower comes from, its configuration, and the architecture of a ConvNeXt; a path is only a hint."""
     hint = str(recipe.vision_tower or raw.get("mm_vision_tower") or "")
     name = hint.rstrip("/").rsplit("/", 1)[-1]
-    if not Path(hint).expanduser().is_dir() and name in TOWERS:
+    if not local_path(hint).is_dir() and name in TOWERS:
         source, values = TOWERS[name]
         return source, CLIPVisionConfig(**values), None
-    convnext = convnext_of(name, read_json(hint, "config.json") if Path(hint).expanduser().is_dir() else {})
+    convnext = convnext_of(name, read_json(hint, "config.json") if local_path(hint).is_dir() else {})
     if convnext:
         return hint, stand_in(*convnext), convnext[0]
-    if not hint or (not Path(hint).expanduser().is_dir() and hint.startswith(("/", ".", "~"))):
+    if not hint or (not local_path(hint).is_dir() and hint.startswith(("/", ".", "~"))):
         raise UserError(
             f"{recipe.checkpoint} names the vision tower {hint!r}, which cannot be found; give it: "
             "backbone.vision_tower=FOLDER_OR_HUB_ID"

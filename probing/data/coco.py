@@ -1,19 +1,23 @@
 """Images of a folder in COCO's official layout."""
 
+import contextlib
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from probing.errors import UserError
+from probing.errors import BROKEN, UserError
 
 logger = logging.getLogger(__name__)
 
 ANNOTATION_KINDS = ("captions", "instances", "panoptic")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What a file may hold, whatever it is called; Pillow would hand others, such as PostScript, to other programs."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,34 @@ class ImageList:
         Raises:
             OSError: the file is corrupt or unreadable.
         """
-        try:
-            with Image.open(self.folder / self.names[index]) as image:
-                return image.convert("RGB")
-        except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise OSError(str(error)) from None  # how Pillow reports broken PNGs and absurd sizes
+        return read_image(self.folder / self.names[index])
+
+
+def read_image(path: Path) -> Image.Image:
+    """One image file as RGB.
+
+    Raises:
+        OSError: the file is missing, no image, corrupt, or of an absurd size.
+    """
+    with _opened(path) as image:
+        return image.convert("RGB")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image file, whose pixels are not read; raises OSError as `read_image` does."""
+    with _opened(path) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - Pillow's readers raise whatever they stumble over
+        raise OSError(f"{type(error).__name__}: {error}") from None
 
 
 def _safe_name(name: object, source: Path) -> str:
@@ -78,7 +105,7 @@ def _listed_images(source: Path) -> dict[str, int]:
     try:
         entries = json.loads(source.read_text(encoding="utf-8"))["images"]
         return {_safe_name(entry["file_name"], source): int(entry["id"]) for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except BROKEN as error:
         raise UserError(
             f"{source} is not an annotation file of COCO ({type(error).__name__}: {error}); download it again"
         ) from None
@@ -114,7 +141,7 @@ def list_images(root: Path, split: str, limit: int | None = None) -> ImageList:
     for source in found:
         listed |= _listed_images(source)
     ordered = sorted(listed, key=lambda name: (listed[name], name))
-    names = [name for name in ordered if name in present or (folder / name).is_file()]
+    names = [name for name in ordered if name in present or is_file(folder / name)]
     kept = set(names)
     missing = [name for name in ordered if name not in kept]
     unlisted = len(present - kept)
@@ -128,6 +155,14 @@ def list_images(root: Path, split: str, limit: int | None = None) -> ImageList:
         logger.warning("%s: %d image files are in no annotation file and are not used", split, unlisted)
     skipped = [Skipped(name, split, "missing") for name in missing]
     return ImageList(folder, split, names[:limit], skipped, unlisted)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; no where its name is one that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def square(image: Image.Image, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from probing.chat import TAG, render
-from probing.data.coco import square
+from probing.data.coco import is_file, read_image, square
 from probing.data.loader import Kept
 from probing.data.patch_words import PatchWords
-from probing.errors import UserError
+from probing.errors import BROKEN, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def _parse(entry: Any, where: str) -> Conversation:
         listed = entry.get("image") or []
         images = tuple([listed] if isinstance(listed, str) else listed)
         turns = [(ROLES[turn["from"]], turn["value"]) for turn in entry["conversations"]]
-    except (AttributeError, KeyError, TypeError) as error:
+    except BROKEN as error:
         raise UserError(f"{where} is no LLaVA conversation ({type(error).__name__}: {error})") from None
     if not all(isinstance(text, str) for _, text in turns):
         raise UserError(f"{where} has a turn whose value is not text")
@@ -69,6 +69,10 @@ def _parse(entry: Any, where: str) -> Conversation:
         path = PurePosixPath(str(image))
         if not isinstance(image, str) or path.is_absolute() or ".." in path.parts or "\\" in image:
             raise UserError(f"{where} names the image {image!r}, which is not a plain path below the image root")
+    try:
+        "".join([*images, *(text for _, text in turns)]).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half a character (a surrogate), which is not text") from None
     roles = [role for role, _ in turns]
     if len(turns) < 2 or roles != ["user", "assistant"] * (len(turns) // 2):
         raise UserError(f"{where}: turns must go human, gpt, human, gpt …, and end with gpt")
@@ -101,7 +105,7 @@ def read_conversations(path: Path, limit: int | None = None) -> list[Conversatio
             entries = json.loads(text)
     except FileNotFoundError:
         raise UserError(f"no conversation file at {path}; set data.conversations") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} holds no list of conversations")
@@ -123,7 +127,7 @@ def require_some_image(conversations: list[Conversation], image_root: Path, look
         raise UserError(f"no such image folder: {image_root}; set data.image_root")
     names = [name for conversation in conversations for name in conversation.images]
     some = names[:: max(1, len(names) // looked_for)][:looked_for]
-    if some and not any((image_root / name).is_file() for name in some):
+    if some and not any(is_file(image_root / name) for name in some):
         raise UserError(
             f"none of {len(some)} images looked for is in {image_root}, first {some[0]}; set data.image_root"
         )
@@ -335,12 +339,12 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         images, sizes = [], []
         for name in conversation.images:
             try:
-                with Image.open(self.image_root / name) as image:
-                    sizes.append(image.size)
-                    images.append(square(image.convert("RGB")) if self.squared else image.convert("RGB"))
+                image = read_image(self.image_root / name)
+                sizes.append(image.size)
+                images.append(square(image) if self.squared else image)
             except FileNotFoundError:
                 return {"skipped": f"{name}: missing"}
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            except OSError as error:
                 # without the image root, so that the note means the same elsewhere
                 reason = str(error).replace(f"{self.image_root}/", "")
                 return {"skipped": f"{name}: {reason.splitlines()[0][:120] if reason else 'corrupt'}"}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from probing.errors import UserError
+from probing.errors import BROKEN, UserError
 
 Point = tuple[int, int]
 
@@ -40,7 +40,7 @@ def read_pairs(root: Path) -> dict[str, list[Pair]]:
     try:
         entries: dict[str, list[dict[str, Any]]] = json.loads(source.read_text(encoding="utf-8"))
         return {_plain(name, source): [_pair(entry) for entry in pairs] for name, pairs in entries.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except BROKEN as error:
         raise UserError(
             f"{source} is not an annotation file of DA-2K ({type(error).__name__}: {error}); download it again"
         ) from None

@@ -9,8 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as rle
 
-from probing.data.panoptic import UNLABELED, Panoptic, read_panoptic
-from probing.errors import UserError
+from probing.data.panoptic import UNLABELED, Panoptic, read_classes, read_panoptic, require_few
+from probing.errors import BROKEN, UserError
+
+LARGEST = 2**27
+"""Most pixels of a label map."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,61 @@ class Instances:
             OSError: an outline is broken.
         """
         rows, columns = self.sizes[image]
+        if rows < 1 or columns < 1 or rows * columns > LARGEST:
+            raise OSError(f"its annotated size is {columns} x {rows} pixels")
         found = np.full((rows, columns), UNLABELED, dtype=np.uint8)
         for number, outline in self.objects.get(image, []):
             try:
-                encoded = outline
                 if isinstance(outline, list):
-                    encoded = rle.merge(rle.frPyObjects(outline, rows, columns))
-                elif isinstance(outline["counts"], list):
-                    encoded = rle.frPyObjects(outline, rows, columns)
-                inside = rle.decode(encoded).astype(bool)
+                    _require_near(outline, max(rows, columns))
+                    inside = rle.decode(rle.merge(rle.frPyObjects(outline, rows, columns))).astype(bool)
+                else:
+                    inside = _mask(outline, rows, columns)
                 found[inside] = number
-            except (TypeError, ValueError, KeyError, IndexError) as error:
+            except BROKEN as error:
                 raise OSError(f"broken outline of a {self.names[number]}: {error}") from None
         return found
+
+
+def _require_near(polygons: list[Any], side: int) -> None:
+    """Raises ValueError where a point is far outside the image: pycocotools would draw all the way to it."""
+    for polygon in map(np.asarray, polygons):
+        if polygon.ndim != 1 or polygon.size < 4 or polygon.dtype.kind not in "iuf":
+            raise ValueError("a polygon is no list of four numbers or more")
+        if not (np.abs(polygon) <= 4 * side).all():
+            raise ValueError("a point is far outside the image")
+
+
+def _mask(outline: dict[str, Any], rows: int, columns: int) -> NDArray[np.bool_]:
+    """A mask from its runs, outside and inside in turn, down the columns; raises ValueError where they do not fit.
+
+    Not by pycocotools, which writes beyond its memory where compressed runs are broken.
+    """
+    runs = outline["counts"]
+    runs = np.asarray(_uncompressed(runs) if isinstance(runs, str) else runs)
+    if runs.dtype.kind != "i" or runs.ndim != 1 or runs.min() < 0 or runs.sum() != rows * columns:
+        raise ValueError("the runs of its mask do not fill the image")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(columns, rows).T
+
+
+def _uncompressed(text: str) -> list[int]:
+    """COCO's compressed runs: five bits a character, least first, and from the third on the difference of every second.
+
+    See `rleFrString` in pycocotools.
+    """
+    runs: list[int] = []
+    number = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            number -= 1 << shift
+        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+        number = shift = 0
+    return runs
 
 
 def read_instances(root: Path, split: str) -> Instances:
@@ -58,8 +103,7 @@ def read_instances(root: Path, split: str) -> Instances:
     source = root / "annotations" / f"instances_{split}.json"
     try:
         whole: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
-        categories = sorted(whole["categories"], key=lambda category: category["id"])
-        number = {category["id"]: index for index, category in enumerate(categories)}
+        names, number = read_classes(whole)
         files = {image["id"]: image["file_name"] for image in whole["images"]}
         sizes = {image["file_name"]: (int(image["height"]), int(image["width"])) for image in whole["images"]}
         objects: dict[str, list[tuple[int, Any]]] = {}
@@ -67,13 +111,12 @@ def read_instances(root: Path, split: str) -> Instances:
             objects.setdefault(files[entry["image_id"]], []).append(
                 (number[entry["category_id"]], entry["segmentation"])
             )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except BROKEN as error:
         raise UserError(
             f"{source} is not an instance annotation file of COCO ({type(error).__name__}: {error}); download it again"
         ) from None
-    if len(categories) >= UNLABELED:
-        raise UserError(f"{source} has {len(categories)} categories; at most {UNLABELED - 1} are supported")
-    return Instances([category["name"] for category in categories], sizes, objects)
+    require_few(names, source)
+    return Instances(names, sizes, objects)
 
 
 def read_label_maps(root: Path, split: str) -> Panoptic | Instances:

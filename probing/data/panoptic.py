@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from probing.errors import UserError
+from probing.data.coco import read_image
+from probing.errors import BROKEN, UserError
 
 UNLABELED = 255
 """Label of pixels that belong to no segment."""
@@ -36,11 +36,7 @@ class Panoptic:
             OSError: the PNG is missing or corrupt.
         """
         png, classes = self.segments[image]
-        try:
-            with Image.open(self.folder / png) as picture:
-                colours = np.asarray(picture.convert("RGB"), dtype=np.int64)
-        except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise OSError(str(error)) from None
+        colours = np.asarray(read_image(self.folder / png), dtype=np.int64)
         ids, places = np.unique(colours @ np.array([1, 256, 65536]), return_inverse=True)
         table = np.array([classes.get(int(identity), UNLABELED) for identity in ids], dtype=np.uint8)
         return table[places].reshape(colours.shape[:2])
@@ -61,8 +57,7 @@ def read_panoptic(root: Path, split: str) -> Panoptic:
             )
     try:
         whole: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
-        categories = sorted(whole["categories"], key=lambda category: category["id"])
-        number = {category["id"]: index for index, category in enumerate(categories)}
+        names, number = read_classes(whole)
         files = {image["id"]: image["file_name"] for image in whole["images"]}
         segments = {
             files[entry["image_id"]]: (
@@ -71,16 +66,30 @@ def read_panoptic(root: Path, split: str) -> Panoptic:
             )
             for entry in whole["annotations"]
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except BROKEN as error:
         raise UserError(
             f"{source} is not a panoptic annotation file of COCO ({type(error).__name__}: {error}); download it again"
         ) from None
-    if len(categories) >= UNLABELED:
-        raise UserError(f"{source} has {len(categories)} categories; at most {UNLABELED - 1} are supported")
-    return Panoptic(folder, [category["name"] for category in categories], segments)
+    require_few(names, source)
+    return Panoptic(folder, names, segments)
+
+
+def read_classes(whole: dict[str, Any]) -> tuple[list[str], dict[int, int]]:
+    """Names of the classes of an annotation file in the order of their ids, and the place of each id in it."""
+    categories = sorted(whole["categories"], key=lambda category: category["id"])
+    for category in categories:
+        if not isinstance(category["name"], str):
+            raise TypeError(f"the category {category['id']} is called {category['name']!r}")
+    return [category["name"] for category in categories], {c["id"]: index for index, c in enumerate(categories)}
+
+
+def require_few(names: list[str], source: Path) -> None:
+    """Raises UserError where there are more classes than a label map has numbers for."""
+    if len(names) >= UNLABELED:
+        raise UserError(f"{source} has {len(names)} categories; at most {UNLABELED - 1} are supported")
 
 
 def _plain(name: str, source: Path) -> str:
-    if len(PurePosixPath(name).parts) != 1 or "\\" in name or name == "..":
+    if not name or PurePosixPath(name).name != name or "\\" in name or name == "..":
         raise UserError(f"{source} names the file {name!r}, which is not a plain file name; mend the file")
     return name

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from probing.data.coco import square
+from probing.data.coco import image_size, square
 from probing.data.instances import Instances, read_label_maps
 from probing.data.panoptic import UNLABELED, Panoptic
 from probing.data.patch_labels import patch_labels, patch_shares, plain_name, word_numbers
@@ -170,9 +170,8 @@ class PatchWords:
         reasons = []
         for name in there[:: max(1, len(there) // looked_for)][:looked_for]:
             try:
-                with Image.open(self.annotations.image_root / name) as image:
-                    size = image.size
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+                size = image_size(self.annotations.image_root / name)
+            except OSError:
                 continue  # named when its turn comes
             try:
                 self(name, size)

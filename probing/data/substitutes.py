@@ -15,7 +15,7 @@ from PIL import Image
 from probing.backbones.base import Batch, TokenMap, token_kinds
 from probing.chat import render
 from probing.data.coco import ImageList
-from probing.errors import UserError
+from probing.errors import BROKEN, UserError
 from probing.recipe import BackboneRecipe
 
 SUBSTITUTES = ("blank", "other", "caption")
@@ -103,7 +103,7 @@ def read_captions(root: Path, split: str) -> dict[str, str]:
         found: dict[str, str] = {}
         for entry in whole["annotations"]:
             found.setdefault(files[entry["image_id"]], str(entry["caption"]).strip())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except BROKEN as error:
         raise UserError(
             f"no captions in {source} ({type(error).__name__}); the control `caption` needs COCO's captions of {split}"
         ) from None

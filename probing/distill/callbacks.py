@@ -13,17 +13,27 @@ from probing.progress import Progress
 from probing.run import Interruption
 
 
+class AllStepsTaken(Exception):
+    """The saved state is that after the last step; the Trainer would take one more."""
+
+
 class Watch(TrainerCallback):
     """Saves and stops after the step in which the user asks for it; logs the last step whatever its number.
 
     Raises:
         UserError: every loss so far is exactly zero: no conversation had anything to learn from.
+        AllStepsTaken: there is nothing left to do; weights and state are loaded.
     """
 
     def __init__(self, interruption: Interruption) -> None:
         self.interruption = interruption
         self.stopped = False
         self.learned = False
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Looks whether the stage was interrupted behind its last step."""
+        if state.global_step >= state.max_steps:
+            raise AllStepsTaken
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stops all processes after the same step."""

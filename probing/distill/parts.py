@@ -33,6 +33,7 @@ from probing.distill.tokens import add_special_tokens
 from probing.distill.trainee import Trainee
 from probing.errors import UserError
 from probing.hub import first_line, load_config, locate, pretrained, read_json
+from probing.recipe import local_path
 from probing.teachers import Teacher, load_teacher
 
 logger = logging.getLogger(__name__)
@@ -84,11 +85,11 @@ def open_start(recipe: DistillRecipe) -> Start:
     Raises:
         UserError: they cannot be used.
     """
-    conversations = read_conversations(Path(recipe.data.conversations), recipe.data.limit)
-    root, annotations = Path(recipe.data.image_root), None
+    conversations = read_conversations(local_path(recipe.data.conversations), recipe.data.limit)
+    root, annotations = local_path(recipe.data.image_root), None
     require_some_image(conversations, root)
     if recipe.patches is not None:
-        annotated = Path(recipe.patches.annotations.removeprefix("coco:")).expanduser()
+        annotated = local_path(recipe.patches.annotations.removeprefix("coco:"))
         annotations = read_annotations(annotated, root, images_of(conversations))
     source = locate(recipe.checkpoint, "checkpoint")
     if original.is_original(read_json(source, "config.json", recipe.revision)):
@@ -179,7 +180,13 @@ def put_together(recipe: DistillRecipe, start: Start, device: torch.device) -> P
     )
     prepare = {name: teacher.prepare for name, teacher in teachers.items()}
     samples = ConversationDataset(
-        start.conversations, Path(recipe.data.image_root), encoder, squared, prepare, encoders is not None, labeller
+        start.conversations,
+        local_path(recipe.data.image_root),
+        encoder,
+        squared,
+        prepare,
+        encoders is not None,
+        labeller,
     )
     pad = functools.partial(collate, pad_id=processor.tokenizer.pad_token_id)
     return Parts(trainee.to(place), processor, config, teachers, encoder, samples, pad)

@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 import difflib
+import glob
 import json
 import logging
 import math
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ import probing.compat  # noqa: F401  # isort: skip
 from transformers import PrinterCallback, Trainer
 
 from probing.backbones import multi_encoder
-from probing.data.coco import ImageList
+from probing.data.coco import ImageList, is_file
 from probing.data.conversations import KeptFeatures
-from probing.distill.callbacks import Bar, Losses, Watch
+from probing.distill.callbacks import AllStepsTaken, Bar, Losses, Watch
 from probing.distill.notes import Notes
 from probing.distill.parts import images_of, open_start, put_together
 from probing.distill.patches import attach_pairs
@@ -31,8 +33,8 @@ from probing.distill.trainee import Trainee
 from probing.errors import UserError
 from probing.hub import first_line, identity
 from probing.provenance import versions
-from probing.recipe import dump_recipe, validate
-from probing.run import Interruption, disk_errors, whole_folder, write_text
+from probing.recipe import dump_recipe, local_path, validate
+from probing.run import Interruption, disk_errors, remove_left_overs, whole_folder, write_text
 from probing.target_cache import open_caches
 from probing.teachers import Teacher
 
@@ -103,8 +105,12 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved.
     """
     work = out.parent / f"{out.name}.training"
-    if _is_finished(recipe, out):
+    with disk_errors(out):
+        finished = _is_finished(recipe, out)
+    if finished:
         logger.warning("%s is finished already", out)
+        if int(os.environ.get("RANK", "0")) == 0:  # it may have been killed before it cleared up
+            shutil.rmtree(work, ignore_errors=True)
         return out
     if _last_state(work):
         _require_same(recipe, work / "recipe.yaml")
@@ -113,6 +119,7 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
     parts = put_together(recipe, start, arguments.device)
     with disk_errors(work), arguments.main_process_first():
         if arguments.process_index == 0:
+            remove_left_overs(out.parent.glob(f".{glob.escape(out.name)}.*.tmp"))
             if not _last_state(work):  # what never reached a saved state tells nothing
                 shutil.rmtree(work, ignore_errors=True)
             write_text(work / "recipe.yaml", dump_recipe(recipe))
@@ -133,7 +140,16 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             trainer.remove_callback(PrinterCallback)
         except ValueError as error:
             raise UserError(f"{REFUSED}: {first_line(error)}; see its section `trainer`") from None
-        result = trainer.train(resume_from_checkpoint=_last_state(work))
+        saved = _last_state(work)
+        try:
+            trainer.train(resume_from_checkpoint=saved)
+        except AllStepsTaken:
+            logger.info("all steps were taken already")
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"the saved state {saved} is a pickle that holds more than tensors, which may run code; remove {work} "
+                "to train from the start"
+            ) from None
     if watch.stopped:
         trainer.accelerator.wait_for_everyone()  # a launcher stops the others as soon as one has ended
         raise KeyboardInterrupt
@@ -155,7 +171,7 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             "recipe": dump_recipe(recipe),
             "started_from": identity(start.source, start.config),
             "stage": recipe.stage,
-            "steps": result.global_step,
+            "steps": trainer.state.global_step,
             "final_loss": losses[-1],
             "log": trainer.state.log_history,
             "conversations": len(start.conversations),
@@ -186,8 +202,8 @@ def _kept_features(
     """What teachers make of the images, kept on disk, where the recipe asks for it and there is room."""
     if recipe.target_cache == "off":
         return None
-    root = Path(recipe.data.image_root)
-    images = ImageList(root, "conversations", [name for name in shown if (root / name).is_file()])
+    root = local_path(recipe.data.image_root)
+    images = ImageList(root, "conversations", [name for name in shown if is_file(root / name)])
     caches = open_caches(
         recipe.target_cache, recipe.target_cache_dtype, teachers, images, recipe.view, recipe.micro_batch,
         recipe.workers, arguments.process_index, arguments.world_size,

@@ -1,5 +1,6 @@
 """Pages and figures from synthetic results: what is drawn and said must be what the table holds."""
 
+import base64
 import json
 import re
 
@@ -280,3 +281,79 @@ def test_grids_have_a_row_per_layer_below_photograph_and_teacher(tmp_path):
     assert {f.name for f in (tmp_path / "report" / "figures").glob("grid_*")} == {
         f"grid_{teacher}_resampler.png" for teacher in ("depth", "seg", "gen")
     }
+
+
+def keep_one_curve(run, **names):
+    """Drawing is slow, and every curve is drawn in the same way."""
+    results = pd.read_csv(run / "results.csv", keep_default_na=False)
+    few = results[(results["teacher"] == "seg") & (results["metric"] == "cosine_centred")]
+    few.assign(**names).to_csv(run / "results.csv", index=False)
+
+
+def markup(page):
+    """A page without its own embedded figures, and the text of those."""
+    figures = [base64.b64decode(text).decode() for text in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
+    return re.sub(r"base64,[^\"]+", "", page), figures
+
+
+def test_names_are_text_wherever_they_come_from(tmp_path):
+    """Of checkpoints, files, classes, teachers and prompts: neither markup nor formulas."""
+    name = 'x"><script>alert(1)</script>$\\frac{$ &amp; --> 1.5'
+    run = make_run(tmp_path / "run", name=name, layers=1)
+    other = make_run(tmp_path / "other", name=name.replace("1.5", "1.6"), layers=1)
+    for path in (run, other):
+        keep_one_curve(path)
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["skipped"] = [{"image": f"{name}.jpg", "split": name, "reason": name}]
+    manifest |= {"prompt": name, "versions": {name: name}}
+    manifest["checkpoint"] |= {"path": name, "family": name, "sha256": name}
+    manifest["data"] |= {"path": name, "view": name}
+    for teacher in manifest["teachers"].values():
+        teacher |= {"id": name, "class": name, "licence": name}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    pictures(run, "seg", (16, 16), np.uint8, ["0"])
+    (run / "pictures" / "classes.json").write_text(json.dumps([name] * 5))
+    page, figures = markup(write_report([run, other], tmp_path / "report").read_text())
+    assert page.count("alert(1)") > 10 and figures
+    for text in (page, *figures, *(file.read_text() for file in (tmp_path / "report" / "figures").glob("*.svg"))):
+        assert "<script" not in text and "1)</script" not in text
+        assert text.count("-->") == text.count("<!--")
+    learning = sorted(file.name for file in (tmp_path / "report" / "figures").glob("learning*.png"))
+    assert len(learning) == 2 and all(re.fullmatch(r"[\w.-]+", file) for file in learning)
+
+
+def test_what_a_table_calls_a_metric_is_no_path(tmp_path):
+    run = make_run(tmp_path / "run", layers=1)
+    keep_one_curve(run, metric="frechet_../../../../outside", protocol="../../strict")
+    write_report([run], tmp_path / "a" / "report")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "run"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["report"]
+    assert not any(path.is_dir() for path in (tmp_path / "a" / "report" / "figures").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("results.csv", "", r"results\.csv cannot be read .*; remove it and evaluate again"),
+        ("results.csv", "teacher,layer\n1,2\n", "no column checkpoint"),
+        ("results.csv", '"', r"results\.csv cannot be read"),
+        ("learning_curves.csv", "", r"learning_curves\.csv cannot be read"),
+        ("manifest.json", "{", r"manifest\.json cannot be read"),
+        ("manifest.json", "[" * 100_000, r"manifest\.json cannot be read"),
+        ("manifest.json", "[]", r"manifest\.json cannot be read"),
+    ],
+)
+def test_files_of_a_run_that_are_broken(tmp_path, name, text, message):
+    run = make_run(tmp_path / "run", layers=1)
+    (run / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        write_report([run], tmp_path / "report")
+
+
+def test_pictures_that_are_broken(tmp_path):
+    run = make_run(tmp_path / "run", layers=1)
+    pictures(run, "gen", (16, 16, 3), np.uint8, ["0"])
+    file = run / "pictures" / "gen-val2017.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(UserError, match=r"gen-val2017\.safetensors cannot be read"):
+        read_grids(run)

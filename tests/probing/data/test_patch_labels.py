@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pycocotools import mask
 from pycocotools.coco import COCO
 
-from probing.data.instances import read_instances, read_label_maps
+from probing.data.instances import Instances, read_instances, read_label_maps
 from probing.data.panoptic import UNLABELED
 from probing.data.patch_labels import patch_labels, patch_shares, plain_name
 from probing.errors import UserError
@@ -91,3 +92,13 @@ def test_real_coco_agrees_with_pycocotools():
         allowed[-1] = ~allowed[:-1].any(axis=0)
         kind = np.minimum(labels, len(number))
         assert np.take_along_axis(allowed, kind[None].astype(int), axis=0).all()
+
+
+def test_compressed_runs_are_those_of_pycocotools():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        inside = rng.random(rng.integers(1, 90, 2)) < rng.random()
+        packed = mask.encode(np.asfortranarray(inside, dtype=np.uint8))
+        packed["counts"] = packed["counts"].decode()
+        found = Instances(["a"], {"x.jpg": inside.shape}, {"x.jpg": [(0, packed)]}).labels("x.jpg")
+        np.testing.assert_array_equal(found == 0, inside)

@@ -204,6 +204,25 @@ def test_an_interrupted_stage_goes_on_to_the_same_weights(recipe, tmp_path, inte
     assert not (tmp_path / "cut.training").exists()
 
 
+def test_a_stage_that_died_behind_its_last_step_takes_no_other(recipe, tmp_path, monkeypatch):
+    """At a constant rate, so that one step more would show."""
+    same = recipe(max_steps=2, save_steps=1, trainer={"use_cpu": True, "lr_scheduler_type": "constant"})
+    run_stage(same, tmp_path / "whole")
+
+    def die(*args):
+        raise Cut
+
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr("probing.distill.train._save_checkpoint", die)
+        run_stage(same, tmp_path / "cut")
+    run_stage(same, tmp_path / "cut")
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "cut")]
+    assert records[0]["steps"] == records[1]["steps"] == 2
+    assert records[0]["final_loss"] == records[1]["final_loss"]
+
+
 def test_ctrl_c_saves_the_step_it_comes_in(recipe, tmp_path, monkeypatch):
     same = recipe(max_steps=8, save_steps=1000)
     run_stage(same, tmp_path / "whole")
@@ -222,6 +241,26 @@ def test_ctrl_c_saves_the_step_it_comes_in(recipe, tmp_path, monkeypatch):
     run_stage(same, tmp_path / "cut")
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+class Payload:
+    """Makes a file when it is unpickled by anything that runs code."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_saved_state_with_code_in_it_is_not_run(recipe, tmp_path, interrupted, name):
+    same = recipe(max_steps=3, save_steps=1)
+    interrupted(same, tmp_path / "out", after=2)
+    torch.save({"state": Payload(tmp_path / "it ran")}, tmp_path / "out.training" / "checkpoint-1" / name)
+    with pytest.raises(UserError, match=r"may run code; remove .*out\.training"):
+        run_stage(same, tmp_path / "out")
+    assert not (tmp_path / "it ran").exists()
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])

@@ -1,0 +1,212 @@
+"""A disk that is full or read-only: one line that names the place, nothing half-written, and going on afterwards."""
+
+import errno
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from analysis.evaluate import evaluate
+from probing import run as probing_run
+from probing.distill.recipe import DistillRecipe
+from probing.distill.train import run_stage
+from probing.errors import UserError
+from probing.recipe import ProbeRunRecipe
+from probing.run import Run
+from probing.train import train
+from reports.page import write_report
+from tests import tiny
+
+SAID = {errno.ENOSPC: "no disk space left at", errno.EROFS: "cannot be written"}
+
+
+@pytest.fixture(scope="module")
+def recipe(models, coco):
+    values = {
+        "backbone": {"checkpoint": str(models["llava"])},
+        "data": {"path": f"coco:{coco}"},
+        "teachers": {"gen": {"id": str(models["gen"])}},
+        "layers": "0,2",
+        "fit": {"epochs": 1, "batch_size": 6, "micro_batch": 6, "workers": 0, "save_minutes": 0},
+        "controls": [],
+    }
+    return ProbeRunRecipe.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def stage(models, tmp_path_factory):
+    data = tiny.conversations(tmp_path_factory.mktemp("talk"), 4)
+    values = {
+        "checkpoint": str(models["llava"]),
+        "stage": "pt",
+        "data": {"conversations": str(data / "data.json"), "image_root": str(data)},
+        **{"batch_size": 2, "micro_batch": 2, "workers": 0, "save_steps": 1},
+        "trainer": {"report_to": "none", "use_cpu": True},
+    }
+    return DistillRecipe.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, stage, tmp_path_factory):
+    """What comes of it where nothing goes wrong."""
+    folder = tmp_path_factory.mktemp("whole")
+    evaluate(train(recipe, folder / "run").path)
+    run_stage(stage, folder / "stage")
+    return folder
+
+
+@pytest.fixture
+def trouble(monkeypatch):
+    """Lets every file fail the first time that it is written, and does the work again and again until it is done."""
+    write, failed = probing_run._sync, []
+
+    def sync(path):
+        parts = [part.rsplit(".", 2)[0] if part.endswith(".tmp") else part for part in path.parts]
+        if parts not in failed:
+            failed.append(parts)
+            raise OSError(list(SAID)[len(failed) % 2], "so it is")
+        write(path)
+
+    def until_done(work, out):
+        failed.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(probing_run, "_sync", sync)
+            for times in range(40):
+                try:
+                    work()
+                    return times
+                except UserError as error:
+                    assert SAID[list(SAID)[len(failed) % 2]] in str(error), error
+                    assert str(out) in str(error)
+                    assert not [path for path in out.parent.rglob(".*") if path.name.endswith(".tmp")]
+        raise AssertionError("it is never done")
+
+    return until_done
+
+
+def test_every_file_of_a_run_can_fail_once(recipe, whole, trouble, tmp_path):
+    out = tmp_path / "run"
+    # recipe, inputs, state, probes (2), ridge (2), means, summary, learning curves, manifest
+    assert trouble(lambda: train(recipe, out), out) == 11
+    shutil.copytree(out, tmp_path / "again")
+    assert trouble(lambda: evaluate(out), out) == 2
+    assert (out / "results.csv").read_bytes() == (whole / "run" / "results.csv").read_bytes()
+    assert not list(out.rglob("state/*"))
+
+
+def test_every_file_of_a_checkpoint_can_fail_once(stage, whole, trouble, tmp_path):
+    out = tmp_path / "stage"
+    assert trouble(lambda: run_stage(stage, out), out) > 5
+    one, two = (load_file(folder / "model.safetensors") for folder in (out, whole / "stage"))
+    assert all((one[name] == two[name]).all() for name in one)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stage"]
+
+
+def in_small_space(work, most: int) -> str:
+    """What a process says that can write no larger files: the system itself refuses, as where a disk is full."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reader)
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 1)
+        os.dup2(nothing, 2)
+        sys.stdout = sys.stderr = os.fdopen(nothing, "w")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        said = "nothing"
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - the parent looks at it
+            said = f"{type(error).__name__}: {error}"
+        os.write(writer, said.encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return said
+
+
+@pytest.mark.parametrize("most", [1500, 60_000])
+def test_no_room_for_a_checkpoint(stage, whole, tmp_path, most):
+    """The recipe, or the state of the Trainer does not fit."""
+    out = tmp_path / "stage"
+    assert in_small_space(lambda: run_stage(stage, out), most).startswith(f"UserError: no disk space left at {out}")
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+    run_stage(stage, out)
+    one, two = (load_file(folder / "model.safetensors") for folder in (out, whole / "stage"))
+    assert all((one[name] == two[name]).all() for name in one)
+
+
+def test_no_room_for_scores(recipe, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole / "run", out)
+    (out / "results.csv").unlink()
+    shutil.rmtree(out / "scores")
+    before = sorted(out.rglob("*"))
+    assert in_small_space(lambda: evaluate(out), 500).startswith(f"UserError: no disk space left at {out}")
+    assert [path for path in sorted(out.rglob("*")) if path.is_file()] == [path for path in before if path.is_file()]
+    evaluate(out)
+    assert (out / "results.csv").read_bytes() == (whole / "run" / "results.csv").read_bytes()
+
+
+def test_no_room_for_a_report(whole, tmp_path):
+    said = in_small_space(lambda: write_report([whole / "run"], tmp_path / "report"), 5000)
+    assert said.startswith(f"UserError: no disk space left at {tmp_path / 'report'}")
+    assert not (tmp_path / "report" / "index.html").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/x", "file/x/y", "/proc/x", "n" * 300])
+def test_places_that_are_no_folders(recipe, stage, whole, tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / place
+    for work in (
+        lambda: train(recipe, out),
+        lambda: run_stage(stage, out),
+        lambda: write_report([whole / "run"], out),
+    ):
+        with pytest.raises(UserError, match=re.escape(place)):
+            work()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["scores", "state", "results.csv"])
+def test_parts_of_a_run_that_are_something_else(whole, tmp_path, name):
+    out = tmp_path / "run"
+    shutil.copytree(whole / "run", out)
+    shutil.rmtree(out / "scores")
+    (out / "results.csv").unlink()
+    (out / name).mkdir() if name == "results.csv" else (out / name).touch()
+    with pytest.raises(UserError, match=f"{out}.* cannot be written"):
+        evaluate(out)
+    (out / name).rmdir() if name == "results.csv" else (out / name).unlink()
+    evaluate(out)
+    assert (out / "results.csv").read_bytes() == (whole / "run" / "results.csv").read_bytes()
+
+
+def test_what_a_killed_process_left_is_cleared_away(stage, whole, tmp_path):
+    """The moments in which nothing is missing but the clearing up, which no test can wait for."""
+    run, out = tmp_path / "run", tmp_path / "stage"
+    shutil.copytree(whole / "run", run)
+    shutil.copytree(whole / "stage", out)
+    for left in (run / "state" / "no", tmp_path / "stage.training" / "checkpoint-2"):
+        left.mkdir(parents=True)
+    recipe = Run.open(run).recipe
+    train(recipe, run)
+    run_stage(stage, out)
+    assert not (run / "state" / "no").exists() and not (tmp_path / "stage.training").exists()
+    shutil.rmtree(out)
+    (tmp_path / ".stage.x.tmp").mkdir()
+    run_stage(stage, out)
+    for name, seconds in (("old", 7200), ("new", 60)):
+        file = run / "scores" / f".{name}.x.tmp"
+        file.touch()
+        os.utime(file, (time.time() - seconds,) * 2)
+    evaluate(run)
+    assert [path.name for path in run.rglob(".*")] == [".new.x.tmp"]  # another process may be writing it
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "stage"]

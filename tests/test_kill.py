@@ -1,0 +1,181 @@
+"""Whenever a command is killed, and however often, going on gives what an undisturbed run gives, bit for bit."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from probing.cli import main
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+KILLS = 20
+PRELOAD = (
+    *("probing.train", "probing.distill.train", "analysis.evaluate", "torch.utils.tensorboard"),
+    *("transformers.models.auto", "transformers.models.auto.tokenization_auto", "transformers.models.llava"),
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("llava", "clip", "llama", "depth_anything", "dinov2")),
+    *("transformers.models.llava.processing_llava", "transformers.models.clip.image_processing_clip"),
+    *("transformers.models.vit.image_processing_vit", "torch._dynamo", "safetensors.numpy"),
+)
+"""What the commands import; it takes longer than all the rest."""
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[ForkServerContext]:
+    """Starts processes as copies of one that has imported everything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.syspath_prepend(ROOT)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOAD))
+        yield context
+
+
+def command(arguments: list[str], log: Path) -> None:
+    """`python -m probing …`, with what it says in a file."""
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["probing", *arguments]
+    main()
+
+
+class Killer:
+    """Runs a command again and again, and kills it at random moments."""
+
+    def __init__(self, context: ForkServerContext, folder: Path, seed: int) -> None:
+        self.context, self.log, self.random = context, folder / "log.txt", random.Random(seed)
+        self.kills = self.survived = 0
+
+    def _start(self, arguments: list[object]) -> BaseProcess:
+        process = self.context.Process(target=command, args=(list(map(str, arguments)), self.log))
+        process.start()
+        return process
+
+    def finish(self, arguments: list[object]) -> float:
+        """Lets the command run to its end; returns the seconds that it took."""
+        started = time.monotonic()
+        process = self._start(arguments)
+        process.join()
+        assert process.exitcode == 0, self.log.read_text()
+        return time.monotonic() - started
+
+    def survive(self, arguments: list[object], seconds: float) -> None:
+        """Kills the command, and starts it again, until it is done or there were kills enough."""
+        while self.kills < KILLS:
+            process = self._start(arguments)
+            process.join(self.random.uniform(0, seconds))
+            if process.exitcode is not None:
+                assert process.exitcode == 0, self.log.read_text()
+                break
+            process.kill()  # SIGKILL; the command has no processes of its own
+            process.join()
+            self.kills += 1
+        else:
+            self.finish(arguments)
+        self.survived += 1
+
+    def outs(self, folder: Path) -> Iterator[Path]:
+        """A new folder for every time that the command gets to its end before it is killed for the last time."""
+        while self.kills < KILLS:
+            yield folder / str(self.survived)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file, without what holds the time; one that was being written when a process was killed is among them."""
+    files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    for name in ("manifest.json", "training.json"):
+        if name in files:
+            kept = {k: v for k, v in json.loads(files[name]).items() if k not in ("seconds", "finished", *TIMED)}
+            files[name] = json.dumps(kept).encode()
+    return {name: value for name, value in files.items() if not name.startswith("runs/")}
+
+
+TIMED = ("log", "final_loss")
+"""Of a stage; the log has a line every few steps that this process took, with seconds."""
+
+
+@pytest.fixture(scope="module")
+def recipe(models, tmp_path_factory) -> Path:
+    """A run that saves its state after every step, and a state of its evaluation after every batch."""
+    folder = tmp_path_factory.mktemp("recipe")
+    values = {
+        "backbone": {"checkpoint": str(models["llava"])},
+        "data": {"path": f"coco:{tiny.coco(folder / 'coco', val=24)}"},
+        "teachers": {"depth": {"id": str(models["depth"])}, "gen": {"id": str(models["gen"])}},
+        "layers": "0,3",
+        "fit": {"epochs": 4, "batch_size": 4, "micro_batch": 2, "workers": 0, "save_minutes": 0},
+        "controls": ["shuffled", "random"],
+    }
+    (folder / "coco" / "val2017" / "000000000017.jpg").write_bytes(b"broken")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def whole(warm, recipe, tmp_path_factory) -> tuple[Path, float]:
+    """A run that nobody disturbed, and the seconds that it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    killer = Killer(warm, folder, 0)
+    killer.finish(["train", "--recipe", recipe, "--out", folder / "first"])  # the next one finds files in memory
+    return folder / "run", killer.finish(["train", "--recipe", recipe, "--out", folder / "run"])
+
+
+def test_train(warm, recipe, whole, tmp_path):
+    run, seconds = whole
+    killer, expected = Killer(warm, tmp_path, 1), contents(run)
+    for out in killer.outs(tmp_path):
+        killer.survive(["train", "--recipe", recipe, "--out", out], seconds)
+        assert contents(out) == expected
+
+
+def test_evaluate(warm, whole, tmp_path):
+    controls = [f"--control={control}" for control in ("no", "shuffled", "random", "blank")]
+    shutil.copytree(whole[0], tmp_path / "whole")
+    killer = Killer(warm, tmp_path, 2)
+    seconds = killer.finish(["evaluate", tmp_path / "whole", *controls])
+    expected = contents(tmp_path / "whole")
+    assert "000000000017.jpg" in expected["manifest.json"].decode()
+    for out in killer.outs(tmp_path):
+        shutil.copytree(whole[0], out)
+        killer.survive(["evaluate", out, *controls], seconds)
+        found = contents(out)
+        for name in [name for name in found if name.endswith(".tmp")]:
+            del found[name]  # it may be another process's, for an hour
+        assert found == expected
+
+
+def test_distill(warm, models, tmp_path):
+    data = tiny.conversations(tmp_path / "data", 10)
+    (data / "3.png").write_bytes(b"broken")
+    values = {
+        "checkpoint": str(models["llava"]),
+        "stage": "ift",
+        "data": {"conversations": str(data / "data.json"), "image_root": str(data)},
+        "embedding": {"teachers": {"depth": {"id": str(models["depth"])}}, "layers": {"depth": "2"}, "seek": 4},
+        **{"batch_size": 2, "micro_batch": 1, "workers": 0, "max_steps": 8, "save_steps": 1},
+        "trainer": {"use_cpu": True, "lr_scheduler_type": "constant"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    killer, arguments = Killer(warm, tmp_path, 3), ["distill", tmp_path / "recipe.yaml", "--out"]
+    killer.finish([*arguments, tmp_path / "first"])
+    seconds = killer.finish([*arguments, tmp_path / "whole"])
+    expected = contents(tmp_path / "whole")
+    assert "3.png" in expected["training.json"].decode()
+    for out in killer.outs(tmp_path / "outs"):
+        killer.survive([*arguments, out], seconds)
+        assert contents(out) == expected
+    assert sorted(path.name for path in (tmp_path / "outs").iterdir()) == list(map(str, range(killer.survived)))
