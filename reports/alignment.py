@@ -77,6 +77,17 @@ LENS = [
         for lens in ("final norm", "no norm")
     ),
 ]
+DIFFERENCES = {
+    ("word_cosine", "centred"): "cosine with the label's word, centred",
+    ("word_retrieval", "centred"): "nearest word is the label's, centred",
+    ("word_miou", "centred"): "mIoU of the nearest words, centred",
+    ("lens_retrieval", "final norm"): "label of the largest logit is right",
+    ("lens_miou", "final norm"): "mIoU of largest logits",
+    ("explained_energy", "orthogonal, 4"): "explained by 4 words",
+    ("von_neumann_entropy", ""): "von Neumann entropy (nats)",
+    ("effective_rank", ""): "effective rank, centred",
+}
+"""What the table of differences shows."""
 SUMS = {
     "matching pursuit": "matching pursuit",
     "orthogonal": "orthogonal pursuit",
@@ -238,6 +249,28 @@ def sums_figure(runs: Sequence[AlignmentResults], pursuit: str, layer: str) -> F
     return figure
 
 
+def difference_table(differences: pd.DataFrame) -> dict[str, Any]:
+    """The paired differences that are said, a row per measure and layer, a column per checkpoint."""
+    d = differences[differences["layer"].isin(["0", AVERAGE])]
+    names = list(dict.fromkeys(d["checkpoint"]))
+    rows = []
+    for (metric, protocol), label in DIFFERENCES.items():
+        chosen = d[(d["metric"] == metric) & d["protocol"].str.startswith(protocol)]
+        for layer in ("0", AVERAGE):
+            part = chosen[chosen["layer"] == layer].set_index("checkpoint")
+            if len(part):
+                where = "mean over layers" if layer == AVERAGE else "behind the projector"
+                cells = [_difference(part.loc[name]) for name in names if name in part.index]
+                rows.append([f"{label}; {where}", *cells])
+    reference = d["reference"].iloc[0] if len(d) else ""
+    return {"head": ["", *(f"{name} − {reference}" for name in names)], "rows": rows}
+
+
+def _difference(row: pd.Series) -> dict[str, Any]:
+    text = f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+    return {"text": text, "beyond": bool(row["ci_low"] > 0 or row["ci_high"] < 0), "seeds": str(row["higher"])}
+
+
 @dataclass(frozen=True)
 class PatchPicture:
     """One image, and what its patches are near.
@@ -331,35 +364,41 @@ def sentences(run: AlignmentResults) -> list[str]:
         )
     own, chance = (_row(run.curve("word_retrieval", control, "centred"), "0") for control in ("no", "permuted"))
     if own is not None and chance is not None:
-        above = own["ci_low"] > chance["ci_high"]
         found.append(
             f"Behind the projector the nearest of the labels' words is the right one for {_percent(own)} of "
             f"the labelled patches, with labels permuted for {_percent(chance)}: "
-            + ("patches say the words for what they show." if above else "no more than chance.")
+            + (_doubt(own, chance) or "patches say the words for what they show")
+            + "."
         )
         curve = run.curve("word_retrieval", "no", "centred")
         best = curve.loc[curve["value"].idxmax()]
-        if best["layer"] != "0":
+        if best["layer"] != "0" and not _doubt(own, chance):
             found.append(f"The share is largest at layer {best['layer']}: {_percent(best)}.")
     curve, chances = (run.curve("lens_retrieval", control, "final norm") for control in ("no", "permuted"))
     if len(curve):
         best = curve.loc[curve["value"].idxmax()]
         chance = _row(chances, best["layer"])
         assert chance is not None
-        above = best["ci_low"] > chance["ci_high"]
+        doubt = _doubt(best, chance)
         found.append(
             f"Through the logit lens the right label is likeliest for at most {_percent(best)} of the labelled patches "
-            f"(layer {best['layer']}; labels permuted {_percent(chance)}){'.' if above else ', no more than chance.'}"
+            f"(layer {best['layer']}; labels permuted {_percent(chance)}){f': {doubt}' if doubt else ''}."
         )
     whole, chance = (_row(run.curve("explained_energy", control, "orthogonal, 8"), "0") for control in ("no", "random"))
     if whole is not None and chance is not None:
         how = "more" if whole["ci_low"] > chance["ci_high"] else "less" if whole["ci_high"] < chance["ci_low"] else ""
         found.append(
             f"Eight words explain {_percent(whole)} of a patch behind the projector, eight random vectors "
-            f"{_percent(chance)}"
-            + (f": words explain {how}." if how else ": no more than any vectors do (intervals overlap).")
+            f"{_percent(chance)}" + (f": words explain {how}." if how else ": no clear difference (intervals overlap).")
         )
     return found
+
+
+def _doubt(own: pd.Series, chance: pd.Series) -> str:
+    """Why a number says nothing, or an empty string where it is clearly above its control."""
+    if own["value"] <= chance["value"]:
+        return "no more than chance"
+    return "" if own["ci_low"] > chance["ci_high"] else "not clearly more than chance (intervals overlap)"
 
 
 def _percent(row: pd.Series) -> str:

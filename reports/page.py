@@ -24,6 +24,7 @@ from reports.alignment import (
     AlignmentResults,
     Measure,
     PatchPicture,
+    difference_table,
     layer_lines,
     likeness_measures,
     load_alignments,
@@ -92,7 +93,8 @@ def _write_report(runs: Sequence[Path], out: Path, differences: pd.DataFrame | N
     if not probed:
         _write_merged(alignments, out)
         template = _templates().get_template("alignment_page.html")
-        write_text(page, template.render(**chapter, statements=list(statements)))
+        told = difference_table(differences) if differences is not None else None
+        write_text(page, template.render(**chapter, told=told))
         return page
     loaded = load_runs(probed)
     for metric, protocol in _measures(loaded):

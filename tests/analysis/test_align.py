@@ -207,7 +207,11 @@ def test_runs_of_seeds_are_pooled_and_compared(world, tmp_path):
         assert found[layer] == pytest.approx(pooled[1][layer] - pooled[0][layer], abs=1e-6)
     permuted = read(tmp_path / "two" / "results.csv").query("control == 'permuted' and metric == 'word_miou'")
     assert set(permuted["seed"]) == {"all"}
-    assert "Paired differences" in (tmp_path / "out" / "index.html").read_text()
+    page = (tmp_path / "out" / "index.html").read_text()
+    clear = read(tmp_path / "out" / "differences.csv").query("(ci_low > 0 or ci_high < 0) and layer in ('0', 'mean')")
+    for _, row in clear[clear["metric"] == "word_cosine"].query("protocol == 'centred'").iterrows():
+        assert f"<b>{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]</b>" in page
+    assert "Paired differences" in page and page.count("<b>+") + page.count("<b>-") <= len(clear)
     assert set(read(tmp_path / "out" / "results.csv")["checkpoint"]) == {"one", "two"}
     with pytest.raises(UserError, match="differ in coverage"):
         align(recipe(checkpoint, world, layers="0,3", pictures=0, sample=3, coverage=0.9), tmp_path / "other")

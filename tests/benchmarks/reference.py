@@ -28,7 +28,7 @@ from probing.teachers import depth
 from probing.train import arm_backbone, caches_of, load_teachers, training_images
 from tests.benchmarks.sizes import SIZES
 
-IMAGES, BATCH = {"toy": 256, "middle": 16}, {"toy": 16, "middle": 4}
+IMAGES, BATCH = {"toy": 256, "middle": 12}, {"toy": 16, "middle": 4}
 
 
 def make_fit(values: dict[str, Any], root: Path, batch: int, workers: int) -> Fit:

@@ -3,7 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import probing.compat  # noqa: F401
+import torch
+
+import probing.compat  # noqa: F401  # isort: skip
+from transformers import DepthAnythingForDepthEstimation, LlavaForConditionalGeneration
+
 from probing.data.toyworld.layout import write_world
 from probing.data.toyworld.make import ASSETS
 from tests import tiny
@@ -21,16 +25,35 @@ def toy(root: Path, images: int) -> dict[str, Any]:
     }
 
 
-def middle(root: Path, images: int) -> dict[str, Any]:
-    """16 blocks of H = 1,024 and about 300 tokens; targets small enough that probes cost a quarter of the backbone.
+def _grown(path: Path, model_class: Any, changes: dict[str, dict[str, Any]]) -> None:
+    """The same folder with a model of other sizes; `changes` by part of the configuration, the whole being ''."""
+    config = model_class.config_class.from_pretrained(path)
+    for part, values in changes.items():
+        for name, value in values.items():
+            setattr(getattr(config, part) if part else config, name, value)
+    torch.manual_seed(0)
+    model_class(config).save_pretrained(path)
 
-    That is their share in the paper's set-up too.
+
+def middle(root: Path, images: int) -> dict[str, Any]:
+    """The paper's set-up at a quarter of its widths and half its depth, with about 300 tokens.
+
+    16 Llama blocks of H = 1,024, a tower that takes 0.4 of what they take (as ConvNeXt-XXL does of Llama-3-8B) and a
+    vocabulary a quarter as large, halved as the depth is; targets of 256 x 256, 256 x 384 and 1 x 256 for 576 x 1,024,
+    576 x 1,536 and 1 x 1,024; DINOv2 and DPT at a quarter of their widths.
     """
     if not (root / "llava").exists():
         tiny.llava(root / "llava", layers=16, hidden=1024, image=128)
-        tiny.depth_teacher(root / "depth", width=192, size=84)
-        tiny.seg_teacher(root / "seg", width=24, size=384)
-        tiny.gen_teacher(root / "gen", projection=192)
+        llm = {"intermediate_size": 3584, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 16_032}
+        tower = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 24, "num_attention_heads": 10}
+        parts = {"text_config": llm, "vision_config": tower}
+        _grown(root / "llava", LlavaForConditionalGeneration, parts)
+        tiny.depth_teacher(root / "depth", width=256, size=112)
+        whole = {"neck_hidden_sizes": [64, 128, 256, 256], "fusion_hidden_size": 64}
+        dino = {"num_hidden_layers": 12, "num_attention_heads": 4}
+        _grown(root / "depth", DepthAnythingForDepthEstimation, {"": whole, "backbone_config": dino})
+        tiny.seg_teacher(root / "seg", width=48, size=512)
+        tiny.gen_teacher(root / "gen", projection=256)
     data = write_world(root / f"world{images}", images, 2, seed=3)
     return {
         "backbone": {"checkpoint": str(root / "llava"), "prompt": PROMPT},
