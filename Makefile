@@ -32,8 +32,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev  ## The figures of the README
-	$(BIN)/python -m tests.benchmarks.fit_step
-	$(BIN)/python -m tests.benchmarks.distill_step
+	for name in fit_step reference scaling memory alignment distill_step; do $(BIN)/python -m tests.benchmarks.$$name; done
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
