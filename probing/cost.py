@@ -108,7 +108,7 @@ def training_cost(recipe: ProbeRunRecipe, processes: int = 1) -> TrainingCost:
     What an allocator keeps besides what is asked of it does not count.
 
     Args:
-        recipe: the run. Quantised weights are counted as if they were not.
+        recipe: the run. Quantised weights are counted as if they were not, and the probes' products in float32.
         processes: that share the images.
 
     Raises:

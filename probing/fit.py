@@ -360,14 +360,16 @@ class Fit:
             losses[len(columns) + index] = F.smooth_l1_loss(mean, target) * weight
 
         def visit(layer: Layer, hidden: Tensor) -> None:
-            states = hidden.to(device=device, dtype=None if self.recipe.fit.bf16 else torch.float32)
+            states = hidden.to(
+                device=device, dtype=None if self.recipe.fit.bf16 and device.type != "meta" else torch.float32
+            )
             keys, mask = batch.tokens.select(states, self.recipe.probe.keys)
             for control, bank in state.banks.items():
                 wanted = shuffled if control == "shuffled" else targets
                 if control == "shuffled" and len(prepared.indices) < 2:
                     continue  # one image cannot be paired with another
                 for key, probe in bank.at(layer):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.fit.bf16):
+                    with self._products():
                         prediction = probe(keys, mask)
                     loss = F.smooth_l1_loss(prediction.float(), wanted[key.teacher])
                     (loss * weight).backward()
@@ -380,6 +382,15 @@ class Fit:
 
         self.backbone.stream(batch, self.layers, visit)
         return losses
+
+    def _products(self) -> contextlib.AbstractContextManager[Any]:
+        """In bfloat16 where the recipe says so; torch has no autocast for mere shapes."""
+        device = self.accelerator.device.type
+        return (
+            torch.autocast(device, torch.bfloat16)
+            if self.recipe.fit.bf16 and device != "meta"
+            else contextlib.nullcontext()
+        )
 
     @property
     def _wide(self) -> torch.dtype:

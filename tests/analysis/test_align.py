@@ -21,10 +21,12 @@ from probing.backbones import load_backbone
 from probing.cli import cli
 from probing.data.coco import list_images, square
 from probing.data.panoptic import read_panoptic
+from probing.data.patch_labels import patch_labels, plain_name
 from probing.data.toyworld.layout import write_world
 from probing.errors import UserError
 from probing.run import Run
 from probing.teachers import load_teacher
+from probing.words import word_ids, word_vectors
 from reports.page import write_report
 from reports.results import load_runs
 from tests import tiny
@@ -119,7 +121,9 @@ def test_the_dear_measures_are_those_of_plain_loops(checkpoint, models, tmp_path
     teachers = {name: load_teacher(name, settings.teachers[name], torch.device("cpu")) for name in settings.teachers}
     order = torch.randperm(36, generator=torch.Generator().manual_seed(0))
     pooled = {name: [] for name in ("2", "tower", "depth", "gen")}
-    lens, energy, attention, uniform, places = [], [], [], [], []
+    lens, energy, attention, uniform, places, right = [], [], [], [], [], []
+    annotate = Annotator(read_panoptic(world, "val2017"), (6, 6))
+    ids = [word_ids(backbone.prepare.processor.tokenizer, word) for word in annotate.words]
     for index in range(16):
         image = square(images.read(index))
         batch = backbone.prepare([image])
@@ -133,6 +137,10 @@ def test_the_dear_measures_are_those_of_plain_loops(checkpoint, models, tmp_path
         targets = {name: teacher.target(teacher.prepare([image]))[0] for name, teacher in teachers.items()}
         for name, target in targets.items():
             pooled[name].append(target.mean(0))
+        logits = model.lm_head(model.model.language_model.norm(states))
+        likeliest = torch.stack([logits[:, own].amax(dim=1) for own in ids], dim=1).argmax(dim=1).numpy()
+        labels = patch_labels(annotate(images.names[index]).numpy())
+        right += (likeliest == labels)[labels >= 0].tolist()
         attention.append(float(out.attentions[1][0, :, -1, shown].sum(-1).mean()))
         uniform.append(int(shown.sum()) / len(shown))
         if index < 5:
@@ -151,6 +159,7 @@ def test_the_dear_measures_are_those_of_plain_loops(checkpoint, models, tmp_path
         return results[own]["value"].item()
 
     assert value("words", "lens_entropy", "final norm") == pytest.approx(np.mean(lens), abs=1e-5)
+    assert value("words", "lens_retrieval", "final norm") == pytest.approx(np.mean(right), abs=1e-6)
     assert value("words", "explained_energy", "orthogonal, 4 words") == pytest.approx(np.mean(energy), abs=1e-5)
     assert value("tokens", "image_attention", "last token") == pytest.approx(np.mean(attention), abs=1e-5)
     assert value("tokens", "image_attention", "last token", "uniform") == pytest.approx(np.mean(uniform), abs=1e-6)
@@ -221,11 +230,8 @@ def test_runs_of_seeds_are_pooled_and_compared(world, tmp_path):
 def test_patches_that_say_their_words_are_found(checkpoint, world, tmp_path, monkeypatch):
     """Image tokens replaced by the words of what they show: every patch is right, and permuted labels are not."""
     settings = recipe(checkpoint, world, layers="0", pictures=0, micro_batch=6)
-    backbone = load_backbone(settings.backbone, torch.device("cpu"))
+    backbone = load_backbone(settings.backbone, torch.device("cpu"), with_head=True)
     maps, images = read_panoptic(world, "val2017"), list_images(world, "val2017")
-    from probing.data.patch_labels import plain_name
-    from probing.words import word_vectors
-
     shares = torch.stack([Annotator(maps, (6, 6))(name) for name in images.names])
     words = word_vectors(backbone.prepare.processor.tokenizer, backbone.words.weight, map(plain_name, maps.names))
     backbone.projector.register_forward_hook(lambda module, args, out: words[shares.argmax(-1)][: len(out)].detach())

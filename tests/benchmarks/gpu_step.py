@@ -1,0 +1,123 @@
+"""The training step at the paper's size on a GPU: all 96 probes on Llama-3-8B's shape, with random weights.
+
+    python -m tests.benchmarks.gpu_step --peak 989        # TFLOP/s of the device in bfloat16, dense; 989 is an H100's
+
+Nothing is downloaded: checkpoint (CLIP ViT-L/336, Llama-3-8B) and teachers are built from their configurations on the
+device. Prints seconds an image, MFU (operations as `probing plan` counts them, over the time and the peak) and the
+memory that was allocated at most. Without a GPU it says so; `--small` runs it all the same, on tiny models.
+"""
+
+import argparse
+import contextlib
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+import probing.backbones.llava
+import probing.teachers.base
+from probing.cost import training_cost
+from probing.data.loader import micro_batches
+from probing.fit import Fit, plan_steps
+from probing.recipe import ProbeRunRecipe
+from probing.train import arm_backbone, load_teachers, training_images
+from tests import full_size, tiny
+
+
+@contextlib.contextmanager
+def random_weights() -> Iterator[None]:
+    """Models are built from their configurations, on the device, where weights would be read."""
+
+    def fresh(model_class: Any, source: str, config: Any, device: torch.device, dtype: Any, **rest: Any) -> Any:
+        build = getattr(model_class, "from_config", None) or model_class._from_config
+        with device:
+            return build(config, dtype=dtype), set(), set()
+
+    modules: list[Any] = [probing.backbones.llava, probing.teachers.base]
+    real = [module.pretrained for module in modules]
+    for module in modules:
+        module.pretrained = fresh
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, real, strict=True):
+            module.pretrained = own
+
+
+def recipe_of(root: Path, small: bool, batch: int) -> ProbeRunRecipe:
+    """All layers but 0, three teachers, no controls, products in bfloat16."""
+    if small:
+        checkpoint, makers = tiny.llava(root / "llava"), (tiny.depth_teacher, tiny.seg_teacher, tiny.gen_teacher)
+        pairs = zip(("depth", "seg", "gen"), makers, strict=True)
+        teachers = {name: {"id": str(make(root / name))} for name, make in pairs}
+    else:
+        checkpoint, teachers = full_size.llava(root / "llava"), full_size.teachers(root)
+    data = full_size.coco(root / "coco", train2017=batch, val2017=2)
+    return ProbeRunRecipe.model_validate(
+        {
+            "backbone": {"checkpoint": str(checkpoint), "dtype": "bfloat16"},
+            "data": {"path": f"coco:{data}"},
+            "teachers": teachers,
+            "layers": "1-3" if small else "1-32",
+            "controls": [],
+            "fit": {"batch_size": batch, "micro_batch": batch, "workers": 0, "ridge": False, "bf16": True},
+        }
+    )
+
+
+def main() -> None:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of the device in bfloat16, dense")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    out = sys.stdout.write
+    accelerator = Accelerator()
+    device = accelerator.device
+    if device.type != "cuda" and not options.small:
+        out("no GPU here: nothing was measured; --small runs this on tiny models\n")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of(Path(folder), options.small, options.batch)
+        cost = training_cost(recipe)
+        with random_weights():
+            backbone, teachers = arm_backbone(recipe, "no", device), load_teachers(recipe, device)
+        images, layers = training_images(recipe.data), list(range(1, backbone.layers + 1))
+        fit = Fit(recipe, backbone, teachers, images, layers, ["no"], Path(folder) / "state", accelerator)
+        state = fit.start()
+        step = plan_steps(len(images), recipe.fit)[0]
+        prepare = {name: teacher.prepare for name, teacher in teachers.items()}
+        prepared = next(micro_batches(images, step, backbone.prepare, prepare, "square", 0, device))
+
+        def run(count: int) -> float:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(count):
+                fit._step(state, step, iter([prepared]), 1000, gather=False)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return (time.perf_counter() - start) / count
+
+        run(2)
+        seconds = run(options.steps)
+        work = cost.flops * options.batch / 1e12
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        out(f"{name}, {len(state.columns)} probes, {options.batch} images a step\n")
+        out(f"step {seconds:.3f} s, {seconds / options.batch:.3f} s an image, {work / seconds:.2f} TFLOP/s")
+        out(f", MFU {work / seconds / options.peak:.1%} of {options.peak:g} TFLOP/s\n")
+        if device.type == "cuda":
+            out(f"memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, planned {cost.memory / 1e9:.1f} GB\n")
+
+
+if __name__ == "__main__":
+    main()
