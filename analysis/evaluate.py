@@ -29,13 +29,21 @@ from probing.bank import bank_layers
 from probing.data.coco import ImageList, Skipped
 from probing.data.substitutes import SUBSTITUTES
 from probing.errors import UserError
+from probing.feature_cache import FeatureCache
 from probing.recipe import ProbeRunRecipe
 from probing.run import Run, disk_errors, members, write_text
-from probing.target_cache import TargetCache
 from probing.teachers import Teacher
 from probing.teachers.gen import GUIDANCE, STEPS, GenDecoder
 from probing.teachers.seg import SegDecoder
-from probing.train import arm_backbone, caches_of, held_out_images, load_teachers, training_images
+from probing.train import ARMS as TRAINED
+from probing.train import (
+    arm_backbone,
+    caches_of,
+    held_out_images,
+    load_teachers,
+    tower_cache_of,
+    training_images,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +235,7 @@ def _score_arm(run: Run, arm: str, jobs: Iterable[Job], workshop: "_Workshop", o
     _check_unchanged(run, backbone, workshop.teachers, workshop.images)
     for scorer, lacking, settings, file in due:
         batch = options.micro_batch or run.recipe.fit.micro_batch
-        kept = workshop.kept() if isinstance(scorer, Cosine) else {}
+        kept = workshop.kept(arm, backbone) if isinstance(scorer, Cosine) else {}
         found = score_arm(run, arm, backbone, scorer, lacking, batch, settings, kept)
         if not found.names:
             raise UserError(f"no image of {scorer.images.split} could be read; check {scorer.images.folder}")
@@ -252,7 +260,7 @@ class _Workshop:
         self._seg: SegDecoder | None = None
         self._gen: GenDecoder | None = None
         self._means: list[torch.Tensor] = []
-        self._kept: dict[str, TargetCache] | None = None
+        self._kept: dict[str, FeatureCache] | None = None
 
     def scorer(self, metric: str) -> Scorer:
         """The scorer of one metric."""
@@ -273,13 +281,14 @@ class _Workshop:
         self.painter(metric)  # before anything long begins, so that what is missing is said at once
         return scorer
 
-    def kept(self) -> dict[str, TargetCache]:
-        """Features of the teachers for the held-out images that are kept on disk."""
+    def kept(self, arm: str, backbone: Backbone) -> dict[str, FeatureCache]:
+        """What is kept on disk of the held-out images: features of teachers, and of the tower where it sees them."""
+        recipe = self.run.recipe.model_copy(deep=True)
+        recipe.data.target_cache = self.options.target_cache or recipe.data.target_cache
         if self._kept is None:
-            recipe = self.run.recipe.model_copy(deep=True)
-            recipe.data.target_cache = self.options.target_cache or recipe.data.target_cache
             self._kept = caches_of(recipe, self.teachers, self.images)
-        return self._kept
+        tower = tower_cache_of(recipe, arm, backbone, self.images) if arm in TRAINED else {}
+        return self._kept | tower
 
     def seg(self) -> SegDecoder:
         """The decoder of the seg teacher."""

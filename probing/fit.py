@@ -29,12 +29,12 @@ from probing.bank import ProbeBank, ProbeKey
 from probing.data.coco import ImageList, Skipped
 from probing.data.loader import Prepared, micro_batches
 from probing.errors import UserError
+from probing.feature_cache import FeatureCache
 from probing.progress import Progress
 from probing.recipe import FitRecipe, ProbeRunRecipe
 from probing.resampler import ResamplerConfig
 from probing.ridge import RidgeKey, RidgeReadout, RidgeSums, place_states
 from probing.run import Interruption, disk_errors, reading, whole_file
-from probing.target_cache import TargetCache
 from probing.teachers import Teacher
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ class Fit:
     controls: Sequence[str]
     folder: Path
     accelerator: Accelerator
-    kept: dict[str, TargetCache] = field(default_factory=dict)
+    kept: dict[str, FeatureCache] = field(default_factory=dict)
 
     def start(self) -> FitState:
         """Fresh probes and optimiser."""

@@ -17,13 +17,14 @@ from safetensors.torch import save_file
 from probing.backbones import Backbone, Identity, Layer, load_backbone, parse_layers
 from probing.convergence import judge
 from probing.data.coco import ImageList, list_images
+from probing.data.loader import TOWER
 from probing.errors import UserError
+from probing.feature_cache import FeatureCache, open_caches, teacher_maker, tower_maker
 from probing.fit import Fit, summary
 from probing.provenance import made_of, versions
 from probing.recipe import DataRecipe, ProbeRunRecipe, local_path
 from probing.resampler import Resampler, ResamplerConfig
 from probing.run import Run, disk_errors, read_json, require_space, whole_file, whole_folder, write_text
-from probing.target_cache import TargetCache, open_caches
 from probing.teachers import Teacher, load_teacher
 
 logger = logging.getLogger(__name__)
@@ -63,13 +64,24 @@ def caches_of(
     images: ImageList,
     process: int = 0,
     processes: int = 1,
-) -> dict[str, TargetCache]:
+) -> dict[str, FeatureCache]:
     """Features of the teachers that are kept on disk, as the recipe asks."""
     data, fit = recipe.data, recipe.fit
+    makers = {name: teacher_maker(teacher, data.target_cache_dtype) for name, teacher in teachers.items()}
     return open_caches(
-        data.target_cache, data.target_cache_dtype, teachers, images, data.view, fit.micro_batch, fit.workers,
-        process, processes,
+        data.target_cache, makers, images, data.view, fit.micro_batch, fit.workers, process, processes
     )  # fmt: skip
+
+
+def tower_cache_of(
+    recipe: ProbeRunRecipe, arm: str, backbone: Backbone, images: ImageList, process: int = 0, processes: int = 1
+) -> dict[str, FeatureCache]:
+    """What the checkpoint's own tower makes of the images, under `TOWER`, as the recipe asks."""
+    data, fit = recipe.data, recipe.fit
+    if data.tower_cache == "off":
+        return {}
+    makers = {TOWER: tower_maker(backbone, arm, images, data.view)}
+    return open_caches(data.tower_cache, makers, images, data.view, fit.micro_batch, fit.workers, process, processes)
 
 
 def arm_backbone(recipe: ProbeRunRecipe, arm: str, device: torch.device) -> Backbone:
@@ -127,8 +139,8 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
                 shutil.rmtree(run.path / "state" / arm, ignore_errors=True)
         return run
     provenance = provenance_of(recipe, backbone.identity, teachers, train_images, eval_images)
-    kept = caches_of(recipe, teachers, train_images, accelerator.process_index, accelerator.num_processes)
-    accelerator.wait_for_everyone()
+    place = accelerator.process_index, accelerator.num_processes
+    kept = caches_of(recipe, teachers, train_images, *place)
     arms: list[tuple[str, list[str]]] = [(ARMS[0], ["no", *(["shuffled"] if "shuffled" in recipe.controls else [])])]
     if "random" in recipe.controls:
         arms.append((ARMS[1], ["random"]))
@@ -139,7 +151,9 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
             del backbone
             gc.collect()
             backbone = arm_backbone(recipe, arm, accelerator.device)
-        _train_arm(run, arm, controls, backbone, teachers, kept, train_images, layers, provenance, accelerator)
+        own = kept | tower_cache_of(recipe, arm, backbone, train_images, *place)
+        accelerator.wait_for_everyone()
+        _train_arm(run, arm, controls, backbone, teachers, own, train_images, layers, provenance, accelerator)
     if accelerator.is_main_process:
         with disk_errors(out):
             _finish(run, [arm for arm, _ in arms], provenance, train_images, eval_images)
@@ -157,7 +171,7 @@ def _train_arm(
     controls: list[str],
     backbone: Backbone,
     teachers: dict[str, Teacher],
-    kept: dict[str, TargetCache],
+    kept: dict[str, FeatureCache],
     images: ImageList,
     layers: Sequence[Layer],
     provenance: dict[str, Any],

@@ -16,6 +16,10 @@ from probing.recipe import TOKEN_KINDS
 
 Layer = int | str
 FINAL = "final"
+IMAGE_KINDS = ("image", "tile", "newline")
+"""Kinds of the tokens whose inputs come from the vision tower."""
+PIXELS = ("pixel_", "teacher_pixels.")
+"""How inputs begin that hold the image itself."""
 SPECIAL = ("gen", "depth", "seg")
 """Tasks that special tokens may stand for."""
 Visit = Callable[[Layer, Tensor], None]
@@ -190,20 +194,35 @@ def token_kinds(
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass takes: the checkpoint's own inputs, and where everything is in the sequence."""
+    """What one forward pass takes.
+
+    Attributes:
+        inputs: the checkpoint's own.
+        tokens: where everything is in the sequence.
+        embedded: (B, N, H), inputs of the LLM at the image's tokens, where they are known and no tower has to run.
+    """
 
     inputs: dict[str, Tensor]
     tokens: TokenMap
+    embedded: Tensor | None = None
+
+    def with_embedded(self, features: Tensor) -> "Batch":
+        """The same images, of which the LLM's inputs (B, N, H) are known; the pixels are left out."""
+        inputs = {name: tensor for name, tensor in self.inputs.items() if not name.startswith(PIXELS)}
+        return Batch(inputs, self.tokens, features)
 
     def to(self, device: torch.device) -> "Batch":
         """A copy on a device."""
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return Batch(inputs, replace(self.tokens, kinds=self.tokens.kinds.to(device)))
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory, for the data loader."""
-        inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
-        return Batch(inputs, replace(self.tokens, kinds=self.tokens.kinds.pin_memory()))
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
+        tokens = replace(self.tokens, kinds=move(self.tokens.kinds))
+        return Batch(inputs, tokens, None if self.embedded is None else move(self.embedded))
 
 
 class _DeepestLayerReached(Exception):
@@ -324,8 +343,18 @@ class Backbone:
 
             return hook
 
+        def put_image(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            assert batch.embedded is not None
+            states = (args[0] if args else kwargs["hidden_states"]).clone()
+            states[batch.tokens.mask(*IMAGE_KINDS)] = batch.embedded.to(states).flatten(0, 1)
+            return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+
         handles = []
         try:
+            if batch.embedded is not None:
+                handles.append(self.blocks[0].register_forward_pre_hook(put_image, with_kwargs=True))
             for layer in layers:
                 if layer == 0:
                     handles.append(self.blocks[0].register_forward_pre_hook(on_input, with_kwargs=True))
@@ -342,6 +371,16 @@ class Backbone:
                 handle.remove()
         if pending:
             raise RuntimeError(f"{self.name}: layers {sorted(map(str, pending))} were never reached")
+
+    def embed_images(self, batch: Batch) -> Tensor:
+        """What vision tower and projector make of images: the LLM's inputs (B, N, H) at the image's tokens.
+
+        Args:
+            batch: as for `stream`; images with as many tokens each.
+        """
+        found: list[Tensor] = []
+        self.stream(batch, [0], lambda _, state: found.append(state))
+        return found[0][batch.tokens.mask(*IMAGE_KINDS)].view(len(found[0]), -1, self.hidden_size)
 
     def hidden_states(self, images: Sequence[Any], layers: str = "all") -> tuple[dict[Layer, Tensor], TokenMap]:
         """Hidden states of a few images, all kept: for notebooks; `stream` is for data sets.

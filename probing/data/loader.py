@@ -18,12 +18,14 @@ Prepare = Callable[[Sequence[Any]], Any]
 
 
 class Kept(Protocol):
-    """Features that are kept for every image of a list, see `probing.target_cache`."""
+    """Features that are kept for every image of a list, see `probing.feature_cache`."""
 
     def read(self, index: int) -> Tensor | None:
         """Those of one image; None where there are none."""
 
 
+TOWER = "vision tower"
+"""Under which the checkpoint's own features of an image are kept, beside those of teachers."""
 Show = Callable[[int, Image.Image], Any]
 """Index of an image, and the image → what the student is given."""
 
@@ -61,6 +63,11 @@ class Prepared:
         return teacher.target(self.pixels[teacher.name])
 
 
+def viewed(shown: Any, view: str) -> Any:
+    """An image as models get it, see `DataRecipe.view`; what is no image stays as it is."""
+    return square(shown) if view == "square" and isinstance(shown, Image.Image) else shown
+
+
 def no_student(pictures: Sequence[Any]) -> Batch:
     """In place of a student's inputs, where only teachers look at the images."""
     return Batch({}, TokenMap(torch.zeros(len(pictures), 1, dtype=torch.long), (0, 0)))
@@ -75,20 +82,17 @@ class _MicroBatches(Dataset[Prepared]):
         plan: Sequence[Sequence[int]],
         student: Callable[[Sequence[Any]], Batch],
         teachers: dict[str, Prepare],
-        squared: bool,
+        view: str,
         annotate: Callable[[str], Tensor] | None,
         show: Show | None,
         kept: Mapping[str, Kept],
     ) -> None:
-        self.images, self.plan, self.student, self.squared = images, plan, student, squared
+        self.images, self.plan, self.student, self.view = images, plan, student, view
         self.teachers = {name: prepare for name, prepare in teachers.items() if name not in kept}
         self.annotate, self.show, self.kept = annotate, show, kept
 
     def __len__(self) -> int:
         return len(self.plan)
-
-    def _view(self, shown: Any) -> Any:
-        return square(shown) if self.squared and isinstance(shown, Image.Image) else shown
 
     def __getitem__(self, position: int) -> Prepared:
         indices, pictures, shown, annotations, skipped = [], [], [], [], []
@@ -98,17 +102,17 @@ class _MicroBatches(Dataset[Prepared]):
                 picture = self.images.read(index)
                 features = {name: cache.read(index) for name, cache in self.kept.items()}
                 if any(one is None for one in features.values()):
-                    raise OSError("could not be read when teachers' features were kept")
+                    raise OSError("could not be read when its features were kept")
                 if self.annotate is not None:
                     annotations.append(self.annotate(self.images.names[index]))
                 if self.show is not None:
-                    shown.append(self._view(self.show(index, picture)))
+                    shown.append(viewed(self.show(index, picture), self.view))
             except OSError as error:
                 reason = f"corrupt: {str(error).splitlines()[0][:120]}" if str(error) else "corrupt"
                 skipped.append(Skipped(self.images.names[index], self.images.split, reason))
                 continue
             indices.append(index)
-            pictures.append(self._view(picture))
+            pictures.append(viewed(picture, self.view))
             for name, one in features.items():
                 kept[name].append(cast(Tensor, one))
         if not pictures:
@@ -116,9 +120,10 @@ class _MicroBatches(Dataset[Prepared]):
         pixels = {name: prepare(pictures) for name, prepare in self.teachers.items()}
         student = self.student(pictures if self.show is None else shown)
         known = torch.stack(annotations) if annotations else None
-        return Prepared(
-            indices, student, pixels, skipped, known, {name: torch.stack(own) for name, own in kept.items()}
-        )
+        stacked = {name: torch.stack(own) for name, own in kept.items()}
+        if TOWER in stacked:
+            student = student.with_embedded(stacked.pop(TOWER))
+        return Prepared(indices, student, pixels, skipped, known, stacked)
 
 
 def micro_batches(
@@ -145,10 +150,10 @@ def micro_batches(
         device: where batches will go.
         annotate: image name → what is known of it; an OSError counts as that of a corrupt image.
         show: what the student is given in place of an image, see `probing.data.substitutes`; the same holds of it.
-        kept: features of teachers that are read instead of being computed from pixels.
+        kept: features that are read instead of being computed from pixels, by teacher; under `TOWER` the student's own.
     """
     loader = DataLoader(
-        _MicroBatches(images, plan, student, teachers, view == "square", annotate, show, kept or {}),
+        _MicroBatches(images, plan, student, teachers, view, annotate, show, kept or {}),
         batch_size=None,
         num_workers=min(workers, len(plan)),
         pin_memory=device.type == "cuda",

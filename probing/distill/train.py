@@ -31,11 +31,11 @@ from probing.distill.recipe import DistillRecipe
 from probing.distill.targets import attach_targets
 from probing.distill.trainee import Trainee
 from probing.errors import UserError
+from probing.feature_cache import open_caches, teacher_maker
 from probing.hub import first_line, identity
 from probing.provenance import versions
 from probing.recipe import dump_recipe, local_path, validate
 from probing.run import Interruption, disk_errors, remove_left_overs, whole_folder, write_text
-from probing.target_cache import open_caches
 from probing.teachers import Teacher
 
 logger = logging.getLogger(__name__)
@@ -204,9 +204,10 @@ def _kept_features(
         return None
     root = local_path(recipe.data.image_root)
     images = ImageList(root, "conversations", [name for name in shown if is_file(root / name)])
+    makers = {name: teacher_maker(teacher, recipe.target_cache_dtype) for name, teacher in teachers.items()}
     caches = open_caches(
-        recipe.target_cache, recipe.target_cache_dtype, teachers, images, recipe.view, recipe.micro_batch,
-        recipe.workers, arguments.process_index, arguments.world_size,
+        recipe.target_cache, makers, images, recipe.view, recipe.micro_batch, recipe.workers, arguments.process_index,
+        arguments.world_size,
     )  # fmt: skip
     return KeptFeatures({name: row for row, name in enumerate(images.names)}, caches) if caches else None
 

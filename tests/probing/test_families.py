@@ -63,6 +63,16 @@ def test_neither_batch_nor_padding_changes_a_state(checkpoints, images, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_kept_inputs_of_the_llm_stand_for_the_pixels(checkpoints, images, name):
+    backbone = load_backbone(BackboneRecipe(checkpoint=str(checkpoints[name])), CPU)
+    batch = backbone.prepare([images[0]] * 2)
+    states = []
+    for given in (batch, batch.with_embedded(backbone.embed_images(batch))):
+        backbone.stream(given, [0, 3, "final"], lambda _, state: states.append(state))
+    assert all(torch.equal(states[k], states[k + 3]) for k in range(3))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_half_precision_runs(checkpoints, images, name):
     recipe = BackboneRecipe(checkpoint=str(checkpoints[name]))
     full, _ = load_backbone(recipe, CPU).hidden_states(images, "3")

@@ -8,33 +8,35 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from transformers import CLIPVisionModel
 
 from analysis.evaluate import Options, evaluate
-from probing import target_cache
+from probing import feature_cache
 from probing.cli import cli
 from probing.data.coco import list_images, square
 from probing.errors import UserError
+from probing.feature_cache import open_caches, teacher_maker
 from probing.recipe import ProbeRunRecipe
-from probing.target_cache import open_caches
 from probing.teachers import load_teacher
-from probing.train import train
+from probing.train import arm_backbone, tower_cache_of, train
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(target_cache, "ROWS", 4)
+    monkeypatch.setattr(feature_cache, "ROWS", 4)
 
 
 def teachers_of(recipe, names=("depth", "gen")):
     return {name: load_teacher(name, recipe.teachers[name], torch.device("cpu")) for name in names}
 
 
-def opened(folder, recipe_values, coco, **arguments):
+def opened(folder, recipe_values, coco, dtype="float32", **arguments):
     recipe = ProbeRunRecipe.model_validate(recipe_values)
     images = list_images(coco, "train2017")
-    given = {"where": str(folder), "dtype": "float32", "view": "square", "batch": 3, "workers": 0} | arguments
+    given = {"where": str(folder), "view": "square", "batch": 3, "workers": 0} | arguments
     teachers = teachers_of(recipe)
-    return open_caches(teachers=teachers, images=images, **given), teachers, images
+    makers = {name: teacher_maker(teacher, dtype) for name, teacher in teachers.items()}
+    return open_caches(makers=makers, images=images, **given), teachers, images
 
 
 def test_rows_are_what_the_teachers_make_of_the_images(recipe_values, coco, tmp_path):
@@ -79,7 +81,7 @@ def test_the_teacher_is_not_asked_where_its_features_are_kept(recipe_values, tmp
 
 def _make(folder, recipe_values, coco, process):
     torch.set_num_threads(1)
-    target_cache.ROWS = 4
+    feature_cache.ROWS = 4
     opened(folder, recipe_values, coco, process=process, processes=2)
 
 
@@ -136,25 +138,79 @@ def test_images_that_could_not_be_read_are_skipped_and_told(recipe_values, coco,
     broken = world / "train2017" / images.names[6]
     whole = broken.read_bytes()
     broken.write_bytes(bytes(len(whole)))
-    open_caches(recipe.data.target_cache, "float32", teachers_of(recipe, recipe.teachers), images, "square", 3, 0)
+    makers = {name: teacher_maker(t, "float32") for name, t in teachers_of(recipe, recipe.teachers).items()}
+    open_caches(recipe.data.target_cache, makers, images, "square", 3, 0)
     broken.write_bytes(whole)
     run = train(recipe, tmp_path / "run")
     (skipped,) = run.manifest["skipped"]
-    assert skipped["image"] == images.names[6] and "when teachers' features were kept" in skipped["reason"]
+    assert skipped["image"] == images.names[6] and "when its features were kept" in skipped["reason"]
+
+
+def test_the_towers_part_is_kept_too(recipe_values, tmp_path, monkeypatch):
+    """For the checkpoint and for random weights, in training and in scoring: the same numbers, and no tower runs."""
+    plain = ProbeRunRecipe.model_validate(recipe_values | {"controls": ["shuffled", "random"]})
+    kept = plain.model_copy(deep=True)
+    kept.data.target_cache = kept.data.tower_cache = str(tmp_path / "cache")
+    runs = [train(recipe, tmp_path / name) for name, recipe in (("plain", plain), ("kept", kept))]
+    for control in ("no", "random"):
+        for teacher in plain.teachers:
+            one, two = (load_file(run.probes(control) / teacher / "model.safetensors") for run in runs)
+            for name in one:
+                torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+    one, two = (evaluate(run.path, Options(controls=("no", "blank"))).read_text().splitlines() for run in runs)
+    assert len(one) == len(two) > 10
+    for first, second in zip(one[1:], two[1:], strict=True):
+        np.testing.assert_allclose(*(np.array(row.split(",")[9:], dtype=float) for row in (first, second)), atol=2e-4)
+    assert len(list((tmp_path / "cache").glob("tower-*"))) == 3  # both sets of weights, and what is held out
+    monkeypatch.setattr("probing.feature_cache._require_same", lambda *given: None)
+    looked, tower = [], CLIPVisionModel.forward
+
+    def look(self, *pixels, **options):
+        looked.extend(map(len, pixels))  # the gen teacher has its own by name
+        return tower(self, *pixels, **options)
+
+    monkeypatch.setattr(CLIPVisionModel, "forward", look)
+    train(plain.model_copy(update={"data": kept.data}), tmp_path / "again")
+    assert looked == [1, 1]  # an image for each set of weights, which tells the number of tokens
+
+
+def test_half_precision_is_kept_bit_for_bit(recipe_values, coco, tmp_path):
+    recipe = ProbeRunRecipe.model_validate(recipe_values)
+    recipe.backbone.dtype, recipe.data.tower_cache = "bfloat16", str(tmp_path)
+    backbone, images = arm_backbone(recipe, "no", torch.device("cpu")), list_images(coco, "train2017")
+    (cache,) = tower_cache_of(recipe, "no", backbone, images).values()
+    assert cache.dtype == "bfloat16" and cache.bytes == 12 * 16 * 32 * 2
+    for index in range(len(images)):
+        own = backbone.embed_images(backbone.prepare([square(images.read(index))]))
+        torch.testing.assert_close(cache.read(index), own[0].float(), rtol=2**-7, atol=1e-3)
+
+
+def test_a_checkpoint_that_shows_its_image_in_other_ways_is_named(recipe_values, coco, tmp_path):
+    """Such as one whose deeper blocks get features of the tower as well."""
+    recipe = ProbeRunRecipe.model_validate(recipe_values)
+    recipe.data.tower_cache = str(tmp_path)
+    backbone = arm_backbone(recipe, "no", torch.device("cpu"))
+    tower = []
+    backbone.core.register_forward_pre_hook(lambda module, args: tower.clear())
+    backbone.core.vision_tower.register_forward_hook(lambda module, args, output: tower.append(output[0].mean()))
+    backbone.blocks[1].register_forward_hook(lambda module, args, output: output + (tower.pop() if tower else 0))
+    with pytest.raises(UserError, match=r"by more than input embeddings.*set data\.tower_cache=off"):
+        tower_cache_of(recipe, "no", backbone, list_images(coco, "train2017"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_room_is_looked_for_first(recipe_values, coco, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
     caches, *_ = opened("auto", recipe_values, coco)
-    assert not caches and "no target cache: it would add" in caplog.text
+    assert not caches and "features are not kept: that would add" in caplog.text
     with pytest.raises(UserError, match="no disk space: the run needs about"):
         opened(tmp_path / "cache", recipe_values, coco)
     monkeypatch.undo()
-    monkeypatch.setattr(target_cache, "ROWS", 4)
+    monkeypatch.setattr(feature_cache, "ROWS", 4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     caches, *_ = opened("auto", recipe_values, coco)
-    assert caches["depth"].folder.is_relative_to(tmp_path / "home" / "mllm-probing" / "targets")
+    assert caches["depth"].folder.is_relative_to(tmp_path / "home" / "mllm-probing" / "features")
 
 
 def test_from_the_command_line(models, coco, tmp_path, caplog):
