@@ -5,8 +5,8 @@
 OLA-VLM's released code, as far as it costs time: one run per teacher; all hidden states kept and the logits of every
 position computed; images prepared in the training process; the teacher run on one image at a time; in the depth run the
 teacher's decoder run on every layer's prediction at every step. The optimiser is ours (fused), so that no difference
-comes from there. Ours is one run with images read beside it: with nothing kept, with the teachers' features kept on disk,
-and with those of the vision tower as well.
+comes from there. Ours is one run with images read beside it: with nothing kept, with the teachers' features kept on
+disk, and with those of the vision tower as well.
 """
 
 import argparse
