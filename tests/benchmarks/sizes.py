@@ -6,7 +6,12 @@ from typing import Any
 import torch
 
 import probing.compat  # noqa: F401  # isort: skip
-from transformers import DepthAnythingForDepthEstimation, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionModelWithProjection,
+    DepthAnythingForDepthEstimation,
+    LlavaForConditionalGeneration,
+    OneFormerForUniversalSegmentation,
+)
 
 from probing.data.toyworld.layout import write_world
 from probing.data.toyworld.make import ASSETS
@@ -38,14 +43,15 @@ def _grown(path: Path, model_class: Any, changes: dict[str, dict[str, Any]]) -> 
 def middle(root: Path, images: int) -> dict[str, Any]:
     """The paper's set-up at a quarter of its widths and half its depth, with about 300 tokens.
 
-    16 Llama blocks of H = 1,024, a tower that takes 0.4 of what they take (as ConvNeXt-XXL does of Llama-3-8B) and a
-    vocabulary a quarter as large, halved as the depth is; targets of 256 x 256, 256 x 384 and 1 x 256 for 576 x 1,024,
-    576 x 1,536 and 1 x 1,024; DINOv2 and DPT at a quarter of their widths.
+    16 Llama blocks of H = 1,024; targets of 256 x 256, 256 x 384 and 1 x 256 for 576 x 1,024, 576 x 1,536 and 1 x 1,024;
+    DINOv2 and DPT at a quarter of their widths. What each part takes of what the blocks take is as in the paper's set-up
+    (Llama-3-8B, ConvNeXt-XXL, 630 tokens): tower 0.40, vocabulary 0.07, teachers 0.04, 0.10 and 0.04, all decoders 0.44.
     """
     if not (root / "llava").exists():
         tiny.llava(root / "llava", layers=16, hidden=1024, image=128)
         llm = {"intermediate_size": 3584, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 16_032}
-        tower = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 24, "num_attention_heads": 10}
+        llm["head_dim"] = 64
+        tower = {"hidden_size": 576, "intermediate_size": 2304, "num_hidden_layers": 24, "num_attention_heads": 9}
         parts = {"text_config": llm, "vision_config": tower}
         _grown(root / "llava", LlavaForConditionalGeneration, parts)
         tiny.depth_teacher(root / "depth", width=256, size=112)
@@ -53,7 +59,11 @@ def middle(root: Path, images: int) -> dict[str, Any]:
         dino = {"num_hidden_layers": 12, "num_attention_heads": 4}
         _grown(root / "depth", DepthAnythingForDepthEstimation, {"": whole, "backbone_config": dino})
         tiny.seg_teacher(root / "seg", width=48, size=512)
-        tiny.gen_teacher(root / "gen", projection=256)
+        swin = {"depths": [1, 1, 9, 1], "num_heads": [3, 6, 12, 24]}
+        _grown(root / "seg", OneFormerForUniversalSegmentation, {"backbone_config": swin})
+        tiny.gen_teacher(root / "gen", projection=256, size=88)
+        vit = {"hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 16, "num_attention_heads": 5}
+        _grown(root / "gen", CLIPVisionModelWithProjection, {"": vit})
     data = write_world(root / f"world{images}", images, 2, seed=3)
     return {
         "backbone": {"checkpoint": str(root / "llava"), "prompt": PROMPT},
