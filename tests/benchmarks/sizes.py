@@ -43,9 +43,10 @@ def _grown(path: Path, model_class: Any, changes: dict[str, dict[str, Any]]) -> 
 def middle(root: Path, images: int) -> dict[str, Any]:
     """The paper's set-up at a quarter of its widths and half its depth, with about 300 tokens.
 
-    16 Llama blocks of H = 1,024; targets of 256 x 256, 256 x 384 and 1 x 256 for 576 x 1,024, 576 x 1,536 and 1 x 1,024;
-    DINOv2 and DPT at a quarter of their widths. What each part takes of what the blocks take is as in the paper's set-up
-    (Llama-3-8B, ConvNeXt-XXL, 630 tokens): tower 0.40, vocabulary 0.07, teachers 0.04, 0.10 and 0.04, all decoders 0.44.
+    16 Llama blocks of H = 1,024; targets of 256 x 256, 256 x 384 and 1 x 256 for 576 x 1,024, 576 x 1,536 and
+    1 x 1,024; DINOv2 and DPT at a quarter of their widths. What each part takes of what the blocks take is as in the
+    paper's set-up (Llama-3-8B, ConvNeXt-XXL, 630 tokens): tower 0.40, vocabulary 0.07, teachers 0.04, 0.10 and 0.04,
+    all decoders 0.44.
     """
     if not (root / "llava").exists():
         tiny.llava(root / "llava", layers=16, hidden=1024, image=128)
