@@ -279,12 +279,12 @@ STAGE = {
     "trainer": {"logging_steps": 1},
 }
 ALIGN = {name: PROBES[name] for name in ("backbone", "data", "teachers", "layers")} | {"coverage": 0.5}
-TEXTS = (
+TEXTS = (  # CANARY stands for a file that appears if one of them is run
     "{a: 2001-13-45}",
     "!!timestamp x",
     "!!int ''",
     "!!bool maybe",
-    "!!python/object/apply:os.system [touch /tmp/never]",
+    "!!python/object/apply:os.system [touch CANARY]",
     "&a [*a]",
     "? [a]\n: b",
     "{a: " + "[" * 1000,
@@ -301,7 +301,8 @@ TEXTS = (
 
 @pytest.mark.parametrize(("model", "values"), [(ProbeRunRecipe, PROBES), (DistillRecipe, STAGE), (AlignRecipe, ALIGN)])
 def test_recipes(tmp_path, model, values):
-    file = tmp_path / "recipe.yaml"
+    file, canary = tmp_path / "recipe.yaml", tmp_path / "it_ran"
+    texts = [text.replace("CANARY", str(canary)) for text in TEXTS]
 
     def check(text):
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -314,10 +315,10 @@ def test_recipes(tmp_path, model, values):
         else:
             assert dump_recipe(load_recipe(model, file)) == dump_recipe(recipe)
 
-    for text in TEXTS:
+    for text in texts:
         check(text)
     rest = yaml.safe_dump({key: value for key, value in values.items() if key != "backbone"})
-    for text in TEXTS[-7:]:
+    for text in texts[-7:]:
         check(f"{text}\n{rest}" if "data:" not in text else text)
 
     @fuzz
@@ -332,17 +333,24 @@ def test_recipes(tmp_path, model, values):
 
     damage()
     nonsense()
+    assert not canary.exists()
 
 
-def test_overrides():
+def test_overrides(tmp_path):
     def check(text):
         try:
             apply_overrides(copy.deepcopy(PROBES), [text])
         except UserError as error:
             one_line(error)
 
-    for text in TEXTS:
+    canary = tmp_path / "it_ran"
+    texts = [text.replace("CANARY", str(canary)) for text in TEXTS]
+    yaml.unsafe_load(next(text for text in texts if str(canary) in text))
+    assert canary.exists()  # so it would
+    canary.unlink()
+    for text in texts:
         check(f"fit.lr={text}")
+    assert not canary.exists()
     fuzz(given(st.text(alphabet="fit.lrdata=[]{}:&*!-0 ", max_size=20))(check))()
 
 
