@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -309,26 +310,21 @@ def _evaluation(options: dict[str, Any]) -> "Options":
     return Options(**options | {"metrics": tuple(dict.fromkeys(options["metrics"])) or ("cosine",)})
 
 
+rate = partial(click.option, type=click.FloatRange(0, min_open=True), show_default=True)
+
+
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path), metavar="RUN_OR_RECIPE")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--devices", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the images, one each."
 )
-@click.option(
+@rate(
     "--tflops",
-    type=click.FloatRange(0, min_open=True),
     default=150.0,
-    show_default=True,
     help="TFLOP/s that a device sustains in 16-bit numbers; the default is meant for an H100, on the careful side.",
 )
-@click.option(
-    "--tflops-long",
-    type=click.FloatRange(0, min_open=True),
-    default=40.0,
-    show_default=True,
-    help="The same in 32-bit numbers, in which probes and teachers are computed.",
-)
+@rate("--tflops-long", default=40.0, help="The same in 32-bit numbers, in which probes and teachers are computed.")
 @evaluation_options
 def plan(
     path: Path, overrides: tuple[str, ...], devices: int, tflops: float, tflops_long: float, **options: Any
