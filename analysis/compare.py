@@ -13,6 +13,7 @@ from analysis.frechet import Jackknife, is_distance
 from analysis.pooled import Scored, open_runs, read_distances, read_scores, require_alike
 from analysis.scores import AVERAGE, Curve, by_seed, is_block, over_layers
 from analysis.statistics import Statistic, paired_bootstrap
+from analysis.told import TOLD
 from probing.errors import UserError
 
 
@@ -53,17 +54,6 @@ class Difference:
     higher: str
 
 
-TOLD = (
-    ("word_cosine", "centred"),
-    ("word_retrieval", "centred"),
-    ("word_miou", "centred"),
-    ("lens_retrieval", "final norm"),
-    ("lens_miou", "final norm"),
-    ("explained_energy", "orthogonal, 4"),
-    ("von_neumann_entropy", ""),
-    ("effective_rank", ""),
-)
-"""Metric and beginning of the protocol of what is said of runs of `probing align`; the table has the rest."""
 COLUMNS = [field.name for field in fields(Difference)]
 
 

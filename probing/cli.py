@@ -4,28 +4,17 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 
 from probing import __version__
+from probing.cli_options import TARGET_CACHE, evaluation, evaluation_options, teacher_values
 from probing.errors import UserError
 
-if TYPE_CHECKING:
-    from analysis.evaluate import Options
-
-F = TypeVar("F", bound=Callable[..., None])
 TEACHERS = ("depth", "seg", "gen")
-
-
-TARGET_CACHE = click.option(
-    "--target-cache",
-    metavar="off|auto|DIR",
-    help="Keep the teachers' features on disk: auto is the user's cache folder, if there is room. Default: off, or as "
-    "in training.",
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -186,7 +175,7 @@ def train(
         there = values.get("controls", ["shuffled"])
         values["controls"] = [*(there if isinstance(there, list) else [there]), *controls]
     if teacher_options or "teachers" not in values:
-        values["teachers"] = _teacher_values(teacher_options or TEACHERS)
+        values["teachers"] = teacher_values(teacher_options or TEACHERS)
     apply_overrides(values, overrides)
     for section, field, option in (("backbone", "checkpoint", "--checkpoint"), ("data", "path", "--data")):
         if field not in values[section]:
@@ -207,78 +196,6 @@ def train(
     click.echo(f"probes: {run.path / 'probes'}; next: probing evaluate {run.path}")
 
 
-def _teacher_values(options: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    from probing.teachers.catalogue import CATALOGUE
-
-    values = {}
-    for option in options:
-        name, _, identifier = option.partition("=")
-        if name not in CATALOGUE:
-            raise UserError(f"no teacher is called {name!r}; there are {', '.join(CATALOGUE)}")
-        values[name] = {"id": identifier or CATALOGUE[name].default_id}
-    return values
-
-
-EVALUATION_OPTIONS = (
-    click.option(
-        "--metric",
-        "metrics",
-        multiple=True,
-        type=click.Choice(["cosine", "da2k", "miou", "fid", "frechet"]),
-        help="Repeat for several. Default: cosine.",
-    ),
-    click.option(
-        "--protocol",
-        "protocols",
-        multiple=True,
-        type=click.Choice(["strict", "paper", "blind"]),
-        help="For the metrics that have it; the others, and without, all that a metric has.",
-    ),
-    click.option("--layers", help="Some of the probed layers, such as 0,4,8-12,final. Default: all."),
-    click.option(
-        "--probe",
-        "probes",
-        multiple=True,
-        type=click.Choice(["resampler", "ridge"]),
-        help="Default: both; for fid and frechet the resampler.",
-    ),
-    click.option(
-        "--control",
-        "controls",
-        multiple=True,
-        type=click.Choice(["no", "shuffled", "random", "blank", "other", "caption"]),
-        help="no is the checkpoint itself. Default: all the run has; for fid and frechet no. blank, other and caption "
-        "show the checkpoint a grey image, the next one, or the caption as text in place of the image.",
-    ),
-    click.option("--images", type=click.IntRange(1), help="Images per decoded metric. Default: all."),
-    click.option("--da2k", type=click.Path(path_type=Path), help="Folder in DA-2K's layout, for --metric da2k."),
-    click.option(
-        "--inception-weights",
-        type=click.Path(path_type=Path, exists=True, dir_okay=False),
-        help="pytorch-fid's weights, for --metric fid. Default: download.",
-    ),
-    click.option("--extractor", help="Image classifier (folder or Hub id) whose features --metric frechet compares."),
-    click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="Diffusion steps per image."),
-    click.option("--guidance", type=click.FloatRange(1), default=10.0, show_default=True, help="Diffusion guidance."),
-    click.option(
-        "--pictures",
-        type=click.IntRange(0),
-        default=4,
-        show_default=True,
-        help="Images to draw at every layer, where a metric is decoded.",
-    ),
-    click.option("--micro-batch", type=click.IntRange(1), help="Images per forward pass. Default: as in training."),
-    TARGET_CACHE,
-)
-
-
-def evaluation_options(verb: F) -> F:
-    """Options that say what to score, for the verbs that do it or say what it costs."""
-    for option in reversed(EVALUATION_OPTIONS):
-        verb = option(verb)
-    return verb
-
-
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @evaluation_options
@@ -296,17 +213,14 @@ def evaluate(run: Path, **options: Any) -> None:
     from probing.fit import Interrupted
 
     try:
-        results = evaluate_run(run, _evaluation(options))
+        results = evaluate_run(run, evaluation(options))
     except Interrupted:
         click.echo("interrupted; what was scored is saved, and the same command goes on from there", err=True)
         sys.exit(130)
     click.echo(f"results: {results}; next: probing report {run}")
 
 
-def _evaluation(options: dict[str, Any]) -> "Options":
-    from analysis.evaluate import Options
-
-    return Options(**options | {"metrics": tuple(dict.fromkeys(options["metrics"])) or ("cosine",)})
+rate = partial(click.option, type=click.FloatRange(0, min_open=True), show_default=True)
 
 
 @cli.command()
@@ -315,20 +229,12 @@ def _evaluation(options: dict[str, Any]) -> "Options":
 @click.option(
     "--devices", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the images, one each."
 )
-@click.option(
+@rate(
     "--tflops",
-    type=click.FloatRange(0, min_open=True),
     default=150.0,
-    show_default=True,
     help="TFLOP/s that a device sustains in 16-bit numbers; the default is meant for an H100, on the careful side.",
 )
-@click.option(
-    "--tflops-long",
-    type=click.FloatRange(0, min_open=True),
-    default=40.0,
-    show_default=True,
-    help="The same in 32-bit numbers, in which probes and teachers are computed.",
-)
+@rate("--tflops-long", default=40.0, help="The same in 32-bit numbers, in which probes and teachers are computed.")
 @evaluation_options
 def plan(
     path: Path, overrides: tuple[str, ...], devices: int, tflops: float, tflops_long: float, **options: Any
@@ -360,7 +266,7 @@ def plan(
     recipe = run.recipe if run else load_recipe(ProbeRunRecipe, path, overrides)
     for line in [] if run else training_cost(recipe, devices).lines(where):
         click.echo(line)
-    for cost in plan_evaluation(run, recipe, _evaluation(options)):
+    for cost in plan_evaluation(run, recipe, evaluation(options)):
         click.echo(f"{cost.metric}: {cost.work}; there already: {cost.there}")
 
 
@@ -454,7 +360,7 @@ def align(
 
     values: dict[str, Any] = {"backbone": {"checkpoint": checkpoint}, "data": {"path": data}}
     values |= {"layers": layers} if layers else {}
-    values["teachers"] = _teacher_values(teacher_options)
+    values["teachers"] = teacher_values(teacher_options)
     if images:
         values["data"]["eval_limit"] = images
     apply_overrides(values, overrides)

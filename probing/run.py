@@ -329,9 +329,15 @@ class AlignmentRun:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Fields of its recipe that its numbers depend on, besides the checkpoint, and what the manifest names."""
-        recipe = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
-        return {name: recipe[name] for name in ("layers", "coverage", "sample")}
+        """Fields of its recipe that its numbers depend on, besides the checkpoint, and what the manifest names.
+
+        Raises:
+            UserError: the recipe cannot be read.
+        """
+        saved = self.path / "recipe.yaml"
+        with reading(saved, LOST):
+            recipe = read_yaml(saved)
+            return {name: recipe[name] for name in ("layers", "coverage", "sample")}
 
 
 def members(path: Path) -> list[Path]:

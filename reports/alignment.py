@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from analysis.told import TOLD
 from probing.errors import UserError
 from probing.run import LOST, members, read_json, reading
 from reports.curves import COLOURS, MARKERS, STYLE
@@ -77,17 +78,6 @@ LENS = [
         for lens in ("final norm", "no norm")
     ),
 ]
-DIFFERENCES = {
-    ("word_cosine", "centred"): "cosine with the label's word, centred",
-    ("word_retrieval", "centred"): "nearest word is the label's, centred",
-    ("word_miou", "centred"): "mIoU of the nearest words, centred",
-    ("lens_retrieval", "final norm"): "label of the largest logit is right",
-    ("lens_miou", "final norm"): "mIoU of largest logits",
-    ("explained_energy", "orthogonal, 4"): "explained by 4 words",
-    ("von_neumann_entropy", ""): "von Neumann entropy (nats)",
-    ("effective_rank", ""): "effective rank, centred",
-}
-"""What the table of differences shows."""
 SUMS = {
     "matching pursuit": "matching pursuit",
     "orthogonal": "orthogonal pursuit",
@@ -254,7 +244,7 @@ def difference_table(differences: pd.DataFrame) -> dict[str, Any]:
     d = differences[differences["layer"].isin(["0", AVERAGE])]
     names = list(dict.fromkeys(d["checkpoint"]))
     rows = []
-    for (metric, protocol), label in DIFFERENCES.items():
+    for (metric, protocol), label in TOLD.items():
         chosen = d[(d["metric"] == metric) & d["protocol"].str.startswith(protocol)]
         for layer in ("0", AVERAGE):
             part = chosen[chosen["layer"] == layer].set_index("checkpoint")

@@ -14,13 +14,10 @@ from pathlib import Path
 import click
 
 import probing.compat  # noqa: F401
-from probing.data.toyworld.layout import write_world
 from probing.data.toyworld.llava import answer_accuracy
-from probing.data.toyworld.make import Sizes, checkpoints, make_checkpoints, make_teachers
+from probing.data.toyworld.make import Sizes, checkpoints, make_checkpoints, make_study
 from probing.run import write_text
 
-TRAIN_SCENES, VAL_SCENES, TEST_SCENES, WORLD_SEED = 4000, 400, 600, 12
-"""Scenes for the probes; no teacher, tower or checkpoint has seen them."""
 QUESTIONS = 2000
 
 
@@ -31,9 +28,7 @@ def main(folder: Path, seeds: tuple[int, ...]) -> None:
     """Makes FOLDER/models and FOLDER/world, and says how well each checkpoint answers questions."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("probing").setLevel(logging.INFO)
-    models = folder / "models"
-    world = write_world(folder / "world", TRAIN_SCENES, VAL_SCENES, WORLD_SEED, TEST_SCENES)
-    make_teachers(models, Sizes())
+    models, world = make_study(folder)
     for seed in seeds:
         make_checkpoints(models, Sizes().llava, seed)
         file = folder / f"answers_{seed}.json"

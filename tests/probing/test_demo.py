@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor
 from analysis.features import classifier
 from analysis.frechet import Gaussian, frechet_distance
 from probing.data.coco import list_images
+from probing.data.toyworld import make
 from probing.data.toyworld.layout import write_world
 from probing.data.toyworld.llava import Schedule, answer_accuracy
 from probing.data.toyworld.make import ASSETS, SHIPPED, Sizes, make_models, write_assets
@@ -80,6 +81,19 @@ def test_the_demos_recipe_probes_every_layer(tmp_path):
     recipe = demo_recipe(ASSETS, tmp_path)
     assert recipe.layers == "all" and recipe.controls == ["random", "shuffled"]
     assert list(recipe.teachers) == ["depth", "seg", "gen"]
+
+
+def test_checkpoints_of_another_study_are_added_to_those_there(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(make, "make_reader", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(make, "make_llava", lambda world, reader, folder, *_: made.append(folder.name))
+    monkeypatch.setattr(make, "answer_accuracy", lambda *_: {"all": {"n": len(made)}})
+    own = make.checkpoints(tmp_path)
+    first = make.make_checkpoints(tmp_path, Schedule(), 0)
+    more = make.make_checkpoints(tmp_path, Schedule(), 0, {"patch": {"patches": {}}, "llava": own["llava"]})
+    assert made == [*own, "patch"] and list(first) == list(own) and list(more) == ["patch", "llava"]
+    assert more["llava"] == first["llava"] and make.make_checkpoints(tmp_path, Schedule(), 0) == first
+    assert len(made) == len(own) + 1
 
 
 @pytest.mark.slow

@@ -1,28 +1,20 @@
-"""Whatever a file holds: one line that names it, or an image that is skipped; nothing outside is read, or run."""
+"""Whatever annotations, recipes and images hold: one line, or an image that is skipped; nothing outside is read."""
 
 import copy
 import io
 import json
-import pickle
-import shutil
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
 from analysis.align import AlignRecipe
-from analysis.features import inception
-from analysis.scores import Curve, ScoreFile, read_if_fits, read_summaries
-from probing.backbones import load_backbone
 from probing.backbones.base import parse_layers
-from probing.bank import ProbeBank
 from probing.data.coco import FORMATS, image_size, list_images, read_image
 from probing.data.conversations import read_conversations, require_some_image
 from probing.data.da2k import read_pairs
@@ -31,64 +23,8 @@ from probing.data.patch_labels import plain_name
 from probing.data.substitutes import read_captions
 from probing.distill.recipe import DistillRecipe
 from probing.errors import UserError
-from probing.hub import read_tensors
-from probing.recipe import BackboneRecipe, ProbeRunRecipe, apply_overrides, dump_recipe, load_recipe
-from probing.resampler import ResamplerConfig
-from probing.run import Run
-from probing.train import train
-
-CPU = torch.device("cpu")
-DEEP = "[" * 100_000
-fuzz = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
-scalars = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.sampled_from([10**30, -(10**30), 2**31, 2**63, 0, -1]),
-    st.floats(),
-    st.text(max_size=8),
-    st.sampled_from(["..", "/etc/passwd", "../../x.jpg", "a\0b", "\ud800", "x" * 5000, "<image>", "", ".", "/"]),
-)
-junk = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-)
-
-
-def places(document):
-    """Every place in a document: the container and the key in it."""
-    items = document.items() if isinstance(document, dict) else enumerate(document)
-    for key, value in items:
-        yield document, key
-        if isinstance(value, dict | list):
-            yield from places(value)
-
-
-@st.composite
-def damaged(draw, document):
-    """A document of which something is missing, or is something else."""
-    document = copy.deepcopy(document)
-    for _ in range(draw(st.integers(1, 3))):
-        there = list(places(document))
-        if not there:
-            break
-        container, key = draw(st.sampled_from(there))
-        if draw(st.integers(0, 3)):
-            container[key] = draw(junk)
-        else:
-            del container[key]
-    return document
-
-
-def one_line(error):
-    assert str(error).strip() and "Traceback" not in str(error)
-
+from probing.recipe import ProbeRunRecipe, apply_overrides, dump_recipe, load_recipe
+from tests.hostile import DEEP, damaged, fuzz, one_line
 
 # annotations
 
@@ -279,12 +215,12 @@ STAGE = {
     "trainer": {"logging_steps": 1},
 }
 ALIGN = {name: PROBES[name] for name in ("backbone", "data", "teachers", "layers")} | {"coverage": 0.5}
-TEXTS = (
+TEXTS = (  # CANARY stands for a file that appears if one of them is run
     "{a: 2001-13-45}",
     "!!timestamp x",
     "!!int ''",
     "!!bool maybe",
-    "!!python/object/apply:os.system [touch /tmp/never]",
+    "!!python/object/apply:os.system [touch CANARY]",
     "&a [*a]",
     "? [a]\n: b",
     "{a: " + "[" * 1000,
@@ -301,7 +237,8 @@ TEXTS = (
 
 @pytest.mark.parametrize(("model", "values"), [(ProbeRunRecipe, PROBES), (DistillRecipe, STAGE), (AlignRecipe, ALIGN)])
 def test_recipes(tmp_path, model, values):
-    file = tmp_path / "recipe.yaml"
+    file, canary = tmp_path / "recipe.yaml", tmp_path / "it_ran"
+    texts = [text.replace("CANARY", str(canary)) for text in TEXTS]
 
     def check(text):
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -314,10 +251,10 @@ def test_recipes(tmp_path, model, values):
         else:
             assert dump_recipe(load_recipe(model, file)) == dump_recipe(recipe)
 
-    for text in TEXTS:
+    for text in texts:
         check(text)
     rest = yaml.safe_dump({key: value for key, value in values.items() if key != "backbone"})
-    for text in TEXTS[-7:]:
+    for text in texts[-7:]:
         check(f"{text}\n{rest}" if "data:" not in text else text)
 
     @fuzz
@@ -332,17 +269,24 @@ def test_recipes(tmp_path, model, values):
 
     damage()
     nonsense()
+    assert not canary.exists()
 
 
-def test_overrides():
+def test_overrides(tmp_path):
     def check(text):
         try:
             apply_overrides(copy.deepcopy(PROBES), [text])
         except UserError as error:
             one_line(error)
 
-    for text in TEXTS:
+    canary = tmp_path / "it_ran"
+    texts = [text.replace("CANARY", str(canary)) for text in TEXTS]
+    yaml.unsafe_load(next(text for text in texts if str(canary) in text))
+    assert canary.exists()  # so it would
+    canary.unlink()
+    for text in texts:
         check(f"fit.lr={text}")
+    assert not canary.exists()
     fuzz(given(st.text(alphabet="fit.lrdata=[]{}:&*!-0 ", max_size=20))(check))()
 
 
@@ -403,184 +347,3 @@ def test_no_other_program_is_started_for_an_image(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         read_image(tmp_path / "1.jpg")
     assert not started
-
-
-# tensors
-
-
-def broken(whole: bytes) -> dict[str, bytes]:
-    """A safetensors file in every way in which it can be wrong."""
-    (length,) = struct.unpack("<Q", whole[:8])
-    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
-    names = [name for name in header if name != "__metadata__"]
-
-    def packed(changed, start=None):
-        text = changed.encode() if isinstance(changed, str) else json.dumps(changed).encode()
-        return struct.pack("<Q", len(text) if start is None else start) + text + data
-
-    first, last = header[names[0]], header[names[-1]]
-    return {
-        "empty": b"",
-        "header cut off": whole[: 8 + length // 2],
-        "data cut off": whole[:-5],
-        "length beyond the file": packed(header, 2**40),
-        "length of everything": packed(header, 2**64 - 1),
-        "length too small": packed(header, 3),
-        "overlap": packed(header | {names[0]: last | {"data_offsets": last["data_offsets"]}}),
-        "outside": packed(header | {names[0]: first | {"data_offsets": [2**50, 2**50 + 4]}}),
-        "backwards": packed(header | {names[0]: first | {"data_offsets": first["data_offsets"][::-1]}}),
-        "huge shape": packed(header | {names[0]: first | {"shape": [2**40, 2**40]}}),
-        "other shape": packed(header | {names[0]: first | {"shape": []}}),
-        "other type": packed(header | {names[0]: first | {"dtype": "X9"}}),
-        "no tensors": packed({"__metadata__": header.get("__metadata__", {})}),
-        "junk": packed("{" * 100),
-        "deep": packed(DEEP),
-        "pickle": pickle.dumps({"a": 1}),
-    }
-
-
-SMALLEST = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-KINDS = list(broken(struct.pack("<Q", len(SMALLEST)) + SMALLEST + bytes(4)))
-
-
-@pytest.fixture(scope="module")
-def scores(tmp_path_factory):
-    file = tmp_path_factory.mktemp("scores") / "cosine-val2017.safetensors"
-    curve = Curve("depth", "0", "resampler", "no", "cosine", "strict", 0)
-    ScoreFile({curve: np.ones(3)}, ["a", "b", "c"], "val2017", "x", {curve: np.ones((2, 2))}).write(file)
-    return file
-
-
-@pytest.fixture(scope="module")
-def bank(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bank")
-    ProbeBank.build({"gen": ResamplerConfig(8, 1, 12, 12)}, [0, 2], [0], ["image"], CPU).save(folder, {})
-    return folder
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_tensor_files(models, scores, bank, tmp_path, kind):
-    file = tmp_path / "scores.safetensors"
-    file.write_bytes(broken(scores.read_bytes())[kind])
-    with pytest.raises(UserError, match=r"scores\.safetensors cannot be read .*; remove it and evaluate again"):
-        ScoreFile.read(file)
-    assert read_if_fits(file, "x") is None
-    shutil.copytree(bank, tmp_path / "bank")
-    weights = tmp_path / "bank" / "gen" / "model.safetensors"
-    weights.write_bytes(broken(weights.read_bytes())[kind])
-    with pytest.raises(UserError, match=r"gen/model\.safetensors cannot be read .*; put it back, or train"):
-        ProbeBank.load(tmp_path / "bank", CPU)
-    shutil.copytree(models["llava"], tmp_path / "llava")
-    weights = tmp_path / "llava" / "model.safetensors"
-    weights.write_bytes(broken(weights.read_bytes())[kind])
-    with pytest.raises(UserError, match="llava"):
-        load_backbone(BackboneRecipe(checkpoint=str(tmp_path / "llava")), CPU)
-
-
-def test_what_is_said_beside_tensors(scores, bank, tmp_path):
-    """The metadata of scores, and the configuration of a bank."""
-    content = scores.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    config = json.loads((bank / "gen" / "config.json").read_text())
-    folder = tmp_path / "bank"
-    shutil.copytree(bank, folder)
-
-    @fuzz
-    @given(damaged(json.loads(header["__metadata__"]["pass"])), damaged(config), junk)
-    def check(passed, changed, text):
-        for said in (json.dumps(passed), json.dumps(text), DEEP):
-            new = json.dumps(header | {"__metadata__": {"pass": said}}).encode()
-            (tmp_path / "s.safetensors").write_bytes(struct.pack("<Q", len(new)) + new + content[8 + length :])
-            try:
-                assert len(ScoreFile.read(tmp_path / "s.safetensors").names) == 3
-            except UserError as error:
-                one_line(error)
-        (tmp_path / "s.json").write_text(json.dumps(text))
-        (folder / "gen" / "config.json").write_text(json.dumps(changed))
-        for read in (lambda: read_summaries(tmp_path / "s.json"), lambda: ProbeBank.load(folder, CPU)):
-            try:
-                read()
-            except UserError as error:
-                one_line(error)
-
-    check()
-
-
-def test_a_configuration_that_is_nonsense(models, tmp_path):
-    folder = tmp_path / "llava"
-    shutil.copytree(models["llava"], folder)
-    config = json.loads((folder / "config.json").read_text())
-
-    @settings(fuzz, max_examples=25)
-    @given(damaged(config))
-    @example([])
-    @example(config | {"text_config": config["text_config"] | {"hidden_size": -1}})
-    @example(config | {"text_config": config["text_config"] | {"num_hidden_layers": "two"}})
-    @example(config | {"vision_config": 3})
-    @example(config | {"model_type": []})
-    @example(config | {"model_type": "llava_llama", "mm_vision_tower": 3, "hidden_size": "x"})
-    @example(config | {"mm_vision_tower": "/nowhere", "mm_projector_type": "mlp2x_gelu"})
-    def check(changed):
-        (folder / "config.json").write_text(json.dumps(changed))
-        try:
-            load_backbone(BackboneRecipe(checkpoint=str(folder)), torch.device("meta"))
-        except UserError as error:
-            one_line(error)
-
-    check()
-
-
-@pytest.mark.parametrize("place", ["../other/model.safetensors", "/etc/passwd", "..", "a/b", 3, None])
-def test_shards_lie_beside_their_index(models, tmp_path, place):
-    folder = tmp_path / "llava"
-    shutil.copytree(models["llava"], folder)
-    shutil.copytree(models["llava"], tmp_path / "other")
-    (folder / "model.safetensors").unlink()
-    index = {"weight_map": {name: place for name in ("a", "b")}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="no file beside it"):
-        load_backbone(BackboneRecipe(checkpoint=str(folder)), CPU)
-    with pytest.raises(UserError, match="no file beside it"):
-        list(read_tensors(str(folder), ""))
-
-
-class Payload:
-    """Makes a file when it is unpickled by anything that runs code."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self):
-        return Path.touch, (self.file,)
-
-
-def test_no_pickle_runs_code(models, recipe_values, tmp_path):
-    canary, evil = tmp_path / "it ran", tmp_path / "evil.pt"
-    torch.save({"a": torch.ones(1), "step": Payload(canary)}, evil)
-    torch.load(evil, weights_only=False)
-    assert canary.exists()  # so it would
-    canary.unlink()
-    folder = tmp_path / "llava"
-    shutil.copytree(models["llava"], folder)
-    (folder / "model.safetensors").unlink()
-    shutil.copy(evil, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="may run code"):
-        load_backbone(BackboneRecipe(checkpoint=str(folder)), CPU)
-    with pytest.raises(UserError, match="may run code"):
-        list(read_tensors(str(folder), "a"))
-    with pytest.raises(UserError):
-        inception(evil, CPU)
-    recipe = ProbeRunRecipe.model_validate(recipe_values | {"layers": "1", "controls": []})
-    state = Run.create(tmp_path / "run", recipe).path / "state" / "no" / "state.pt"
-    state.parent.mkdir(parents=True)
-    shutil.copy(evil, state)
-    with pytest.raises(UserError, match=r"may run code.*; remove .* to train from the start"):
-        train(recipe, tmp_path / "run")
-    torch.save({"banks": [], "step": "x"}, state)
-    with pytest.raises(UserError, match="to train from the start"):
-        train(recipe, tmp_path / "run")
-    state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(UserError, match="to train from the start"):
-        train(recipe, tmp_path / "run")
-    assert not canary.exists()

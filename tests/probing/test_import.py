@@ -27,7 +27,7 @@ from probing.resampler import Resampler, ResamplerConfig
 from probing.teachers import load_teacher
 from reports.page import write_report
 from tests import tiny
-from tests.probing.test_original import original
+from tests.original import original
 
 CPU = torch.device("cpu")
 LAYERS = {"depth": (1, 3), "gen": (2,)}

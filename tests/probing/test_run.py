@@ -5,8 +5,9 @@ import signal
 import pytest
 
 from probing import run as run_module
+from probing.errors import UserError
 from probing.recipe import ProbeRunRecipe
-from probing.run import Interruption, Run, whole_file, whole_folder
+from probing.run import AlignmentRun, Interruption, Run, whole_file, whole_folder
 
 
 @pytest.fixture
@@ -45,6 +46,15 @@ def test_a_failure_leaves_what_was_there(tmp_path, context):
         raise RuntimeError
     assert target.read_text() == "old" if context is whole_file else (target / "old").exists()
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("text", [None, "{", "- a", "layers: all", b"\xff"], ids=str)
+def test_a_broken_recipe_of_an_alignment_is_one_line(tmp_path, text):
+    if text is not None:
+        (tmp_path / "recipe.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=r"recipe\.yaml") as caught:
+        _ = AlignmentRun(tmp_path).settings
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_signal_that_is_passed_on_counts_once_and_a_later_one_stops(monkeypatch):

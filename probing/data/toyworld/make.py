@@ -103,32 +103,49 @@ def make_teachers(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
     return quality
 
 
-def make_checkpoints(folder: Path, schedule: Schedule, seed: int) -> dict[str, dict[str, Quality]]:
-    """Makes the language model of one seed and every checkpoint that starts from it; what is there is kept.
+def make_study(folder: Path) -> tuple[Path, Path]:
+    """Makes what the studies in examples/ share, so that they can share a folder; what is there already is kept.
+
+    Args:
+        folder: gets `models/`, filled by `make_teachers`, and `world/`.
+
+    Returns:
+        Both: the models, and a world for the probes, whose scenes no teacher, tower or checkpoint has seen.
+    """
+    world = write_world(folder / "world", 4000, 400, seed=12, test=600)
+    make_teachers(folder / "models", Sizes())
+    return folder / "models", world
+
+
+def make_checkpoints(
+    folder: Path, schedule: Schedule, seed: int, variants: dict[str, dict[str, Any]] | None = None
+) -> dict[str, dict[str, Quality]]:
+    """Makes the language model of one seed and checkpoints that start from it; what is there is kept.
 
     Args:
         folder: filled by `make_teachers`; gets `stages/seed_<seed>/`: `untrained/`, `text/`, and per checkpoint `pt/`
             and `ift/`.
         schedule: steps.
         seed: of all that is random but teachers, tower and world.
+        variants: the checkpoints, as `checkpoints` says them; without, its own.
 
     Returns:
-        Per checkpoint what `answer_accuracy` finds, and the seconds it took; kept in `answers.json`.
+        Per checkpoint of these what `answer_accuracy` finds, and the seconds it took; kept in `answers.json`.
     """
     world, stages = folder / "world", folder / "stages" / f"seed_{seed}"
     file = stages / "answers.json"
     found: dict[str, dict[str, Quality]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    variants = checkpoints(folder)
-    if variants.keys() <= found.keys():
-        return found
-    reader = make_reader(world, folder / "stages" / "tower", stages, schedule, seed=seed)
-    for name in (name for name in variants if name not in found):
+    variants = variants or checkpoints(folder)
+    lacking = [name for name in variants if name not in found]
+    if lacking:
+        reader = make_reader(world, folder / "stages" / "tower", stages, schedule, seed=seed)
+    for name in lacking:
         started = time.monotonic()
         last = make_llava(world, reader, stages / name, schedule, seed, variants[name])
         found[name] = answer_accuracy(last, world)
         found[name]["all"]["seconds"] = round(time.monotonic() - started)
         write_text(file, json.dumps(found, indent=2) + "\n")
-    return found
+    return {name: found[name] for name in variants}
 
 
 def checkpoints(folder: Path) -> dict[str, dict[str, Any]]:
