@@ -121,7 +121,9 @@ class FitState:
         step: optimiser steps taken.
         losses: one row per step; columns as in `columns`, then one per teacher for its running mean target.
         ridge: sums of the ridge readout.
-        target_sums: per teacher, the sum (N, D) of its targets in float64, and their number.
+        target_sums: per teacher, the sum (N, D) of its targets in float64, and their number: of all processes until the
+            last saved state, and of this one since.
+        shared_sums: the same as of the last saved state.
         skipped: images left out.
         seconds: time spent, over all resumptions.
     """
@@ -132,6 +134,7 @@ class FitState:
     losses: list[list[float]] = field(default_factory=list)
     ridge: dict[RidgeKey, RidgeSums] = field(default_factory=lambda: defaultdict(RidgeSums))
     target_sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    shared_sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     skipped: dict[str, Skipped] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -183,6 +186,7 @@ class FitState:
         for teacher, layer, sums in saved["ridge"]:
             self.ridge[teacher, layer] = RidgeSums({name: value.to(device) for name, value in sums.items()})
         self.target_sums = {name: (total.to(device), count) for name, (total, count) in saved["target_sums"].items()}
+        self.shared_sums = dict(self.target_sums)
         self.skipped = {row[0]: Skipped(*row) for row in saved["skipped"]}
         self.seconds = saved["seconds"]
 
@@ -411,19 +415,27 @@ class Fit:
         return [bool(flag) for flag in raised > 0]
 
     def _collect(self, state: FitState) -> None:
-        """Moves the sums and skipped images of all processes into the main one's state."""
+        """Adds up what each process has summed: of ridge readouts in the main one, of targets in all of them.
+
+        All add the same things in the same order, whatever they have seen: each waits here for the others.
+        """
         if self.accelerator.num_processes == 1:
             return
-        for sums in state.ridge.values():
-            sums.sums = {name: self._to_main(value) for name, value in sums.sums.items()}
-        for name, (total, count) in state.target_sums.items():
-            number = self._to_main(torch.tensor(count, device=total.device))
-            state.target_sums[name] = (self._to_main(total), int(number))
+        device = self.accelerator.device
+        for layer, name in itertools.product(self.layers, self.teachers) if self.recipe.fit.ridge else ():
+            nothing = RidgeSums.of_nothing(self.backbone.hidden_size, self.teachers[name].shape[1], device)
+            own = state.ridge.pop((name, layer), nothing).sums
+            sums = {part: self.accelerator.reduce(value, "sum") for part, value in own.items()}
+            if self.accelerator.is_main_process and sums["n"]:
+                state.ridge[name, layer] = RidgeSums(sums)
+        for name, teacher in self.teachers.items():
+            none = (torch.zeros(teacher.shape, dtype=self._wide, device=device), 0)
+            (total, count), (shared, known) = state.target_sums.get(name, none), state.shared_sums.get(name, none)
+            number = known + int(self.accelerator.reduce(torch.tensor(count - known, device=device), "sum"))
+            total = shared + self.accelerator.reduce(total - shared, "sum")
+            if number:
+                state.target_sums[name] = state.shared_sums[name] = (total, number)
         state.skipped = {skip.image: skip for skip in gather_object(list(state.skipped.values()))}
-
-    def _to_main(self, value: Tensor) -> Tensor:
-        total = self.accelerator.reduce(value, "sum")
-        return total if self.accelerator.is_main_process else torch.zeros_like(value)
 
     def _save(self, state: FitState) -> None:
         """Saves the training state; the last one is replaced only when the new one is whole."""
@@ -441,9 +453,8 @@ class Fit:
         # To the CPU first: processes without accelerator have devices such as cpu:0, which torch cannot load to.
         with reading(self._state_file, f"remove {self.folder} to train from the start"):
             state.restore(torch.load(self._state_file, map_location=lambda storage, _: storage, weights_only=True))
-        if not self.accelerator.is_main_process:  # the main process holds the sums of all
+        if not self.accelerator.is_main_process:  # the main process holds those of all
             state.ridge.clear()
-            state.target_sums.clear()
         logger.info("going on from step %d", state.step)
 
     def readout(self, state: FitState) -> RidgeReadout:

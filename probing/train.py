@@ -21,6 +21,7 @@ from probing.data.loader import TOWER
 from probing.errors import UserError
 from probing.feature_cache import FeatureCache, open_caches, teacher_maker, tower_maker
 from probing.fit import Fit, summary
+from probing.processes import together
 from probing.provenance import made_of, versions
 from probing.recipe import DataRecipe, ProbeRunRecipe, local_path
 from probing.resampler import Resampler, ResamplerConfig
@@ -121,7 +122,7 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
         UserError: something in recipe, checkpoint, teachers or data does not fit; nothing is written then.
         Interrupted: stopped by the user; the same call goes on.
     """
-    accelerator = Accelerator()
+    accelerator = together()
     train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
     backbone = arm_backbone(recipe, "no", accelerator.device)
     layers = parse_layers(recipe.layers, backbone.layers)
