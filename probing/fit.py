@@ -36,6 +36,7 @@ from probing.resampler import ResamplerConfig
 from probing.ridge import RidgeKey, RidgeReadout, RidgeSums, place_states
 from probing.run import Interruption, disk_errors, reading, whole_file
 from probing.teachers import Teacher
+from probing.tracking import curve_names, curves
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +206,7 @@ class Fit:
         folder: where the training state is kept while the work lasts.
         accelerator: device and processes.
         kept: features of teachers that are read instead of being computed.
+        tracked: where TensorBoard's files go; None for no curves.
     """
 
     recipe: ProbeRunRecipe
@@ -216,6 +218,7 @@ class Fit:
     folder: Path
     accelerator: Accelerator
     kept: dict[str, FeatureCache] = field(default_factory=dict)
+    tracked: Path | None = None
 
     def start(self) -> FitState:
         """Fresh probes and optimiser."""
@@ -258,13 +261,16 @@ class Fit:
         saved = time.monotonic()
         what = "random-weights control" if "random" in self.controls else "probes"
         progress = Progress(what, len(steps), state.step, show=main)
-        with _others_alive(processes), Interruption().watch() as interruption, progress:
+        names = curve_names(state.columns, list(self.teachers))
+        told = curves(fit.report_to if main else "none", self.tracked, names, state.step)
+        with _others_alive(processes), Interruption().watch() as interruption, progress, told as told_of:
             while state.step < len(steps):
                 started = time.monotonic()
                 row = self._step(state, steps[state.step], batches, len(steps), gather=state.step < first_epoch)
                 state.losses.append(row)
                 state.step += 1
                 state.seconds += time.monotonic() - started
+                told_of.after_step(state.losses, len(steps), state.optimizer.param_groups[0]["lr"])
                 progress.advance(f"mean loss {np.nanmean(row[: len(state.columns)]):.4f}")
                 stop, due = self._agree(interruption.asked, time.monotonic() - saved >= 60 * fit.save_minutes)
                 if stop or due or state.step == len(steps):

@@ -149,6 +149,9 @@ class FitRecipe(Strict):
     """Processes that read and preprocess images."""
     bf16: bool = False
     """Products in bfloat16 (autocast); weights, gradients, sums and losses stay float32."""
+    report_to: str = "tensorboard"
+    """Who is told of losses and learning rate meanwhile: tensorboard (in the run's folder), wandb, mlflow or another
+    tracker that accelerate knows, or none."""
 
     @field_validator("seeds")
     @classmethod

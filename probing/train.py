@@ -27,6 +27,7 @@ from probing.recipe import DataRecipe, ProbeRunRecipe, local_path
 from probing.resampler import Resampler, ResamplerConfig
 from probing.run import Run, disk_errors, read_json, require_space, whole_file, whole_folder, write_text
 from probing.teachers import Teacher, load_teacher
+from probing.tracking import require_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
         UserError: something in recipe, checkpoint, teachers or data does not fit; nothing is written then.
         Interrupted: stopped by the user; the same call goes on.
     """
+    require_tracker(recipe.fit.report_to)
     accelerator = together()
     train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
     backbone = arm_backbone(recipe, "no", accelerator.device)
@@ -179,7 +181,8 @@ def _train_arm(
     accelerator: Accelerator,
 ) -> None:
     """Trains on one set of backbone weights; its summary, written last, says that its probes are in place."""
-    fit = Fit(run.recipe, backbone, teachers, images, layers, controls, run.path / "state" / arm, accelerator, kept)
+    folder, tracked = run.path / "state" / arm, run.path / "tensorboard" / arm
+    fit = Fit(run.recipe, backbone, teachers, images, layers, controls, folder, accelerator, kept, tracked)
     _check_same_inputs(fit.folder, provenance, accelerator.is_main_process)
     state = fit.run()
     if not accelerator.is_main_process:

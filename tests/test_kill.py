@@ -95,13 +95,13 @@ class Killer:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file, without what holds the time; one that was being written when a process was killed is among them."""
+    """Every file, without what holds the time, as TensorBoard's do; one that was being written when a process was killed is among them."""
     files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     for name in ("manifest.json", "training.json"):
         if name in files:
             kept = {k: v for k, v in json.loads(files[name]).items() if k not in ("seconds", "finished", *TIMED)}
             files[name] = json.dumps(kept).encode()
-    return {name: value for name, value in files.items() if not name.startswith("runs/")}
+    return {name: value for name, value in files.items() if not name.startswith(("runs/", "tensorboard/"))}
 
 
 TIMED = ("log", "final_loss")
