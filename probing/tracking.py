@@ -47,9 +47,7 @@ def curve_names(columns: Sequence[tuple[str, ProbeKey]], teachers: Sequence[str]
     for part in np.array_split(np.arange(len(layers)), min(GROUPS, len(layers))):
         first, last = layers[part[0]], layers[part[-1]]
         group |= {layers[index]: f"layers_{first}-{last}" if first != last else f"layer_{first}" for index in part}
-    names = [
-        f"{key.teacher}/{'' if control == 'no' else control + '_'}{group[key.layer]}" for control, key in columns
-    ]
+    names = [f"{key.teacher}/{'' if control == 'no' else control + '_'}{group[key.layer]}" for control, key in columns]
     return names + [f"{teacher}/mean_target" for teacher in teachers]
 
 
@@ -69,7 +67,9 @@ class Curves:
             return
         recent = np.asarray(losses[-((step - 1) % EVERY + 1) :])
         means = {name: recent[:, columns].ravel() for name, columns in self.columns.items()}
-        values = {name: float(value[np.isfinite(value)].mean()) for name, value in means.items() if np.isfinite(value).any()}
+        values = {
+            name: float(value[np.isfinite(value)].mean()) for name, value in means.items() if np.isfinite(value).any()
+        }
         with disk_errors(self.folder):
             self.tracker.log(values | {"lr": lr}, step=step)
 

@@ -63,6 +63,38 @@ def test_commands_that_are_one_process_refuse_more(monkeypatch):
         alone("evaluate")
 
 
+def two_processes(folder, out, stop=-1, *overrides):
+    """`probing train` of the recipe in a folder; the second process is asked to stop before a step."""
+    (folder / "stopped.py").write_text(STOPPED)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "STOP": str(stop)}
+    command = [*LAUNCH, str(folder / "stopped.py"), "train", "--recipe", str(folder / "recipe.yaml")]
+    command += ["--out", str(folder / out), *overrides]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_layers_spread_over_processes_give_the_bytes_of_one(recipe_values, tmp_path):
+    """With all controls and two seeds, stopped once; and a state that was saved otherwise is not mistaken for one."""
+    recipe_values["fit"] |= {"epochs": 2, "save_minutes": 0, "seeds": [0, 1]}
+    recipe_values["controls"] = ["shuffled", "random"]
+    recipe = ProbeRunRecipe.model_validate(recipe_values)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    said = two_processes(tmp_path, "spread", 2, "fit.spread=layers").stderr
+    assert "saved the training state at step 3" in said and "interrupted; the state is saved" in said, said
+    (tmp_path / "spread/state/no/state_1_of_2.9.pt").write_bytes(b"killed before the other had saved")
+    refused = two_processes(tmp_path, "spread", -1, "fit.spread=images")
+    assert "saved by another number of processes, or with another fit.spread" in refused.stderr, refused.stderr
+    done = two_processes(tmp_path, "spread", -1, "fit.spread=layers")
+    assert done.returncode == 0 and "going on from step 3" in done.stderr, done.stderr
+    one = train(recipe, tmp_path / "one")
+    files = [f.relative_to(one.path) for f in one.path.rglob("*") if f.suffix in (".safetensors", ".csv")]
+    assert len(files) > 15
+    for file in files:
+        assert (tmp_path / "spread" / file).read_bytes() == (one.path / file).read_bytes(), file
+    manifests = [json.loads((tmp_path / out / "manifest.json").read_text()) for out in ("spread", "one")]
+    assert manifests[0]["convergence"] == manifests[1]["convergence"]
+
+
 @pytest.mark.slow
 def test_one_that_was_asked_stops_all_and_they_go_on_with_what_they_knew(recipe_values, tmp_path):
     """In the first pass and after it; the second process can read no image until the first state is saved."""
@@ -76,14 +108,9 @@ def test_one_that_was_asked_stops_all_and_they_go_on_with_what_they_knew(recipe_
         for index in micro:
             (data / "train2017" / names[index]).write_bytes(b"broken")
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    (tmp_path / "stopped.py").write_text(STOPPED)
 
     def run(out, stop=-1):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "STOP": str(stop)}
-        command = [*LAUNCH, str(tmp_path / "stopped.py"), "train", "--recipe", str(tmp_path / "recipe.yaml")]
-        return subprocess.run(
-            [*command, "--out", str(tmp_path / out)], env=environment, capture_output=True, text=True, timeout=120
-        )
+        return two_processes(tmp_path, out, stop)
 
     whole = run("whole")
     assert whole.returncode == 0, whole.stderr

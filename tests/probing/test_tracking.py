@@ -56,7 +56,11 @@ def test_telling_changes_nothing_and_none_is_silent(recipe_values, tmp_path):
     loud = train(recipe(recipe_values), tmp_path / "loud")
     mute = train(recipe(recipe_values, report_to="none"), tmp_path / "mute")
     assert not (mute.path / "tensorboard").exists()
-    for file in ("probes/depth/model.safetensors", "controls/random/probes/gen/model.safetensors", "learning_curves.csv"):
+    for file in (
+        "probes/depth/model.safetensors",
+        "controls/random/probes/gen/model.safetensors",
+        "learning_curves.csv",
+    ):
         assert (loud.path / file).read_bytes() == (mute.path / file).read_bytes(), file
 
 
