@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from probing.hub import first_line, identity, load_config, locate
 from probing.progress import Progress
 from probing.run import disk_errors, reading, whole_file
 from probing.teachers.base import Pixels, load_model
+from probing.user_cache import cache_folder
 
 INCEPTION_SIDE = 256
 """Side to which images are brought before Inception, which then resizes to its own 299 pixels."""
@@ -189,9 +189,3 @@ def reference_file(extractor: Extractor, images: ImageList) -> Path:
         state = path.stat()
         digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
     return cache_folder() / "references" / f"{digest.hexdigest()[:32]}.safetensors"
-
-
-def cache_folder() -> Path:
-    """`$MLLM_PROBING_CACHE`, else `mllm-probing/` below the user's cache folder."""
-    own = os.environ.get("MLLM_PROBING_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm-probing"

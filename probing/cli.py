@@ -60,15 +60,20 @@ def _quiet_libraries() -> None:
     show_default=True,
     help="Folder for the world, the run and the report.",
 )
-def demo(preset: str, out: Path) -> None:
+@click.option("--open", "show", is_flag=True, help="Open the report in the browser at the end.")
+def demo(preset: str, out: Path, show: bool) -> None:
     """The whole story on the toy world, ending in a report."""
     _quiet_libraries()
+    import webbrowser
+
     from probing.demo import run_demo
     from probing.run import disk_errors
 
     with disk_errors(out):
         page = run_demo(preset, out)
     click.echo(f"report: {page}")
+    if show and not webbrowser.open(page.absolute().as_uri()):
+        click.echo("no browser was found; open the report by hand", err=True)
 
 
 @cli.command()
@@ -118,6 +123,23 @@ def teachers() -> None:
             if other != entry.default_id:
                 click.echo(f"       also     {other}: {licence}")
     click.echo("Another one: --teacher NAME=FOLDER_OR_HUB_ID, of the same class. Its licence is its own.")
+
+
+@cli.command()
+def doctor() -> None:
+    """What this machine has, what is missing for which verb, and what is broken.
+
+    Exit code 2 where something must be mended first; its line says what to type.
+    """
+    from probing.doctor import examine  # of the libraries it imports none before it knows whether that works
+
+    broken = 0
+    for finding in examine():
+        broken += finding.level == "broken"
+        click.echo(f"{finding.level:<8}{finding.about:<14}{finding.text}")
+    if broken:
+        raise UserError(f"{broken} of these must be mended before the toolkit works; each says what to type")
+    click.echo("usable")
 
 
 @cli.command()

@@ -31,4 +31,9 @@ def _declare_missing_operators() -> None:
         _LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
+def native_torchvision() -> bool:
+    """Whether torchvision's native operators work here."""
+    return _LIBRARY is None
+
+
 _declare_missing_operators()

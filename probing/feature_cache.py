@@ -28,6 +28,7 @@ from probing.errors import UserError
 from probing.progress import Progress
 from probing.run import disk_errors, require_space, whole_file, write_text
 from probing.teachers import Teacher
+from probing.user_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class FeatureCache:
 
 def default_root() -> Path:
     """Where `auto` keeps caches."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm-probing" / "features"
+    return cache_folder() / "features"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+from probing.backbones.base import Layer
 from probing.bank import ProbeKey
 from probing.errors import UserError
 from probing.run import disk_errors
@@ -43,7 +44,7 @@ def curve_names(columns: Sequence[tuple[str, ProbeKey]], teachers: Sequence[str]
         A name such as `depth/layers_0-10` for every column.
     """
     layers = list(dict.fromkeys(key.layer for _, key in columns))
-    group = {}
+    group: dict[Layer, str] = {}
     for part in np.array_split(np.arange(len(layers)), min(GROUPS, len(layers))):
         first, last = layers[part[0]], layers[part[-1]]
         group |= {layers[index]: f"layers_{first}-{last}" if first != last else f"layer_{first}" for index in part}

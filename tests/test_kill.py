@@ -95,7 +95,7 @@ class Killer:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file, without what holds the time, and TensorBoard's; one that was being written when a process was killed is among them."""
+    """Every file but TensorBoard's, without times; those being written when a process was killed are among them."""
     files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     for name in ("manifest.json", "training.json"):
         if name in files:

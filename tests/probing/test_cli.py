@@ -93,6 +93,19 @@ def test_help_answers_at_once():
     assert min(times) < 0.5
 
 
+@pytest.mark.parametrize(("typed", "completed"), [(["tra"], ["train"]), (["train", "--che"], ["--checkpoint"])])
+def test_the_shell_completes_at_once(typed, completed):
+    words = {"COMP_WORDS": " ".join(["probing", *typed]), "COMP_CWORD": str(len(typed))}
+    asked = os.environ | {"_PROBING_COMPLETE": "bash_complete"} | words
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        answer = probing(env=asked).stdout.split()
+        times.append(time.perf_counter() - start)
+        assert answer == [f"plain,{word}" for word in completed]
+    assert min(times) < 0.5
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

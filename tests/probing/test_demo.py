@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from PIL import Image
 from transformers import AutoImageProcessor
 
 from analysis.features import classifier
 from analysis.frechet import Gaussian, frechet_distance
+from probing.cli import cli
 from probing.data.coco import list_images
 from probing.data.toyworld import make
 from probing.data.toyworld.layout import write_world
@@ -108,3 +110,13 @@ def test_everything_can_be_made_from_nothing(tmp_path):
     assert write_assets(tmp_path / "models", tmp_path / "assets") < 13
     again = make_models(tmp_path / "models", few)
     assert again == quality == json.loads((tmp_path / "assets" / "quality.json").read_text())
+
+
+@pytest.mark.parametrize(("asked", "browser"), [([], True), (["--open"], True), (["--open"], False)])
+def test_the_page_opens_in_the_browser_where_it_is_asked_for(tmp_path, monkeypatch, asked, browser):
+    opened = []
+    monkeypatch.setattr("probing.demo.run_demo", lambda preset, out: out / "report" / "index.html")
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or browser)
+    done = CliRunner().invoke(cli, ["demo", "--out", str(tmp_path / "a b"), *asked], catch_exceptions=False)
+    assert done.exit_code == 0 and opened == [f"file://{tmp_path}/a%20b/report/index.html"] * len(asked)
+    assert ("no browser was found" in done.stderr) == (not browser)

@@ -201,6 +201,7 @@ def test_a_checkpoint_that_shows_its_image_in_other_ways_is_named(recipe_values,
 
 def test_room_is_looked_for_first(recipe_values, coco, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLLM_PROBING_CACHE")
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
     caches, *_ = opened("auto", recipe_values, coco)
     assert not caches and "features are not kept: that would add" in caplog.text
@@ -209,6 +210,7 @@ def test_room_is_looked_for_first(recipe_values, coco, tmp_path, monkeypatch, ca
     monkeypatch.undo()
     monkeypatch.setattr(feature_cache, "ROWS", 4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLLM_PROBING_CACHE")
     caches, *_ = opened("auto", recipe_values, coco)
     assert caches["depth"].folder.is_relative_to(tmp_path / "home" / "mllm-probing" / "features")
 
