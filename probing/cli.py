@@ -416,6 +416,38 @@ def align(
     click.echo(f"results: {results}; next: probing report {out}")
 
 
+@cli.command()
+@click.argument("checkpoint")
+@click.option(
+    "--benchmark", required=True, type=click.Choice(["cvbench", "mmstar", "realworldqa", "okvqa"]), help="Which one."
+)
+@click.option("--data", required=True, help="Folder of the benchmark's files as they are published, or one of them.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. Default: runs/CHECKPOINT_BENCHMARK.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def bench(checkpoint: str, benchmark: str, data: str, out: Path | None, overrides: tuple[str, ...]) -> None:
+    """What share of a benchmark's questions CHECKPOINT answers rightly, by the benchmark's own rule.
+
+    Greedy answers, kept in answers.jsonl. probing report takes the folder beside runs with probes, and draws
+    representation quality against accuracy. KEY=VALUE sets any field of the recipe, e.g. micro_batch=32
+    max_new_tokens=16 backbone.dtype=bfloat16.
+    """
+    _quiet_libraries()
+    from analysis.bench import BenchRecipe
+    from analysis.bench import bench as ask_benchmark
+    from probing.fit import Interrupted
+    from probing.recipe import apply_overrides, validate
+
+    values: dict[str, Any] = {"backbone": {"checkpoint": checkpoint}, "benchmark": benchmark, "data": data}
+    apply_overrides(values, overrides)
+    out = out or Path("runs") / f"{checkpoint.rstrip('/').rsplit('/', 1)[-1]}_{benchmark}"
+    try:
+        results = ask_benchmark(validate(BenchRecipe, values, "command line").with_absolute_paths(), out)
+    except Interrupted:
+        click.echo("interrupted; what was answered is saved, and the same command goes on from there", err=True)
+        sys.exit(130)
+    click.echo(f"results: {results}; next: probing report RUN {out}")
+
+
 @cli.command(name="import")
 @click.argument("checkpoint")
 @click.argument("run", type=click.Path(path_type=Path))

@@ -216,11 +216,20 @@ class Interruption:
 
 def is_alignment(path: Path) -> bool:
     """Whether a folder is a finished run of `probing align`, or a folder of them."""
+    return _kind(path) == "alignment"
+
+
+def is_benchmark(path: Path) -> bool:
+    """Whether a folder is a finished run of `probing bench`, or a folder of them."""
+    return _kind(path) == "benchmark"
+
+
+def _kind(path: Path) -> Any:
     try:
         manifest = json.loads(((members(path) or [path])[0] / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("kind") == "alignment"
+        return None
+    return manifest.get("kind") if isinstance(manifest, dict) else None
 
 
 @dataclass(frozen=True)
@@ -275,6 +284,8 @@ class Run:
         saved = path / "recipe.yaml"
         if is_alignment(path):
             raise UserError(f"{path} is a run of probing align, which has no probes; its page: probing report {path}")
+        if is_benchmark(path):
+            raise UserError(f"{path} is a run of probing bench, which has no probes; its page: probing report {path}")
         if not saved.exists():
             raise UserError(f"no run at {path} (it has no recipe.yaml); make one with: probing train --out {path}")
         recipe = validate(ProbeRunRecipe, read_yaml(saved), str(saved))

@@ -62,7 +62,7 @@ def load_backbone(
         recipe: which, and how.
         device: where to put it, unless the recipe has a device map.
         random_seed: draws LLM and projector anew with this seed (the random-weights control).
-        with_head: keeps the output embeddings, which no probe needs.
+        with_head: keeps the output embeddings, and what writes answers, which no probe needs.
 
     Raises:
         UserError: there is no such checkpoint, it is of no known family, or it is incomplete.
@@ -71,7 +71,7 @@ def load_backbone(
     with loading(f"checkpoint {source}"):
         backbone: Backbone = family.load(source, config, recipe, device, random_seed)
     if not with_head:
-        backbone.head = None
+        backbone.head = backbone.writer = None
     return backbone
 
 

@@ -270,6 +270,7 @@ class Backbone:
         words: input embeddings of the LLM.
         projector: between vision tower and LLM; None where the family's is not known.
         head: the LLM's output embeddings, state after the final norm → logits; None unless it was asked for.
+        writer: the whole model, whose `generate` answers questions; None unless the head was asked for.
     """
 
     name: str
@@ -284,6 +285,7 @@ class Backbone:
     words: nn.Module | None = None
     projector: nn.Module | None = None
     head: nn.Module | None = None
+    writer: Any = None
 
     @property
     def layers(self) -> int:

@@ -54,10 +54,15 @@ class GenericInputs:
         if self.side is not None:
             size = (self.side, self.side)
             images = [i.resize(size, Image.Resampling.BICUBIC) if i.width == i.height else i for i in images]
-        texts = [self.text] * len(images)
-        inputs = dict(self.processor(images=[[i] for i in images], text=texts, return_tensors="pt", padding=True))
+        inputs = self.encode(images, [self.text] * len(images))
+        return Batch(inputs, self.token_map(inputs))
+
+    def encode(self, images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the model takes, of images at their own size and as many rendered prompts."""
+        pictures = [[image] for image in images]
+        inputs = dict(self.processor(images=pictures, text=list(texts), return_tensors="pt", padding=True))
         inputs.pop("labels", None)
-        return Batch({k: v for k, v in inputs.items() if isinstance(v, Tensor)}, self.token_map(inputs))
+        return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
     def token_map(self, inputs: dict[str, Any]) -> TokenMap:
         """Says what every position of the processor's output is.

@@ -37,13 +37,16 @@ class LlavaInputs:
 
     def __call__(self, images: Sequence[Image.Image]) -> Batch:
         """Prepares a batch of RGB images."""
+        inputs = self.encode(images, [self.text] * len(images))
+        return Batch(inputs, self.token_map(inputs))
+
+    def encode(self, images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What the model takes, of images and as many rendered prompts."""
         if self.border is not None:
             images = [_padded(image, self.border) for image in images]
-        inputs = dict(
-            self.processor(images=list(images), text=[self.text] * len(images), return_tensors="pt", padding=True)
-        )
+        inputs = dict(self.processor(images=list(images), text=list(texts), return_tensors="pt", padding=True))
         inputs.pop("token_type_ids", None)
-        return Batch(inputs, self.token_map(inputs))
+        return inputs
 
     def token_map(self, inputs: dict[str, torch.Tensor]) -> TokenMap:
         """Says what every position of the processor's output is."""
@@ -208,6 +211,7 @@ def backbone_of(
         words=model.get_input_embeddings(),
         projector=getattr(model.base_model, "multi_modal_projector", None),
         head=model.get_output_embeddings(),
+        writer=model,
     )
 
 

@@ -7,7 +7,7 @@ A folder holds what a LLaVA folder holds, a model type of its own, so that nothi
 `encoders.safetensors` with the projectors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,9 +241,13 @@ class EncoderInputs:
 
     def __call__(self, images: Sequence[Any]) -> Batch:
         """Prepares a batch of RGB images."""
-        batch = self.inputs(images)
+        inputs = self.encode(images, [self.text] * len(images))
+        return Batch(inputs, self.inputs.token_map(inputs))
+
+    def encode(self, images: Sequence[Any], texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the model takes, of images and as many rendered prompts."""
         pixels = {f"teacher_pixels.{name}": prepare(images) for name, prepare in self.prepare.items()}
-        return Batch(batch.inputs | pixels, batch.tokens)
+        return self.inputs.encode(images, texts) | pixels
 
 
 class Core(nn.Module):
@@ -257,14 +261,36 @@ class Core(nn.Module):
         """One forward pass; every sample has one image, or none has."""
         if "pixel_values" not in inputs:
             return self.llava(**inputs)
-        teachers = self.encoders.teachers
-        features = {name: teacher.target(inputs.pop(f"teacher_pixels.{name}")) for name, teacher in teachers.items()}
-        batch = len(inputs["input_ids"])
-        self.encoders.begin(features, torch.arange(batch, device=inputs["input_ids"].device), batch)
-        try:
-            return self.llava(**inputs)
-        finally:
-            self.encoders.end()
+        return look_through(self.encoders, self.llava, inputs)
+
+
+def look_through(encoders: Encoders, model: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    """Calls a model whose images the teachers see too; their pixels are among the inputs."""
+    own = {name: value for name, value in inputs.items() if not name.startswith("teacher_pixels.")}
+    features = {name: one.target(inputs[f"teacher_pixels.{name}"]) for name, one in encoders.teachers.items()}
+    batch = len(own["input_ids"])
+    encoders.begin(features, torch.arange(batch, device=own["input_ids"].device), batch)
+    try:
+        return model(**own)
+    finally:
+        encoders.end()
+
+
+@dataclass(frozen=True)
+class Writer:
+    """The whole model, which looks through the teachers before it writes."""
+
+    model: Any
+    encoders: Encoders
+
+    @property
+    def generation_config(self) -> Any:
+        """The model's own."""
+        return self.model.generation_config
+
+    def generate(self, **inputs: Any) -> Any:
+        """As transformers' `generate`."""
+        return look_through(self.encoders, self.model.generate, inputs)
 
 
 def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> llava.LlavaInputs:
@@ -303,6 +329,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
         words=model.get_input_embeddings(),
         projector=model.model.multi_modal_projector,
         head=model.get_output_embeddings(),
+        writer=Writer(model, encoders),
     )
 
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -66,7 +67,7 @@ class ImageList:
         return read_image(self.folder / self.names[index])
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path | BinaryIO) -> Image.Image:
     """One image file as RGB.
 
     Raises:
@@ -83,7 +84,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path | BinaryIO) -> Iterator[Image.Image]:
     try:
         with Image.open(path, formats=FORMATS) as image:
             yield image

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 import probing.compat  # noqa: F401
-from probing.backbones import multi_encoder
+from probing.backbones import load_backbone
+from probing.backbones.answers import ask
+from probing.data.coco import read_image
 from probing.data.toyworld.language import CHAT_TEMPLATE, KINDS, caption, make_tokenizer
 from probing.data.toyworld.scenes import SIZE, Scenes, batches
 from probing.data.toyworld.teachers import PATCH, grid_positions, image_processor, pixels, train_loop
 from probing.distill.recipe import DistillRecipe
 from probing.distill.train import run_stage
-from probing.hub import load_config
+from probing.recipe import BackboneRecipe
 from probing.run import whole_folder
 
 logger = logging.getLogger(__name__)
@@ -151,7 +153,6 @@ def _stage(
     return run_stage(DistillRecipe.model_validate(recipe), out)
 
 
-@torch.no_grad()
 def answer_accuracy(
     checkpoint: Path, world: Path, split: str = "val2017", limit: int = 600
 ) -> dict[str, dict[str, float]]:
@@ -167,43 +168,18 @@ def answer_accuracy(
         Per kind of question, and for all: accuracy, what guessing scores (the commonest answer, or one half where the
         question names two), and the number of questions.
     """
-    from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    config = load_config(str(checkpoint), "checkpoint")
-    encoders = None
-    if config.model_type == multi_encoder.MODEL_TYPE:
-        model = multi_encoder.load_inner(str(checkpoint), config, torch.device("cpu"), torch.float32).eval()
-        encoders = multi_encoder.open_encoders(config, processor.tokenizer, torch.device("cpu"), checkpoint)
-        encoders.install(model)
-    else:
-        model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    recipe = BackboneRecipe(checkpoint=str(checkpoint), dtype="float32")
+    backbone = load_backbone(recipe, torch.device("cpu"), with_head=True)
     lines = (world / f"questions_{split}.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
     asked = [json.loads(line) for line in lines]
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     answers: dict[str, list[str]] = {kind: [] for kind in KINDS}
-    processor.tokenizer.padding_side = "left"
     for first in range(0, len(asked), 64):
         part = asked[first : first + 64]
-        texts = []
-        for question in part:
-            content = [{"type": "image"}, {"type": "text", "text": question["question"]}]
-            texts.append(
-                processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-            )
-        images = []
-        for question in part:
-            with Image.open(world / question["image"]) as image:
-                images.append(image.convert("RGB"))
-        inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
-        inputs.pop("token_type_ids", None)
-        if encoders is not None:
-            features = {name: teacher.target(teacher.prepare(images)) for name, teacher in encoders.teachers.items()}
-            encoders.begin(features, torch.arange(len(images)), len(images))
-        said = model.generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1]
-        for question, word in zip(part, processor.tokenizer.batch_decode(said[:, None]), strict=True):
-            right[question["kind"]].append(word.strip() == question["answer"])
+        images = [read_image(world / question["image"]) for question in part]
+        said = ask(backbone, recipe, images, [question["question"] for question in part], most=1)
+        for question, word in zip(part, said, strict=True):
+            right[question["kind"]].append(word == question["answer"])
             answers[question["kind"]].append(question["answer"])
     found = {}
     for kind in (kind for kind in KINDS if right[kind]):
