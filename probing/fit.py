@@ -50,21 +50,6 @@ class Interrupted(Exception):
     """The user stopped the run; it goes on from the saved state."""
 
 
-@contextlib.contextmanager
-def _others_alive(processes: int) -> Iterator[None]:
-    """Raises UserError where another process of the run ended while this one waited for it."""
-    try:
-        yield
-    except RuntimeError as error:
-        lost = isinstance(error, torch.distributed.DistError) or "by peer" in str(error)  # the latter is gloo
-        if processes == 1 or not lost:
-            raise
-        raise UserError(
-            "another process of this run ended before its time (its own messages say why); the same command goes on "
-            "from the last saved state"
-        ) from None
-
-
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear warm-up over the first share of the steps, then a cosine to zero.
 
@@ -209,7 +194,7 @@ class Fit:
         fit, main = self.recipe.fit, self.accelerator.is_main_process
         state = self.start()
         self._resume(state)
-        processes = self.accelerator.num_processes
+        self.accelerator.wait_for_everyone()  # where no step is left, the main process soon clears the state away
         require_enough(len(self.images), fit, self._place[1])
         steps = plan_steps(len(self.images), fit, *self._place)
         first_epoch = len(steps) // fit.epochs
@@ -219,7 +204,7 @@ class Fit:
         progress = Progress(what, len(steps), state.step, show=main)
         names = curve_names(state.columns, list(self.teachers))
         told = curves(fit.report_to if main else "none", self.tracked, names, state.step)
-        with _others_alive(processes), Interruption().watch() as interruption, progress, told as told_of:
+        with Interruption().watch() as interruption, progress, told as told_of:
             while state.step < len(steps):
                 started = time.monotonic()
                 row = self._step(state, steps[state.step], batches, len(steps), gather=state.step < first_epoch)
@@ -232,7 +217,7 @@ class Fit:
                 if stop or due or state.step == len(steps):
                     self._save(state)
                     saved = time.monotonic()
-                if stop and state.step < len(steps):
+                if stop:
                     raise Interrupted
         return state
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from probing.errors import UserError
 from probing.fit import plan_steps
-from probing.processes import alone, together
+from probing.processes import LOST, alone, others_alive, together
 from probing.recipe import ProbeRunRecipe, dump_recipe
 from probing.train import train
 from tests import tiny
@@ -27,14 +27,17 @@ sys.stdout.write(f"process {place.process_index} of {int(sum)}\\n")
 """
 
 STOPPED = """
-import os, signal, sys
+import os, signal, time
 from probing import cli, fit
-step = fit.Fit._step
+step, resume = fit.Fit._step, fit.Fit._resume
 def stopped(self, state, *rest, **more):
     if state.step == int(os.environ["STOP"]) and self.accelerator.process_index == 1:
         signal.raise_signal(signal.SIGTERM)
     return step(self, state, *rest, **more)
-fit.Fit._step = stopped
+def late(self, state):
+    time.sleep(3 * self.accelerator.process_index)
+    resume(self, state)
+fit.Fit._step, fit.Fit._resume = stopped, late
 cli.main()
 """
 
@@ -61,6 +64,17 @@ def test_commands_that_are_one_process_refuse_more(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="probing evaluate runs as one process, and 2 were started"):
         alone("evaluate")
+
+
+@pytest.mark.parametrize("said", [f"[gloo/transport/tcp/pair.cc:547] {words}" for words in LOST])
+def test_one_that_is_left_alone_says_so(monkeypatch, said):
+    with pytest.raises(RuntimeError, match="gloo"), others_alive():
+        raise RuntimeError(said)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="another process of this run ended"), others_alive():
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="shapes"), others_alive():
+        raise RuntimeError("shapes do not fit")
 
 
 def two_processes(folder, out, stop=-1, *overrides):
@@ -97,7 +111,10 @@ def test_layers_spread_over_processes_give_the_bytes_of_one(recipe_values, tmp_p
 
 @pytest.mark.slow
 def test_one_that_was_asked_stops_all_and_they_go_on_with_what_they_knew(recipe_values, tmp_path):
-    """In the first pass and after it; the second process can read no image until the first state is saved."""
+    """In the first pass, after it, and in the last step, when nothing is left but the main process's work.
+
+    The other one can read no image until the first state is saved, and is late to look at it.
+    """
     data = tiny.coco(tmp_path / "coco")
     recipe_values["data"] = {"path": f"coco:{data}"}
     recipe_values["fit"] |= {"epochs": 4, "save_minutes": 0}
@@ -114,7 +131,7 @@ def test_one_that_was_asked_stops_all_and_they_go_on_with_what_they_knew(recipe_
 
     whole = run("whole")
     assert whole.returncode == 0, whole.stderr
-    for stop in (0, 3, 5):
+    for stop in (0, 3, 7):
         said = run("cut", stop).stderr
         assert f"saved the training state at step {stop + 1}" in said, said
         assert "interrupted; the state is saved" in said and "Traceback (most recent" not in said.split("E1")[0], said
