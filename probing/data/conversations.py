@@ -6,7 +6,6 @@ A file is a JSON list or one JSON object per line:
 
 import json
 import logging
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from probing.chat import TAG, render
 from probing.data.coco import is_file, read_image, square
-from probing.data.loader import Kept
+from probing.data.loader import Kept, leave_signals_to_main
 from probing.data.patch_words import PatchWords
 from probing.errors import BROKEN, UserError
 
@@ -329,9 +328,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if torch.utils.data.get_worker_info() is not None:
-            # A terminal sends Ctrl-C to every process of the group; the main one decides when its workers stop.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            leave_signals_to_main()
         conversation = self.conversations[index]
         called = f"conversation {index}" + (f" (id {conversation.id})" if conversation.id else "")
         if self.single and len(conversation.images) > 1:

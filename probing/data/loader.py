@@ -164,6 +164,14 @@ def micro_batches(
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # A terminal sends Ctrl-C to every process of the group; the main one decides when the workers stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    leave_signals_to_main()
+
+
+def leave_signals_to_main() -> None:
+    """For a reading process: what asks a run to stop is sent to every process of it, and the main one tells this one.
+
+    A reading process that ended on its own would break the step that the main one is finishing, or the state that it is
+    saving. It still ends with the main one, even where that is killed.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

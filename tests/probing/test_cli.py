@@ -185,11 +185,13 @@ def kill_when(arguments, ready, number=signal.SIGKILL, delay=0.0):
     return process.returncode, errors
 
 
-def test_interrupting_saves_and_says_how_to_go_on(models, coco, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_saves_and_says_how_to_go_on(models, coco, tmp_path, number):
     out = tmp_path / "run"
     arguments = train_arguments(models, coco, out, "fit.epochs=200", "fit.workers=2")
-    code, errors = kill_when(arguments, (out / "state" / "no" / "inputs.json").exists, signal.SIGINT, delay=1.0)
-    assert code == 130 and f"probing train --recipe {out}/recipe.yaml --out {out}" in errors
+    code, errors = kill_when(arguments, (out / "state" / "no" / "inputs.json").exists, number, delay=1.0)
+    assert code == 130, errors
+    assert "Traceback" not in errors and f"probing train --recipe {out}/recipe.yaml --out {out}" in errors
     assert (out / "state" / "no" / "state.pt").exists()
 
 
