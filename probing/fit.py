@@ -49,21 +49,6 @@ class Interrupted(Exception):
     """The user stopped the run; it goes on from the saved state."""
 
 
-@contextlib.contextmanager
-def _others_alive(processes: int) -> Iterator[None]:
-    """Raises UserError where another process of the run ended while this one waited for it."""
-    try:
-        yield
-    except RuntimeError as error:
-        lost = isinstance(error, torch.distributed.DistError) or "by peer" in str(error)  # the latter is gloo
-        if processes == 1 or not lost:
-            raise
-        raise UserError(
-            "another process of this run ended before its time (its own messages say why); the same command goes on "
-            "from the last saved state"
-        ) from None
-
-
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear warm-up over the first share of the steps, then a cosine to zero.
 
@@ -206,7 +191,7 @@ class Fit:
         fit, main = self.recipe.fit, self.accelerator.is_main_process
         state = self.start()
         self._resume(state)
-        processes = self.accelerator.num_processes
+        self.accelerator.wait_for_everyone()  # where no step is left, the main process soon clears the state away
         require_enough(len(self.images), fit, self._place[1])
         steps = plan_steps(len(self.images), fit, *self._place)
         first_epoch = len(steps) // fit.epochs
@@ -214,7 +199,7 @@ class Fit:
         saved = time.monotonic()
         what = "random-weights control" if "random" in self.controls else "probes"
         progress = Progress(what, len(steps), state.step, show=main)
-        with _others_alive(processes), Interruption().watch() as interruption, progress:
+        with Interruption().watch() as interruption, progress:
             while state.step < len(steps):
                 started = time.monotonic()
                 row = self._step(state, steps[state.step], batches, len(steps), gather=state.step < first_epoch)
@@ -226,7 +211,7 @@ class Fit:
                 if stop or due or state.step == len(steps):
                     self._save(state)
                     saved = time.monotonic()
-                if stop and state.step < len(steps):
+                if stop:
                     raise Interrupted
         return state
 
@@ -403,7 +388,7 @@ class Fit:
         self.accelerator.wait_for_everyone()
         for old in self._own_parts().values() if self.spread else ():
             if old != file:
-                old.unlink()
+                old.unlink(missing_ok=True)  # the main process may be clearing all away
 
     def _state_file(self, step: int) -> Path:
         """Where the state is saved; where every process saves its own part, the step tells which of them fit."""
@@ -444,14 +429,15 @@ class Fit:
             state.ridge.clear()
         logger.info("going on from step %d", state.step)
 
-    def whole(self, layers: Sequence[Layer]) -> FitState:
+    def whole(self, layers: Sequence[Layer], step: int) -> FitState:
         """What all processes trained, each some of the layers, on the CPU; call it on the main process, after `run`.
 
         Args:
             layers: all of them.
+            step: the last one; a process that was killed may have left an earlier state.
         """
         together = replace(self, layers=layers).start(torch.device("cpu"))
-        for file in sorted(self.folder.glob("state_*.pt")):
+        for file in sorted(self.folder.glob(f"state_*.{step}.pt")):
             together.take_in(_load(file), len(self.teachers))
         return together
 

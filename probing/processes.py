@@ -1,11 +1,16 @@
 """The processes that a launcher started together."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 
 from probing.errors import UserError
+
+LOST = ("by peer", "Broken pipe", "Connection refused", "Timed out waiting")
+"""What gloo says where another process is gone; the other means of communication have errors of their own."""
 
 
 def started() -> int:
@@ -37,3 +42,18 @@ def alone(verb: str) -> Accelerator:
             f"probing {verb} runs as one process, and {started()} were started; leave out accelerate launch"
         )
     return Accelerator()
+
+
+@contextlib.contextmanager
+def others_alive() -> Iterator[None]:
+    """Raises UserError where another process ended while this one waited for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        gone = isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in LOST)
+        if started() == 1 or not gone:
+            raise
+        raise UserError(
+            "another process of this run ended before its time (its own messages say why); the same command goes on "
+            "from the last saved state"
+        ) from None

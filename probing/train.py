@@ -22,7 +22,7 @@ from probing.errors import UserError
 from probing.feature_cache import FeatureCache, open_caches, teacher_maker, tower_maker
 from probing.fit import Fit, spread_layers
 from probing.fit_state import summary
-from probing.processes import together
+from probing.processes import others_alive, together
 from probing.provenance import made_of, versions
 from probing.recipe import DataRecipe, ProbeRunRecipe, local_path
 from probing.resampler import Resampler, ResamplerConfig
@@ -124,6 +124,7 @@ def bytes_needed(
     return 2 * state + probes * (_banks(recipe) + ("random" in recipe.controls))
 
 
+@others_alive()
 def train(recipe: ProbeRunRecipe, out: Path) -> Run:
     """Trains the probe banks of a run, or goes on with an unfinished one.
 
@@ -149,7 +150,12 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
         run = Run.create(out, recipe)
         if accelerator.is_main_process:
             run.remove_left_overs()
-    if run.finished:
+    arms: list[tuple[str, list[str]]] = [(ARMS[0], ["no", *(["shuffled"] if "shuffled" in recipe.controls else [])])]
+    if "random" in recipe.controls:
+        arms.append((ARMS[1], ["random"]))
+    finished, due = run.finished, [one for one in arms if not _summary_file(run, one[0]).exists()]
+    accelerator.wait_for_everyone()  # all have looked before the main one goes on, and writes or clears away
+    if finished:
         logger.info("%s is finished already", out)
         if accelerator.is_main_process:  # it may have been killed before it cleared up
             for arm in ARMS:
@@ -158,12 +164,7 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
     provenance = provenance_of(recipe, backbone.identity, teachers, train_images, eval_images)
     place = accelerator.process_index, accelerator.num_processes
     kept = caches_of(recipe, teachers, train_images, *place)
-    arms: list[tuple[str, list[str]]] = [(ARMS[0], ["no", *(["shuffled"] if "shuffled" in recipe.controls else [])])]
-    if "random" in recipe.controls:
-        arms.append((ARMS[1], ["random"]))
-    for arm, controls in arms:
-        if _summary_file(run, arm).exists():
-            continue
+    for arm, controls in due:
         if arm == "random":
             del backbone
             gc.collect()
@@ -208,7 +209,7 @@ def _train_arm(
     if not accelerator.is_main_process:
         return
     if fit.spread:
-        state = fit.whole(layers)
+        state = fit.whole(layers, state.step)
     with disk_errors(run.path):
         for control, bank in state.banks.items():
             with whole_folder(run.probes(control)) as folder:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from probing.errors import UserError
 from probing.fit import plan_steps
-from probing.processes import alone, together
+from probing.processes import LOST, alone, others_alive, together
 from probing.recipe import ProbeRunRecipe, dump_recipe
 from probing.train import train
 from tests import tiny
@@ -27,14 +27,17 @@ sys.stdout.write(f"process {place.process_index} of {int(sum)}\\n")
 """
 
 STOPPED = """
-import os, signal, sys
+import os, signal, time
 from probing import cli, fit
-step = fit.Fit._step
+step, resume = fit.Fit._step, fit.Fit._resume
 def stopped(self, state, *rest, **more):
     if state.step == int(os.environ["STOP"]) and self.accelerator.process_index == 1:
         signal.raise_signal(signal.SIGTERM)
     return step(self, state, *rest, **more)
-fit.Fit._step = stopped
+def late(self, state):
+    time.sleep(3 * self.accelerator.process_index)
+    resume(self, state)
+fit.Fit._step, fit.Fit._resume = stopped, late
 cli.main()
 """
 
@@ -63,6 +66,17 @@ def test_commands_that_are_one_process_refuse_more(monkeypatch):
         alone("evaluate")
 
 
+@pytest.mark.parametrize("said", [f"[gloo/transport/tcp/pair.cc:547] {words}" for words in LOST])
+def test_one_that_is_left_alone_says_so(monkeypatch, said):
+    with pytest.raises(RuntimeError, match="gloo"), others_alive():
+        raise RuntimeError(said)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="another process of this run ended"), others_alive():
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="shapes"), others_alive():
+        raise RuntimeError("shapes do not fit")
+
+
 def two_processes(folder, out, stop=-1, *overrides):
     """`probing train` of the recipe in a folder; the second process is asked to stop before a step."""
     (folder / "stopped.py").write_text(STOPPED)
@@ -74,18 +88,23 @@ def two_processes(folder, out, stop=-1, *overrides):
 
 @pytest.mark.slow
 def test_layers_spread_over_processes_give_the_bytes_of_one(recipe_values, tmp_path):
-    """With all controls and two seeds, stopped once; and a state that was saved otherwise is not mistaken for one."""
+    """With all controls and two seeds, stopped in the midst and in the last step.
+
+    A state that was saved otherwise, or by a process that was killed, is not mistaken for one.
+    """
     recipe_values["fit"] |= {"epochs": 2, "save_minutes": 0, "seeds": [0, 1]}
     recipe_values["controls"] = ["shuffled", "random"]
     recipe = ProbeRunRecipe.model_validate(recipe_values)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    said = two_processes(tmp_path, "spread", 2, "fit.spread=layers").stderr
-    assert "saved the training state at step 3" in said and "interrupted; the state is saved" in said, said
+    for stop in (2, 3):
+        said = two_processes(tmp_path, "spread", stop, "fit.spread=layers").stderr
+        assert f"saved the training state at step {stop + 1}" in said, said
+        assert "interrupted; the state is saved" in said, said
     (tmp_path / "spread/state/no/state_1_of_2.9.pt").write_bytes(b"killed before the other had saved")
     refused = two_processes(tmp_path, "spread", -1, "fit.spread=images")
     assert "saved by another number of processes, or with another fit.spread" in refused.stderr, refused.stderr
     done = two_processes(tmp_path, "spread", -1, "fit.spread=layers")
-    assert done.returncode == 0 and "going on from step 3" in done.stderr, done.stderr
+    assert done.returncode == 0 and "going on from step 4" in done.stderr, done.stderr
     one = train(recipe, tmp_path / "one")
     files = [f.relative_to(one.path) for f in one.path.rglob("*") if f.suffix in (".safetensors", ".csv")]
     assert len(files) > 15
@@ -97,7 +116,10 @@ def test_layers_spread_over_processes_give_the_bytes_of_one(recipe_values, tmp_p
 
 @pytest.mark.slow
 def test_one_that_was_asked_stops_all_and_they_go_on_with_what_they_knew(recipe_values, tmp_path):
-    """In the first pass and after it; the second process can read no image until the first state is saved."""
+    """In the first pass, after it, and in the last step, when nothing is left but the main process's work.
+
+    The other one can read no image until the first state is saved, and is late to look at it.
+    """
     data = tiny.coco(tmp_path / "coco")
     recipe_values["data"] = {"path": f"coco:{data}"}
     recipe_values["fit"] |= {"epochs": 4, "save_minutes": 0}
@@ -109,16 +131,13 @@ def test_one_that_was_asked_stops_all_and_they_go_on_with_what_they_knew(recipe_
             (data / "train2017" / names[index]).write_bytes(b"broken")
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
 
-    def run(out, stop=-1):
-        return two_processes(tmp_path, out, stop)
-
-    whole = run("whole")
+    whole = two_processes(tmp_path, "whole")
     assert whole.returncode == 0, whole.stderr
-    for stop in (0, 3, 5):
-        said = run("cut", stop).stderr
+    for stop in (0, 3, 7):
+        said = two_processes(tmp_path, "cut", stop).stderr
         assert f"saved the training state at step {stop + 1}" in said, said
         assert "interrupted; the state is saved" in said and "Traceback (most recent" not in said.split("E1")[0], said
-    last = run("cut")
+    last = two_processes(tmp_path, "cut")
     assert last.returncode == 0, last.stderr
     for file in ("probes/depth/model.safetensors", "ridge/gen/model.safetensors", "mean_targets.safetensors"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
