@@ -394,7 +394,7 @@ class Fit:
         self.accelerator.wait_for_everyone()
         for old in self._own_parts().values() if self.spread else ():
             if old != file:
-                old.unlink()
+                old.unlink(missing_ok=True)  # the main process may be clearing all away
 
     def _state_file(self, step: int) -> Path:
         """Where the state is saved; where every process saves its own part, the step tells which of them fit."""
@@ -435,14 +435,15 @@ class Fit:
             state.ridge.clear()
         logger.info("going on from step %d", state.step)
 
-    def whole(self, layers: Sequence[Layer]) -> FitState:
+    def whole(self, layers: Sequence[Layer], step: int) -> FitState:
         """What all processes trained, each some of the layers, on the CPU; call it on the main process, after `run`.
 
         Args:
             layers: all of them.
+            step: the last one; a process that was killed may have left an earlier state.
         """
         together = replace(self, layers=layers).start(torch.device("cpu"))
-        for file in sorted(self.folder.glob("state_*.pt")):
+        for file in sorted(self.folder.glob(f"state_*.{step}.pt")):
             together.take_in(_load(file), len(self.teachers))
         return together
 

@@ -212,7 +212,7 @@ def _train_arm(
     if not accelerator.is_main_process:
         return
     if fit.spread:
-        state = fit.whole(layers)
+        state = fit.whole(layers, state.step)
     with disk_errors(run.path):
         for control, bank in state.banks.items():
             with whole_folder(run.probes(control)) as folder:

@@ -88,18 +88,23 @@ def two_processes(folder, out, stop=-1, *overrides):
 
 @pytest.mark.slow
 def test_layers_spread_over_processes_give_the_bytes_of_one(recipe_values, tmp_path):
-    """With all controls and two seeds, stopped once; and a state that was saved otherwise is not mistaken for one."""
+    """With all controls and two seeds, stopped in the midst and in the last step.
+
+    A state that was saved otherwise, or by a process that was killed, is not mistaken for one.
+    """
     recipe_values["fit"] |= {"epochs": 2, "save_minutes": 0, "seeds": [0, 1]}
     recipe_values["controls"] = ["shuffled", "random"]
     recipe = ProbeRunRecipe.model_validate(recipe_values)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    said = two_processes(tmp_path, "spread", 2, "fit.spread=layers").stderr
-    assert "saved the training state at step 3" in said and "interrupted; the state is saved" in said, said
+    for stop in (2, 3):
+        said = two_processes(tmp_path, "spread", stop, "fit.spread=layers").stderr
+        assert f"saved the training state at step {stop + 1}" in said, said
+        assert "interrupted; the state is saved" in said, said
     (tmp_path / "spread/state/no/state_1_of_2.9.pt").write_bytes(b"killed before the other had saved")
     refused = two_processes(tmp_path, "spread", -1, "fit.spread=images")
     assert "saved by another number of processes, or with another fit.spread" in refused.stderr, refused.stderr
     done = two_processes(tmp_path, "spread", -1, "fit.spread=layers")
-    assert done.returncode == 0 and "going on from step 3" in done.stderr, done.stderr
+    assert done.returncode == 0 and "going on from step 4" in done.stderr, done.stderr
     one = train(recipe, tmp_path / "one")
     files = [f.relative_to(one.path) for f in one.path.rglob("*") if f.suffix in (".safetensors", ".csv")]
     assert len(files) > 15
@@ -126,16 +131,13 @@ def test_one_that_was_asked_stops_all_and_they_go_on_with_what_they_knew(recipe_
             (data / "train2017" / names[index]).write_bytes(b"broken")
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
 
-    def run(out, stop=-1):
-        return two_processes(tmp_path, out, stop)
-
-    whole = run("whole")
+    whole = two_processes(tmp_path, "whole")
     assert whole.returncode == 0, whole.stderr
     for stop in (0, 3, 7):
-        said = run("cut", stop).stderr
+        said = two_processes(tmp_path, "cut", stop).stderr
         assert f"saved the training state at step {stop + 1}" in said, said
         assert "interrupted; the state is saved" in said and "Traceback (most recent" not in said.split("E1")[0], said
-    last = run("cut")
+    last = two_processes(tmp_path, "cut")
     assert last.returncode == 0, last.stderr
     for file in ("probes/depth/model.safetensors", "ridge/gen/model.safetensors", "mean_targets.safetensors"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
