@@ -12,10 +12,13 @@ from typing import Any
 import torch
 
 from analysis.align import AlignRecipe, align
+from analysis.bench import BenchRecipe, bench
 from analysis.compare import compare, statements
 from analysis.evaluate import Options, evaluate
+from probing.data.toyworld.cvbench import write_cvbench
 from probing.data.toyworld.layout import write_world
 from probing.data.toyworld.make import ASSETS, Sizes, make_models
+from probing.data.toyworld.scenes import generate
 from probing.data.toyworld.unclip import GUIDANCE, STEPS
 from probing.recipe import ProbeRunRecipe, validate
 from probing.train import train
@@ -25,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 TRAIN_SCENES, VAL_SCENES, WORLD_SEED = 2000, 400, 11
 DECODED_IMAGES, ALIGNED_IMAGES = 64, 200
+ASKED_SCENES, ASKED_SEED = 120, 13
+"""Scenes that questions in CV-Bench's form are about, and their seed: nothing else has these scenes."""
 LAYERS = {"quick": "0,2,4,6", "full": "all"}
 DECODED_LAYERS = {"quick": "0,6", "full": "all"}
 CONTROLS = {"quick": ["random"], "full": ["shuffled", "random"]}
@@ -52,21 +57,23 @@ def run_demo(preset: str, out: Path) -> Path:
     _tell_quality(json.loads((models / "quality.json").read_text(encoding="utf-8")))
     world = write_world(out / "world", TRAIN_SCENES, VAL_SCENES, WORLD_SEED)
     names = QUICK if preset == "quick" else FULL
+    questions = write_cvbench(out / "cvbench", generate(ASKED_SCENES, ASKED_SEED), ASKED_SEED)
     runs: list[Path] = []
-    aligned: list[Path] = []
+    beside: list[Path] = []
     for name in names:
         recipe = demo_recipe(models, world, names[name], LAYERS[preset], [] if runs else CONTROLS[preset])
         run = train(recipe, out / "runs" / name)
         for options in demo_options(models, world, recipe, DECODED_LAYERS[preset]):
             evaluate(run.path, options)
         runs.append(run.path)
-        aligned.append(align(align_recipe(recipe), out / "runs" / f"{name}_words").parent)
+        beside.append(align(align_recipe(recipe), out / "runs" / f"{name}_words").parent)
+        beside.append(bench(bench_recipe(recipe, questions), out / "runs" / f"{name}_answers").parent)
     differences = compare(runs, list(names))
     sentences = statements(differences)
     for sentence in sentences:
         if "cosine_centred" in sentence:
             logger.info(sentence)
-    return write_report([*runs, *aligned], out / "report", differences, sentences)
+    return write_report([*runs, *beside], out / "report", differences, sentences)
 
 
 def demo_options(models: Path, world: Path, recipe: ProbeRunRecipe, layers: str) -> list[Options]:
@@ -114,6 +121,19 @@ def align_recipe(recipe: ProbeRunRecipe) -> AlignRecipe:
         "workers": 1,
     }
     return validate(AlignRecipe, values, "demo")
+
+
+def bench_recipe(recipe: ProbeRunRecipe, questions: Path) -> BenchRecipe:
+    """Questions in CV-Bench's form, in the toy world's words, which have no letters: a word answers."""
+    values = {
+        "backbone": recipe.backbone.model_dump(),
+        "benchmark": "cvbench",
+        "data": str(questions),
+        "suffix": None,
+        "max_new_tokens": 2,
+        "micro_batch": 64,
+    }
+    return validate(BenchRecipe, values, "demo").with_absolute_paths()
 
 
 def _tell_quality(quality: dict[str, Any]) -> None:

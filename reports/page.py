@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from probing.run import disk_errors, is_alignment, whole_file, write_text
+from probing.run import disk_errors, is_alignment, is_benchmark, members, whole_file, write_text
 from reports.alignment import (
     ATTENTION,
     COMPRESSION,
@@ -32,6 +32,14 @@ from reports.alignment import (
     sentences,
     similarity_figure,
     sums_figure,
+)
+from reports.benchmarks import (
+    BenchmarkResults,
+    accuracy_table,
+    load_benchmarks,
+    not_alike,
+    panels,
+    quality_figure,
 )
 from reports.curves import (
     PROBES,
@@ -84,15 +92,17 @@ def write_report(
 
 
 def _write_report(runs: Sequence[Path], out: Path, differences: pd.DataFrame | None, statements: Sequence[str]) -> Path:
-    probed, aligned = [run for run in runs if not is_alignment(run)], [run for run in runs if is_alignment(run)]
-    alignments = load_alignments(aligned) if aligned else []
+    aligned, asked = [run for run in runs if is_alignment(run)], [run for run in runs if is_benchmark(run)]
+    probed = [run for run in runs if run not in aligned and run not in asked]
+    alignments, benchmarks = load_alignments(aligned), load_benchmarks(asked)
     chapter = _chapter(alignments, out) if alignments else {}
+    chapter |= _benchmarks(probed, benchmarks, out) if benchmarks else {}
     page = out / "index.html"
     if differences is not None:
         write_text(out / "differences.csv", differences.to_csv(index=False))
     if not probed:
-        _write_merged(alignments, out)
-        template = _templates().get_template("alignment_page.html")
+        _write_merged([*alignments, *benchmarks], out)
+        template = _templates().get_template("alignment_page.html" if alignments else "benchmark_page.html")
         told = difference_table(differences) if differences is not None else None
         write_text(page, template.render(**chapter, told=told))
         return page
@@ -108,7 +118,7 @@ def _write_report(runs: Sequence[Path], out: Path, differences: pd.DataFrame | N
     table = decoded_table(loaded)
     if table:
         write_text(out / "table8.csv", table.frame().to_csv(index_label="checkpoint"))
-    _write_merged([*loaded, *alignments], out)
+    _write_merged([*loaded, *alignments, *benchmarks], out)
     compared = []
     if differences is not None:
         compared = [_difference(differences, *key, out) for key in _difference_keys(differences)]
@@ -116,7 +126,7 @@ def _write_report(runs: Sequence[Path], out: Path, differences: pd.DataFrame | N
     return page
 
 
-def _write_merged(runs: Sequence[RunResults | AlignmentResults], out: Path) -> None:
+def _write_merged(runs: Sequence[RunResults | AlignmentResults | BenchmarkResults], out: Path) -> None:
     merged = pd.concat([run.results.assign(checkpoint=run.label) for run in runs])
     write_text(out / "results.csv", merged.to_csv(index=False))
 
@@ -340,6 +350,32 @@ def _chapter(runs: list[AlignmentResults], out: Path) -> dict[str, Any]:
         for run in runs
     ]
     return {"alignments": entries, "alignment_parts": [one for one in parts if one["panels"]]}
+
+
+def _benchmarks(probed: Sequence[Path], asked: Sequence[BenchmarkResults], out: Path) -> dict[str, Any]:
+    """The chapter on benchmarks; runs with probes are joined with them checkpoint by checkpoint."""
+    single = [run for path in probed for run in members(path) or [path] if (run / "results.csv").exists()]
+    runs = load_runs(single)
+    joined = panels(runs, asked)
+    if joined:
+        whole = pd.concat([p.points.assign(benchmark=p.benchmark, teacher=p.teacher, probe=p.probe) for p in joined])
+        write_text(out / "quality_accuracy.csv", whole.to_csv(index=False))
+    names, figures = list(dict.fromkeys(run.benchmark for run in asked)), []
+    for name in names:
+        drawn = [panel for panel in joined if panel.benchmark == name and panel.correlation is not None]
+        if drawn:
+            figure = quality_figure(drawn)
+            figures.append({"src": _image(figure), "alt": f"Quality of the representations against accuracy, {name}"})
+            _save(figure, out, f"quality_{name}")
+    said = [panel.sentence for panel in joined] + (not_alike(runs) if joined else [])
+    if runs and not joined:
+        said = ["No checkpoint has both probes and answers: none of the runs are of the same weights."]
+    return {
+        "benchmark_runs": asked,
+        "benchmark_tables": [accuracy_table(asked, name) for name in names],
+        "benchmark_figures": figures,
+        "benchmark_sentences": said,
+    }
 
 
 def _patch_picture(picture: PatchPicture) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.frechet import is_distance
 from probing.errors import UserError
-from probing.run import LOST, is_alignment, members, read_json, reading
+from probing.run import LOST, is_alignment, is_benchmark, members, read_json, reading
 
 TEACHERS = ("depth", "seg", "gen")
 TITLES = {"depth": "Depth", "seg": "Segmentation", "gen": "Generation"}
@@ -158,6 +158,8 @@ def load_runs(paths: Sequence[Path]) -> list[RunResults]:
         for run in runs or [path]:
             if is_alignment(run):
                 raise UserError(f"{run} is a run of probing align, which has no probes to compare; leave it out")
+            if is_benchmark(run):
+                raise UserError(f"{run} is a run of probing bench, which has no probes to compare; leave it out")
             if not (run / "manifest.json").exists():
                 raise UserError(f"no finished run at {run}; make one with: probing train --out {run}")
         if not (path / "results.csv").exists():

@@ -1,0 +1,239 @@
+"""The chapter on benchmarks: accuracies, and representation quality against accuracy, after Fig. 2 of OLA-VLM."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis.rank_correlation import FEW, LEAST, RankCorrelation, rank_correlation
+from probing.data.benchmarks import BENCHMARKS
+from probing.errors import UserError
+from probing.run import LOST, members, read_json
+from reports.curves import COLOURS, MARKERS, PROBES, STYLE
+from reports.findings import METRIC, PROTOCOL
+from reports.results import TITLES, RunResults, metric_label, read_results
+
+NAMES = {"2d": "2D", "3d": "3D", "ade20k": "ADE20K", "coco": "COCO", "omni3d": "Omni3D"}
+"""Parts of a protocol whose names are not just capitalised."""
+MIDDLE = (0.25, 0.75)
+"""The layers over which a checkpoint's quality is averaged, as shares of its depth."""
+
+
+@dataclass(frozen=True)
+class BenchmarkResults:
+    """One run of `probing bench`.
+
+    Attributes:
+        label: name for tables, unique for its benchmark.
+        path: its folder.
+        results: `results.csv`.
+        manifest: what it was made of.
+    """
+
+    label: str
+    path: Path
+    results: pd.DataFrame
+    manifest: dict[str, Any]
+
+    @property
+    def benchmark(self) -> str:
+        """Which one."""
+        return str(self.manifest["benchmark"])
+
+    def row(self, protocol: str, metric: str = "accuracy", control: str = "no") -> pd.Series | None:
+        """One number; None where it is not there."""
+        r = self.results
+        found = r[(r["protocol"] == protocol) & (r["metric"] == metric) & (r["control"] == control)]
+        return found.iloc[0] if len(found) else None
+
+    @property
+    def protocols(self) -> list[str]:
+        """Of its accuracies, the overall one first."""
+        return list(dict.fromkeys(self.results.loc[self.results["metric"] == "accuracy", "protocol"]))
+
+
+def load_benchmarks(paths: Sequence[Path]) -> list[BenchmarkResults]:
+    """Reads finished runs of `probing bench`, and folders of them.
+
+    Raises:
+        UserError: one has no results.
+    """
+    found = []
+    for run in (member for path in paths for member in members(path) or [path]):
+        if not (run / "results.csv").exists():
+            raise UserError(f"{run} has no results; type the probing bench that made it once more")
+        found.append((run, read_results(run / "results.csv"), read_json(run / "manifest.json", LOST)))
+    names = [(manifest["benchmark"], manifest["checkpoint"]["name"]) for *_, manifest in found]
+    return [
+        BenchmarkResults(f"{key[1]} ({run})" if names.count(key) > 1 else key[1], run, results, manifest)
+        for key, (run, results, manifest) in zip(names, found, strict=True)
+    ]
+
+
+def protocol_label(protocol: str) -> str:
+    """`cvbench/2d/count` → CV-Bench, 2D, Count."""
+    first, *rest = protocol.split("/")
+    title = BENCHMARKS[first].title if first in BENCHMARKS else first
+    return ", ".join([title, *(NAMES.get(part, part.capitalize()) for part in rest)])
+
+
+def accuracy_table(runs: Sequence[BenchmarkResults], benchmark: str) -> dict[str, Any]:
+    """Accuracies of one benchmark: a row per part, a column per checkpoint, and one for guessing."""
+    there = [run for run in runs if run.benchmark == benchmark]
+    protocols = list(dict.fromkeys(protocol for run in there for protocol in run.protocols))
+    guesses = any(run.row(protocol, control="guess") is not None for run in there for protocol in protocols)
+    rows = []
+    for protocol in protocols:
+        cells = [_cell(run.row(protocol)) for run in there]
+        guess = next((row for run in there if (row := run.row(protocol, control="guess")) is not None), None)
+        extra = ["" if guess is None else f"{guess['value']:.3f}"] if guesses else []
+        rows.append([protocol_label(protocol), *cells, *extra])
+    head = ["", *(run.label for run in there), *(["guessing"] if guesses else [])]
+    return {"title": BENCHMARKS[benchmark].title, "head": head, "rows": rows, "notes": _notes(there)}
+
+
+def _cell(row: pd.Series | None) -> str:
+    return "" if row is None else f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}], n = {row['n']}"
+
+
+def _notes(runs: Sequence[BenchmarkResults]) -> list[str]:
+    notes = []
+    for run in runs:
+        unread, asked = run.manifest["unreadable"], run.manifest["data"]["questions"]
+        if unread:
+            notes.append(f"{run.label}: {unread} of {asked} answers could not be read, and count as wrong.")
+    if len({run.manifest["data"]["digest"] for run in runs}) > 1:
+        notes.append("The checkpoints were not asked the same questions: their accuracies cannot be compared.")
+    return notes
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Representation quality against accuracy, of one teacher, probe and benchmark.
+
+    Attributes:
+        benchmark: which one.
+        teacher: whose features are read.
+        probe: by which probe.
+        points: checkpoint, layers, quality, accuracy, ci_low, ci_high.
+        correlation: None where there are too few checkpoints, or one of the two is the same for all.
+    """
+
+    benchmark: str
+    teacher: str
+    probe: str
+    points: pd.DataFrame
+    correlation: RankCorrelation | None
+
+    @property
+    def title(self) -> str:
+        """What it shows."""
+        return f"{TITLES.get(self.teacher, self.teacher)}, {PROBES[self.probe]}"
+
+    @property
+    def sentence(self) -> str:
+        """What can be said of it."""
+        place, count = f"{BENCHMARKS[self.benchmark].title}, {self.title}", len(self.points)
+        if self.correlation is None:
+            why = "no rank correlation of so few" if count < LEAST else "one of the two is the same for all"
+            return f"{place}: {count} checkpoints have both probes and answers; {why}."
+        rho, tau = (
+            f"{one.value:+.2f} [{one.low:+.2f}, {one.high:+.2f}]"
+            for one in (self.correlation.rho, self.correlation.tau)
+        )
+        few = f" So few checkpoints (fewer than {FEW}) say little, whatever the number." if count < FEW else ""
+        return f"{place}: Spearman's ρ = {rho}, Kendall's τ = {tau} over {count} checkpoints.{few}"
+
+
+def same_checkpoint(manifest: dict[str, Any]) -> str:
+    """What two runs of the same checkpoint share: its hash, or where there is none its path."""
+    checkpoint = manifest["checkpoint"]
+    return str(checkpoint["path"] if str(checkpoint["sha256"]).endswith("None") else checkpoint["sha256"])
+
+
+def quality(run: RunResults, teacher: str, probe: str) -> tuple[float, str] | None:
+    """Mean centred cosine over the probed layers in the middle of a checkpoint, and which they are; None without."""
+    curve = run.curve(teacher, probe, "no", METRIC, PROTOCOL)
+    low, high = (share * run.depth for share in MIDDLE)
+    chosen = curve[[layer.isdecimal() and low <= int(layer) <= high for layer in curve["layer"]]]
+    return (float(chosen["value"].mean()), " ".join(chosen["layer"])) if len(chosen) else None
+
+
+def panels(probed: Sequence[RunResults], asked: Sequence[BenchmarkResults]) -> list[Panel]:
+    """Joins runs with probes and runs of benchmarks by their checkpoints.
+
+    Args:
+        probed: one run per checkpoint.
+        asked: any number per checkpoint; of one benchmark the first counts.
+    """
+    found = []
+    for benchmark in dict.fromkeys(run.benchmark for run in asked):
+        answers: dict[str, BenchmarkResults] = {}
+        for one in (one for one in asked if one.benchmark == benchmark):
+            answers.setdefault(same_checkpoint(one.manifest), one)
+        both = [(run, answers[key]) for run in probed if (key := same_checkpoint(run.manifest)) in answers]
+        for probe in PROBES:
+            for teacher in dict.fromkeys(name for run in probed for name in run.teachers):
+                rows = []
+                for run, answered in both:
+                    read, row = quality(run, teacher, probe), answered.row(benchmark)
+                    if read is not None and row is not None:
+                        place = {"checkpoint": run.label, "layers": read[1], "quality": read[0]}
+                        rows.append(place | {name: float(row[name]) for name in ("value", "ci_low", "ci_high")})
+                if rows:
+                    points = pd.DataFrame(rows).rename(columns={"value": "accuracy"})
+                    found.append(Panel(benchmark, teacher, probe, points, _correlation(points)))
+    return found
+
+
+def _correlation(points: pd.DataFrame) -> RankCorrelation | None:
+    if len(points) < LEAST or points["quality"].nunique() < 2 or points["accuracy"].nunique() < 2:
+        return None
+    return rank_correlation(points["quality"].to_numpy(), points["accuracy"].to_numpy())
+
+
+def not_alike(probed: Sequence[RunResults]) -> list[str]:
+    """Why the qualities of some checkpoints cannot be held against each other, a sentence each."""
+    said = []
+    for what, values in {
+        "held-out images": {run.manifest["data"]["eval_digest"] for run in probed},
+        "training images": {run.manifest["data"]["train_digest"] for run in probed},
+        "teachers": {str({n: t["sha256"] for n, t in run.manifest["teachers"].items()}) for run in probed},
+    }.items():
+        if len(values) > 1:
+            said.append(f"The runs with probes differ in their {what}: their qualities cannot be compared.")
+    return said
+
+
+def quality_figure(drawn: Sequence[Panel]) -> Figure:
+    """A panel per teacher and a row per probe, a point per checkpoint; all of one benchmark."""
+    teachers = list(dict.fromkeys(panel.teacher for panel in drawn))
+    probes = list(dict.fromkeys(panel.probe for panel in drawn))
+    names = list(dict.fromkeys(name for panel in drawn for name in panel.points["checkpoint"]))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * len(teachers), 2.9 * len(probes) + 0.5), layout="constrained")
+        grid = figure.subplots(len(probes), len(teachers), squeeze=False, sharey=True)
+        for panel in drawn:
+            axes = grid[probes.index(panel.probe), teachers.index(panel.teacher)]
+            for _, point in panel.points.iterrows():
+                place = names.index(point["checkpoint"])
+                error = np.array([[point["accuracy"] - point["ci_low"]], [point["ci_high"] - point["accuracy"]]])
+                axes.errorbar(
+                    point["quality"], point["accuracy"], yerr=error.clip(min=0), label=point["checkpoint"],
+                    color=COLOURS[place % len(COLOURS)], marker=MARKERS[place // len(COLOURS) % len(MARKERS)],
+                    markersize=6, capsize=2, linewidth=1,
+                )  # fmt: skip
+            rho = "" if panel.correlation is None else f"\nρ = {panel.correlation.rho.value:+.2f}"
+            few = f", {len(panel.points)} checkpoints" if rho else ""
+            axes.set_title(f"{panel.title}{rho}{few}", fontsize=10, loc="left")
+            axes.set_xlabel(f"{metric_label(METRIC, PROTOCOL)}, middle layers")
+        for row in grid:
+            row[0].set_ylabel(f"{BENCHMARKS[drawn[0].benchmark].title} accuracy")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 4), frameon=False)
+    return figure

@@ -1,0 +1,157 @@
+"""The chapter on benchmarks, from made-up runs: what is joined, drawn and said must be what the tables hold."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from probing.errors import UserError
+from reports.benchmarks import load_benchmarks, not_alike, panels, protocol_label, quality_figure
+from reports.page import write_report
+from reports.results import load_runs
+from tests.reports.test_reports import COLUMNS, make_run
+
+ACCURACY = [0.41, 0.52, 0.5, 0.63, 0.7]
+LIFTS = [0.0, 0.02, 0.05, 0.03, 0.09]
+"""Of the curves of as many checkpoints; `make_run`'s fall by 0.01 a layer from 0.5."""
+
+
+def make_bench(path, name, accuracy, sha, unread=0, benchmark="cvbench"):
+    path.mkdir(parents=True)
+    rows = []
+    for protocol, lift in ((benchmark, 0.0), (f"{benchmark}/2d", 0.1), (f"{benchmark}/2d/count", 0.2)):
+        place = [name, "", "", ""]
+        value = accuracy + lift
+        rows.append([*place, "no", "accuracy", protocol, "test", 0, value, value - 0.03, value + 0.04, 99])
+        rows.append([*place, "no", "unreadable", protocol, "test", 0, unread / 99, 0, 0.1, 99])
+        rows.append([*place, "guess", "accuracy", protocol, "test", 0, 0.25, 0.25, 0.25, 99])
+    pd.DataFrame(rows, columns=COLUMNS).to_csv(path / "results.csv", index=False)
+    manifest = {
+        "kind": "benchmark", "benchmark": benchmark, "checkpoint": {"name": name, "path": "/x", "sha256": sha},
+        "data": {"questions": 99, "digest": "d"}, "unreadable": unread,
+    }  # fmt: skip
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "recipe.yaml").write_text("benchmark: cvbench\n")
+    return path
+
+
+def make_probed(path, name, lift, sha):
+    make_run(path, name, layers=12)
+    (path / "recipe.yaml").write_text("x: 1\n")
+    results = pd.read_csv(path / "results.csv", dtype={"layer": str}, keep_default_na=False)
+    results.loc[results["probe"] == "resampler", ["value", "ci_low", "ci_high"]] += lift
+    results.to_csv(path / "results.csv", index=False)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["checkpoint"] |= {"sha256": sha}
+    manifest["data"] |= {"eval_digest": "e", "train_digest": "t"}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Five checkpoints with both, one with probes alone and one with answers alone, in another order."""
+    probed = [make_probed(tmp_path / f"p{n}", f"c{n}", lift, f"sha{n}") for n, lift in enumerate([*LIFTS, 0.2])]
+    asked = [make_bench(tmp_path / f"b{n}", f"c{n}", a, f"sha{n}") for n, a in enumerate(ACCURACY)]
+    return probed, [make_bench(tmp_path / "b9", "c9", 0.9, "sha9", unread=7), *reversed(asked)]
+
+
+def test_checkpoints_are_joined_by_their_weights(runs):
+    probed, asked = runs
+    found = panels(load_runs(probed), load_benchmarks(asked))
+    assert {(p.teacher, p.probe) for p in found} == {
+        (t, p) for t in ("depth", "seg", "gen") for p in ("resampler", "ridge")
+    }
+    panel = next(p for p in found if (p.teacher, p.probe) == ("depth", "resampler"))
+    assert list(panel.points["checkpoint"]) == [f"c{n}" for n in range(5)]
+    assert panel.points["accuracy"].tolist() == pytest.approx(ACCURACY)
+    middle = 0.5 - 0.01 * 6  # layers 3 to 9 of 12
+    assert panel.points["quality"].tolist() == pytest.approx([middle + lift for lift in LIFTS])
+    assert set(panel.points["layers"]) == {"3 4 5 6 7 8 9"}
+    assert panel.correlation.rho.value == pytest.approx(stats.spearmanr(LIFTS, ACCURACY).statistic)
+    assert panel.correlation.tau.value == pytest.approx(stats.kendalltau(LIFTS, ACCURACY).statistic)
+    flat = next(p for p in found if (p.teacher, p.probe) == ("seg", "ridge"))  # the same for all checkpoints
+    assert flat.correlation is None and "the same for all" in flat.sentence
+
+
+def test_points_are_drawn_where_the_tables_have_them(runs):
+    probed, asked = runs
+    found = [p for p in panels(load_runs(probed), load_benchmarks(asked)) if p.correlation]
+    figure = quality_figure(found)
+    for axes, panel in zip(figure.axes, found, strict=True):
+        drawn = sorted((float(c[0].get_xdata()[0]), float(c[0].get_ydata()[0])) for c in axes.containers)
+        assert np.allclose(drawn, sorted(zip(panel.points["quality"], panel.points["accuracy"], strict=True)))
+        assert "ρ = +0.80, 5 checkpoints" in axes.get_title("left").replace("\n", " ")
+
+
+def test_the_page_has_accuracies_and_says_how_many_checkpoints_stand_behind_a_correlation(runs, tmp_path):
+    probed, asked = runs
+    page = write_report([*probed[:3], *asked], tmp_path / "report").read_text(encoding="utf-8")
+    assert "CV-Bench, 2D, Count" in page and "0.700 [0.670, 0.740], n = 99" in page and "guessing" in page
+    assert "c9: 7 of 99 answers could not be read, and count as wrong." in page
+    rho = stats.spearmanr(LIFTS[:3], ACCURACY[:3]).statistic
+    assert f"Spearman&#39;s ρ = {rho:+.2f}" in page and "over 3 checkpoints" in page
+    assert "So few checkpoints (fewer than 8) say little" in page
+    for kind in ("png", "svg", "pdf"):
+        assert (tmp_path / "report" / "figures" / f"quality_cvbench.{kind}").exists()
+    points = pd.read_csv(tmp_path / "report" / "quality_accuracy.csv")
+    assert len(points) == 3 * 6 and set(points["benchmark"]) == {"cvbench"}
+    merged = pd.read_csv(tmp_path / "report" / "results.csv", keep_default_na=False)
+    assert (merged["metric"] == "accuracy").sum() == 6 * 6
+
+
+def test_no_correlation_of_two(runs):
+    probed, asked = runs
+    found = panels(load_runs(probed[:2]), load_benchmarks(asked))
+    assert all(panel.correlation is None for panel in found)
+    assert "2 checkpoints have both probes and answers; no rank correlation of so few" in found[0].sentence
+    assert not panels(load_runs(probed[5:]), load_benchmarks(asked))
+
+
+def test_runs_that_were_probed_on_other_images_are_told(runs):
+    probed, _ = runs
+    assert not not_alike(load_runs(probed))
+    manifest = json.loads((probed[1] / "manifest.json").read_text())
+    manifest["data"]["eval_digest"] = "others"
+    (probed[1] / "manifest.json").write_text(json.dumps(manifest))
+    assert "differ in their held-out images: their qualities cannot be compared" in not_alike(load_runs(probed))[0]
+
+
+def test_benchmarks_alone_have_a_page(runs, tmp_path):
+    _, asked = runs
+    page = write_report(asked, tmp_path / "report").read_text(encoding="utf-8")
+    assert "How many questions are answered rightly?" in page and "<title>c9, c4" in page and "Spearman" not in page
+
+
+def test_a_run_without_results_is_named(runs, tmp_path):
+    _, asked = runs
+    (asked[0] / "results.csv").unlink()
+    with pytest.raises(UserError, match="b9 has no results; type the probing bench"):
+        write_report(asked, tmp_path / "report")
+    with pytest.raises(UserError, match="is a run of probing bench"):
+        load_runs(asked[1:])
+
+
+def test_more_checkpoints_say_more(tmp_path):
+    """Twelve in order: no warning, and an interval that lies above zero."""
+    rng = np.random.default_rng(0)
+    order = np.sort(rng.uniform(0, 0.3, 12))
+    probed = [make_probed(tmp_path / f"p{n}", f"c{n}", x, f"s{n}") for n, x in enumerate(order)]
+    asked = [make_bench(tmp_path / f"b{n}", f"c{n}", 0.3 + x, f"s{n}") for n, x in enumerate(order)]
+    panel = panels(load_runs(probed), load_benchmarks(asked))[0]
+    assert panel.correlation.rho.low > 0.9 and "say little" not in panel.sentence and "over 12" in panel.sentence
+
+
+def test_labels():
+    assert protocol_label("cvbench/2d/ade20k") == "CV-Bench, 2D, ADE20K"
+    assert protocol_label("mmstar/math") == "MMStar, Math"
+
+
+def test_reports_of_benchmarks_need_no_torch():
+    code = "import sys, reports.benchmarks, analysis.rank_correlation; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
