@@ -107,17 +107,37 @@ def _as_lines(values: dict[str, Any]) -> str:
 
 
 @cli.command()
-def teachers() -> None:
-    """The teachers: default id, target, licence of the weights."""
-    from probing.teachers.catalogue import CATALOGUE
+@click.argument("name_and_id", required=False, metavar="[NAME=ID]")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def teachers(name_and_id: str | None, overrides: tuple[str, ...]) -> None:
+    """The teachers: default id, target, licence of the weights.
 
+    With NAME=ID, what that one's target would be; its weights need not be there. KEY=VALUE sets fields of its own, e.g.
+    features=pooled grid=16.
+    """
+    from probing.teachers.catalogue import CATALOGUE, ENCODERS
+
+    if name_and_id:
+        _quiet_libraries()
+        from probing.teachers import describe_teacher
+
+        click.echo(_as_lines(describe_teacher(teacher_values((name_and_id,)), overrides)))
+        return
     for name, entry in CATALOGUE.items():
         click.echo(f"{name:<6} {entry.default_id}\n       class    {entry.class_name}\n       target   {entry.target}")
         click.echo(f"       licence  {entry.licences[entry.default_id]}")
         for other, licence in entry.licences.items():
             if other != entry.default_id:
                 click.echo(f"       also     {other}: {licence}")
-    click.echo("Another one: --teacher NAME=FOLDER_OR_HUB_ID, of the same class. Its licence is its own.")
+    click.echo("Another one of these classes: --teacher NAME=FOLDER_OR_HUB_ID. Its licence is its own.\n")
+    click.echo(
+        "Any other NAME is a plain encoder of transformers or timm, without decoder: features of its patches, at"
+    )
+    click.echo(
+        "most 24 x 24, or with teachers.NAME.features=pooled its pooled output. probing teachers NAME=ID looks at one."
+    )
+    for name, (identifier, licence) in ENCODERS.items():
+        click.echo(f"       --teacher {name}={identifier}  ({licence})")
 
 
 @cli.command()
@@ -129,7 +149,8 @@ def teachers() -> None:
     "teacher_options",
     multiple=True,
     metavar="NAME[=ID]",
-    help="depth, seg or gen, with a folder or Hub id; repeat. By default all three of the paper.",
+    help="depth, seg or gen, or any other name for a plain vision encoder, with its folder or Hub id, e.g. "
+    "dino=facebook/dinov2-large; repeat. By default all three of the paper.",
 )
 @click.option("--layers", help="all, or a list such as 0,4,8-12,final.")
 @click.option(
@@ -331,7 +352,8 @@ def distill(recipe_file: Path, out: Path, overrides: tuple[str, ...]) -> None:
     "teacher_options",
     multiple=True,
     metavar="NAME[=ID]",
-    help="depth, seg or gen, with a folder or Hub id, to compare every layer with; repeat. By default none.",
+    help="depth, seg or gen, or any other name for a plain vision encoder, with a folder or Hub id, to compare every "
+    "layer with; repeat. By default none.",
 )
 @click.option("--layers", help="all, or a list such as 0,4,8-12,final.")
 @click.option("--images", type=click.IntRange(1), help="Take only the first so many. Default: all with masks.")

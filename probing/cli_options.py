@@ -90,14 +90,19 @@ def teacher_values(options: tuple[str, ...]) -> dict[str, dict[str, str]]:
     """Section `teachers` of a recipe, from `--teacher NAME[=ID]`.
 
     Raises:
-        UserError: there is no teacher of that name.
+        UserError: a name of its own has no id, or is given twice.
     """
     from probing.teachers.catalogue import CATALOGUE
 
-    values = {}
+    values: dict[str, dict[str, str]] = {}
     for option in options:
         name, _, identifier = option.partition("=")
-        if name not in CATALOGUE:
-            raise UserError(f"no teacher is called {name!r}; there are {', '.join(CATALOGUE)}")
+        if name not in CATALOGUE and not identifier:
+            raise UserError(
+                f"no teacher is called {name!r}; there are {', '.join(CATALOGUE)}, and any vision encoder: --teacher "
+                f"{name or 'NAME'}=FOLDER_OR_HUB_ID"
+            )
+        if name in values:
+            raise UserError(f"two teachers are called {name!r}; give each a name of its own, such as {name}2=…")
         values[name] = {"id": identifier or CATALOGUE[name].default_id}
     return values

@@ -94,8 +94,14 @@ def pretrained(
         return build(config, dtype=dtype, **own), set(), set()
 
 
-def load_config(source: str, what: str, **kwargs: Any) -> Any:
+def load_config(source: str, what: str, trust: str = "backbone.trust_remote_code", **kwargs: Any) -> Any:
     """Reads a model's configuration.
+
+    Args:
+        source: folder or Hub id.
+        what: it is, for messages.
+        trust: field that allows code of its own.
+        **kwargs: for `from_pretrained`.
 
     Raises:
         UserError: it cannot be read or reached, or its model type is unknown to transformers.
@@ -108,7 +114,7 @@ def load_config(source: str, what: str, **kwargs: Any) -> Any:
         if "custom code" in str(error):
             raise UserError(
                 f"{what} {source} comes with code of its own, which was not run; read it, and to run it set "
-                "backbone.trust_remote_code=true"
+                f"{trust}=true"
             ) from None
         place = "" if Path(source).exists() else "there is no such folder, and as a Hub id "
         raise UserError(f"{what} {source} cannot be read: {place}{_said(error)}") from None
@@ -187,6 +193,23 @@ def read_tensors(source: str, prefix: str, revision: str | None = None) -> Itera
             else:
                 whole = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
                 yield from ((name, tensor) for name, tensor in whole.items() if name.startswith(prefix))
+
+
+def tensor_names(source: str, revision: str | None = None) -> list[str]:
+    """Names of all tensors of a model, without reading them.
+
+    Raises:
+        UserError: there are no weights, or a file cannot be read.
+    """
+    names: list[str] = []
+    for file in weight_files(source, revision):
+        with loading(f"{source}, {file.name}"):
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as stored:
+                    names += stored.keys()
+            else:
+                names += torch.load(file, map_location="meta", weights_only=True)
+    return names
 
 
 def _weight_map(source: str, stem: str, revision: str | None = None) -> dict[str, str]:

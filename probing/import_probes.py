@@ -77,16 +77,21 @@ def find_probes(checkpoint: str) -> Found:
         stage = yaml.safe_load(record["recipe"])
         return Found(
             bank=ProbeBank.load(folder, torch.device("cpu")),
-            teachers={n: {"id": config["teacher"]["id"]} | _grid(config["resampler"]) for n, config in configs.items()},
+            teachers={
+                n: {"id": config["teacher"]["id"]} | _target(n, config["resampler"]) for n, config in configs.items()
+            },
             trained_towards={n: (c["teacher"]["sha256"], c["teacher"]["shape"]) for n, c in configs.items()},
             trained={name: stage[name] for name in ("epochs", "batch_size", "lr")} | {"steps": record["steps"]},
             kind="predictors",
         )
 
 
-def _grid(resampler: dict[str, int]) -> dict[str, int]:
+def _target(teacher: str, resampler: dict[str, int]) -> dict[str, Any]:
+    """What a recipe says of the target that probes predict."""
     side = round(resampler["queries"] ** 0.5)
-    return {"grid": side} if side > 1 else {}
+    if side > 1:
+        return {"grid": side}
+    return {} if teacher in CATALOGUE else {"features": "pooled"}
 
 
 def _published(source: str, raw: dict[str, Any]) -> Found:
@@ -125,7 +130,7 @@ def _published(source: str, raw: dict[str, Any]) -> Found:
             ) from None
         layer = index + 1 if index + 1 < count else FINAL
         probes[ProbeKey(mode, layer, 0)] = probe.eval().requires_grad_(False)
-    teacher = {"id": CATALOGUE[mode].default_id} | _grid(config.to_dict())
+    teacher = {"id": CATALOGUE[mode].default_id} | _target(mode, config.to_dict())
     return Found(ProbeBank(probes, {mode: list(ProbeRecipe().keys)}), {mode: teacher}, {}, {}, "(published probes)")
 
 

@@ -5,12 +5,13 @@ answered with the nearest one that does.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from probing.errors import BROKEN, UserError
 
@@ -62,8 +63,22 @@ class BackboneRecipe(Strict):
     """Run code that comes with the checkpoint. Off unless asked for."""
 
 
+def _teacher_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", name):
+        raise ValueError("a teacher's name is a small letter and then up to 31 small letters, digits, - or _")
+    if name in NO_TEACHER:
+        raise ValueError(f"{name!r} means something else in results; name the teacher differently")
+    return name
+
+
+NO_TEACHER = ("tower", "tokens", "words", "na", "nan", "none", "null")
+"""What results name otherwise, or readers of CSV take for nothing."""
+TeacherName = Annotated[str, AfterValidator(_teacher_name)]
+"""What folders and results call a teacher: one of the catalogue, or any other for a plain encoder."""
+
+
 class TeacherRecipe(Strict):
-    """One teacher: where it comes from and the grid of its target."""
+    """One teacher: where it comes from and what its target is."""
 
     id: str
     """Folder or Hub id of the teacher."""
@@ -71,6 +86,16 @@ class TeacherRecipe(Strict):
     """Hub revision."""
     grid: int | None = Field(default=None, ge=1)
     """Side of the target grid of a spatial teacher; by default the teacher's own, at most 24 (the paper's)."""
+    features: Literal["patches", "pooled"] = "patches"
+    """Of a plain encoder: its features of every patch, or its pooled output, a single token."""
+    trust_remote_code: bool = False
+    """Run code that comes with a plain encoder. Off unless asked for."""
+
+    @model_validator(mode="after")
+    def _grid_of_patches(self) -> Self:
+        if self.features == "pooled" and self.grid is not None:
+            raise ValueError("pooled features have no grid; leave out grid or features")
+        return self
 
 
 class DataRecipe(Strict):
@@ -169,7 +194,7 @@ class LayersRecipe(Strict):
 
     backbone: BackboneRecipe
     data: DataRecipe
-    teachers: dict[Literal["depth", "seg", "gen"], TeacherRecipe] = {}
+    teachers: dict[TeacherName, TeacherRecipe] = {}
     """Whose features the layers are held against."""
     layers: str = "all"
     """`all` (0 to L), or a list such as `0,4,8-12,final`; `final` is the state after the last norm."""
@@ -195,7 +220,7 @@ class LayersRecipe(Strict):
 class ProbeRunRecipe(LayersRecipe):
     """A whole run of `probing train`."""
 
-    teachers: dict[Literal["depth", "seg", "gen"], TeacherRecipe] = Field(min_length=1)
+    teachers: dict[TeacherName, TeacherRecipe] = Field(min_length=1)
     probe: ProbeRecipe = ProbeRecipe()
     fit: FitRecipe = FitRecipe()
     controls: list[Control] = ["shuffled"]

@@ -18,7 +18,7 @@ from analysis.told import TOLD
 from probing.errors import UserError
 from probing.run import LOST, members, read_json, reading
 from reports.curves import COLOURS, MARKERS, STYLE
-from reports.results import AVERAGE, FINAL, TITLES, read_results
+from reports.results import AVERAGE, FINAL, in_order, read_results, teacher_title
 
 TOWER = "tower"
 """What `results.csv` calls the tokens before the projector."""
@@ -83,7 +83,6 @@ SUMS = {
     "orthogonal": "orthogonal pursuit",
     "non-negative": "non-negative pursuit",
 }
-REFERENCES = {TOWER: "the tower"} | {name: f"the {title.lower()} teacher" for name, title in TITLES.items()}
 ATTENTION = [
     Measure(f"attention_{query.replace(' ', '_')}", "image_attention", f"attention to image, {query}", query,
             control="uniform", chance="uniform attention")
@@ -207,9 +206,10 @@ def likeness_measures(runs: Sequence[AlignmentResults]) -> list[Measure]:
     kinds = {"cka": "CKA", "cka_places": "CKA of the places of an image", "mutual_knn": "nearest images shared"}
     for metric, label in kinds.items():
         there = {teacher for run in runs for teacher in run.curve(metric)["teacher"]}
-        for reference in (name for name in REFERENCES if name in there):
+        for reference in [*(there & {TOWER}), *in_order(there - {TOWER})]:
             control = {} if metric == "cka_places" else {"control": "permuted", "chance": "permuted images"}
-            name = f"{label} with {REFERENCES[reference]}"
+            other = "the tower" if reference == TOWER else f"the {teacher_title(reference).lower()} teacher"
+            name = f"{label} with {other}"
             found.append(Measure(f"{metric}_{reference}", metric, name, teacher=reference, **control))
     return found
 

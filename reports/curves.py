@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.frechet import is_distance
-from reports.results import AVERAGE, FINAL, TITLES, RunResults, layer_rank, metric_label
+from reports.results import AVERAGE, FINAL, RunResults, in_order, layer_rank, metric_label, teacher_title
 
 # Okabe & Ito's palette, darker ones first: told apart by colour-blind readers, and by lightness in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -119,7 +119,7 @@ def draw_panel(
         ticks, labels = [*ticks, final_at], [*labels, FINAL]
         axes.axvspan(deepest + (final_at - deepest) / 2, final_at + (final_at - deepest) / 2, color="#f4f4f4", zorder=0)
     axes.set_xticks(ticks, labels)
-    axes.set_title(TITLES.get(teacher, teacher), fontsize=10, loc="left", fontweight="bold")
+    axes.set_title(teacher_title(teacher), fontsize=10, loc="left", fontweight="bold")
     axes.set_xlabel("LLM layer (0 = projector output)")
     if ylabel:
         axes.set_ylabel(metric_label(metric, protocol) + (", less is better" if is_distance(metric) else ""))
@@ -148,7 +148,7 @@ def layer_figure(runs: Sequence[RunResults], metric: str, protocol: str) -> Figu
         panels = [(probe, teacher) for probe in probes for teacher in teachers]
         for index, (axes, (probe, teacher)) in enumerate(zip(grid.flat, panels, strict=True)):
             draw_panel(axes, lines, teacher, probe, metric, protocol, ylabel=index % columns == 0)
-            axes.set_title(f"{TITLES.get(teacher, teacher)}, {PROBES[probe]}", fontsize=10, loc="left")
+            axes.set_title(f"{teacher_title(teacher)}, {PROBES[probe]}", fontsize=10, loc="left")
         handles = legend_handles(lines, own)
         wide = 4 if columns > 2 else 3
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), wide), frameon=False)
@@ -167,7 +167,7 @@ def difference_figure(differences: pd.DataFrame, metric: str, protocol: str) -> 
     """Paired differences from the reference by layer: a column per teacher, a row per probe, a line per checkpoint."""
     d = differences
     chosen = d[(d["metric"] == metric) & (d["protocol"] == protocol) & (d["layer"] != AVERAGE)]
-    teachers = [t for t in TITLES if t in set(chosen["teacher"])]
+    teachers = in_order(chosen["teacher"])
     probes = [p for p in PROBES if p in set(chosen["probe"])]
     names = list(dict.fromkeys(d["checkpoint"]))
     with mpl.rc_context(STYLE):
@@ -189,7 +189,7 @@ def difference_figure(differences: pd.DataFrame, metric: str, protocol: str) -> 
                 axes.fill_between(x, part["ci_low"], part["ci_high"], color=colour, alpha=0.18, linewidth=0)
                 step = max(1, int(np.ceil(len(part) / 9)))
                 axes.set_xticks(x[::step], part["layer"].iloc[::step])
-            axes.set_title(f"{TITLES[teacher]}, {PROBES[probe]}", fontsize=10, loc="left")
+            axes.set_title(f"{teacher_title(teacher)}, {PROBES[probe]}", fontsize=10, loc="left")
             axes.set_xlabel("LLM layer")
         for row in grid:
             less = ",\nless is better" if is_distance(metric) else ""
@@ -214,7 +214,7 @@ def learning_figure(run: RunResults) -> Figure:
                 smooth = ordered["loss"].rolling(window, center=True, min_periods=1).mean()
                 thin = max(window, len(ordered) // 200)  # more points than that cannot be seen, and weigh in the page
                 axes.plot(ordered["step"][::thin], smooth[::thin], color=colours(0.92 * place), linewidth=1)
-            axes.set_title(TITLES.get(teacher, teacher), fontsize=10, loc="left", fontweight="bold")
+            axes.set_title(teacher_title(teacher), fontsize=10, loc="left", fontweight="bold")
             axes.set_xlabel("optimiser step")
         row[0].set_ylabel("training loss (smooth L1)")
         norm = mpl.colors.Normalize(0, run.depth / 0.92)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from reports.curves import SHOWN
-from reports.results import TITLES, RunResults
+from reports.results import RunResults, teacher_title
 
 METRIC, PROTOCOL = "cosine_centred", "strict"
 
@@ -89,7 +89,7 @@ def random_control(run: RunResults) -> list[str]:
         if random.empty:
             continue
         best, other = (curve.loc[curve["value"].idxmax()] for curve in (trained, random))
-        title = TITLES.get(teacher, teacher)
+        title = teacher_title(teacher)
         start = (
             f"{title}: with random weights in LLM and projector the best layer scores {_number(other)}; "
             f"the checkpoint's best scores {_number(best)}"

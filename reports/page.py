@@ -45,7 +45,7 @@ from reports.curves import (
 )
 from reports.findings import METRIC, PROTOCOL, convergence, random_control, teacher_finding
 from reports.grids import Grid, grid_figure, read_grids
-from reports.results import TITLES, RunResults, load_runs, metric_label
+from reports.results import TITLES, RunResults, load_runs, metric_label, teacher_title
 from reports.tables import DecodedTable, decoded_table
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def _measures(runs: Sequence[RunResults]) -> list[tuple[str, str]]:
 
 def _grid(grid: Grid, folder: Path, suffix: str) -> dict[str, str]:
     """Writes a picture grid as PNG, and gives it to the page."""
-    name = f"{TITLES.get(grid.teacher, grid.teacher)}, {PROBES[grid.probe]}"
+    name = f"{teacher_title(grid.teacher)}, {PROBES[grid.probe]}"
     buffer, small = io.BytesIO(), io.BytesIO()
     grid_figure(grid).savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.05)
     file = folder / f"grid_{grid.teacher}_{grid.probe}{suffix}.png"
@@ -196,7 +196,7 @@ def _table(run: RunResults, teacher: str, metric: str, protocol: str) -> dict[st
             layers = layers or list(curve["layer"])
     rows = [[layer, *(cells.get(layer, "") for cells in columns.values())] for layer in layers]
     return {
-        "title": f"{TITLES.get(teacher, teacher)}, {metric_label(metric, protocol)}",
+        "title": f"{teacher_title(teacher)}, {metric_label(metric, protocol)}",
         "run": run.label,
         "head": ["layer", *columns],
         "rows": rows,
@@ -219,7 +219,7 @@ def _sections(runs: list[RunResults]) -> list[dict[str, Any]]:
                 "probe": name,
                 "panels": [
                     {
-                        "alt": f"{name}, {TITLES.get(teacher, teacher)}: {metric_label(metric, protocol)} by layer",
+                        "alt": f"{name}, {teacher_title(teacher)}: {metric_label(metric, protocol)} by layer",
                         "src": _image(panel_figure(there, teacher, probe, metric, protocol)),
                     }
                     for teacher in there[0].teachers_of(metric, protocol)

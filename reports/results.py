@@ -1,6 +1,6 @@
 """Reads what runs left behind: results, learning curves, manifest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,17 @@ METRIC_LABELS = {
 PLACE = ("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "split", "seed")
 """Columns of `results.csv` that say what a number is of."""
 FRECHET, KERNEL = "frechet_", "kernel_"
+
+
+def in_order(teachers: Iterable[str]) -> list[str]:
+    """Names of teachers, each once: those of the paper in its order, then the others."""
+    there = set(teachers)
+    return [name for name in TEACHERS if name in there] + sorted(there - set(TEACHERS))
+
+
+def teacher_title(teacher: str) -> str:
+    """What a teacher is called in headings; plain encoders by their own names."""
+    return TITLES.get(teacher, teacher)
 
 
 def metric_label(metric: str, protocol: str) -> str:
@@ -66,8 +77,7 @@ class RunResults:
     @property
     def teachers(self) -> list[str]:
         """Teachers with results, in the paper's order."""
-        there = set(self.results["teacher"])
-        return [name for name in TEACHERS if name in there] + sorted(there - set(TEACHERS))
+        return in_order(self.results["teacher"])
 
     @property
     def depth(self) -> int:

@@ -1,25 +1,72 @@
-"""Frozen vision teachers, one file per kind."""
+"""Frozen vision teachers: those of the catalogue, a file each, and any other vision encoder."""
+
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+from PIL import Image
 
-from probing.recipe import TeacherRecipe
-from probing.teachers import depth, gen, seg
+from probing.dry_run import META, dry_run
+from probing.errors import UserError
+from probing.recipe import TeacherName, TeacherRecipe, apply_overrides, validate
+from probing.teachers import encoder
 from probing.teachers.base import Teacher
+from probing.teachers.catalogue import CATALOGUE
 
-__all__ = ["KINDS", "Teacher", "load_teacher"]
-
-KINDS = {"depth": depth, "seg": seg, "gen": gen}
+__all__ = ["Teacher", "describe_teacher", "load_teacher"]
 
 
 def load_teacher(name: str, recipe: TeacherRecipe, device: torch.device) -> Teacher:
     """Loads one teacher.
 
     Args:
-        name: `depth`, `seg` or `gen`.
+        name: one of the catalogue, whose file `probing/teachers/<name>.py` loads it; any other is a plain encoder.
         recipe: where it comes from.
         device: where to put it.
 
     Raises:
         UserError: there is no such teacher, it is of another class, or it is incomplete.
     """
-    return KINDS[name].load(recipe, device)
+    if name not in CATALOGUE:
+        return encoder.load(name, recipe, device)
+    if recipe.features != "patches" or recipe.trust_remote_code:
+        raise UserError(
+            f"teachers.{name} has a target of its own, without features or trust_remote_code; leave them out, or give "
+            "the teacher another name"
+        )
+    teacher: Teacher = importlib.import_module(f"probing.teachers.{name}").load(recipe, device)
+    return teacher
+
+
+def describe_teacher(values: Mapping[str, dict[str, Any]], overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What a teacher is, from its configuration alone.
+
+    Args:
+        values: section `teachers` of a recipe with a single one.
+        overrides: `KEY=VALUE`, fields of that.
+
+    Raises:
+        UserError: as `load_teacher` does, but for faults in the weights.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    ((name, fields),) = values.items()
+    try:
+        TypeAdapter(TeacherName).validate_python(name)
+    except ValidationError as error:
+        raise UserError(f"teacher {name!r}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    recipe = validate(TeacherRecipe, apply_overrides(dict(fields), overrides), f"teachers.{name}")
+    with dry_run():
+        teacher = load_teacher(name, recipe, META)
+    tokens, width = teacher.shape
+    places = f"{teacher.grid[0]} x {teacher.grid[1]} places" if teacher.grid else "one token"
+    return {
+        "teacher": name,
+        "id": teacher.id,
+        "class": teacher.class_name,
+        "pixels": list(teacher.prepare([Image.new("RGB", (64, 64))]).shape[-2:]),
+        "target": f"{tokens} x {width} ({places})",
+        "parameters": f"{sum(p.numel() for p in teacher.model.parameters()):,}",
+        "licence": teacher.licence,
+    }

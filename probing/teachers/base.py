@@ -1,17 +1,17 @@
 """What every teacher offers: images → pixels on the CPU, pixels → target features."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import probing.compat  # noqa: F401
 from probing.errors import UserError
 from probing.hub import first_line, identity, load_config, loading, locate, pretrained
 from probing.recipe import TeacherRecipe
-from probing.teachers.catalogue import CATALOGUE
 
 PAPER_GRID = 24
 """Side of the spatial targets in the paper (576 tokens); finer teachers are brought down to it by default."""
@@ -22,7 +22,7 @@ class Teacher:
     """A frozen encoder whose features the probes predict.
 
     Attributes:
-        name: `depth`, `seg` or `gen`.
+        name: `depth`, `seg`, `gen`, or any other of a plain encoder.
         id: folder or Hub id.
         model: the whole teacher, in eval mode, without gradients.
         prepare: RGB images → pixel values (B, 3, S, S) on the CPU; holds no weights.
@@ -84,22 +84,55 @@ def square_pixels(source: str, revision: str | None, size: int | None = None) ->
     Returns:
         The preprocessing and its side in pixels.
     """
-    from transformers import ViTImageProcessor
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
         values, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(f"teacher {source} has no preprocessing: {first_line(error)}") from None
-    own = values.get("size") or {}
-    side = size or own.get("height") or own.get("shortest_edge")
+    side = size or pixel_side(values, source)
+    return squared(values, side), side
+
+
+def pixel_side(values: dict[str, Any], source: str) -> int:
+    """Side in pixels of the square that an image processor ends in; what it crops, it shows whole here.
+
+    Raises:
+        UserError: it states no size, or one that is no square.
+    """
+    size = (values.get("do_center_crop") and values.get("crop_size")) or values.get("size") or {}
+    if isinstance(size, int):  # as older files have it
+        return size
+    height, width = (size.get(name) for name in ("height", "width"))
+    if height != width:
+        raise UserError(f"teacher {source}: its images are {height} x {width} pixels, and targets need a square")
+    side = height or size.get("shortest_edge") or size.get("longest_edge")
     if not side:
-        raise UserError(f"teacher {source}: preprocessor_config.json states no size")
-    kept = ("image_mean", "image_std", "resample", "rescale_factor")
-    processor = ViTImageProcessor(
-        size={"height": side, "width": side}, **{name: values[name] for name in kept if name in values}
-    )
-    return Pixels(processor), int(side)
+        raise UserError(f"teacher {source}: its image processor states no size")
+    return int(side)
+
+
+def squared(values: dict[str, Any], side: int) -> Pixels:
+    """Preprocessing with an image processor's statistics, to a square of so many pixels."""
+    from transformers import ViTImageProcessor
+
+    kept = ("image_mean", "image_std", "resample", "rescale_factor", "do_rescale", "do_normalize")
+    own = {name: values[name] for name in kept if values.get(name) is not None}
+    return Pixels(ViTImageProcessor(size={"height": side, "width": side}, **own))
+
+
+def on_grid(feature: Tensor, side: int, exactly: bool) -> Tensor:
+    """A square feature map (B, D, s, s) as tokens (B, side², D), row-major; resized where need be.
+
+    Args:
+        feature: the map.
+        side: of the target grid.
+        exactly: whether a smaller map is resized too, and not only a larger one.
+    """
+    own = feature.shape[-1]
+    if own > side or (exactly and own != side):
+        feature = F.interpolate(feature, size=(side, side), mode="bilinear", align_corners=False)
+    return feature.flatten(2).transpose(1, 2)
 
 
 def open_teacher(recipe: TeacherRecipe, name: str, model_types: Sequence[str], **kwargs: Any) -> tuple[str, Any]:
@@ -114,7 +147,7 @@ def open_teacher(recipe: TeacherRecipe, name: str, model_types: Sequence[str], *
         found = ", ".join(config.architectures or [config.model_type])
         raise UserError(
             f"{recipe.id} cannot be the {name} teacher: it holds {found} (model type {config.model_type!r}), and "
-            f"{name} needs one of {', '.join(model_types)}"
+            f"{name} needs one of {', '.join(model_types)}; as a plain encoder give it a name of its own"
         )
     return source, config
 
@@ -141,8 +174,13 @@ def finish(
     model: nn.Module,
     prepare: Pixels,
     encode: Callable[[Tensor], Tensor],
+    licences: Mapping[str, str],
 ) -> Teacher:
-    """Puts a teacher together; its target shape is read off a forward pass of a blank image."""
+    """Puts a teacher together; its target shape is read off a forward pass of a blank image.
+
+    Raises:
+        UserError: what it gives is not a number.
+    """
     from PIL import Image
 
     teacher = Teacher(
@@ -152,10 +190,16 @@ def finish(
         prepare=prepare,
         encode=encode,
         grid=None,
-        licence=CATALOGUE[name].licences.get(recipe.id, "see the source of the weights"),
+        licence=licences.get(recipe.id, "see the source of the weights"),
         sha256=identity(source, config, next(model.parameters()).device),
     )
-    tokens, width = teacher.target(prepare([Image.new("RGB", (64, 64))])).shape[1:]
+    target = teacher.target(prepare([Image.new("RGB", (64, 64))]))
+    if target.device.type != "meta" and not bool(target.isfinite().all()):
+        raise UserError(
+            f"{name} teacher {recipe.id} gives features that are not finite numbers: its weights are damaged, or lack "
+            f"what {recipe.features} features need; choose other weights"
+        )
+    tokens, width = target.shape[1:]
     teacher.shape = (tokens, width)
     side = round(tokens**0.5)
     if tokens > 1 and side * side == tokens:

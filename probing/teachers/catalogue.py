@@ -1,4 +1,4 @@
-"""The teachers at hand, readable without loading anything heavy."""
+"""The teachers at hand, readable without loading anything heavy; `probing/teachers/<name>.py` loads each."""
 
 from dataclasses import dataclass
 
@@ -44,3 +44,12 @@ CATALOGUE = {
         {"stabilityai/stable-diffusion-2-1-unclip": "CreativeML Open RAIL++-M"},
     ),
 }
+
+ENCODERS = {
+    "dino": ("facebook/dinov2-large", "Apache-2.0"),
+    "siglip": ("google/siglip2-so400m-patch14-384", "Apache-2.0"),
+    "internvit": ("OpenGVLab/InternVL3-1B-hf", "of the publisher; only the encoder is read"),
+    "sam": ("facebook/sam-vit-large", "Apache-2.0"),
+    "vit": ("timm/vit_base_patch16_224.augreg_in21k", "Apache-2.0"),
+}
+"""Plain encoders to show how it is written; any name and any encoder will do."""

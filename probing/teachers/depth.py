@@ -7,6 +7,7 @@ from torch import Tensor
 
 from probing.recipe import TeacherRecipe
 from probing.teachers.base import PAPER_GRID, Teacher, finish, load_model, open_teacher, square_pixels
+from probing.teachers.catalogue import CATALOGUE
 
 
 def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
@@ -24,7 +25,7 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
     def encode(pixels: Tensor) -> Tensor:
         return model.backbone(pixels).feature_maps[-1][:, 1:]  # type: ignore[operator]
 
-    return finish("depth", recipe, source, config, model, prepare, encode)
+    return finish("depth", recipe, source, config, model, prepare, encode, CATALOGUE["depth"].licences)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from probing.errors import UserError
 from probing.hub import first_line, locate
 from probing.recipe import TeacherRecipe
 from probing.teachers.base import Pixels, Teacher, finish, load_model, open_teacher
+from probing.teachers.catalogue import CATALOGUE
 
 STEPS, GUIDANCE = 25, 10.0
 """Steps of the paper's decoding (OLA-VLM, arXiv:2412.09585), and the pipeline's own default guidance."""
@@ -52,7 +53,7 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
         return model(pixels).image_embeds[:, None]
 
     weights = str(Path(source) / encoder) if Path(source).is_dir() else source
-    return finish("gen", recipe, weights, config, model, Pixels(processor), encode)
+    return finish("gen", recipe, weights, config, model, Pixels(processor), encode, CATALOGUE["gen"].licences)
 
 
 @dataclass

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from probing.errors import UserError
 from probing.hub import first_line, locate
 from probing.recipe import TeacherRecipe
-from probing.teachers.base import PAPER_GRID, Teacher, finish, load_model, open_teacher, square_pixels
+from probing.teachers.base import PAPER_GRID, Teacher, finish, load_model, on_grid, open_teacher, square_pixels
+from probing.teachers.catalogue import CATALOGUE
 
 TASK = "the task is semantic"
 
@@ -26,12 +27,9 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
 
     def encode(pixels: Tensor) -> Tensor:
         feature = model.model.pixel_level_module.encoder(pixels).feature_maps[-1]  # type: ignore[union-attr,operator]
-        side = recipe.grid or min(feature.shape[-1], PAPER_GRID)
-        if side != feature.shape[-1]:
-            feature = F.interpolate(feature, size=(side, side), mode="bilinear", align_corners=False)
-        return feature.flatten(2).transpose(1, 2)
+        return on_grid(feature, recipe.grid or PAPER_GRID, recipe.grid is not None)
 
-    return finish("seg", recipe, source, config, model, prepare, encode)
+    return finish("seg", recipe, source, config, model, prepare, encode, CATALOGUE["seg"].licences)
 
 
 class _Given(nn.Module):
