@@ -26,6 +26,7 @@ def require_alike(one: Scored, two: Scored) -> None:
         ("number of layers", a["checkpoint"]["layers"], b["checkpoint"]["layers"]),
         ("teachers", sorted(a["teachers"]), sorted(b["teachers"])),
         *((f"{n} teacher", *(m["teachers"].get(n, {}).get("sha256") for m in (a, b))) for n in names),
+        *((f"{n} teacher's target", *(m["teachers"].get(n, {}).get("shape") for m in (a, b))) for n in names),
         ("eval_split", a["data"]["eval_split"], b["data"]["eval_split"]),
         ("held-out images", a["data"]["eval_digest"], b["data"]["eval_digest"]),
         ("prompt", a["prompt"], b["prompt"]),

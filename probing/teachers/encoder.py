@@ -35,13 +35,14 @@ def load(name: str, recipe: TeacherRecipe, device: torch.device) -> Teacher:
     if recipe.grid == 1:
         raise UserError(f"teachers.{name}.grid=1 leaves no places; give 2 or more, or features=pooled")
     source = locate(recipe.id, what)
-    trust: dict[str, Any] = {"trust_remote_code": True} if recipe.trust_remote_code else {}
-    field = f"teachers.{name}.trust_remote_code"
-    config = load_config(source, what, field, revision=recipe.revision, **trust)
+    trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code, "revision": recipe.revision}
+    config = load_config(source, what, f"teachers.{name}.trust_remote_code", **trust)
     own = _vision_part(config)
     model_class = _model_class(own, what, recipe)
-    prepare, side = _pixels(source, recipe, own, trust)
-    model = _load(model_class, source, own, what, device, revision=recipe.revision, **trust)
+    prepare, side = _pixels(source, recipe.id, own, trust)
+    if hasattr(model_class, "main_input_name"):  # a class of transformers' own, which does not know the field
+        del trust["trust_remote_code"]
+    model = _load(model_class, source, own, what, device, **trust)
 
     def encode(pixels: Tensor) -> Tensor:
         output = model(**_inputs(pixels, own))
@@ -84,15 +85,15 @@ def _model_class(config: Any, what: str, recipe: TeacherRecipe) -> Any:
     return model_class
 
 
-def _pixels(source: str, recipe: TeacherRecipe, config: Any, trust: dict[str, Any]) -> tuple[Pixels, int]:
+def _pixels(source: str, shown: str, config: Any, trust: dict[str, Any]) -> tuple[Pixels, int]:
     """The encoder's own preprocessing, squashed to a square, and the side of that."""
     from transformers import AutoImageProcessor
 
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(source, revision=recipe.revision, **trust)
+        processor: Any = AutoImageProcessor.from_pretrained(source, **trust)
     except (*BROKEN, ImportError) as error:
         said = "no image processor (preprocessor_config.json)" if "image processor" in str(error) else first_line(error)
-        raise UserError(f"{recipe.id} cannot be a teacher of images: {said}") from None
+        raise UserError(f"{shown} cannot be a teacher of images: {said}") from None
     values = processor.to_dict()
     if (timm_values := getattr(processor, "data_config", None)) is not None:
         from timm.data.transforms import str_to_pil_interp
@@ -107,7 +108,7 @@ def _pixels(source: str, recipe: TeacherRecipe, config: Any, trust: dict[str, An
     elif config.model_type.startswith("siglip2"):  # as many patches as it takes, in a square
         side = values["patch_size"] * math.isqrt(values["max_num_patches"])
         values["size"] = {"height": side, "width": side}
-    side = pixel_side(values, recipe.id)
+    side = pixel_side(values, shown)
     return squared(values, side), side
 
 
