@@ -6,6 +6,7 @@ exists. Scores are kept per image (`scores/`), so that comparisons can be paired
 """
 
 import gc
+import importlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ from PIL import Image
 
 from analysis.features import Extractor, classifier, inception
 from analysis.generation import Embeddings, Painter, score_generation
+from analysis.metrics import PROTOCOLS
 from analysis.passes import ARMS, PROBES, Selection, pass_state, score_arm
 from analysis.pictures import SIDE, Pictures, draw_depth, draw_gen, draw_seg
 from analysis.pooled import open_runs, write_pooled
@@ -47,14 +49,6 @@ from probing.train import (
 
 logger = logging.getLogger(__name__)
 
-PROTOCOLS = {
-    "cosine": ("strict", "paper"),
-    "da2k": ("strict",),
-    "miou": ("blind", "strict", "paper"),
-    "fid": ("strict",),
-    "frechet": ("strict",),
-}
-"""Metrics, and the protocols of each."""
 GENERATED = ("fid", "frechet")
 PICTURED = {"da2k": "depth", "miou": "seg", "fid": "gen", "frechet": "gen"}
 """Decoded metrics, and the teacher whose pictures go with each."""
@@ -260,7 +254,7 @@ class _Workshop:
         self._kept: dict[str, FeatureCache] | None = None
 
     def scorer(self, metric: str) -> Scorer:
-        """The scorer of one metric."""
+        """The scorer of one metric; that of a file of its own takes what the cosine's takes."""
         options, protocols = self.options, protocols_of(metric, self.options.protocols)
         if metric == "cosine":
             return Cosine(self.images, self.teachers, self.run.mean_targets(self.device), protocols)
@@ -274,6 +268,11 @@ class _Workshop:
             root = Path(self.run.recipe.data.path.removeprefix("coco:"))
             constants = self.early_means() if "blind" in protocols else []
             return Segmentation.of(root, self.images, self.teachers, self.seg(), constants, protocols, options.images)
+        if metric not in GENERATED:
+            own: Scorer = importlib.import_module(f"analysis.{metric}").scorer(
+                self.images, self.teachers, self.run.mean_targets(self.device), protocols
+            )
+            return own
         scorer = Embeddings.of(self.images, self.teachers, options.images)
         self.painter(metric)  # before anything long begins, so that what is missing is said at once
         return scorer

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from analysis.metrics import PROTOCOLS
 from probing.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ EVALUATION_OPTIONS = (
         "--metric",
         "metrics",
         multiple=True,
-        type=click.Choice(["cosine", "da2k", "miou", "fid", "frechet"]),
+        type=click.Choice(list(PROTOCOLS)),
         help="Repeat for several. Default: cosine.",
     ),
     click.option(

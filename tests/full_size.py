@@ -24,11 +24,14 @@ from transformers import (
     DepthAnythingConfig,
     Dinov2Config,
     DPTImageProcessor,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaProcessor,
     OneFormerConfig,
     PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
     SwinConfig,
 )
 
@@ -115,6 +118,21 @@ def teachers(root: Path) -> dict[str, dict[str, str]]:
     return {name: {"id": str(root / name)} for name in ("depth", "seg", "gen")}
 
 
+def encoders(root: Path) -> None:
+    """SigLIP 2 So400m at 384 pixels, and the InternViT-300M of InternVL3-1B at 448."""
+    size = {"height": 384, "width": 384}
+    SiglipVisionConfig(
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=384,
+        patch_size=14,
+    ).save_pretrained(root / "siglip")  # fmt: skip
+    SiglipImageProcessor(size=size).save_pretrained(root / "siglip")
+    InternVLVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=[448, 448],
+        patch_size=[14, 14], attention_bias=True, norm_type="layer_norm",
+    ).save_pretrained(root / "internvit")  # fmt: skip
+    SiglipImageProcessor(size={"height": 448, "width": 448}).save_pretrained(root / "internvit")
+
+
 def coco(root: Path, **splits: int) -> Path:
     """Splits of so many images, links to one picture."""
     (root / "annotations").mkdir(parents=True)
@@ -164,6 +182,7 @@ def make(root: Path, share: float = 1.0) -> None:
     ola(root / "standins/ola")
     llava(root / "checkpoints/llava-untrained")
     teachers(root / "standins")
+    encoders(root / "standins")
     coco(root.resolve() / "data/coco", train2017=int(118287 * share), val2017=int(5000 * share))
     conversations(
         root / "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", int(558128 * share), rounds=(1, 1), words=(5, 20)

@@ -1,6 +1,7 @@
 """Plain encoders beside a teacher of the paper, from the command line to the page."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from probing.errors import UserError
 from probing.recipe import TeacherRecipe
 from probing.run import Run
 from probing.teachers import load_teacher
-from tests import encoders
+from tests import encoders, full_size
 
 SMALL = ["fit.epochs=1", "fit.batch_size=6", "fit.micro_batch=3", "fit.workers=0"]
 
@@ -154,3 +155,17 @@ def test_bad_teachers_are_one_line_and_leave_nothing(models, coco, teachers, tmp
     with pytest.raises(UserError, match=message) as caught:
         probing(*arguments, "--teacher", option.format(dino=teachers["dino"], empty=tmp_path))
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("teacher", "cost"), [("siglip", "12.9"), ("internvit", "12.6")])
+def test_recipes_cost_what_they_say(tmp_path, teacher, cost):
+    """At full size, from configurations alone."""
+    full_size.llava(tmp_path / "llava")
+    full_size.encoders(tmp_path)
+    full_size.coco(tmp_path / "coco", train2017=600, val2017=20)
+    file = Path(__file__).parents[1] / f"examples/probe/{teacher}.yaml"
+    places = [f"backbone.checkpoint={tmp_path}/llava", f"teachers.{teacher}.id={tmp_path}/{teacher}"]
+    said = probing("plan", file, *places, f"data.path=coco:{tmp_path}/coco", "fit.workers=0")
+    assert f"600 images x 4 passes x {cost} TFLOP" in said
+    assert f"{cost} TFLOP" in file.read_text()

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from probing.backbones.base import TokenMap
+from probing.backbones.base import SPECIAL, TokenMap
 from probing.bank import ProbeBank, ProbeKey
 from probing.errors import UserError
 from probing.resampler import Resampler, ResamplerConfig
@@ -28,7 +28,7 @@ class Task:
     """One teacher that the model is trained towards.
 
     Attributes:
-        name: `gen`, `depth` or `seg`.
+        name: `gen`, `depth` or `seg`, or that of a plain encoder.
         layers: decoder blocks whose states are read.
         weight: of the task's losses.
         shape: (N, D) of the target.
@@ -97,8 +97,9 @@ class EmbeddingPredictors(nn.Module):
         return queries.mean(dim=0, keepdim=True) if task.shape[0] == 1 else queries
 
     def _kinds(self, task: Task) -> list[str]:
-        """Kinds of tokens that a task's predictors read."""
-        return [task.name if key == "special" else key for key in self.keys]
+        """Kinds of tokens that a task's predictors read; a plain encoder has no special tokens."""
+        own = [task.name] if task.name in SPECIAL else []
+        return [kind for key in self.keys for kind in (own if key == "special" else [key])]
 
     def predict(self, task: Task, layer: int, states: Tensor, kinds: Tensor) -> Tensor:
         """Predicts a task's target from one layer's states.

@@ -1,12 +1,12 @@
 """Recipes of the training stages."""
 
 import math
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from probing.errors import UserError
-from probing.recipe import Strict, TeacherRecipe
+from probing.recipe import Strict, TeacherName, TeacherRecipe
 
 SPEED_ONLY = ("workers", "save_steps", "target_cache")
 """Fields that a stage may change when it goes on: they do not move a number."""
@@ -37,12 +37,12 @@ KeyKind = Literal["system", "image", "special", "text", "answer"]
 class EmbeddingRecipe(Strict):
     """Embedding losses: at some layers, a predictor's output is drawn to a teacher's features (OLA-VLM, sec. 4)."""
 
-    teachers: dict[Task, TeacherRecipe] = Field(min_length=1)
+    teachers: dict[TeacherName, TeacherRecipe] = Field(min_length=1)
     """Teachers of the tasks. A task without teacher, or with weight 0, is not there: no tokens, no predictors, no loss
-    (Table II)."""
-    layers: dict[Task, str] = Field(default={"depth": "8,20", "seg": "10,18", "gen": "12,20"})
+    (Table II). Plain encoders have no special tokens: with one, `seek` is 0."""
+    layers: dict[TeacherName, str] = Field(default={"depth": "8,20", "seg": "10,18", "gen": "12,20"})
     """Decoder blocks whose states are read (Table 3, Fig. 5)."""
-    weights: dict[Task, float] = Field(default={"depth": 0.5, "seg": 0.5, "gen": 0.5})
+    weights: dict[TeacherName, float] = Field(default={"depth": 0.5, "seg": 0.5, "gen": 0.5})
     """Weight of each task's losses (Table IV)."""
     contrastive: float = Field(default=0.3, ge=0)
     """Weight of InfoNCE beside smooth L1; 0 leaves it out (Table V)."""
@@ -58,9 +58,10 @@ class EmbeddingRecipe(Strict):
     """Width of one head."""
 
     @property
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> list[str]:
         """Tasks that take part, in the order of their tokens."""
-        return [task for task in self.order if task in self.teachers and self.weights.get(task, 0.5) > 0]
+        every = dict.fromkeys([*self.order, *self.teachers])
+        return [task for task in every if task in self.teachers and self.weights.get(task, 0.5) > 0]
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -69,8 +70,13 @@ class EmbeddingRecipe(Strict):
 
     @model_validator(mode="after")
     def _every_task_once(self) -> Self:
-        if len(set(self.order)) != len(self.order) or not set(self.teachers) <= set(self.order):
+        plain = [name for name in self.teachers if name not in get_args(Task)]
+        if len(set(self.order)) != len(self.order) or not set(self.teachers) <= {*self.order, *plain}:
             raise ValueError("order must name every task that has a teacher, once")
+        if plain and self.seek:
+            raise ValueError(
+                f"special tokens stand for {', '.join(get_args(Task))}, and not for {plain[0]}; set seek=0"
+            )
         for task in self.tasks:
             if task not in self.layers:
                 raise ValueError(f"layers does not name those of {task}")

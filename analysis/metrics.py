@@ -1,0 +1,10 @@
+"""The metrics and their protocols, readable without loading anything heavy."""
+
+PROTOCOLS = {
+    "cosine": ("strict", "paper"),
+    "da2k": ("strict",),
+    "miou": ("blind", "strict", "paper"),
+    "fid": ("strict",),
+    "frechet": ("strict",),
+}
+"""Metrics, and the protocols of each. One that `analysis.evaluate` does not know is scored by `analysis/<name>.py`."""

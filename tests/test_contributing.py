@@ -1,0 +1,118 @@
+"""The recipes of CONTRIBUTING.md, followed to the letter: each file into its package, each line where it is listed."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+
+import analysis
+import probing.teachers
+from analysis.metrics import PROTOCOLS
+from probing.cli import cli
+from probing.data.coco import list_images, square
+from probing.recipe import TeacherRecipe
+from probing.run import Run
+from probing.teachers import load_teacher
+from probing.teachers.catalogue import CATALOGUE, Entry
+
+GUIDE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+
+
+def blocks(heading):
+    """The file and the line of a section."""
+    section = GUIDE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+@pytest.fixture
+def run_cli(monkeypatch):
+    def run(*args):
+        verb = cli.commands["evaluate"]
+        for option in verb.params:  # made of the list when the command line was imported
+            if option.name == "metrics":
+                monkeypatch.setattr(option.type, "choices", tuple(PROTOCOLS))
+        result = CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    return run
+
+
+def place(monkeypatch, package, folder, name, text):
+    """A new file of a package, as if it lay there."""
+    assert len(text.splitlines()) < 60
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+    importlib.invalidate_caches()
+
+
+def segformer(path):
+    torch.manual_seed(0)
+    config = SegformerConfig(
+        hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1], decoder_hidden_size=8,
+        num_labels=5,
+    )  # fmt: skip
+    SegformerForSemanticSegmentation(config).save_pretrained(path)
+    SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(path)
+    return path
+
+
+def test_a_teacher_and_a_metric_are_a_file_and_a_line_each(monkeypatch, models, coco, tmp_path, run_cli):
+    monkeypatch.setitem(CATALOGUE, "semantic", None)
+    monkeypatch.setitem(PROTOCOLS, "explained", None)
+    for heading, package, name, names in (
+        ("A teacher", probing.teachers, "semantic", {"CATALOGUE": CATALOGUE, "Entry": Entry}),
+        ("A metric", analysis, "explained", {"PROTOCOLS": PROTOCOLS}),
+    ):
+        file, line = blocks(heading)
+        assert len(ast.parse(line).body) == 1
+        place(monkeypatch, package, tmp_path, name, file)
+        exec(line, names)  # as if it stood in the list
+    assert "logits on the grid" in run_cli("teachers")
+    folder = segformer(tmp_path / "segformer")
+    run_cli(
+        "train", "--checkpoint", models["llava"], "--data", f"coco:{coco}", "--teacher", f"semantic={folder}",
+        "--layers", "0,2", "--out", tmp_path / "run", "fit.epochs=1", "fit.batch_size=6", "fit.micro_batch=3",
+        "fit.workers=0",
+    )  # fmt: skip
+    run_cli("evaluate", tmp_path / "run", "--metric", "cosine", "--metric", "explained")
+    run_cli("report", tmp_path / "run")
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "semantic" in page and "explained" in page
+    results = pd.read_csv(tmp_path / "run" / "results.csv", keep_default_na=False)
+    own = results[(results["metric"] == "explained") & (results["layer"].isin(["0", "2"]))]
+    assert set(own["probe"]) == {"resampler", "ridge"} and (own["value"] < 1).all()
+    assert results[(results["metric"] == "explained") & (results["control"] == "mean")]["value"].item() == 0
+    _ridge_by_hand(Run.open(tmp_path / "run"), folder, coco, own)
+
+
+def _ridge_by_hand(run, folder, coco, own):
+    """The share explained at layer 2, from the saved readout and the states themselves, image by image."""
+    from probing.backbones import load_backbone
+    from probing.ridge import RidgeReadout, place_states
+
+    cpu = torch.device("cpu")
+    teacher = load_teacher("semantic", TeacherRecipe(id=str(folder)), cpu)
+    backbone = load_backbone(run.recipe.backbone, cpu)
+    weight, bias = RidgeReadout.load(run.ridge("no"), cpu).maps["semantic", 2]
+    mean = run.mean_targets(cpu)["semantic"]
+    images, shares = list_images(coco, "val2017", None), []
+    for index in range(len(images)):
+        picture = square(images.read(index))
+        target = teacher.target(teacher.prepare([picture]))[0]
+        states, tokens = backbone.hidden_states([picture], "2")
+        placed = place_states(tokens.image_states(states[2]), tokens.grid, teacher.grid)[0]
+        errors = [
+            (((weight @ state + bias) - t).square().sum(), (m - t).square().sum())
+            for state, t, m in zip(placed, target, mean, strict=True)
+        ]
+        shares.append(1 - float(sum(e for e, _ in errors) / sum(w for _, w in errors)))
+    found = own[(own["probe"] == "ridge") & (own["layer"] == "2") & (own["control"] == "no")]["value"].item()
+    assert found == pytest.approx(np.mean(shares), abs=1e-3)
