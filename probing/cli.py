@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from probing import __version__
+from probing.cli_hub import pull, push
 from probing.cli_options import TARGET_CACHE, evaluation, evaluation_options, teacher_values
 from probing.errors import UserError
 
@@ -389,6 +390,10 @@ def import_(checkpoint: str, run: Path, data: str, overrides: tuple[str, ...]) -
     found = find_probes(checkpoint)
     made = import_probes(import_recipe(checkpoint, data, found, overrides), found, run)
     click.echo(f"probes: {made.path / 'probes'}; next: probing evaluate {made.path}")
+
+
+cli.add_command(push)
+cli.add_command(pull)
 
 
 def _fail(message: str, code: int) -> NoReturn:
