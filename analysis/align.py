@@ -30,7 +30,7 @@ from analysis.scores import (
     write_summaries,
 )
 from probing import __version__
-from probing.backbones import Identity, identify, load_backbone, parse_layers
+from probing.backbones import Identity, count_blocks, identify, layer_name, load_backbone, parse_layers
 from probing.data.coco import ImageList, Skipped, list_images
 from probing.data.instances import Instances, read_label_maps
 from probing.data.panoptic import Panoptic
@@ -39,6 +39,7 @@ from probing.errors import UserError
 from probing.processes import alone
 from probing.provenance import made_of, versions
 from probing.recipe import LayersRecipe, dump_recipe, local_path
+from probing.rehearsal import teacher_names
 from probing.run import AlignmentRun, disk_errors, remove_left_overs, write_text
 from probing.teachers import load_teacher
 from probing.teachers.base import Teacher
@@ -75,12 +76,8 @@ def align(recipe: AlignRecipe, out: Path) -> Path:
         UserError: checkpoint, teachers, data or annotations cannot be used, or `out` holds another run.
         Interrupted: stopped by the user; the same call goes on.
     """
-    if recipe.data.view != "square":
-        raise UserError("data.view is 'own', and patches line up with annotations on squares alone; leave it out")
     device = alone("align").device
-    root = local_path(recipe.data.path.removeprefix("coco:"))
-    maps = read_label_maps(root, recipe.data.eval_split)
-    images = _annotated(list_images(root, recipe.data.eval_split), maps, recipe.data.eval_limit)
+    maps, images = _labelled(recipe)
     checkpoint = identify(recipe.backbone)
     _claim(out, recipe, checkpoint)
     settings = f"{__version__} {images.digest()}"
@@ -91,6 +88,44 @@ def align(recipe: AlignRecipe, out: Path) -> Path:
     rows += [row for file in (out / "scores").glob("*.json") for row in read_summaries(file)]
     with disk_errors(out):
         return write_rows(out / "results.csv", checkpoint.name, rows)
+
+
+def rehearse_alignment(recipe: AlignRecipe, out: Path) -> list[str]:
+    """What `align` would do, for people; writes nothing.
+
+    Raises:
+        UserError: as `align`, but for faults in the weights.
+    """
+    maps, images = _labelled(recipe)
+    layers = parse_layers(recipe.layers, count_blocks(recipe.backbone))
+    teachers = teacher_names(recipe)
+    _require_free(out, recipe)
+    files = {name: score_file(out, f"scores/{name}", images.split) for name in ("sample", "alignment")}
+    states = {name: out / "state" / f"{name}.safetensors" for name in files}
+    there = {
+        name: "there already" if file.exists() else "begun, goes on" if states[name].exists() else "new"
+        for name, file in files.items()
+    }
+    annotations = "panoptic" if isinstance(maps, Panoptic) else "instances"
+    few = min(recipe.sample, len(images))
+    return [
+        f"run: {out}",
+        f"checkpoint: {recipe.backbone.checkpoint}, layers {', '.join(map(layer_name, layers))}",
+        f"images: {len(images):,} of {images.split} with masks ({annotations}, {len(maps.names)} classes)",
+        f"teachers: {teachers}",
+        f"pass over a sample: {few:,} images ({there['sample']})",
+        f"pass over all: {len(images):,} images ({there['alignment']})",
+        f"writes: {out / 'results.csv'}, scores per image, pictures of {min(recipe.pictures, len(images))}",
+    ]
+
+
+def _labelled(recipe: AlignRecipe) -> tuple[Panoptic | Instances, ImageList]:
+    """The annotations, and the images that have them."""
+    if recipe.data.view != "square":
+        raise UserError("data.view is 'own', and patches line up with annotations on squares alone; leave it out")
+    root = local_path(recipe.data.path.removeprefix("coco:"))
+    maps = read_label_maps(root, recipe.data.eval_split)
+    return maps, _annotated(list_images(root, recipe.data.eval_split), maps, recipe.data.eval_limit)
 
 
 def _measure(
@@ -184,15 +219,19 @@ def _annotated(images: ImageList, maps: Panoptic | Instances, limit: int | None)
 
 def _claim(out: Path, recipe: AlignRecipe, checkpoint: Identity) -> None:
     """Writes the recipe into a new folder; raises UserError where another run is in it."""
-    there, made = out / "recipe.yaml", out / "manifest.json"
-    text = dump_recipe(recipe)
-    if there.exists() and there.read_text(encoding="utf-8") != text:
-        raise UserError(f"{out} holds another run, or one of another recipe; choose another --out, or remove it")
+    made = out / "manifest.json"
+    _require_free(out, recipe)
     if made.exists() and AlignmentRun(out).manifest["checkpoint"]["sha256"] != checkpoint.sha256:
         raise UserError(f"the checkpoint is not the one that {out} was made with; choose another --out, or remove it")
     with disk_errors(out):
         remove_left_overs(out.rglob(".*.tmp"))
-        write_text(there, text)
+        write_text(out / "recipe.yaml", dump_recipe(recipe))
+
+
+def _require_free(out: Path, recipe: AlignRecipe) -> None:
+    there = out / "recipe.yaml"
+    if there.exists() and there.read_text(encoding="utf-8") != dump_recipe(recipe):
+        raise UserError(f"{out} holds another run, or one of another recipe; choose another --out, or remove it")
 
 
 def _manifest(

@@ -4,6 +4,7 @@ What training costs is in `probing.cost`.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -16,8 +17,10 @@ from probing.backbones import count_blocks, layer_name
 from probing.data.coco import ImageList
 from probing.data.da2k import read_pairs
 from probing.errors import UserError
+from probing.hub import locate
 from probing.recipe import ProbeRunRecipe
-from probing.run import Run
+from probing.rehearsal import teacher_names
+from probing.run import Run, members
 from probing.train import held_out_images
 
 
@@ -71,6 +74,23 @@ def plan(run: Run | None, recipe: ProbeRunRecipe, options: Options) -> list[Cost
         there = f"{file}, kept where its settings are these" if file and file.exists() else "nothing"
         costs.append(Cost(metric, work, there))
     return costs
+
+
+def rehearse_evaluation(path: Path, options: Options) -> list[str]:
+    """What `analysis.evaluate.evaluate` would do with a run, or a folder of runs, for people; writes nothing.
+
+    Raises:
+        UserError: as evaluating would, but for faults in the weights.
+    """
+    lines = []
+    for run in [Run.open(folder) for folder in members(path) or [path]]:
+        costs = plan(run, run.recipe, options)
+        locate(run.recipe.backbone.checkpoint, "checkpoint")
+        lines += [f"run: {run.path}", f"teachers: {teacher_names(run.recipe)}"]
+        lines += [f"{cost.metric}: {cost.work}; there already: {cost.there}" for cost in costs]
+        unfinished = sorted((run.path / "state" / "evaluate").glob("*.safetensors"))
+        lines += [f"unfinished, goes on where its settings are these: {file.stem}" for file in unfinished]
+    return [*lines, f"writes: {path / 'results.csv'}, and scores per image beside it"]
 
 
 def _arms(chosen: Selection) -> list[str]:

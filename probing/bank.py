@@ -17,6 +17,10 @@ from probing.resampler import Resampler, ResamplerConfig
 from probing.run import reading
 
 LOST = "put it back, or train the probes anew"
+LAYER_CONVENTION = (
+    "0 = embedded input sequence; k = after decoder block k, before any final norm; final = after the final norm"
+)
+"""What a bank's layer numbers mean; one that says otherwise is refused."""
 
 
 @dataclass(frozen=True, order=True)
@@ -91,8 +95,7 @@ class ProbeBank:
                 "seeds": list(dict.fromkeys(key.seed for key in chosen)),
                 "keys": self.keys[teacher],
                 "tensor_prefix": "seed_{seed}.layer_{layer}.",
-                "layer_convention": "0 = embedded input sequence; k = after decoder block k, before any final norm; "
-                "final = after the final norm",
+                "layer_convention": LAYER_CONVENTION,
                 **provenance,
                 "teacher": provenance.get("teachers", {}).get(teacher, teacher),
             }
@@ -156,16 +159,21 @@ def bank_config(folder: Path, teacher: str) -> dict[str, Any]:
     """What a bank says of the probes of one teacher.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, or counts layers otherwise.
     """
     try:
         config = json.loads((folder / teacher / "config.json").read_text(encoding="utf-8"))
-        missing = {"resampler", "layers", "seeds", "keys"} - config.keys()
+        missing = {"resampler", "layers", "seeds", "keys", "layer_convention"} - config.keys()
     except (OSError, ValueError, AttributeError, RecursionError):
         raise UserError(f"no probes for {teacher!r} in {folder}; train them with: probing train") from None
     if missing:
         raise UserError(
             f"{folder / teacher / 'config.json'} is no probe bank's: {', '.join(sorted(missing))} is missing"
+        )
+    if config["layer_convention"] != LAYER_CONVENTION:
+        raise UserError(
+            f"{folder / teacher / 'config.json'} counts layers otherwise ({config['layer_convention']!r}); the probes "
+            f"that can be read here count: {LAYER_CONVENTION}"
         )
     for name, kind in (("resampler", dict), ("layers", list), ("seeds", list), ("keys", list)):
         if not isinstance(config[name], kind):

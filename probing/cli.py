@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import click
 
 from probing import __version__
-from probing.cli_options import TARGET_CACHE, evaluation, evaluation_options, teacher_values
+from probing.cli_hub import pull, push
+from probing.cli_options import DRY_RUN, TARGET_CACHE, evaluation, evaluation_options, teacher_values
 from probing.errors import UserError
 
 TEACHERS = ("depth", "seg", "gen")
@@ -183,6 +184,7 @@ def doctor() -> None:
     help="Trained control besides those of the recipe; repeat. shuffled is on by default.",
 )
 @TARGET_CACHE
+@DRY_RUN
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run directory; an unfinished run goes on.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def train(
@@ -193,6 +195,7 @@ def train(
     layers: str | None,
     controls: tuple[str, ...],
     target_cache: str | None,
+    dry_run: bool,
     out: Path,
     overrides: tuple[str, ...],
 ) -> None:
@@ -225,6 +228,11 @@ def train(
             raise UserError(f"no {section}.{field}; give {option} or --recipe")
     recipe = validate(ProbeRunRecipe, values, str(recipe_file or "command line")).with_absolute_paths()
     _quiet_libraries()
+    if dry_run:
+        from probing.rehearsal import rehearse_training
+
+        click.echo("\n".join(rehearse_training(recipe, out)))
+        return
     from probing.fit import Interrupted
     from probing.train import train as train_run
 
@@ -241,8 +249,9 @@ def train(
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@DRY_RUN
 @evaluation_options
-def evaluate(run: Path, **options: Any) -> None:
+def evaluate(run: Path, dry_run: bool, **options: Any) -> None:
     """Score the probes of RUN on held-out images; writes results.csv.
 
     cosine: similarity with the teacher's features. The others go through the teacher's own decoder. da2k: accuracy on
@@ -252,6 +261,11 @@ def evaluate(run: Path, **options: Any) -> None:
     What was scored with the same settings is kept; an interrupted evaluation goes on.
     """
     _quiet_libraries()
+    if dry_run:
+        from analysis.plan import rehearse_evaluation
+
+        click.echo("\n".join(rehearse_evaluation(run, evaluation(options))))
+        return
     from analysis.evaluate import evaluate as evaluate_run
     from probing.fit import Interrupted
 
@@ -354,15 +368,20 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 @cli.command()
 @click.argument("recipe_file", type=click.Path(path_type=Path), metavar="RECIPE")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the new checkpoint.")
+@DRY_RUN
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def distill(recipe_file: Path, out: Path, overrides: tuple[str, ...]) -> None:
+def distill(recipe_file: Path, out: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
     """Train a checkpoint: stage pt or ift of RECIPE. An interrupted stage goes on."""
     _quiet_libraries()
     from probing.distill.recipe import DistillRecipe
-    from probing.distill.train import run_stage
+    from probing.distill.train import rehearse_stage, run_stage
     from probing.recipe import load_recipe
 
-    folder = run_stage(load_recipe(DistillRecipe, recipe_file, overrides), out)
+    recipe = load_recipe(DistillRecipe, recipe_file, overrides)
+    if dry_run:
+        click.echo("\n".join(rehearse_stage(recipe, out)))
+        return
+    folder = run_stage(recipe, out)
     click.echo(f"checkpoint: {folder}; next: probing inspect {folder}")
 
 
@@ -380,6 +399,7 @@ def distill(recipe_file: Path, out: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--layers", help="all, or a list such as 0,4,8-12,final.")
 @click.option("--images", type=click.IntRange(1), help="Take only the first so many. Default: all with masks.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@DRY_RUN
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def align(
     checkpoint: str,
@@ -388,6 +408,7 @@ def align(
     layers: str | None,
     images: int | None,
     out: Path,
+    dry_run: bool,
     overrides: tuple[str, ...],
 ) -> None:
     """How CHECKPOINT's projector compresses the image, and whether each patch says the word for what it shows.
@@ -397,7 +418,7 @@ def align(
     the recipe, e.g. data.eval_split=train2017 coverage=0.8.
     """
     _quiet_libraries()
-    from analysis.align import AlignRecipe
+    from analysis.align import AlignRecipe, rehearse_alignment
     from analysis.align import align as align_checkpoint
     from probing.fit import Interrupted
     from probing.recipe import apply_overrides, validate
@@ -408,8 +429,12 @@ def align(
     if images:
         values["data"]["eval_limit"] = images
     apply_overrides(values, overrides)
+    recipe = validate(AlignRecipe, values, "command line").with_absolute_paths()
+    if dry_run:
+        click.echo("\n".join(rehearse_alignment(recipe, out)))
+        return
     try:
-        results = align_checkpoint(validate(AlignRecipe, values, "command line").with_absolute_paths(), out)
+        results = align_checkpoint(recipe, out)
     except Interrupted:
         click.echo("interrupted; what was measured is saved, and the same command goes on from there", err=True)
         sys.exit(130)
@@ -465,6 +490,10 @@ def import_(checkpoint: str, run: Path, data: str, overrides: tuple[str, ...]) -
     found = find_probes(checkpoint)
     made = import_probes(import_recipe(checkpoint, data, found, overrides), found, run)
     click.echo(f"probes: {made.path / 'probes'}; next: probing evaluate {made.path}")
+
+
+cli.add_command(push)
+cli.add_command(pull)
 
 
 def _fail(message: str, code: int) -> NoReturn:

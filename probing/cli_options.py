@@ -20,6 +20,9 @@ TARGET_CACHE = click.option(
     help="Keep the teachers' features on disk: auto is the user's cache folder, if there is room. Default: off, or as "
     "in training.",
 )
+DRY_RUN = click.option(
+    "--dry-run", is_flag=True, help="Check what is given, say what would be done, and write nothing."
+)
 EVALUATION_OPTIONS = (
     click.option(
         "--metric",

@@ -22,7 +22,8 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """What weights are called; shards are named by an index beside them."""
 
 
-def _looks_like_path(source: str) -> bool:
+def looks_like_path(source: str) -> bool:
+    """Whether a name can only be a folder's, and no Hub id."""
     return source.startswith((".", "/", "~", "\\")) or source.count("/") > 1 or os.sep in source[:2]
 
 
@@ -43,7 +44,7 @@ def locate(source: str, what: str) -> str:
         return str(path)
     if path.exists():
         raise UserError(f"no {what} at {source}: it is a file; give the folder that holds config.json")
-    if _looks_like_path(source) or "/" not in source:
+    if looks_like_path(source) or "/" not in source:
         raise UserError(f"no such {what}: {source}; give an existing folder or a Hub id such as org/name")
     return source
 

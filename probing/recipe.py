@@ -21,6 +21,8 @@ TOKEN_KINDS = ("system", "image", "tile", "newline", "gen", "depth", "seg", "tex
 
 TokenKind = Literal["system", "image", "tile", "newline", "gen", "depth", "seg", "text", "answer"]
 R = TypeVar("R", bound=BaseModel)
+ELSEWHERE = "elsewhere:"
+"""Stands before the name of a folder of another machine, in the recipe of a run that was published."""
 NO_YAML = (yaml.YAMLError, *BROKEN)
 """What the YAML reader raises; a date of the 13th month is a ValueError, for instance."""
 
@@ -250,6 +252,8 @@ class ProbeRunRecipe(LayersRecipe):
 
 
 def _absolute(source: str) -> str:
+    if source.startswith(ELSEWHERE):
+        return source
     path = local_path(source)
     return str(path.resolve()) if path.exists() else source
 
@@ -258,8 +262,14 @@ def local_path(source: str) -> Path:
     """A path as a user types it.
 
     Raises:
-        UserError: no file can be called that, or it is in the home of a user that there is not.
+        UserError: no file can be called that, or it is in the home of a user that there is not, or on another machine.
     """
+    if source.startswith(ELSEWHERE):
+        raise UserError(
+            f"{source!r}: the recipe comes from another machine, and does not say where its "
+            f"{source.removeprefix(ELSEWHERE)!r} lies on this one; write the folder into the recipe, or give it as "
+            "KEY=VALUE, such as backbone.checkpoint=DIR, data.path=coco:DIR or teachers.depth.id=DIR"
+        )
     try:
         path = Path(source).expanduser()
         path.exists()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from probing.backbones.base import FINAL, Layer, layer_name
+from probing.bank import LAYER_CONVENTION
 from probing.run import reading
 
 RidgeKey = tuple[str, Layer]
@@ -105,7 +106,8 @@ class RidgeReadout:
                     tensors[f"layer_{layer_name(layer)}.bias"] = bias.cpu().contiguous()
             (folder / teacher).mkdir(parents=True, exist_ok=True)
             save_file(tensors, folder / teacher / "model.safetensors", metadata={"format": "pt"})
-            text = json.dumps({"probe": "ridge", **provenance}, indent=2) + "\n"
+            config = {"probe": "ridge", "tensor_prefix": "layer_{layer}.", "layer_convention": LAYER_CONVENTION}
+            text = json.dumps(config | provenance, indent=2) + "\n"
             (folder / teacher / "config.json").write_text(text, encoding="utf-8")
 
     @classmethod

@@ -244,6 +244,25 @@ class Run:
     path: Path
     recipe: ProbeRunRecipe
 
+    @staticmethod
+    def is_begun(path: Path, recipe: ProbeRunRecipe) -> bool:
+        """Whether a folder holds this run already; writes nothing.
+
+        Raises:
+            UserError: the folder holds another run, or something else.
+        """
+        saved = path / "recipe.yaml"
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; choose another --out")
+        if not saved.exists():
+            if path.exists() and any(p for p in path.iterdir() if not p.name.startswith(".")):
+                raise UserError(f"{path} is not empty and holds no run; choose another --out")
+            return False
+        difference = _first_difference(read_yaml(saved), yaml.safe_load(dump_recipe(recipe)))
+        if difference:
+            raise UserError(f"{path} holds another run ({difference}); choose another --out, or remove it")
+        return True
+
     @classmethod
     def create(cls, path: Path, recipe: ProbeRunRecipe) -> "Run":
         """Starts a run, or takes up an unfinished one with the same recipe.
@@ -251,19 +270,9 @@ class Run:
         Raises:
             UserError: the folder holds another run, or something else.
         """
-        text = dump_recipe(recipe)
-        saved = path / "recipe.yaml"
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file; choose another --out")
-        if saved.exists():
-            difference = _first_difference(read_yaml(saved), yaml.safe_load(text))
-            if difference:
-                raise UserError(f"{path} holds another run ({difference}); choose another --out, or remove it")
-        elif path.exists() and any(p for p in path.iterdir() if not p.name.startswith(".")):
-            raise UserError(f"{path} is not empty and holds no run; choose another --out")
-        else:
+        if not cls.is_begun(path, recipe):
             with disk_errors(path):
-                write_text(saved, text)
+                write_text(path / "recipe.yaml", dump_recipe(recipe))
         return cls(path, recipe)
 
     def remove_left_overs(self, idle: float = 0.0) -> None:

@@ -155,7 +155,7 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
     arms: list[tuple[str, list[str]]] = [(ARMS[0], ["no", *(["shuffled"] if "shuffled" in recipe.controls else [])])]
     if "random" in recipe.controls:
         arms.append((ARMS[1], ["random"]))
-    finished, due = run.finished, [one for one in arms if not _summary_file(run, one[0]).exists()]
+    finished, due = run.finished, [one for one in arms if not summary_file(run, one[0]).exists()]
     accelerator.wait_for_everyone()  # all have looked before the main one goes on, and writes or clears away
     if finished:
         logger.info("%s is finished already", out)
@@ -181,7 +181,8 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
     return run
 
 
-def _summary_file(run: Run, arm: str) -> Path:
+def summary_file(run: Run, arm: str) -> Path:
+    """Says, once it is there, that the probes of one set of backbone weights are in place."""
     return run.path / "state" / arm / "summary.json"
 
 
@@ -223,7 +224,7 @@ def _train_arm(
         if arm == "no":
             with whole_file(run.means) as file:
                 save_file(fit.means(state), file)
-        write_text(_summary_file(run, arm), json.dumps(summary(state, list(teachers))))
+        write_text(summary_file(run, arm), json.dumps(summary(state, list(teachers))))
 
 
 def _check_same_inputs(folder: Path, provenance: dict[str, Any], main: bool) -> None:
@@ -277,7 +278,7 @@ def provenance_of(
 
 def _finish(run: Run, arms: list[str], provenance: dict[str, Any], train: ImageList, held_out: ImageList) -> None:
     """Writes learning curves and, last, the manifest; then the training state is no longer needed."""
-    summaries = [read_json(_summary_file(run, arm), "remove it and type the same command again") for arm in arms]
+    summaries = [read_json(summary_file(run, arm), "remove it and type the same command again") for arm in arms]
     lines = ["control,teacher,layer,seed,step,loss"]
     convergence = []
     for one in summaries:

@@ -20,9 +20,11 @@ import probing.compat  # noqa: F401  # isort: skip
 from transformers import PrinterCallback, Trainer
 
 from probing.backbones import multi_encoder
+from probing.cost import Devices
 from probing.data.coco import ImageList, is_file
 from probing.data.conversations import KeptFeatures
 from probing.distill.callbacks import AllStepsTaken, Bar, Losses, Watch
+from probing.distill.cost import stage_cost
 from probing.distill.notes import Notes
 from probing.distill.parts import images_of, open_start, put_together
 from probing.distill.patches import attach_pairs
@@ -35,7 +37,7 @@ from probing.feature_cache import open_caches, teacher_maker
 from probing.hub import first_line, identity
 from probing.provenance import versions
 from probing.recipe import dump_recipe, local_path, validate
-from probing.run import Interruption, disk_errors, remove_left_overs, whole_folder, write_text
+from probing.run import Interruption, disk_errors, remove_left_overs, require_space, whole_folder, write_text
 from probing.teachers import Teacher
 
 logger = logging.getLogger(__name__)
@@ -194,6 +196,33 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return out
+
+
+def rehearse_stage(recipe: DistillRecipe, out: Path) -> list[str]:
+    """What `run_stage` would do, for people; writes nothing.
+
+    Raises:
+        UserError: as `run_stage`, but for faults in the weights and in the section `trainer`.
+    """
+    work = out.parent / f"{out.name}.training"
+    if _is_finished(recipe, out):
+        return [f"checkpoint: {out} (finished already; nothing would be done)"]
+    saved, there = _last_state(work), "new"
+    if saved:
+        _require_same(recipe, work / "recipe.yaml")
+        there = f"begun; goes on after step {int(saved.rsplit('-', 1)[1]):,}"
+    start, processes = open_start(recipe), int(os.environ.get("WORLD_SIZE", "1"))
+    cost = stage_cost(recipe, processes)
+    require_space(out, cost.disk)
+    taught = [part.teachers for part in (recipe.embedding, recipe.encoders) if part is not None]
+    teachers = ", ".join(name for part in taught for name in part) or "none"
+    return [
+        f"checkpoint: {out} ({there}); while it is trained, states lie in {work}",
+        f"starts from: {start.source}, stage {recipe.stage}",
+        f"data: {len(start.conversations):,} conversations; teachers: {teachers}",
+        f"steps: {cost.steps:,} of {cost.conversations} conversations",
+        *cost.lines(Devices(processes)),
+    ]
 
 
 def _kept_features(

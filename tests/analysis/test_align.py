@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from transformers import AutoModelForImageTextToText
 
-from analysis.align import AlignRecipe, align
+from analysis.align import AlignRecipe, align, rehearse_alignment
 from analysis.align_passes import Annotator
 from analysis.compare import compare
 from analysis.geometry import linear_cka, neighbour_overlap
@@ -241,6 +241,22 @@ def test_patches_that_say_their_words_are_found(checkpoint, world, tmp_path, mon
     assert found.loc["no", "value"] == 1 and found.loc["permuted", "value"] == 0
     cosine = results[(results["metric"] == "word_cosine") & (results["protocol"] == "raw")].set_index("control")
     assert cosine.loc["no", "value"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_dry_run_says_what_would_be_done(checkpoint, world, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["align", str(checkpoint), "--data", f"coco:{world}", "--out", str(out), "--dry-run"]
+    done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    images = len(list_images(world, "val2017"))
+    assert f"pass over all: {images} images (new)" in done.stdout and not out.exists()
+    with pytest.raises(UserError, match="layer 99 is out of range"):
+        rehearse_alignment(recipe(checkpoint, world, layers="99"), out)
+    (out / "state").mkdir(parents=True)
+    (out / "state" / "sample.safetensors").write_bytes(b"")
+    (out / "recipe.yaml").write_text(dump_recipe(recipe(checkpoint, world)))
+    assert any("begun, goes on" in line for line in rehearse_alignment(recipe(checkpoint, world), out))
+    with pytest.raises(UserError, match="holds another run"):
+        rehearse_alignment(recipe(checkpoint, world, coverage=0.9), out)
 
 
 def test_what_cannot_be_measured_is_said(checkpoint, world, coco, tmp_path):
