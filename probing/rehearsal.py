@@ -63,6 +63,8 @@ def _progress(run: Run, arm: str, steps: int) -> str:
     if summary_file(run, arm).exists():
         return "trained"
     state = run.path / "state" / arm / "state.pt"
+    if parts := list(state.parent.glob("state_*.pt")):  # of processes that share the layers
+        return f"goes on after step {min(int(part.suffixes[0][1:]) for part in parts):,} of {steps:,}"
     if not state.exists():
         return "from the start"
     with reading(state, f"remove {state.parent} to train from the start"):
