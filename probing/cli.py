@@ -274,7 +274,7 @@ def plan(
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the comparison's report.")
 def compare(runs: tuple[Path, ...], out: Path) -> None:
-    """Paired differences of RUNs from the first one, per teacher and layer, and a report of them all.
+    """Paired differences of every two RUNs, per teacher and layer, and a report of them all.
 
     RUNs are all evaluated ones with probes, or all of probing align, or folders of such runs, whose checkpoints differ
     by their seed.
