@@ -2,6 +2,8 @@
 
 import pandas as pd
 
+from reports.results import METRIC_LABELS
+
 
 def references(differences: pd.DataFrame) -> list[str]:
     """Every checkpoint that differences can be taken from, the first one first."""
@@ -31,5 +33,6 @@ def against(differences: pd.DataFrame, reference: str) -> pd.DataFrame:
 def measures_of(differences: pd.DataFrame, first: tuple[str, str]) -> list[tuple[str, str]]:
     """Metric and protocol of all differences of probes; the one that is read first stands first."""
     probed = differences[differences["probe"] != ""]
-    keys = set(zip(probed["metric"], probed["protocol"], strict=True))
-    return sorted(keys, key=lambda key: (key != first, key))
+    there = set(zip(probed["metric"], probed["protocol"], strict=True))
+    known = [key for key in dict.fromkeys([first, *METRIC_LABELS]) if key in there]
+    return known + sorted(there - set(known))

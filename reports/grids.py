@@ -122,9 +122,12 @@ def class_name(grid: Grid, label: int) -> str:
 
 def class_colours(grids: Sequence[Grid]) -> dict[int, str]:
     """A colour per class, for the classes that cover most."""
-    pictures = [picture for grid in grids for picture in (grid.own, *grid.layers.values())]
-    labels, counts = np.unique(np.concatenate(pictures), return_counts=True)
-    largest = sorted(labels[np.argsort(-counts)][: len(CLASS_COLOURS)].tolist())
+    counts = np.zeros(256, dtype=np.int64)
+    for grid in grids:
+        for picture in (grid.own, *grid.layers.values()):
+            counts += np.bincount(picture.ravel(), minlength=256)
+    there = [int(label) for label in np.argsort(-counts, kind="stable") if counts[label]]
+    largest = sorted(there[: len(CLASS_COLOURS)])
     return dict(zip(largest, CLASS_COLOURS, strict=False))
 
 

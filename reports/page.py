@@ -10,7 +10,7 @@ import pandas as pd
 
 from probing.run import disk_errors, is_alignment, whole_file, write_text
 from reports.alignment import AlignmentResults, difference_table, load_alignments
-from reports.chapter import chapter
+from reports.chapter import chapter, chapter_plots
 from reports.curves import (
     MEAN_LABEL,
     OWN_LABEL,
@@ -32,9 +32,10 @@ from reports.findings import METRIC, PROTOCOL, convergence, random_control, teac
 from reports.grids import grid_figure, read_grids
 from reports.plots import (
     Line,
+    figure,
     layer_plot,
+    legend_entry,
     marker_definitions,
-    marker_id,
     named_plot,
     svg,
     table_line,
@@ -42,7 +43,7 @@ from reports.plots import (
 )
 from reports.results import AVERAGE, TITLES, RunResults, layer_rank, load_runs, metric_label
 from reports.strips import viewers
-from reports.styles import DASHES, marker, places, tone
+from reports.styles import marker, places, tone
 from reports.tables import decoded_table
 
 COLUMNS = {
@@ -85,37 +86,64 @@ def write_report(
 def _write_report(
     paths: Sequence[Path], out: Path, differences: pd.DataFrame | None, statements: Sequence[str], style: Style
 ) -> Path:
-    probed, aligned = [path for path in paths if not is_alignment(path)], [path for path in paths if is_alignment(path)]
-    runs, alignments = load_runs(probed), load_alignments(aligned)
-    ours, theirs = places(*([one.manifest["checkpoint"]["sha256"] for one in many] for many in (runs, alignments)))
-    runs = [replace(run, place=place) for run, place in zip(runs, ours, strict=True)]
-    alignments = [replace(run, place=place) for run, place in zip(alignments, theirs, strict=True)]
-    words = chapter(alignments, out, style) if alignments else {}
-    panels = [panel for part in words.get("alignment_parts", []) for panel in part["panels"]]
-    used = [(line.tone, line.marker) for panel in panels for line in panel["lines"]]
+    runs, alignments = load(paths)
     page = out / "index.html"
     if differences is not None:
         write_text(out / "differences.csv", differences.to_csv(index=False))
     _write_merged([*runs, *alignments], out)
+    for plot, name in chapter_plots(alignments) if alignments else []:
+        save(figure(plot, style == "paper"), out, name, style)
+    if runs:
+        write_curves(runs, out, style)
+        table = decoded_table(runs)
+        if table:
+            write_text(out / "table8.csv", table.frame().to_csv(index_label="checkpoint"))
+        if differences is not None:
+            write_differences(differences, _places(runs, differences), out, style)
+        for run in (run for run in runs if len(run.curves)):
+            save(learning_figure(run), out, "learning" if len(runs) == 1 else f"learning_{run.label}", style)
+        _write_grids(runs, out)
+    write_text(page, render(runs, alignments, differences, statements))
+    return page
+
+
+def load(paths: Sequence[Path]) -> tuple[list[RunResults], list[AlignmentResults]]:
+    """Reads runs with probes and runs of `probing align`, and numbers their checkpoints.
+
+    Raises:
+        UserError: a folder is no run, or has no results yet.
+    """
+    runs = load_runs([path for path in paths if not is_alignment(path)])
+    alignments = load_alignments([path for path in paths if is_alignment(path)])
+    hashes = ([one.manifest["checkpoint"]["sha256"] for one in many] for many in (runs, alignments))
+    ours, theirs = places(*hashes)
+    return (
+        [replace(run, place=place) for run, place in zip(runs, ours, strict=True)],
+        [replace(run, place=place) for run, place in zip(alignments, theirs, strict=True)],
+    )
+
+
+def render(
+    runs: Sequence[RunResults],
+    alignments: Sequence[AlignmentResults],
+    differences: pd.DataFrame | None = None,
+    statements: Sequence[str] = (),
+) -> str:
+    """The page, from what `load` read; see `write_report`."""
+    words = chapter(alignments) if alignments else {}
+    used = [(line.tone, line.marker) for plot, _ in words.get("alignment_plots", []) for line in plot.lines]
     common = {**words, "tones": tones()}
     if not runs:
         told = difference_table(differences) if differences is not None else None
         text = _templates().get_template("alignment_page.html")
-        write_text(page, text.render(**common, markers=marker_definitions(used), told=told))
-        return page
-    lines = series(runs)
-    used += [(line.tone, line.marker) for line in lines]
-    write_curves(runs, out, style)
-    table = decoded_table(runs)
-    if table:
-        write_text(out / "table8.csv", table.frame().to_csv(index_label="checkpoint"))
+        return text.render(**common, markers=marker_definitions(used), told=told)
+    used += [(line.tone, line.marker) for line in series(runs)]
     compared: dict[str, Any] = {}
     if differences is not None:
         place = _places(runs, differences)
-        write_differences(differences, place, out, style)
         compared = _compared(differences, place)
         used += [(tone(number), marker(number)) for number in place.values()]
-    rendered = _templates().get_template("page.html").render(
+    return _templates().get_template("page.html").render(
         **common,
         markers=marker_definitions(used),
         runs=runs,
@@ -124,15 +152,15 @@ def _write_report(
         random={run.label: random_control(run) for run in runs},
         convergence={run.label: convergence(run) for run in runs},
         sections=_sections(runs),
-        table=table,
-        viewers=_pictures(runs, out),
+        table=decoded_table(runs),
+        viewers=viewers([(run, read_grids(run.path)) for run in runs]),
         tone=tone,
         compared=compared,
         statements=list(statements),
-        learning=[_learning(run, len(runs) > 1, out, style) for run in runs if len(run.curves)],
+        learning=[
+            {"run": run.label, "src": picture(learning_figure(run), dpi=130)} for run in runs if len(run.curves)
+        ],
     )  # fmt: skip
-    write_text(page, rendered)
-    return page
 
 
 def _templates() -> jinja2.Environment:
@@ -160,24 +188,14 @@ def _findings(runs: Sequence[RunResults]) -> list[Any]:
     return [teacher_finding(run, teacher) for run in runs for teacher in run.teachers_of(METRIC, PROTOCOL)]
 
 
-def _learning(run: RunResults, several: bool, out: Path, style: Style) -> dict[str, str]:
-    figure = learning_figure(run)
-    source = picture(figure, dpi=130)
-    save(figure, out, f"learning_{run.label}" if several else "learning", style)
-    return {"run": run.label, "src": source}
-
-
-def _pictures(runs: Sequence[RunResults], out: Path) -> list[Any]:
-    """Picture grids as files, and the same pictures for the page."""
-    drawn = [(run, read_grids(run.path)) for run in runs]
-    for run, grids in drawn:
+def _write_grids(runs: Sequence[RunResults], out: Path) -> None:
+    """Picture grids as files: some layers, one below the other."""
+    folder = out / "figures"
+    for run in runs:
         suffix = "" if len(runs) == 1 else f"_{slug(run.label)}"
-        for grid in grids:
-            folder = out / "figures"
-            folder.mkdir(parents=True, exist_ok=True)
+        for grid in read_grids(run.path):
             with whole_file(folder / f"grid_{grid.teacher}_{grid.probe}{suffix}.png") as file:
                 grid_figure(grid).savefig(file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.05)
-    return viewers(drawn)
 
 
 def _title(label: str) -> str:
@@ -213,14 +231,9 @@ def _sections(runs: Sequence[RunResults]) -> list[dict[str, Any]]:
 
 
 def _legend(lines: Sequence[Series], own: bool) -> list[dict[str, Any]]:
-    entries = [
-        {"label": x.label, "tone": x.tone, "dash": DASHES[x.dash], "marker": marker_id(x.tone, x.marker),
-         "thin": x.control != "no"}
-        for x in lines
-    ]  # fmt: skip
-    entries.append({"label": MEAN_LABEL, "tone": "grey", "dash": DASHES["-."], "marker": "", "thin": True})
-    ceiling = {"label": OWN_LABEL, "tone": "ink", "dash": "", "marker": "", "thin": True}
-    return [*entries, ceiling] if own else entries
+    entries = [legend_entry(x.label, x.tone, x.dash, x.marker, x.control != "no") for x in lines]
+    entries.append(legend_entry(MEAN_LABEL, "grey", "-.", "", True))
+    return [*entries, legend_entry(OWN_LABEL, "ink", "-", "", True)] if own else entries
 
 
 def _cell(row: pd.Series) -> str:
@@ -262,12 +275,8 @@ def _compared(differences: pd.DataFrame, place: Mapping[str, int]) -> dict[str, 
             for metric, protocol in measures_of(differences, (METRIC, PROTOCOL))
         ],
         "means": [_means(frame) for frame in frames.values()],
-        "entries": [
-            {"label": name, "tone": tone(place[name]), "dash": "", "thin": False,
-             "marker": marker_id(tone(place[name]), marker(place[name]))}
-            for name in names
-        ],
-    }  # fmt: skip
+        "entries": [legend_entry(name, tone(place[name]), "-", marker(place[name]), False) for name in names],
+    }
 
 
 def _difference_plots(frame: pd.DataFrame, metric: str, protocol: str, place: Mapping[str, int]) -> list[Any]:

@@ -28,7 +28,9 @@ from reports.results import FINAL, layer_rank, metric_label
 from reports.styles import DARK, DASHES, LIGHT, OPEN, PAPER, SCREEN, SHAPES, SINGLE
 
 WIDTH, HEIGHT = 420, 290
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 26, 42
+RIGHT, TOP, BOTTOM = 10, 26, 42
+LETTER = 7
+"""Width of a digit on the axes, about."""
 DIGITS = 6
 """Significant digits of the numbers behind the points."""
 
@@ -175,9 +177,13 @@ def svg(plot: Plot) -> Markup:
     places = [x for line in plot.lines for x in line.x] + list(plot.ticks[0])
     left, right = min(places, default=0.0), max([*places, *(plot.apart or ())], default=1.0)
     side = 0.02 * (right - left) or 0.5
+    grid = nice_ticks(low, high)
+    digits = _digits(grid)
+    names = [_number(tick, digits) for tick in grid]
+    start = 24 + LETTER * max(map(len, names))
 
     def across(x: float) -> float:
-        return LEFT + (x - left + side) / (right - left + 2 * side) * (WIDTH - LEFT - RIGHT)
+        return start + (x - left + side) / (right - left + 2 * side) * (WIDTH - start - RIGHT)
 
     def down(y: float) -> float:
         return HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
@@ -187,34 +193,32 @@ def svg(plot: Plot) -> Markup:
         a, b = map(across, plot.apart)
         size = f'width="{b - a:.1f}" height="{HEIGHT - TOP - BOTTOM}"'
         parts.append(f'<rect class="apart" x="{a:.1f}" y="{TOP}" {size}/>')
-    grid = nice_ticks(low, high)
-    digits = _digits(grid)
-    for tick in grid:
+    for tick, text in zip(grid, names, strict=True):
         y = down(tick)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="y" x="{LEFT - 6}" y="{y + 4:.1f}">{_number(tick, digits)}</text>')
+        parts.append(f'<path class="grid" d="M{start} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text class="y" x="{start - 6}" y="{y + 4:.1f}">{text}</text>')
     for x, name in zip(*plot.ticks, strict=True):
         parts.append(f'<text class="x" x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 17}">{escape(name)}</text>')
-    parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<path class="axis" d="M{start} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+    middle = (start + WIDTH - RIGHT) / 2
     parts.append(f'<text class="x" x="{middle:.0f}" y="{HEIGHT - 6}">{escape(plot.xlabel)}</text>')
     if plot.ylabel:
         centre = (TOP + HEIGHT - BOTTOM) / 2
-        text = escape(_short(plot.ylabel, 44))
-        parts.append(f'<text class="label" transform="translate(11 {centre:.0f})rotate(-90)">{text}</text>')
+        turned = f'transform="translate(11 {centre:.0f})rotate(-90)"'
+        parts.append(f'<text class="label" {turned}>{escape(_short(plot.ylabel, 36))}</text>')
     for name, tone, dash, level in plot.levels:
         y = down(level)
         parts.append(
             f'<g data-name="{escape(name)}"><path class="line thin {tone}" {_dash(dash)}'
-            f'd="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/></g>'
+            f'd="M{start} {y:.1f}H{WIDTH - RIGHT}"/></g>'
         )
     parts += [_drawn(line, across, down, plot.apart) for line in plot.lines]
     parts.append(f'<path class="guide" d="M0 {TOP}V{HEIGHT - BOTTOM}" visibility="hidden"/>')
     numbers = _quoted(json.dumps(_numbers(plot, across), ensure_ascii=False, separators=(",", ":")))
     label = escape(_described(plot))
-    start = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+    opening = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
     # What is not markup has been escaped above.
-    return Markup(f"<figure class=\"plot\" data-plot='{numbers}'>{start}{''.join(parts)}</svg></figure>")
+    return Markup(f"<figure class=\"plot\" data-plot='{numbers}'>{opening}{''.join(parts)}</svg></figure>")
 
 
 def _quoted(text: str) -> str:
@@ -299,6 +303,19 @@ def marker_url(line: Line | Series) -> str:
 def marker_id(tone: str, sign: str) -> str:
     """The identifier of a marker in the page."""
     return f"mark-{tone}-{[*SHAPES].index(sign)}" if sign else ""
+
+
+def legend_of(plots: Sequence[Plot]) -> list[dict[str, Any]]:
+    """The lines of some plots, each once, as the page's legends take them."""
+    lines = {line.name: line for plot in plots for line in reversed(plot.lines)}
+    return [
+        legend_entry(x.name, x.tone, x.dash, x.marker, x.thin) for x in sorted(lines.values(), key=lambda x: x.thin)
+    ]
+
+
+def legend_entry(name: str, tone: str, dash: str, marker: str, thin: bool) -> dict[str, Any]:
+    """One entry of a legend of the page."""
+    return {"label": name, "tone": tone, "dash": DASHES[dash], "marker": marker_id(tone, marker), "thin": thin}
 
 
 def marker_definitions(used: Sequence[tuple[str, str]]) -> Markup:

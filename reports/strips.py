@@ -4,7 +4,7 @@ import base64
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib as mpl
@@ -62,10 +62,23 @@ def viewers(drawn: Sequence[tuple[RunResults, Sequence[Grid]]], most: int = MOST
             grouped.setdefault((grid.probe, grid.teacher, same), []).append((run, grid))
     made: list[Viewer] = []
     for side in SIDES:
+        some = [(_viewer([(run, _middle(grid))], side), found) for found in grouped.values() for run, grid in found[:1]]
+        if side != SIDES[-1] and sum(_weight(viewer) * _strips(found) / 3 for viewer, found in some) > most:
+            continue
         made = [_viewer(found, side) for found in grouped.values()]
         if sum(_weight(viewer) for viewer in made) <= most:
             break
     return sorted(made, key=lambda viewer: list(PROBES).index(viewer.probe))
+
+
+def _middle(grid: Grid) -> Grid:
+    """The layer in the middle alone, which tells about how many bytes a strip takes."""
+    layer = list(grid.layers)[len(grid.layers) // 2]
+    return replace(grid, layers={layer: grid.layers[layer]})
+
+
+def _strips(found: Sequence[tuple[RunResults, Grid]]) -> int:
+    return 2 + sum(len(grid.layers) for _, grid in found)
 
 
 def _weight(viewer: Viewer) -> int:
@@ -99,9 +112,11 @@ def _strip(grid: Grid, pictures: NDArray[Any], colours: dict[int, str], side: in
     side = min(side, pictures.shape[1])
     parts = []
     for picture, own in zip(pictures, grid.own, strict=True):
-        colour = picture if plain or grid.teacher == "gen" else _coloured(grid, picture, own, colours)
-        image = Image.fromarray(np.ascontiguousarray(colour))
-        parts.append(image.resize((side, side), Image.Resampling.NEAREST if flat else Image.Resampling.LANCZOS))
+        resampling = Image.Resampling.NEAREST if flat else Image.Resampling.LANCZOS
+        depth = not plain and grid.teacher == "depth"
+        image = Image.fromarray(picture.astype(np.float32) if depth else np.ascontiguousarray(picture))
+        small = np.asarray(image.resize((side, side), resampling))
+        parts.append(Image.fromarray(_coloured(grid, small, own, colours) if depth or flat else small))
     whole = Image.new("RGB", (side * len(parts), side))
     for place, part in enumerate(parts):
         whole.paste(part, (side * place, 0))
