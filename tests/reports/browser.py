@@ -24,12 +24,13 @@ addEventListener("load", async () => {
   const seen = (element) => element.checkVisibility();
   let found = null;
   try { found = await (async () => { %s })(); } catch (error) { errors.push(String(error.stack)); }
-  const place = document.createElement("pre");
-  place.id = "outcome";
-  place.textContent = JSON.stringify({ found, errors, copied, width: document.documentElement.clientWidth });
-  document.body.append(place);
+  parent.postMessage(JSON.stringify({ found, errors, copied, width: innerWidth }), "*");
 });
 </script>"""
+FRAME = """<!doctype html><meta charset="utf-8"><pre id="outcome"></pre><script>
+addEventListener("message", (event) => { document.getElementById("outcome").textContent = event.data; });
+</script><iframe src="inner.html" style="width:%dpx;height:900px;border:0"></iframe>"""
+"""A frame is as narrow as it is told to be; a window is not."""
 
 
 def executable():
@@ -40,32 +41,24 @@ def executable():
     return found
 
 
-def arguments(folder, width, *more):
-    return [
-        *(executable(), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"),
-        *(f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", *more),
-    ]
-
-
-def visit(page, folder, script, width=1280, hash=""):
+def visit(page, folder, script, width=1280):
     """What the script returned; raises AssertionError where the page or the script met an error.
 
     Args:
         page: its text.
         folder: an empty one.
         script: the body of an asynchronous function; `all`, `seen` and `wait` are there.
-        width: of the window, in pixels.
+        width: of the view, in pixels.
     """
-    text = page.replace("<head>", f"<head>{BEFORE}", 1)
-    # A frame is as narrow as it is told to be; a window has a least width.
-    inner = folder / "inner.html"
-    inner.write_text(text.replace("</body>", f"{AFTER % script}</body>", 1))
-    done = subprocess.run(
-        arguments(folder, width, "--virtual-time-budget=20000", "--dump-dom", f"file://{inner}{hash}"),
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    text = page.replace("<head>", f"<head>{BEFORE}", 1).replace("</body>", f"{AFTER % script}</body>", 1)
+    (folder / "inner.html").write_text(text, encoding="utf-8")
+    (folder / "outer.html").write_text(FRAME % width, encoding="utf-8")
+    settings = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
+    settings += [f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", "--virtual-time-budget=20000"]
+    command = [executable(), *settings, "--dump-dom", (folder / "outer.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     outcome = re.search(r'<pre id="outcome">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert outcome, f"the page did not finish: {done.stderr[-2000:]}"
+    assert outcome and outcome[1], f"the page did not finish: {done.stderr[-2000:]}"
     result = json.loads(html.unescape(outcome[1]))
     assert result["errors"] == []
     return result
