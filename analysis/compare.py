@@ -1,5 +1,6 @@
 """`probing compare`: paired differences between checkpoints that were probed alike."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -58,15 +59,15 @@ COLUMNS = [field.name for field in fields(Difference)]
 
 
 def compare(paths: Sequence[Path], labels: Sequence[str]) -> pd.DataFrame:
-    """Compares every run with the first one, image by image.
+    """Compares every run with every one before it, image by image.
 
     Args:
-        paths: evaluated runs, or folders of runs whose checkpoints differ by their seed alone; the first is the
-            reference. Runs of the same name in two folders are taken as pairs.
+        paths: evaluated runs, or folders of runs whose checkpoints differ by their seed alone. Runs of the same name in
+            two folders are taken as pairs.
         labels: a name for each.
 
     Returns:
-        A row per difference, with the columns of `Difference`.
+        A row per difference, with the columns of `Difference`; those from the first run come first.
 
     Raises:
         UserError: the runs differ in data, teachers, probes or training, or have no score in common.
@@ -76,18 +77,21 @@ def compare(paths: Sequence[Path], labels: Sequence[str]) -> pd.DataFrame:
     arms = [open_runs(path) for path in paths]
     for runs in arms[1:]:
         require_alike(arms[0][0], runs[0])
-    rows = [
-        asdict(row)
-        for path, runs, label in zip(paths[1:], arms[1:], labels[1:], strict=True)
-        for row in _differences(arms[0], runs, labels[0], label, f"{paths[0]} and {path}")
-    ]
+    rows: list[dict[str, Any]] = []
+    for one, two in itertools.combinations(range(len(paths)), 2):
+        found = [asdict(row) for row in _differences(arms[one], arms[two], labels[one], labels[two])]
+        if not found and one == 0:
+            raise UserError(
+                f"{paths[0]} and {paths[two]} have no score in common; evaluate both with the same metrics, protocols "
+                "and images"
+            )
+        rows += found
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _differences(
-    reference: Sequence[Scored], runs: Sequence[Scored], reference_label: str, label: str, places: str
+    reference: Sequence[Scored], runs: Sequence[Scored], reference_label: str, label: str
 ) -> Iterator[Difference]:
-    found = False
     theirs, ours = read_scores(reference), read_scores(runs)
     paired = len(runs) > 1 and [run.path.name for run in runs] == [run.path.name for run in reference]
     for file in (file for file in theirs if file in ours):
@@ -101,7 +105,6 @@ def _differences(
         for curve in mine:
             if curve not in others or not curve.layer or curve.control != "no":
                 continue
-            found = True
             pair = (
                 np.stack([scores[one_rows] for scores in mine[curve].values()]),
                 np.stack([scores[two_rows] for scores in others[curve].values()]),
@@ -118,11 +121,7 @@ def _differences(
             seeds = f"{len(table)}, {len(base)}"
             higher = f"{_higher(table, base, statistic)} of {len(table)}" if paired else ""
             yield Difference(label, reference_label, *place, *numbers, seeds, higher)
-    for difference in _distances(reference, runs, reference_label, label, paired):
-        found = True
-        yield difference
-    if not found:
-        raise UserError(f"{places} have no score in common; evaluate both with the same metrics, protocols and images")
+    yield from _distances(reference, runs, reference_label, label, paired)
 
 
 def _distances(

@@ -6,7 +6,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import click
 
@@ -331,7 +331,7 @@ def plan(
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the comparison's report.")
 def compare(runs: tuple[Path, ...], out: Path) -> None:
-    """Paired differences of RUNs from the first one, per teacher and layer, and a report of them all.
+    """Paired differences of every two RUNs, per teacher and layer, and a report of them all.
 
     RUNs are all evaluated ones with probes, or all of probing align, or folders of such runs, whose checkpoints differ
     by their seed.
@@ -357,11 +357,20 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder of the report; by default report/ in the first run."
 )
-def report(runs: tuple[Path, ...], out: Path | None) -> None:
-    """One self-contained page of one or more RUNs, with plots as files beside it."""
+@click.option(
+    "--style",
+    type=click.Choice(["screen", "paper"]),
+    default="screen",
+    help="Figures as PNG, SVG and PDF, or as SVG and PDF in the column widths of a paper (3.25 and 6.75 inches).",
+)
+def report(runs: tuple[Path, ...], out: Path | None, style: Literal["screen", "paper"]) -> None:
+    """One self-contained page of one or more RUNs, with plots as files beside it.
+
+    The order of the RUNs gives the checkpoints their colours and markers, in the page and in every figure.
+    """
     from reports.page import write_report
 
-    page = write_report(list(runs), out or runs[0] / "report")
+    page = write_report(list(runs), out or runs[0] / "report", style=style)
     click.echo(f"report: {page}")
 
 

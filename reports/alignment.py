@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
@@ -17,8 +16,10 @@ from safetensors.numpy import load_file
 from analysis.told import TOLD
 from probing.errors import UserError
 from probing.run import LOST, members, read_json, reading
-from reports.curves import COLOURS, MARKERS, STYLE
-from reports.results import AVERAGE, FINAL, in_order, read_results, teacher_title
+from reports.curves import LAYER
+from reports.plots import Line, Plot, named_plot, table_line
+from reports.results import AVERAGE, FINAL, in_order, read_results, teacher_title, unique_labels
+from reports.styles import SCREEN, marker, tone
 
 TOWER = "tower"
 """What `results.csv` calls the tokens before the projector."""
@@ -88,7 +89,6 @@ ATTENTION = [
             control="uniform", chance="uniform attention")
     for query in ("last token", "tokens after the image")
 ]  # fmt: skip
-CONTROL = {"color": "#8a8a8a", "linestyle": ":", "linewidth": 1.3}
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,14 @@ class AlignmentResults:
         path: its folder.
         results: `results.csv`, with `layer` as text.
         manifest: what it was made of.
+        place: its number among the checkpoints of a report, which colour and marker follow from.
     """
 
     label: str
     path: Path
     results: pd.DataFrame
     manifest: dict[str, Any]
+    place: int = 0
 
     def curve(self, metric: str, control: str = "no", protocol: str = "", teacher: str = "") -> pd.DataFrame:
         """One curve in the order of the layers, the tower first; empty where this was not measured.
@@ -151,53 +153,28 @@ def load_alignments(paths: Sequence[Path]) -> list[AlignmentResults]:
         for path, (_, _, manifest) in zip(paths, found, strict=True)
     ]
     return [
-        AlignmentResults(f"{name} ({path.resolve().name})" if names.count(name) > 1 else name, first, results, manifest)
-        for name, path, (first, results, manifest) in zip(names, paths, found, strict=True)
+        AlignmentResults(label, *entry, place)
+        for place, (label, entry) in enumerate(zip(unique_labels(names, paths), found, strict=True))
     ]
 
 
-def _draw(axes: Axes, curve: pd.DataFrame, layers: Sequence[str], **style: Any) -> None:
-    """One line with its interval, by place in the list of layers."""
-    x = np.array([layers.index(layer) for layer in curve["layer"]], dtype=float)
-    if len(x):
-        axes.plot(x, curve["value"], markersize=4, **style)
-        axes.fill_between(x, curve["ci_low"], curve["ci_high"], color=style["color"], alpha=0.18, linewidth=0)
-
-
-def _ticks(axes: Axes, layers: Sequence[str]) -> None:
-    step = max(1, int(np.ceil(len(layers) / 9)))
-    places = list(range(len(layers)))[::step]
-    axes.set_xticks(places, [layers[place] for place in places])
-    axes.set_xlabel("LLM layer (0 = projector output)")
-
-
-def layer_lines(runs: Sequence[AlignmentResults], measure: Measure) -> Figure:
+def measure_plot(runs: Sequence[AlignmentResults], measure: Measure) -> Plot:
     """One measure by layer, a line per checkpoint, with its control and the random projector beside it."""
     m = measure
-    curves = [run.curve(m.metric, "no", m.protocol, m.teacher) for run in runs]
-    layers = sorted({layer for curve in curves for layer in curve["layer"]}, key=_rank)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 3.0), layout="constrained")
-        axes = figure.subplots()
-        fresh_named = False
-        for index, (run, curve) in enumerate(zip(runs, curves, strict=True)):
-            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-            _draw(axes, curve, layers, label=run.label, color=colour, marker=marker)
-            if m.control:
-                chance = run.curve(m.metric, m.control, m.protocol, m.teacher)
-                _draw(axes, chance, layers, label=None if index else m.chance, **CONTROL)
-            fresh = run.curve(m.metric, "random", m.protocol, m.teacher)
-            if len(fresh) and m.control == "permuted":
-                name = None if fresh_named else "random projector"
-                axes.plot(layers.index("0"), fresh["value"].iloc[0], "x", color="#333333", label=name)
-                fresh_named = True
-        axes.set_title(m.label, fontsize=9, loc="left")
-        if not m.control:
-            axes.set_ylim(bottom=min(axes.get_ylim()[0], 0.0))
-        _ticks(axes, layers)
-        if len(runs) > 1 or m.control:
-            axes.legend(frameon=False, fontsize=8)
-    return figure
+    lines: list[tuple[Line, Sequence[str]]] = []
+    for run in runs:
+        suffix = "" if len(runs) == 1 else f", {run.label}"
+        fresh = run.curve(m.metric, "random", m.protocol, m.teacher)
+        if len(fresh) and m.control == "permuted":
+            name = f"random projector{suffix}"
+            lines.append((table_line(name, "ink", "-", "x", fresh.iloc[:1], thin=True), ["0"]))
+        if m.control:
+            chance = run.curve(m.metric, m.control, m.protocol, m.teacher)
+            lines.append((table_line(f"{m.chance}{suffix}", "grey", ":", "", chance, thin=True), list(chance["layer"])))
+        curve = run.curve(m.metric, "no", m.protocol, m.teacher)
+        own = table_line(run.label, tone(run.place), "-", marker(run.place), curve)
+        lines.append((own, list(curve["layer"])))
+    return named_plot(m.label, [line for line in lines if line[1]], xlabel=LAYER, zero=not m.control)
 
 
 def likeness_measures(runs: Sequence[AlignmentResults]) -> list[Measure]:
@@ -214,34 +191,31 @@ def likeness_measures(runs: Sequence[AlignmentResults]) -> list[Measure]:
     return found
 
 
-def sums_figure(runs: Sequence[AlignmentResults], pursuit: str, layer: str) -> Figure:
+def sums_plot(runs: Sequence[AlignmentResults], pursuit: str, layer: str) -> Plot:
     """Share of a patch that so many words explain, at one layer, beside so many random vectors."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 3.0), layout="constrained")
-        axes = figure.subplots()
-        for index, run in enumerate(runs):
-            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-            styles: dict[str, dict[str, Any]] = {"no": {"color": colour, "marker": marker, "label": run.label}}
-            styles["random"] = {**CONTROL, "label": None if index else "random vectors"}
-            for control, style in styles.items():
-                rows = run.curve("explained_energy", control, pursuit)
-                rows = rows[rows["layer"] == layer]
-                count = rows["protocol"].str.extract(r", (\d+) word")[0].astype(int)
-                rows = rows.assign(count=count).sort_values("count")
-                axes.plot(rows["count"], rows["value"], markersize=4, **style)
-                axes.fill_between(
-                    rows["count"], rows["ci_low"], rows["ci_high"], color=style["color"], alpha=0.18, linewidth=0
-                )
-        axes.set_ylim(0, 1)
-        axes.set_xlabel("words")
-        axes.set_title(f"explained at layer {layer}, {SUMS[pursuit]}", fontsize=9, loc="left")
-        axes.legend(frameon=False, fontsize=8)
-    return figure
+    lines, counts = [], set()
+    for run in runs:
+        suffix = "" if len(runs) == 1 else f", {run.label}"
+        for control in ("random", "no"):
+            rows = run.curve("explained_energy", control, pursuit)
+            rows = rows[rows["layer"] == layer]
+            count = rows["protocol"].str.extract(r", (\d+) word")[0].astype(int)
+            rows = rows.assign(count=count).sort_values("count")
+            if control == "no":
+                line = table_line(run.label, tone(run.place), "-", marker(run.place), rows)
+            else:
+                line = table_line(f"random vectors{suffix}", "grey", ":", "", rows, thin=True)
+            lines.append(replace(line, x=[float(k) for k in rows["count"]]))
+            counts |= set(rows["count"])
+    labels = {float(count): str(count) for count in sorted(counts)}
+    title = f"explained at layer {layer}, {SUMS[pursuit]}"
+    return Plot(title, lines, (list(labels), list(labels.values())), labels, xlabel="words", zero=True)
 
 
 def difference_table(differences: pd.DataFrame) -> dict[str, Any]:
     """The paired differences that are said, a row per measure and layer, a column per checkpoint."""
     d = differences[differences["layer"].isin(["0", AVERAGE])]
+    d = d[d["reference"] == (d["reference"].iloc[0] if len(d) else "")]
     names = list(dict.fromkeys(d["checkpoint"]))
     rows = []
     for (metric, protocol), label in TOLD.items():
@@ -311,7 +285,7 @@ def similarity_figure(picture: PatchPicture) -> Figure:
     """Photograph, and for every label and layer how near each patch is to the label's word."""
     layers, rows = list(picture.similarity), len(picture.labels)
     most = max(float(np.abs(values).max()) for values in picture.similarity.values()) or 1.0
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(SCREEN):
         figure = Figure(figsize=(1.5 * (len(layers) + 1), 1.55 * rows + 0.5), layout="constrained")
         grid = figure.subplots(rows, len(layers) + 1, squeeze=False)
         for row, label in enumerate(picture.labels):

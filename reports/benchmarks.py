@@ -1,6 +1,6 @@
 """The chapter on benchmarks: accuracies, and representation quality against accuracy, after Fig. 2 of OLA-VLM."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from analysis.rank_correlation import FEW, LEAST, RankCorrelation, rank_correlat
 from probing.data.benchmarks import BENCHMARKS
 from probing.errors import UserError
 from probing.run import LOST, members, read_json
-from reports.curves import COLOURS, MARKERS, PROBES, STYLE
+from reports.curves import PROBES
+from reports.embed import picture
 from reports.findings import METRIC, PROTOCOL
-from reports.results import TITLES, RunResults, metric_label, read_results
+from reports.results import RunResults, load_runs, metric_label, read_results, teacher_title
+from reports.styles import DOUBLE, LIGHT, PAPER, SCREEN, SINGLE, marker, tone
 
 NAMES = {"2d": "2D", "3d": "3D", "ade20k": "ADE20K", "coco": "COCO", "omni3d": "Omni3D"}
 """Parts of a protocol whose names are not just capitalised."""
@@ -133,7 +135,7 @@ class Panel:
     @property
     def title(self) -> str:
         """What it shows."""
-        return f"{TITLES.get(self.teacher, self.teacher)}, {PROBES[self.probe]}"
+        return f"{teacher_title(self.teacher)}, {PROBES[self.probe]}"
 
     @property
     def sentence(self) -> str:
@@ -210,30 +212,99 @@ def not_alike(probed: Sequence[RunResults]) -> list[str]:
     return said
 
 
-def quality_figure(drawn: Sequence[Panel]) -> Figure:
-    """A panel per teacher and a row per probe, a point per checkpoint; all of one benchmark."""
+def quality_figure(drawn: Sequence[Panel], place: Mapping[str, int], paper: bool = False) -> Figure:
+    """A panel per teacher and a row per probe, a point per checkpoint; all of one benchmark.
+
+    Args:
+        drawn: the panels.
+        place: the number of every checkpoint, see `reports.styles`.
+        paper: in the size of a paper.
+    """
     teachers = list(dict.fromkeys(panel.teacher for panel in drawn))
     probes = list(dict.fromkeys(panel.probe for panel in drawn))
     names = list(dict.fromkeys(name for panel in drawn for name in panel.points["checkpoint"]))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.4 * len(teachers), 2.9 * len(probes) + 0.5), layout="constrained")
+    with mpl.rc_context(PAPER if paper else SCREEN):
+        width = (SINGLE if len(teachers) == 1 else DOUBLE) if paper else 3.4 * len(teachers)
+        height = (2.0 if paper else 2.9) * len(probes) + 0.5
+        figure = Figure(figsize=(width, height), layout="constrained")
         grid = figure.subplots(len(probes), len(teachers), squeeze=False, sharey=True)
         for panel in drawn:
             axes = grid[probes.index(panel.probe), teachers.index(panel.teacher)]
             for _, point in panel.points.iterrows():
-                place = names.index(point["checkpoint"])
+                number = place[point["checkpoint"]]
                 error = np.array([[point["accuracy"] - point["ci_low"]], [point["ci_high"] - point["accuracy"]]])
                 axes.errorbar(
                     point["quality"], point["accuracy"], yerr=error.clip(min=0), label=point["checkpoint"],
-                    color=COLOURS[place % len(COLOURS)], marker=MARKERS[place // len(COLOURS) % len(MARKERS)],
-                    markersize=6, capsize=2, linewidth=1,
+                    color=LIGHT[tone(number)], marker=marker(number), capsize=2, linewidth=1,
                 )  # fmt: skip
             rho = "" if panel.correlation is None else f"\nρ = {panel.correlation.rho.value:+.2f}"
             few = f", {len(panel.points)} checkpoints" if rho else ""
-            axes.set_title(f"{panel.title}{rho}{few}", fontsize=10, loc="left")
+            axes.set_title(f"{panel.title}{rho}{few}", loc="left")
             axes.set_xlabel(f"{metric_label(METRIC, PROTOCOL)}, middle layers")
         for row in grid:
             row[0].set_ylabel(f"{BENCHMARKS[drawn[0].benchmark].title} accuracy")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 4), frameon=False)
     return figure
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """The chapter on benchmarks.
+
+    Attributes:
+        runs: of benchmarks.
+        panels: by benchmark, those that can be drawn.
+        points: all that stands in the panels; None without.
+        sentences: what can be said of them.
+        place: the number of every checkpoint that has both probes and answers.
+    """
+
+    runs: Sequence[BenchmarkResults]
+    panels: dict[str, list[Panel]]
+    points: pd.DataFrame | None
+    sentences: list[str]
+    place: dict[str, int]
+
+    def values(self) -> dict[str, Any]:
+        """What the page's template asks for."""
+        return {
+            "benchmark_runs": self.runs,
+            "benchmark_tables": [accuracy_table(self.runs, name) for name in self.panels],
+            "benchmark_figures": [
+                {
+                    "src": picture(quality_figure(drawn, self.place), dpi=130),
+                    "alt": f"Quality of the representations against accuracy, {BENCHMARKS[name].title}",
+                }
+                for name, drawn in self.panels.items()
+                if drawn
+            ],
+            "benchmark_sentences": self.sentences,
+        }
+
+
+def chapter(probed: Sequence[Path], asked: Sequence[BenchmarkResults]) -> Chapter:
+    """Joins runs with probes and runs of benchmarks, checkpoint by checkpoint.
+
+    Args:
+        probed: runs with probes, and folders of them, in the order that gives checkpoints their numbers.
+        asked: runs of benchmarks.
+    """
+    single = [
+        (run, number)
+        for number, path in enumerate(probed)
+        for run in members(path) or [path]
+        if (run / "results.csv").exists()
+    ]
+    runs = load_runs([run for run, _ in single])
+    joined = panels(runs, asked)
+    sentences = [panel.sentence for panel in joined] + (not_alike(runs) if joined else [])
+    if runs and not joined:
+        sentences = ["No checkpoint has both probes and answers: none of the runs are of the same weights."]
+    points = [p.points.assign(benchmark=p.benchmark, teacher=p.teacher, probe=p.probe) for p in joined]
+    drawn = {
+        name: [panel for panel in joined if panel.benchmark == name and panel.correlation is not None]
+        for name in dict.fromkeys(run.benchmark for run in asked)
+    }
+    place = {run.label: number for run, (_, number) in zip(runs, single, strict=True)}
+    return Chapter(asked, drawn, pd.concat(points) if points else None, sentences, place)

@@ -1,6 +1,7 @@
 """Picture grids, after Figs. VI–VIII of OLA-VLM: what the decoders make of each layer, below photograph and teacher."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from probing.run import reading
-from reports.curves import STYLE
 from reports.results import layer_rank
+from reports.styles import SCREEN
 
 MOST_ROWS = 12
-"""Layers in one grid, evenly chosen where there are more."""
+"""Layers in one grid that is drawn as a whole, evenly chosen where there are more."""
 CLASS_COLOURS = (
     *("#332288", "#DDCC77", "#117733", "#CC6677", "#88CCEE", "#882255"),
     *("#999933", "#AA4499", "#44AA99", "#661100", "#6699CC", "#EE8866"),
@@ -71,15 +72,15 @@ def read_grids(run: Path) -> list[Grid]:
             names = json.loads(classes.read_text(encoding="utf-8")) if teacher == "seg" and classes.exists() else []
             for probe in ("resampler", "ridge"):
                 rows = found.get((probe, "no"), {})
-                chosen = _spread(sorted(rows, key=layer_rank))
-                pictures = {layer: rows[layer][1] for layer in chosen}
+                pictures = {layer: rows[layer][1] for layer in sorted(rows, key=layer_rank)}
                 if pictures:
                     photographs, own = (found[kind, "teacher"][""][1] for kind in ("photograph", "target"))
                     grids.append(Grid(teacher, probe, photographs, own, pictures, names))
     return grids
 
 
-def _spread(layers: list[str]) -> list[str]:
+def spread(layers: list[str]) -> list[str]:
+    """At most `MOST_ROWS` of the layers, evenly chosen, first and last among them."""
     if len(layers) <= MOST_ROWS:
         return layers
     return [layers[i] for i in np.linspace(0, len(layers) - 1, MOST_ROWS).round().astype(int)]
@@ -88,10 +89,10 @@ def _spread(layers: list[str]) -> list[str]:
 def grid_figure(grid: Grid) -> Figure:
     """Rows: photograph, teacher, layers; columns: images."""
     rows: list[tuple[str, NDArray[Any]]] = [("photograph", grid.photographs), ("teacher", grid.own)]
-    rows += [(f"layer {layer}" if layer.isdecimal() else layer, pictures) for layer, pictures in grid.layers.items()]
+    rows += [(layer_title(layer), grid.layers[layer]) for layer in spread(list(grid.layers))]
     columns = len(grid.photographs)
-    colours = _class_colours(grid) if grid.teacher == "seg" else {}
-    with mpl.rc_context(STYLE):
+    colours = class_colours([grid]) if grid.teacher == "seg" else {}
+    with mpl.rc_context(SCREEN):
         figure = Figure(
             figsize=(1.25 * columns + 0.8, 1.25 * len(rows) + 0.7),
             layout=ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0),
@@ -109,20 +110,30 @@ def grid_figure(grid: Grid) -> Figure:
             bar.set_ticklabels(["far", "near"])
             bar.set_label("one scale per column, the teacher's")
         if colours:
-            handles = [Patch(color=colour, label=_class_name(grid, label)) for label, colour in colours.items()]
+            handles = [Patch(color=colour, label=class_name(grid, label)) for label, colour in colours.items()]
             figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, 4), frameon=False)
     return figure
 
 
-def _class_name(grid: Grid, label: int) -> str:
+def class_name(grid: Grid, label: int) -> str:
+    """Its name, or its number where it has none."""
     return grid.classes[label] if label < len(grid.classes) else f"class {label}"
 
 
-def _class_colours(grid: Grid) -> dict[int, str]:
+def class_colours(grids: Sequence[Grid]) -> dict[int, str]:
     """A colour per class, for the classes that cover most."""
-    labels, counts = np.unique(np.concatenate([grid.own, *grid.layers.values()]), return_counts=True)
-    largest = sorted(labels[np.argsort(-counts)][: len(CLASS_COLOURS)].tolist())
+    counts = np.zeros(256, dtype=np.int64)
+    for grid in grids:
+        for picture in (grid.own, *grid.layers.values()):
+            counts += np.bincount(picture.ravel(), minlength=256)
+    there = [int(label) for label in np.argsort(-counts, kind="stable") if counts[label]]
+    largest = sorted(there[: len(CLASS_COLOURS)])
     return dict(zip(largest, CLASS_COLOURS, strict=False))
+
+
+def layer_title(layer: str) -> str:
+    """What a layer is called beside its pictures."""
+    return f"layer {layer}" if layer.isdecimal() else layer
 
 
 def _draw(axes: Axes, grid: Grid, picture: NDArray[Any], column: int, colours: dict[int, str], plain: bool) -> None:

@@ -1,62 +1,53 @@
 """One self-contained HTML page per report, with the figures and the table as files beside it."""
 
-import base64
-import io
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pandas as pd
-from matplotlib.figure import Figure
-from PIL import Image
 
-from probing.run import disk_errors, is_alignment, is_benchmark, members, whole_file, write_text
-from reports.alignment import (
-    ATTENTION,
-    COMPRESSION,
-    LENS,
-    PERMUTED,
-    SUMS,
-    VARIANTS,
-    WORDS,
-    AlignmentResults,
-    Measure,
-    PatchPicture,
-    difference_table,
-    layer_lines,
-    likeness_measures,
-    load_alignments,
-    read_pictures,
-    sentences,
-    similarity_figure,
-    sums_figure,
-)
-from reports.benchmarks import (
-    BenchmarkResults,
-    accuracy_table,
-    load_benchmarks,
-    not_alike,
-    panels,
-    quality_figure,
-)
+from probing.run import disk_errors, is_alignment, is_benchmark, whole_file, write_text
+from reports.alignment import AlignmentResults, difference_table, load_alignments
+from reports.benchmarks import BenchmarkResults, load_benchmarks, quality_figure
+from reports.benchmarks import Chapter as Benchmarks
+from reports.benchmarks import chapter as benchmark_chapter
+from reports.chapter import chapter, chapter_plots
 from reports.curves import (
+    MEAN_LABEL,
+    OWN_LABEL,
     PROBES,
     SHOWN,
-    difference_figure,
-    layer_figure,
+    Series,
+    difference_teachers,
     learning_figure,
-    legend_handles,
-    panel_figure,
+    levels,
+    panel_title,
     series,
+    shown_probes,
+    teachers_of,
 )
+from reports.differences import against, measures_of, references
+from reports.embed import picture
+from reports.figures import Style, having, measures, save, slug, write_curves, write_differences
 from reports.findings import METRIC, PROTOCOL, convergence, random_control, teacher_finding
-from reports.grids import Grid, grid_figure, read_grids
-from reports.results import TITLES, RunResults, load_runs, metric_label, teacher_title
-from reports.tables import DecodedTable, decoded_table
-
-logger = logging.getLogger(__name__)
+from reports.grids import grid_figure, read_grids
+from reports.plots import (
+    Line,
+    figure,
+    layer_plot,
+    legend_entry,
+    marker_definitions,
+    named_plot,
+    svg,
+    table_line,
+    tones,
+)
+from reports.results import AVERAGE, TITLES, RunResults, layer_rank, load_runs, metric_label, teacher_title
+from reports.strips import viewers
+from reports.styles import marker, places, tone
+from reports.tables import decoded_table
 
 COLUMNS = {
     "resampler": ("resampler", "no"),
@@ -67,19 +58,23 @@ COLUMNS = {
     "ridge, random weights": ("ridge", "random"),
     **{f"ridge, {name}": ("ridge", control) for control, (name, _) in SHOWN.items()},
 }
-DASHES = {"-": "solid", "--": "dashed", ":": "dotted"}
 
 
 def write_report(
-    runs: Sequence[Path], out: Path, differences: pd.DataFrame | None = None, statements: Sequence[str] = ()
+    runs: Sequence[Path],
+    out: Path,
+    differences: pd.DataFrame | None = None,
+    statements: Sequence[str] = (),
+    style: Style = "screen",
 ) -> Path:
-    """Writes the page, `figures/` (PNG, SVG, PDF) and the merged `results.csv`.
+    """Writes the page, `figures/` and the merged `results.csv`.
 
     Args:
-        runs: evaluated runs; the first names the teachers.
+        runs: evaluated runs; the first names the teachers, and their order gives the checkpoints their colours.
         out: folder of the report.
-        differences: paired differences from the first run, from `probing compare`.
+        differences: paired differences, from `probing compare`.
         statements: what they say, a sentence each.
+        style: of the figures.
 
     Returns:
         Path of the page.
@@ -88,42 +83,106 @@ def write_report(
         UserError: a folder is no run, or has no results yet, or the page cannot be written.
     """
     with disk_errors(out):
-        return _write_report(runs, out, differences, statements)
+        return _write_report(runs, out, differences, statements, style)
 
 
-def _write_report(runs: Sequence[Path], out: Path, differences: pd.DataFrame | None, statements: Sequence[str]) -> Path:
-    aligned, asked = [run for run in runs if is_alignment(run)], [run for run in runs if is_benchmark(run)]
-    probed = [run for run in runs if run not in aligned and run not in asked]
-    alignments, benchmarks = load_alignments(aligned), load_benchmarks(asked)
-    chapter = _chapter(alignments, out) if alignments else {}
-    chapter |= _benchmarks(probed, benchmarks, out) if benchmarks else {}
+def _write_report(
+    paths: Sequence[Path], out: Path, differences: pd.DataFrame | None, statements: Sequence[str], style: Style
+) -> Path:
+    asked = load_benchmarks([path for path in paths if is_benchmark(path)])
+    paths = [path for path in paths if not is_benchmark(path)]
+    runs, alignments = load(paths)
+    benchmarks = benchmark_chapter([path for path in paths if not is_alignment(path)], asked) if asked else None
     page = out / "index.html"
     if differences is not None:
         write_text(out / "differences.csv", differences.to_csv(index=False))
-    if not probed:
-        _write_merged([*alignments, *benchmarks], out)
-        template = _templates().get_template("alignment_page.html" if alignments else "benchmark_page.html")
-        told = difference_table(differences) if differences is not None else None
-        write_text(page, template.render(**chapter, told=told))
-        return page
-    loaded = load_runs(probed)
-    for metric, protocol in _measures(loaded):
-        _save(layer_figure(loaded, metric, protocol), out, f"layers_{metric}_{protocol}")
-    grids = {}
-    for run in loaded:
-        suffix = "" if len(loaded) == 1 else f"_{_slug(run.label)}"
-        if len(run.curves):
-            _save(learning_figure(run), out, f"learning{suffix}")
-        grids[run.label] = [_grid(grid, out / "figures", suffix) for grid in read_grids(run.path)]
-    table = decoded_table(loaded)
-    if table:
-        write_text(out / "table8.csv", table.frame().to_csv(index_label="checkpoint"))
-    _write_merged([*loaded, *alignments, *benchmarks], out)
-    compared = []
-    if differences is not None:
-        compared = [_difference(differences, *key, out) for key in _difference_keys(differences)]
-    write_text(page, _render(loaded, grids, table, compared, list(statements), chapter))
+    _write_merged([*runs, *alignments, *asked], out)
+    if benchmarks:
+        _write_benchmarks(benchmarks, out, style)
+    for plot, name in chapter_plots(alignments) if alignments else []:
+        save(figure(plot, style == "paper"), out, name, style)
+    if runs:
+        write_curves(runs, out, style)
+        table = decoded_table(runs)
+        if table:
+            write_text(out / "table8.csv", table.frame().to_csv(index_label="checkpoint"))
+        if differences is not None:
+            write_differences(differences, _places(runs, differences), out, style)
+        for run in (run for run in runs if len(run.curves)):
+            save(learning_figure(run), out, "learning" if len(runs) == 1 else f"learning_{run.label}", style)
+        _write_grids(runs, out)
+    write_text(page, render(runs, alignments, differences, statements, benchmarks))
     return page
+
+
+def _write_benchmarks(benchmarks: Benchmarks, out: Path, style: Style) -> None:
+    if benchmarks.points is not None:
+        write_text(out / "quality_accuracy.csv", benchmarks.points.to_csv(index=False))
+    for name, drawn in benchmarks.panels.items():
+        if drawn:
+            save(quality_figure(drawn, benchmarks.place, style == "paper"), out, f"quality_{name}", style)
+
+
+def load(paths: Sequence[Path]) -> tuple[list[RunResults], list[AlignmentResults]]:
+    """Reads runs with probes and runs of `probing align`, and numbers their checkpoints.
+
+    Raises:
+        UserError: a folder is no run, or has no results yet.
+    """
+    runs = load_runs([path for path in paths if not is_alignment(path)])
+    alignments = load_alignments([path for path in paths if is_alignment(path)])
+    hashes = ([one.manifest["checkpoint"]["sha256"] for one in many] for many in (runs, alignments))
+    ours, theirs = places(*hashes)
+    return (
+        [replace(run, place=place) for run, place in zip(runs, ours, strict=True)],
+        [replace(run, place=place) for run, place in zip(alignments, theirs, strict=True)],
+    )
+
+
+def render(
+    runs: Sequence[RunResults],
+    alignments: Sequence[AlignmentResults],
+    differences: pd.DataFrame | None = None,
+    statements: Sequence[str] = (),
+    benchmarks: Benchmarks | None = None,
+) -> str:
+    """The page, from what `load` read; see `write_report`."""
+    words = chapter(alignments) if alignments else {}
+    used = [(line.tone, line.marker) for plot, _ in words.get("alignment_plots", []) for line in plot.lines]
+    common = {**words, **(benchmarks.values() if benchmarks else {}), "tones": tones()}
+    if not runs:
+        told = difference_table(differences) if differences is not None else None
+        text = _templates().get_template("alignment_page.html" if alignments else "benchmark_page.html")
+        return text.render(**common, markers=marker_definitions(used), told=told)
+    used += [(line.tone, line.marker) for line in series(runs)]
+    compared: dict[str, Any] = {}
+    if differences is not None:
+        place = _places(runs, differences)
+        compared = _compared(differences, place)
+        used += [(tone(number), marker(number)) for number in place.values()]
+    return _templates().get_template("page.html").render(
+        **common,
+        markers=marker_definitions(used),
+        runs=runs,
+        findings=_findings(runs),
+        titles=TITLES,
+        random={run.label: random_control(run) for run in runs},
+        convergence={run.label: convergence(run) for run in runs},
+        sections=_sections(runs),
+        table=decoded_table(runs),
+        viewers=viewers([(run, read_grids(run.path)) for run in runs]),
+        tone=tone,
+        compared=compared,
+        statements=list(statements),
+        learning=[
+            {"run": run.label, "src": picture(learning_figure(run), dpi=130)} for run in runs if len(run.curves)
+        ],
+    )  # fmt: skip
+
+
+def _templates() -> jinja2.Environment:
+    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    return jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def _write_merged(runs: Sequence[RunResults | AlignmentResults | BenchmarkResults], out: Path) -> None:
@@ -131,64 +190,67 @@ def _write_merged(runs: Sequence[RunResults | AlignmentResults | BenchmarkResult
     write_text(out / "results.csv", merged.to_csv(index=False))
 
 
-def _difference_keys(differences: pd.DataFrame) -> list[tuple[str, str]]:
-    """Metric and protocol of every figure of differences; the centred cosine first."""
-    keys = set(zip(differences["metric"], differences["protocol"], strict=True))
-    return sorted(keys, key=lambda key: (key != (METRIC, PROTOCOL), key))
+def _places(runs: Sequence[RunResults], differences: pd.DataFrame) -> dict[str, int]:
+    """The number of every checkpoint that differences name; names that no run has come after those."""
+    found = {run.label: run.place for run in runs}
+    for name in references(differences):
+        found.setdefault(name, len(found))
+    return found
 
 
-def _difference(differences: pd.DataFrame, metric: str, protocol: str, out: Path) -> dict[str, Any]:
-    """One figure of differences, written and given to the page."""
-    figure = difference_figure(differences, metric, protocol)
-    source = _image(figure)
-    _save(figure, out, f"differences_{metric}_{protocol}")
-    title = _title(metric_label(metric, protocol))
-    return {"title": title, "src": source, "headline": (metric, protocol) == (METRIC, PROTOCOL)}
+def _findings(runs: Sequence[RunResults]) -> list[Any]:
+    """Sentences, where the metric that they are about was evaluated in every run."""
+    if len(having(runs, METRIC, PROTOCOL)) < len(runs):
+        return []
+    return [teacher_finding(run, teacher) for run in runs for teacher in run.teachers_of(METRIC, PROTOCOL)]
 
 
-def _measures(runs: Sequence[RunResults]) -> list[tuple[str, str]]:
-    """Metric and protocol of all that any of the runs was evaluated for."""
-    return list(dict.fromkeys(measure for run in runs for measure in run.measures))
+def _write_grids(runs: Sequence[RunResults], out: Path) -> None:
+    """Picture grids as files: some layers, one below the other."""
+    folder = out / "figures"
+    for run in runs:
+        suffix = "" if len(runs) == 1 else f"_{slug(run.label)}"
+        for grid in read_grids(run.path):
+            with whole_file(folder / f"grid_{grid.teacher}_{grid.probe}{suffix}.png") as file:
+                grid_figure(grid).savefig(file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.05)
 
 
-def _grid(grid: Grid, folder: Path, suffix: str) -> dict[str, str]:
-    """Writes a picture grid as PNG, and gives it to the page."""
-    name = f"{teacher_title(grid.teacher)}, {PROBES[grid.probe]}"
-    buffer, small = io.BytesIO(), io.BytesIO()
-    grid_figure(grid).savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.05)
-    file = folder / f"grid_{grid.teacher}_{grid.probe}{suffix}.png"
-    with whole_file(file) as temporary:
-        temporary.write_bytes(buffer.getvalue())
-    with Image.open(buffer) as picture:  # 256 colours of its own: a third of the size, and hardly to be seen
-        picture.convert("RGB").quantize(256).save(small, format="png", optimize=True)
-    return {
-        "title": name,
-        "probe": grid.probe,
-        "alt": f"{name}: what the decoder makes of each layer, below photograph and teacher",
-        "src": "data:image/png;base64," + base64.b64encode(small.getvalue()).decode(),
-    }
+def _title(label: str) -> str:
+    """With a capital, except where the name has its own (mIoU)."""
+    return label if label[1].isupper() else label[0].upper() + label[1:]
 
 
-def _slug(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)
+def _sections(runs: Sequence[RunResults]) -> list[dict[str, Any]]:
+    sections = []
+    for metric, protocol in measures(runs):
+        there = having(runs, metric, protocol)
+        lines, teachers = series(there), teachers_of(there, metric, protocol)
+        rows = []
+        for probe in shown_probes(there):
+            plots = [
+                svg(layer_plot(lines, teacher, probe, metric, protocol))
+                for teacher in teachers
+                if any(len(x.run.curve(teacher, probe, x.control, metric, protocol)) for x in lines)
+            ]
+            rows += [{"probe": PROBES[probe], "plots": plots}] if plots else []
+        tables = [_table(run, t, metric, protocol) for run in there for t in run.teachers_of(metric, protocol)]
+        own = any(levels(there, teacher, metric, protocol)[1] is not None for teacher in teachers)
+        sections.append(
+            {
+                "title": _title(metric_label(metric, protocol)),
+                "headline": (metric, protocol) == (METRIC, PROTOCOL),
+                "legend": _legend(lines, own),
+                "rows": rows,
+                "tables": tables,
+            }
+        )
+    return sections
 
 
-def _save(figure: Figure, folder: Path, name: str) -> None:
-    """Writes a figure; what a table says in its name can be no path."""
-    place = folder / "figures"
-    place.mkdir(parents=True, exist_ok=True)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once, not for every format again
-    figure.savefig(place / f"{_slug(name)}.png", dpi=160)
-    figure.savefig(place / f"{_slug(name)}.svg", metadata={"Date": None})
-    figure.savefig(place / f"{_slug(name)}.pdf", metadata={"CreationDate": None})
-
-
-def _image(figure: Figure) -> str:
-    """A figure as a data URI: SVG sharp at every width, and no identifiers that could clash within the page."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _legend(lines: Sequence[Series], own: bool) -> list[dict[str, Any]]:
+    entries = [legend_entry(x.label, x.tone, x.dash, x.marker, x.control != "no") for x in lines]
+    entries.append(legend_entry(MEAN_LABEL, "grey", "-.", "", True))
+    return [*entries, legend_entry(OWN_LABEL, "ink", "-", "", True)] if own else entries
 
 
 def _cell(row: pd.Series) -> str:
@@ -215,187 +277,54 @@ def _table(run: RunResults, teacher: str, metric: str, protocol: str) -> dict[st
     }
 
 
-def _title(label: str) -> str:
-    """With a capital, except where the name has its own (mIoU)."""
-    return label if label[1].isupper() else label[0].upper() + label[1:]
-
-
-def _sections(runs: list[RunResults]) -> list[dict[str, Any]]:
-    sections = []
-    for metric, protocol in _measures(runs):
-        there = [r for r in runs if ((r.results["metric"] == metric) & (r.results["protocol"] == protocol)).any()]
-        rows = [
-            {
-                "probe": name,
-                "panels": [
-                    {
-                        "alt": f"{name}, {teacher_title(teacher)}: {metric_label(metric, protocol)} by layer",
-                        "src": _image(panel_figure(there, teacher, probe, metric, protocol)),
-                    }
-                    for teacher in there[0].teachers_of(metric, protocol)
-                ],
-            }
-            for probe, name in PROBES.items()
-            if any((run.results["probe"] == probe).any() for run in there)
-        ]
-        tables = [_table(run, t, metric, protocol) for run in there for t in run.teachers_of(metric, protocol)]
-        sections.append(
+def _compared(differences: pd.DataFrame, place: Mapping[str, int]) -> dict[str, Any]:
+    """Differences from every checkpoint that one may choose, as plots and as a table of means over the layers."""
+    names = references(differences)
+    frames = {name: against(differences, name) for name in names}
+    return {
+        "references": names,
+        "metrics": [
             {
                 "title": _title(metric_label(metric, protocol)),
                 "headline": (metric, protocol) == (METRIC, PROTOCOL),
-                "own": any(table["own"] is not None for table in tables),
-                "key": f"{metric}_{protocol}",
-                "rows": rows,
-                "tables": tables,
+                "plots": [_difference_plots(frame, metric, protocol, place) for frame in frames.values()],
             }
-        )
-    return sections
-
-
-def _render(
-    runs: list[RunResults],
-    grids: dict[str, list[dict[str, str]]],
-    table: DecodedTable | None,
-    compared: list[dict[str, Any]],
-    statements: list[str],
-    chapter: dict[str, Any],
-) -> str:
-    handles = legend_handles(series(runs), own=True)
-    legend = [
-        {"label": h.get_label(), "colour": str(h.get_color()), "dash": DASHES.get(str(h.get_linestyle()), "dashed")}
-        for h in handles
-    ]
-    return (
-        _templates()
-        .get_template("page.html")
-        .render(
-            **chapter,
-            runs=runs,
-            legend=legend,
-            findings=[teacher_finding(run, teacher) for run in runs for teacher in run.teachers]
-            if _headline(runs)
-            else [],
-            titles=TITLES,
-            random={run.label: random_control(run) for run in runs},
-            convergence={run.label: convergence(run) for run in runs},
-            sections=_sections(runs),
-            table=table,
-            grids=grids,
-            compared=compared,
-            statements=statements,
-            learning=[{"run": run.label, "src": _image(learning_figure(run))} for run in runs if len(run.curves)],
-        )
-    )
-
-
-def _templates() -> jinja2.Environment:
-    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    return jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-
-
-def _chapter(runs: list[AlignmentResults], out: Path) -> dict[str, Any]:
-    """The chapter on patches and words: figures written, and given to the page."""
-
-    def panel(figure: Figure, name: str, alt: str) -> dict[str, str]:
-        source = _image(figure)
-        _save(figure, out, name)
-        return {"src": source, "alt": alt}
-
-    def part(title: str, text: str, measures: Sequence[Measure]) -> dict[str, Any]:
-        there = [m for m in measures if any(len(run.curve(m.metric, "no", m.protocol, m.teacher)) for run in runs)]
-        panels = [panel(layer_lines(runs, m), m.name, f"{m.label} by layer") for m in there]
-        return {"title": title, "text": text, "panels": panels}
-
-    parts = [
-        part(
-            "How few directions the tokens of an image use",
-            "From the vision tower, through the projector, to every layer of the LLM. Less is more compressed.",
-            COMPRESSION,
-        )
-    ]
-    for variant, text in VARIANTS.items():
-        words = [Measure(f"{metric}_{variant}", metric, label, variant, **PERMUTED) for metric, label in WORDS.items()]
-        parts.append(part(f"Patches and their words, {text}", "Dotted: with labels permuted.", words))
-    parts.append(
-        part("Logit lens", "What the LLM would say next if a patch were its last state. Dotted: labels permuted.", LENS)
-    )
-    sums = part(
-        "A patch as a sum of words",
-        "Share of a patch's squared length that few words of the vocabulary explain, beside as many random vectors.",
-        [Measure("explained_by_layer", "explained_energy", "explained by 4 words", "orthogonal, 4", control="random",
-                 chance="random vectors")],
-    )  # fmt: skip
-    first = next((layer for run in runs for layer in run.curve("explained_energy")["layer"]), "")
-    sums["panels"] += [
-        panel(sums_figure(runs, name, first), f"explained_{name.replace(' ', '_')}", f"{label}, by number of words")
-        for name, label in SUMS.items()
-        if sums["panels"]
-    ]
-    parts.append(sums)
-    parts.append(
-        part(
-            "Likeness to the tower and the teachers",
-            "Whether the same images are near each other: in a layer, and in what stands beside it.",
-            likeness_measures(runs),
-        )
-    )
-    parts.append(part("Attention to the image", "Dotted: if attention were uniform.", ATTENTION))
-    entries = [
-        {
-            "label": run.label,
-            "manifest": run.manifest,
-            "sentences": sentences(run),
-            "pictures": [_patch_picture(picture) for picture in read_pictures(run.path)],
-        }
-        for run in runs
-    ]
-    return {"alignments": entries, "alignment_parts": [one for one in parts if one["panels"]]}
-
-
-def _benchmarks(probed: Sequence[Path], asked: Sequence[BenchmarkResults], out: Path) -> dict[str, Any]:
-    """The chapter on benchmarks; runs with probes are joined with them checkpoint by checkpoint."""
-    single = [run for path in probed for run in members(path) or [path] if (run / "results.csv").exists()]
-    runs = load_runs(single)
-    joined = panels(runs, asked)
-    if joined:
-        whole = pd.concat([p.points.assign(benchmark=p.benchmark, teacher=p.teacher, probe=p.probe) for p in joined])
-        write_text(out / "quality_accuracy.csv", whole.to_csv(index=False))
-    names, figures = list(dict.fromkeys(run.benchmark for run in asked)), []
-    for name in names:
-        drawn = [panel for panel in joined if panel.benchmark == name and panel.correlation is not None]
-        if drawn:
-            figure = quality_figure(drawn)
-            figures.append({"src": _image(figure), "alt": f"Quality of the representations against accuracy, {name}"})
-            _save(figure, out, f"quality_{name}")
-    said = [panel.sentence for panel in joined] + (not_alike(runs) if joined else [])
-    if runs and not joined:
-        said = ["No checkpoint has both probes and answers: none of the runs are of the same weights."]
-    return {
-        "benchmark_runs": asked,
-        "benchmark_tables": [accuracy_table(asked, name) for name in names],
-        "benchmark_figures": figures,
-        "benchmark_sentences": said,
+            for metric, protocol in measures_of(differences, (METRIC, PROTOCOL))
+        ],
+        "means": [_means(frame) for frame in frames.values()],
+        "entries": [legend_entry(name, tone(place[name]), "-", marker(place[name]), False) for name in names],
     }
 
 
-def _patch_picture(picture: PatchPicture) -> dict[str, Any]:
-    rows, columns = picture.grid
-    tables = []
-    for layer, words in picture.words.items():
-        sums = [" + ".join(f"{part:.2g} {word}" for word, part in found) for found in picture.sums[layer]]
-        cells = [
-            {"text": near[0], "title": f"nearest: {', '.join(near)}; as a sum: {found or 'of no words'}"}
-            for near, found in zip(words, sums, strict=True)
+def _difference_plots(frame: pd.DataFrame, metric: str, protocol: str, place: Mapping[str, int]) -> list[Any]:
+    chosen = frame[(frame["metric"] == metric) & (frame["protocol"] == protocol) & (frame["layer"] != AVERAGE)]
+    plots = []
+    for probe in PROBES:
+        for teacher in difference_teachers(chosen):
+            rows = chosen[(chosen["teacher"] == teacher) & (chosen["probe"] == probe)]
+            lines: list[tuple[Line, Sequence[str]]] = []
+            for checkpoint, part in rows.groupby("checkpoint", sort=False):
+                number = place[checkpoint]
+                part = part.iloc[part["layer"].map(layer_rank).argsort(kind="stable")]
+                line = table_line(checkpoint, tone(number), "-", marker(number), part)
+                lines.append((line, list(part["layer"])))
+            if lines:
+                zero = [("no difference", "ink", "-", 0.0)]
+                ylabel = f"difference from {rows['reference'].iloc[0]}"
+                plots.append(svg(named_plot(panel_title(teacher, probe), lines, levels=zero, ylabel=ylabel)))
+    return plots
+
+
+def _means(frame: pd.DataFrame) -> list[list[str]]:
+    """Rows of the table of mean differences."""
+    return [
+        [
+            f"{row['checkpoint']} − {row['reference']}",
+            teacher_title(row["teacher"]),
+            PROBES.get(row["probe"], row["probe"]),
+            metric_label(row["metric"], row["protocol"]),
+            f"{row['value']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]",
+            str(row["n"]),
         ]
-        tables.append({"layer": layer, "rows": [cells[row * columns : (row + 1) * columns] for row in range(rows)]})
-    return {
-        "name": picture.name,
-        "src": _image(similarity_figure(picture)),
-        "alt": f"{picture.name}: similarity of each patch to the words of {', '.join(picture.labels)}, by layer",
-        "tables": tables,
-    }
-
-
-def _headline(runs: list[RunResults]) -> bool:
-    """Whether the metric that the sentences are about was evaluated in every run."""
-    return all(((r.results["metric"] == METRIC) & (r.results["protocol"] == PROTOCOL)).any() for r in runs)
+        for _, row in frame[(frame["layer"] == AVERAGE) & (frame["probe"] != "")].iterrows()
+    ]

@@ -66,6 +66,7 @@ class RunResults:
         results: `results.csv`, with `layer` and `seed` as text.
         curves: `learning_curves.csv`.
         manifest: what the run was made of; of several runs the first's, with `runs`, their number.
+        place: its number among the checkpoints of a report, which colour and marker follow from.
     """
 
     label: str
@@ -73,6 +74,7 @@ class RunResults:
     results: pd.DataFrame
     curves: pd.DataFrame
     manifest: dict[str, Any]
+    place: int = 0
 
     @property
     def teachers(self) -> list[str]:
@@ -168,10 +170,16 @@ def load_runs(paths: Sequence[Path]) -> list[RunResults]:
         found.append((path, results, _curves(runs or [path]), _manifest(runs or [path]), runs))
     names = [path.resolve().name if runs else manifest["checkpoint"]["name"] for path, *_, manifest, runs in found]
     labelled = []
-    for name, (path, results, curves, manifest, runs) in zip(names, found, strict=True):
-        label = f"{name} ({path.resolve().name})" if names.count(name) > 1 else name
-        labelled.append(RunResults(label, (runs or [path])[0], results, curves, manifest))
+    for place, (label, entry) in enumerate(zip(unique_labels(names, paths), found, strict=True)):
+        path, results, curves, manifest, runs = entry
+        labelled.append(RunResults(label, (runs or [path])[0], results, curves, manifest, place))
     return labelled
+
+
+def unique_labels(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """Names of checkpoints; with the folder of the run, and its number, where two would be the same."""
+    labels = [f"{n} ({p.resolve().name})" if names.count(n) > 1 else n for n, p in zip(names, paths, strict=True)]
+    return [f"{label}, run {i}" if labels.count(label) > 1 else label for i, label in enumerate(labels, start=1)]
 
 
 def read_results(file: Path) -> pd.DataFrame:

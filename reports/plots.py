@@ -1,0 +1,381 @@
+"""Plots of the page: SVG written into it, drawn in the page's colours, with the numbers behind every point."""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+
+from analysis.frechet import is_distance
+from reports.curves import (
+    LAYER,
+    MEAN_LABEL,
+    OWN_LABEL,
+    Series,
+    draw_legend,
+    final_place,
+    layer_ticks,
+    levels,
+    panel_title,
+)
+from reports.results import FINAL, layer_rank, metric_label
+from reports.styles import DARK, DASHES, LIGHT, OPEN, PAPER, SCREEN, SHAPES, SINGLE
+
+WIDTH, HEIGHT = 420, 290
+RIGHT, TOP, BOTTOM = 10, 26, 42
+LETTER = 7
+"""Width of a digit on the axes, about."""
+DIGITS = 6
+"""Significant digits of the numbers behind the points."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot, or a level if it has no `x`.
+
+    Attributes:
+        name: as in the legend.
+        tone: a key of `styles.LIGHT`.
+        dash: matplotlib's name of it.
+        marker: likewise; empty for none.
+        x: places.
+        value: heights.
+        low: lower ends of the intervals.
+        high: upper ends.
+        thin: whether it stands back.
+    """
+
+    name: str
+    tone: str
+    dash: str
+    marker: str
+    x: Sequence[float]
+    value: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    thin: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What one plot shows.
+
+    Attributes:
+        title: above it.
+        lines: from back to front.
+        levels: name, tone, dash and height of horizontal lines.
+        ticks: places and their names, on the axis below.
+        labels: what every place is called, for the numbers.
+        xlabel: of the axis below.
+        ylabel: of the axis on the left.
+        apart: the band of `final`, from and to.
+        zero: whether the axis on the left begins at zero, where all values lie above it.
+    """
+
+    title: str
+    lines: Sequence[Line]
+    ticks: tuple[Sequence[float], Sequence[str]]
+    labels: dict[float, str]
+    levels: Sequence[tuple[str, str, str, float]] = ()
+    xlabel: str = LAYER
+    ylabel: str = ""
+    apart: tuple[float, float] | None = None
+    zero: bool = False
+
+
+def layer_plot(lines: Sequence[Series], teacher: str, probe: str, metric: str, protocol: str) -> Plot:
+    """The curves of one teacher and kind of probe."""
+    deepest = max(line.run.depth for line in lines)
+    final = final_place(deepest)
+    drawn: list[Line] = []
+    labels: dict[float, str] = {}
+    for line in lines:
+        curve = line.run.curve(teacher, probe, line.control, metric, protocol)
+        if curve.empty:
+            continue
+        x = [final if layer == FINAL else float(layer) for layer in curve["layer"]]
+        labels |= dict(zip(x, curve["layer"], strict=True))
+        drawn.append(_line(line.label, line.tone, line.dash, line.marker, x, curve, thin=line.control != "no"))
+    mean, own = levels([line.run for line in lines], teacher, metric, protocol)
+    references = [] if mean is None else [(MEAN_LABEL, "grey", "-.", mean)]
+    references += [] if own is None else [(OWN_LABEL, "ink", "-", own)]
+    half = (final - deepest) / 2
+    return Plot(
+        panel_title(teacher, probe),
+        drawn[::-1],
+        layer_ticks(deepest, final in labels),
+        labels,
+        references,
+        ylabel=metric_label(metric, protocol) + (", less is better" if is_distance(metric) else ""),
+        apart=(final - half, final + half) if final in labels else None,
+    )
+
+
+def named_plot(title: str, lines: Sequence[tuple[Line, Sequence[str]]], **rest: Any) -> Plot:
+    """Lines whose places have names, equally far apart, such as layers with the tower before them.
+
+    Args:
+        title: above the plot.
+        lines: each with the names of its places; its `x` is found from those.
+        rest: see `Plot`.
+    """
+    names = sorted({name for _, found in lines for name in found}, key=_rank)
+    placed = [_moved(line, [float(names.index(name)) for name in found]) for line, found in lines]
+    step = max(1, math.ceil(len(names) / 9))
+    ticks = [float(place) for place in range(0, len(names), step)]
+    return Plot(title, placed, (ticks, names[::step]), {float(i): name for i, name in enumerate(names)}, **rest)
+
+
+def _rank(name: str) -> float:
+    try:
+        return layer_rank(name)
+    except ValueError:
+        return -1.0
+
+
+def _moved(line: Line, x: Sequence[float]) -> Line:
+    return Line(**{**vars(line), "x": x})
+
+
+def table_line(name: str, tone: str, dash: str, marker: str, rows: pd.DataFrame, thin: bool = False) -> Line:
+    """A line from rows with value, ci_low and ci_high; its places follow."""
+    return _line(name, tone, dash, marker, [], rows, thin)
+
+
+def _line(
+    name: str, tone: str, dash: str, marker: str, x: Sequence[float], rows: pd.DataFrame, thin: bool = False
+) -> Line:
+    value, low, high = (rows[column].tolist() for column in ("value", "ci_low", "ci_high"))
+    return Line(name, tone, dash, marker, x, value, low, high, thin)
+
+
+def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers within a range, so many at most."""
+    span = high - low
+    if not (math.isfinite(span) and span > 0):
+        return [low]
+    step = 10 ** math.floor(math.log10(span / most))
+    step *= next(factor for factor in (1, 2, 2.5, 5, 10, 20) if span / (step * factor) <= most)
+    first = math.ceil(low / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def svg(plot: Plot) -> Markup:
+    """The figure: SVG, and the numbers for whoever points at it, with a table to be opened."""
+    heights = [h for line in plot.lines for part in (line.value, line.low, line.high) for h in part if math.isfinite(h)]
+    heights += [level for *_, level in plot.levels]
+    low, high = (min(heights), max(heights)) if heights else (0.0, 1.0)
+    low = min(low, 0.0) if plot.zero else low
+    margin = 0.05 * (high - low) or 0.05 * (abs(high) or 1.0)
+    low, high = low - (0.0 if plot.zero and low == 0 else margin), high + margin
+    places = [x for line in plot.lines for x in line.x] + list(plot.ticks[0])
+    left, right = min(places, default=0.0), max([*places, *(plot.apart or ())], default=1.0)
+    side = 0.02 * (right - left) or 0.5
+    grid = nice_ticks(low, high)
+    digits = _digits(grid)
+    names = [_number(tick, digits) for tick in grid]
+    start = 24 + LETTER * max(map(len, names))
+
+    def across(x: float) -> float:
+        return start + (x - left + side) / (right - left + 2 * side) * (WIDTH - start - RIGHT)
+
+    def down(y: float) -> float:
+        return HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [f'<text class="title" x="2" y="15">{escape(_short(plot.title, 58))}</text>']
+    if plot.apart:
+        a, b = map(across, plot.apart)
+        size = f'width="{b - a:.1f}" height="{HEIGHT - TOP - BOTTOM}"'
+        parts.append(f'<rect class="apart" x="{a:.1f}" y="{TOP}" {size}/>')
+    for tick, text in zip(grid, names, strict=True):
+        y = down(tick)
+        parts.append(f'<path class="grid" d="M{start} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text class="y" x="{start - 6}" y="{y + 4:.1f}">{text}</text>')
+    for x, name in zip(*plot.ticks, strict=True):
+        parts.append(f'<text class="x" x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 17}">{escape(name)}</text>')
+    parts.append(f'<path class="axis" d="M{start} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+    middle = (start + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="x" x="{middle:.0f}" y="{HEIGHT - 6}">{escape(plot.xlabel)}</text>')
+    if plot.ylabel:
+        centre = (TOP + HEIGHT - BOTTOM) / 2
+        turned = f'transform="translate(11 {centre:.0f})rotate(-90)"'
+        parts.append(f'<text class="label" {turned}>{escape(_short(plot.ylabel, 36))}</text>')
+    for name, tone, dash, level in plot.levels:
+        y = down(level)
+        parts.append(
+            f'<g data-name="{escape(name)}"><path class="line thin {tone}" {_dash(dash)}'
+            f'd="M{start} {y:.1f}H{WIDTH - RIGHT}"/></g>'
+        )
+    parts += [_drawn(line, across, down, plot.apart) for line in plot.lines]
+    parts.append(f'<path class="guide" d="M0 {TOP}V{HEIGHT - BOTTOM}" visibility="hidden"/>')
+    numbers = _quoted(json.dumps(_numbers(plot, across), ensure_ascii=False, separators=(",", ":")))
+    label = escape(_described(plot))
+    opening = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+    # What is not markup has been escaped above.
+    return Markup(f"<figure class=\"plot\" data-plot='{numbers}'>{opening}{''.join(parts)}</svg></figure>")
+
+
+def _quoted(text: str) -> str:
+    """Escaped for an attribute in single quotes: JSON is full of double ones."""
+    for sign, name in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("'", "&#39;")):
+        text = text.replace(sign, name)
+    return text
+
+
+def figure(plot: Plot, paper: bool = False) -> Figure:
+    """The same plot as a file has it, as wide as a column on paper."""
+    with mpl.rc_context(PAPER if paper else SCREEN):
+        named = [*plot.lines[::-1]]
+        drawn = Figure(figsize=(SINGLE, 2.0 + 0.07 * len(named)) if paper else (4.2, 3.0), layout="constrained")
+        axes = drawn.subplots()
+        full = mpl.rcParams["lines.linewidth"]
+        for line in plot.lines:
+            colour, x = LIGHT[line.tone], list(line.x)
+            width = 0.72 * full if line.thin else full
+            style = {"color": colour, "linestyle": line.dash, "marker": line.marker or None, "linewidth": width}
+            axes.plot(x, line.value, label=line.name, **style)
+            axes.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+        axes.set_title(plot.title, loc="left")
+        axes.set_xticks(*plot.ticks)
+        axes.set_xlabel(plot.xlabel)
+        axes.set_ylabel(plot.ylabel)
+        if plot.zero:
+            axes.set_ylim(bottom=min(axes.get_ylim()[0], 0.0))
+        if len(named) > 1:
+            draw_legend(drawn, axes.get_legend_handles_labels()[0][::-1])
+    return drawn
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _digits(ticks: Sequence[float]) -> int:
+    step = min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
+    return max(0, min(6, next(d for d in range(12) if abs(step * 10**d - round(step * 10**d)) < 1e-6 or d == 11)))
+
+
+def _number(value: float, digits: int) -> str:
+    text = f"{value:.{digits}f}"
+    return "0" if float(text) == 0 else text.replace("-", "−")
+
+
+def _dash(dash: str) -> str:
+    return f'stroke-dasharray="{DASHES[dash]}" ' if DASHES[dash] else ""
+
+
+def _drawn(line: Line, across: Any, down: Any, apart: tuple[float, float] | None) -> str:
+    """Band, line and markers; what lies in the band of `final` is not joined to the rest."""
+    points = [p for p in zip(line.x, line.value, line.low, line.high, strict=True) if math.isfinite(p[1])]
+    inside = [p for p in points if apart and p[0] >= apart[0]]
+    rest = [p for p in points if p not in inside]
+    shape = []
+    kind = f"line thin {line.tone}" if line.thin else f"line {line.tone}"
+    for group in (rest, inside):
+        at = [(across(x), down(v), down(low), down(high)) for x, v, low, high in group]
+        banded = [p for p in at if math.isfinite(p[2]) and math.isfinite(p[3])]
+        if len(banded) > 1:
+            upper = "L".join(f"{x:.1f} {h:.1f}" for x, _, _, h in banded)
+            lower = "L".join(f"{x:.1f} {low:.1f}" for x, _, low, _ in reversed(banded))
+            shape.append(f'<path class="band {line.tone}" d="M{upper}L{lower}Z"/>')
+        elif banded:
+            x, _, low, high = banded[0]
+            shape.append(f'<path class="line thin {line.tone}" d="M{x:.1f} {low:.1f}V{high:.1f}"/>')
+        if at:
+            course = "L".join(f"{x:.1f} {v:.1f}" for x, v, *_ in at)
+            mark = 'marker-start="{0}" marker-mid="{0}" marker-end="{0}" '.format(marker_url(line))
+            course += f"L{course}" if len(at) == 1 else ""  # a marker needs a line to stand on
+            shape.append(f'<path class="{kind}" {_dash(line.dash)}{mark if line.marker else ""}d="M{course}"/>')
+    return f'<g data-name="{escape(line.name)}">{"".join(shape)}</g>'
+
+
+def marker_url(line: Line | Series) -> str:
+    """Where the marker of a line is defined."""
+    return f"url(#{marker_id(line.tone, line.marker)})"
+
+
+def marker_id(tone: str, sign: str) -> str:
+    """The identifier of a marker in the page."""
+    return f"mark-{tone}-{[*SHAPES].index(sign)}" if sign else ""
+
+
+def legend_of(plots: Sequence[Plot]) -> list[dict[str, Any]]:
+    """The lines of some plots, each once, as the page's legends take them."""
+    lines = {line.name: line for plot in plots for line in reversed(plot.lines)}
+    return [
+        legend_entry(x.name, x.tone, x.dash, x.marker, x.thin) for x in sorted(lines.values(), key=lambda x: x.thin)
+    ]
+
+
+def legend_entry(name: str, tone: str, dash: str, marker: str, thin: bool) -> dict[str, Any]:
+    """One entry of a legend of the page."""
+    return {"label": name, "tone": tone, "dash": DASHES[dash], "marker": marker_id(tone, marker), "thin": thin}
+
+
+def marker_definitions(used: Sequence[tuple[str, str]]) -> Markup:
+    """The markers of the page, by tone and matplotlib's name."""
+    return Markup("").join(
+        Markup(
+            f'<marker id="{marker_id(tone, sign)}" viewBox="-5 -5 10 10" markerWidth="10" markerHeight="10" '
+            f'markerUnits="userSpaceOnUse"><path class="{"open" if sign in OPEN else "full"} {tone}" '
+            f'd="{SHAPES[sign]}"/></marker>'
+        )
+        for tone, sign in dict.fromkeys(used)
+        if sign
+    )
+
+
+def tones() -> Markup:
+    """Classes of the tones, and their colours by day and by night."""
+    day, night = (";".join(f"--{k}:{v}" for k, v in tones.items()) for tones in (LIGHT, DARK))
+    classes = "".join(f".{name}{{--c:var(--{name})}}" for name in LIGHT)
+    return Markup(
+        f":root{{{day}}}@media screen{{:root[data-theme=dark]{{{night}}}}}"
+        f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{night}}}}}{classes}"
+    )
+
+
+def _numbers(plot: Plot, across: Any) -> dict[str, Any]:
+    places = sorted(plot.labels)
+
+    def column(line: Line, values: Sequence[float]) -> list[float | None]:
+        found = dict(zip(line.x, values, strict=True))
+        return [_rounded(found.get(place)) for place in places]
+
+    lines = [
+        {"name": line.name, "tone": line.tone}
+        | {key: column(line, getattr(line, key)) for key in ("value", "low", "high")}
+        for line in reversed(plot.lines)
+    ]
+    return {
+        "title": plot.title,
+        "x": [round(across(place), 1) for place in places],
+        "labels": [plot.labels[place] for place in places],
+        "axis": plot.xlabel,
+        "lines": lines,
+        "levels": [{"name": name, "tone": tone, "value": _rounded(level)} for name, tone, _, level in plot.levels],
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{DIGITS}g}")
+
+
+def _described(plot: Plot) -> str:
+    """What a reader who does not see the plot is told first: every line's ends, and its extremes."""
+    told = [f"{plot.title}." if plot.title else ""]
+    for line in [x for x in reversed(plot.lines) if not x.thin] or plot.lines:
+        points = [(plot.labels.get(x, ""), v) for x, v in zip(line.x, line.value, strict=True) if math.isfinite(v)]
+        if points:
+            least, most = min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])
+            told.append(
+                f"{line.name}: from {points[0][1]:.3f} at {points[0][0]} to {points[-1][1]:.3f} at {points[-1][0]}, "
+                f"lowest {least[1]:.3f} at {least[0]}, highest {most[1]:.3f} at {most[0]}."
+            )
+    return " ".join(told)
