@@ -95,7 +95,7 @@ def accuracy_table(runs: Sequence[BenchmarkResults], benchmark: str) -> dict[str
         guess = next((row for run in there if (row := run.row(protocol, control="guess")) is not None), None)
         extra = ["" if guess is None else f"{guess['value']:.3f}"] if guesses else []
         rows.append([protocol_label(protocol), *cells, *extra])
-    head = ["", *(run.label for run in there), *(["guessing"] if guesses else [])]
+    head = ["part", *(run.label for run in there), *(["guessing"] if guesses else [])]
     return {"title": BENCHMARKS[benchmark].title, "head": head, "rows": rows, "notes": _notes(there)}
 
 

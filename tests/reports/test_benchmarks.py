@@ -14,7 +14,7 @@ from probing.errors import UserError
 from reports.benchmarks import load_benchmarks, not_alike, panels, protocol_label, quality_figure
 from reports.page import write_report
 from reports.results import load_runs
-from tests.reports.test_reports import COLUMNS, make_run
+from tests.reports.made import COLUMNS, make_run
 
 ACCURACY = [0.41, 0.52, 0.5, 0.63, 0.7]
 LIFTS = [0.0, 0.02, 0.05, 0.03, 0.09]
@@ -82,7 +82,7 @@ def test_checkpoints_are_joined_by_their_weights(runs):
 def test_points_are_drawn_where_the_tables_have_them(runs):
     probed, asked = runs
     found = [p for p in panels(load_runs(probed), load_benchmarks(asked)) if p.correlation]
-    figure = quality_figure(found)
+    figure = quality_figure(found, {name: number for number, name in enumerate(found[0].points["checkpoint"])})
     for axes, panel in zip(figure.axes, found, strict=True):
         drawn = sorted((float(c[0].get_xdata()[0]), float(c[0].get_ydata()[0])) for c in axes.containers)
         assert np.allclose(drawn, sorted(zip(panel.points["quality"], panel.points["accuracy"], strict=True)))
