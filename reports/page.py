@@ -165,13 +165,16 @@ def _slug(text: str) -> str:
 
 def _save(figure: Figure, folder: Path, name: str) -> None:
     """Writes a figure; what a table says in its name can be no path."""
-    place = folder / "figures"
-    place.mkdir(parents=True, exist_ok=True)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, not for every format again
-    figure.savefig(place / f"{_slug(name)}.png", dpi=160)
-    figure.savefig(place / f"{_slug(name)}.svg", metadata={"Date": None})
-    figure.savefig(place / f"{_slug(name)}.pdf", metadata={"CreationDate": None})
+    own: dict[str, dict[str, Any]] = {
+        "png": {"dpi": 160},
+        "svg": {"metadata": {"Date": None}},
+        "pdf": {"metadata": {"CreationDate": None}},
+    }
+    for kind, values in own.items():
+        with whole_file(folder / "figures" / f"{_slug(name)}.{kind}") as file:
+            figure.savefig(file, format=kind, **values)
 
 
 def _image(figure: Figure) -> str:
