@@ -40,11 +40,14 @@ from probing.processes import alone
 from probing.provenance import made_of, versions
 from probing.recipe import LayersRecipe, dump_recipe, local_path
 from probing.rehearsal import teacher_names
-from probing.run import AlignmentRun, disk_errors, remove_left_overs, write_text
+from probing.run import AlignmentRun, disk_errors, left_overs, remove_left_overs, write_text
 from probing.teachers import load_teacher
 from probing.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
+
+SAVE_MINUTES = 10.0
+"""Between saved states of an unfinished pass."""
 
 
 class AlignRecipe(LayersRecipe):
@@ -149,7 +152,7 @@ def _measure(
     sample = read_if_fits(files["sample"], settings)
     if sample is None:
         few = ImageList(images.folder, images.split, images.names[: recipe.sample])
-        resumable = Resumable(out / "state" / "sample.safetensors", asked, minutes=10)
+        resumable = Resumable(out / "state" / "sample.safetensors", asked, SAVE_MINUTES)
         batch = min(recipe.micro_batch, len(few))
         tally = gather("sample", few, batch, subject.read, SamplePass(subject), resumable, device)
         sample = _kept(tally, few, settings, files["sample"], resumable)
@@ -157,7 +160,7 @@ def _measure(
             logger.warning(
                 "what goes into the projector is not one row of patches per image here; nothing is measured before it"
             )
-    resumable = Resumable(out / "state" / "alignment.safetensors", asked, minutes=10)
+    resumable = Resumable(out / "state" / "alignment.safetensors", asked, SAVE_MINUTES)
     whole = WholePass(subject, sample)
     tally = gather("patches and words", images, recipe.micro_batch, subject.read, whole, resumable, device)
     pooled = {curve: torch.cat(tally.scores.pop(curve)) for curve in list(tally.scores) if curve.metric == POOLED}
@@ -224,7 +227,7 @@ def _claim(out: Path, recipe: AlignRecipe, checkpoint: Identity) -> None:
     if made.exists() and AlignmentRun(out).manifest["checkpoint"]["sha256"] != checkpoint.sha256:
         raise UserError(f"the checkpoint is not the one that {out} was made with; choose another --out, or remove it")
     with disk_errors(out):
-        remove_left_overs(out.rglob(".*.tmp"))
+        remove_left_overs(left_overs(out))
         write_text(out / "recipe.yaml", dump_recipe(recipe))
 
 

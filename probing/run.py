@@ -61,6 +61,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
 
 
+def left_overs(folder: Path) -> list[Path]:
+    """What killed processes may have been writing, here or further down: our own files, and those of safetensors."""
+    return [place for pattern in (".*.tmp", ".tmp??????") for place in folder.rglob(pattern)]
+
+
 def remove_left_overs(places: Iterable[Path], idle: float = 0.0) -> None:
     """Removes temporary files and folders that nobody has touched for so many seconds."""
     for place in list(places):
@@ -281,7 +286,7 @@ class Run:
         Args:
             idle: only what nobody has touched for so many seconds: where other processes may be writing.
         """
-        remove_left_overs(self.path.rglob(".*.tmp"), idle)
+        remove_left_overs(left_overs(self.path), idle)
 
     @classmethod
     def open(cls, path: Path) -> "Run":

@@ -7,15 +7,21 @@ import resource
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
+from analysis.align import AlignRecipe, align
+from analysis.compare import compare
 from analysis.evaluate import evaluate
 from probing import run as probing_run
+from probing.data.toyworld.layout import write_world
 from probing.distill.recipe import DistillRecipe
 from probing.distill.train import run_stage
 from probing.errors import UserError
+from probing.import_probes import find_probes, import_probes, import_recipe
 from probing.recipe import ProbeRunRecipe
 from probing.run import Run
 from probing.train import train
@@ -107,6 +113,35 @@ def test_every_file_of_a_checkpoint_can_fail_once(stage, whole, trouble, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stage"]
 
 
+def test_every_file_of_an_alignment_can_fail_once(models, trouble, tmp_path):
+    world = write_world(tmp_path / "world", 2, 6, seed=4)
+    values = {"backbone": {"checkpoint": str(models["llava"])}, "data": {"path": f"coco:{world}"}, "workers": 0}
+    settings = AlignRecipe.model_validate(values | {"teachers": {"gen": {"id": str(models["gen"])}}, "layers": "0,3"})
+    align(settings, tmp_path / "whole")
+    out = tmp_path / "run"
+    # recipe, sample, pictures (2), manifest, scores, results; likeness takes more images
+    assert trouble(lambda: align(settings, out), out) == 7
+    for file in ("results.csv", "scores/alignment-val2017.safetensors", "pictures/patches.json"):
+        assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert not list(out.rglob("state/*"))
+
+
+def test_every_file_of_an_import_can_fail_once(stage, models, coco, trouble, tmp_path):
+    embedding = {"teachers": {"gen": {"id": str(models["gen"])}}, "layers": {"gen": "2"}, "seek": 4}
+    values = stage.model_dump() | {"embedding": embedding | {"heads": 2, "dim_head": 8}}
+    checkpoint = run_stage(DistillRecipe.model_validate(values), tmp_path / "checkpoint")
+
+    def bring(out):
+        found = find_probes(str(checkpoint))
+        import_probes(import_recipe(str(checkpoint), f"coco:{coco}", found, ()), found, out)
+
+    bring(tmp_path / "whole")
+    # recipe, probes (2), means, learning curves, manifest
+    assert trouble(lambda: bring(tmp_path / "run"), tmp_path / "run") == 6
+    one, two = (load_file(tmp_path / name / "probes/gen/model.safetensors") for name in ("run", "whole"))
+    assert all((one[name] == two[name]).all() for name in one)
+
+
 def in_small_space(work, most: int) -> str:
     """What a process says that can write no larger files: the system itself refuses, as where a disk is full."""
     reader, writer = os.pipe()
@@ -161,6 +196,30 @@ def test_no_room_for_a_report(whole, tmp_path):
     assert not (tmp_path / "report" / "index.html").exists()
 
 
+def test_a_figure_is_whole_or_not_there(whole, tmp_path, monkeypatch):
+    def cut(figure, place, **values):
+        Path(place).write_text("half of it")
+        raise OSError(errno.ENOSPC, "so it is")
+
+    monkeypatch.setattr(Figure, "savefig", cut)
+    with pytest.raises(UserError, match="no disk space left"):
+        write_report([whole / "run"], tmp_path / "report")
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+@pytest.mark.parametrize("most", [500, 20_000])
+def test_no_room_for_a_comparison(whole, tmp_path, most):
+    """The table of differences, or a figure does not fit."""
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run in runs:
+        shutil.copytree(whole / "run", run)
+    out, names = tmp_path / "report", ["one", "two"]
+    said = in_small_space(lambda: write_report(runs, out, compare(runs, names), ["the same"]), most)
+    assert said.startswith(f"UserError: no disk space left at {out}")
+    assert not (out / "index.html").exists() and not list(out.rglob("*.tmp"))
+    assert (out / "differences.csv").exists() == (most > 500)
+
+
 @pytest.mark.parametrize("place", ["file", "file/x", "file/x/y", "/proc/x", "n" * 300])
 def test_places_that_are_no_folders(recipe, stage, whole, tmp_path, place):
     (tmp_path / "file").write_text("mine")
@@ -203,8 +262,8 @@ def test_what_a_killed_process_left_is_cleared_away(stage, whole, tmp_path):
     shutil.rmtree(out)
     (tmp_path / ".stage.x.tmp").mkdir()
     run_stage(stage, out)
-    for name, seconds in (("old", 7200), ("new", 60)):
-        file = run / "scores" / f".{name}.x.tmp"
+    for name, seconds in ((".old.x.tmp", 7200), (".tmpAb1xyz", 7200), (".new.x.tmp", 60)):
+        file = run / "scores" / name
         file.touch()
         os.utime(file, (time.time() - seconds,) * 2)
     evaluate(run)
