@@ -367,7 +367,7 @@ def _benchmarks(probed: Sequence[Path], asked: Sequence[BenchmarkResults], out: 
             figure = quality_figure(drawn)
             figures.append({"src": _image(figure), "alt": f"Quality of the representations against accuracy, {name}"})
             _save(figure, out, f"quality_{name}")
-    said = [panel.sentence for panel in joined] + (not_alike(runs) if joined else [])
+    said = list(dict.fromkeys(panel.sentence for panel in joined)) + (not_alike(runs) if joined else [])
     if runs and not joined:
         said = ["No checkpoint has both probes and answers: none of the runs are of the same weights."]
     return {
