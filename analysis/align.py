@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
@@ -37,6 +36,7 @@ from probing.data.instances import Instances, read_label_maps
 from probing.data.panoptic import Panoptic
 from probing.data.patch_labels import COVERAGE
 from probing.errors import UserError
+from probing.processes import alone
 from probing.provenance import made_of, versions
 from probing.recipe import LayersRecipe, dump_recipe, local_path
 from probing.run import AlignmentRun, disk_errors, remove_left_overs, write_text
@@ -77,6 +77,7 @@ def align(recipe: AlignRecipe, out: Path) -> Path:
     """
     if recipe.data.view != "square":
         raise UserError("data.view is 'own', and patches line up with annotations on squares alone; leave it out")
+    device = alone("align").device
     root = local_path(recipe.data.path.removeprefix("coco:"))
     maps = read_label_maps(root, recipe.data.eval_split)
     images = _annotated(list_images(root, recipe.data.eval_split), maps, recipe.data.eval_limit)
@@ -85,7 +86,7 @@ def align(recipe: AlignRecipe, out: Path) -> Path:
     settings = f"{__version__} {images.digest()}"
     files = {name: score_file(out, f"scores/{name}", images.split) for name in ("alignment", "sample", "likeness")}
     if read_if_fits(files["alignment"], settings) is None:
-        _measure(recipe, out, maps, images, files, settings, checkpoint)
+        _measure(recipe, out, maps, images, files, settings, checkpoint, device)
     rows = [row for file in files.values() if file.exists() for row in summaries(ScoreFile.read(file), [0])]
     rows += [row for file in (out / "scores").glob("*.json") for row in read_summaries(file)]
     with disk_errors(out):
@@ -100,10 +101,10 @@ def _measure(
     files: dict[str, Path],
     settings: str,
     checkpoint: Identity,
+    device: torch.device,
 ) -> None:
     """Both passes, and everything that is made of them."""
     started = time.monotonic()
-    device = Accelerator().device
     backbone = load_backbone(recipe.backbone, device, with_head=True)
     teachers: dict[str, Teacher] = {n: load_teacher(n, teacher, device) for n, teacher in recipe.teachers.items()}
     layers = parse_layers(recipe.layers, backbone.layers)

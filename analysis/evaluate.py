@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
 from analysis.features import Extractor, classifier, inception
@@ -30,6 +29,7 @@ from probing.data.coco import ImageList, Skipped
 from probing.data.substitutes import SUBSTITUTES
 from probing.errors import UserError
 from probing.feature_cache import FeatureCache
+from probing.processes import alone
 from probing.recipe import ProbeRunRecipe
 from probing.run import Run, disk_errors, members, write_text
 from probing.teachers import Teacher
@@ -122,6 +122,7 @@ def evaluate(path: Path, options: Options | None = None) -> Path:
         Interrupted: stopped by the user; the same call goes on.
     """
     options = options or Options()
+    device = alone("evaluate").device
     if members(path):
         runs = open_runs(path)
         for run in (run for run in runs if isinstance(run, Run)):  # those of probing align are scored already
@@ -131,10 +132,6 @@ def evaluate(path: Path, options: Options | None = None) -> Path:
             return write_pooled(path, runs)
     run = Run.open(path)
     run.remove_left_overs(idle=3600)  # another process may be scoring another metric
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise UserError("probing evaluate runs as one process; start it without accelerate launch")
-    device = accelerator.device
     require_protocols(options)
     workshop = _Workshop(run, options, device)
     blocks = run.manifest["checkpoint"]["layers"]

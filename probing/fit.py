@@ -6,14 +6,13 @@ with the probes, not with the states. Probes share nothing, so training many giv
 """
 
 import contextlib
-import functools
 import itertools
 import logging
 import math
+import re
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,19 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
-from probing.backbones.base import Backbone, Layer, layer_name
+from probing.backbones.base import Backbone, Layer
 from probing.bank import ProbeBank, ProbeKey
-from probing.data.coco import ImageList, Skipped
+from probing.data.coco import ImageList
 from probing.data.loader import Prepared, micro_batches
 from probing.errors import UserError
 from probing.feature_cache import FeatureCache
+from probing.fit_state import FitState
 from probing.progress import Progress
 from probing.recipe import FitRecipe, ProbeRunRecipe
 from probing.resampler import ResamplerConfig
-from probing.ridge import RidgeKey, RidgeReadout, RidgeSums, place_states
+from probing.ridge import RidgeReadout, RidgeSums, place_states
 from probing.run import Interruption, disk_errors, reading, whole_file
 from probing.teachers import Teacher
 
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 MESSAGE = 2**26
 """Numbers of gradients that processes exchange at once, about."""
+ROOM = 0.7
+"""Share of a GPU's free memory that probes may take; the rest is for what a step computes."""
 
 
 class Interrupted(Exception):
@@ -111,80 +113,31 @@ def _messages(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         yield some
 
 
-@dataclass
-class FitState:
-    """Everything that changes while probes are trained.
+def _load(file: Path) -> Any:
+    # To the CPU first: processes without accelerator have devices such as cpu:0, which torch cannot load to.
+    return torch.load(file, map_location=lambda storage, _: storage, weights_only=True)
 
-    Attributes:
-        banks: probes by control (`no` and `shuffled`, or `random`).
-        optimizer: one AdamW over all of them.
-        step: optimiser steps taken.
-        losses: one row per step; columns as in `columns`, then one per teacher for its running mean target.
-        ridge: sums of the ridge readout.
-        target_sums: per teacher, the sum (N, D) of its targets in float64, and their number.
-        skipped: images left out.
-        seconds: time spent, over all resumptions.
+
+def spread_layers(fit: FitRecipe, bank_bytes: int, accelerator: Accelerator) -> bool:
+    """Whether processes share the layers among them, and not the images.
+
+    Args:
+        fit: of the recipe.
+        bank_bytes: all probes, with gradients and moments.
+        accelerator: the backbone and the teachers are on its device already.
     """
-
-    banks: dict[str, ProbeBank]
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    losses: list[list[float]] = field(default_factory=list)
-    ridge: dict[RidgeKey, RidgeSums] = field(default_factory=lambda: defaultdict(RidgeSums))
-    target_sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
-    skipped: dict[str, Skipped] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    @property
-    def columns(self) -> list[tuple[str, ProbeKey]]:
-        """The probes, in the order of the loss columns."""
-        return [(control, key) for control, bank in self.banks.items() for key in bank.probes]
-
-    @functools.cached_property
-    def parameters(self) -> list[list[nn.Parameter]]:
-        """Of each probe; collected once, because modules are slow to walk through."""
-        return [list(probe.parameters()) for bank in self.banks.values() for probe in bank.probes.values()]
-
-    def dump(self) -> dict[str, Any]:
-        """Plain values and tensors, for `torch.save`."""
-        return {
-            "banks": {
-                c: {k.teacher + "/" + k.prefix: p.state_dict() for k, p in b.probes.items()}
-                for c, b in self.banks.items()
-            },
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "ridge": [(teacher, layer, sums.sums) for (teacher, layer), sums in self.ridge.items()],
-            "target_sums": {name: [total, count] for name, (total, count) in self.target_sums.items()},
-            "skipped": [[s.image, s.split, s.reason] for s in self.skipped.values()],
-            "seconds": self.seconds,
-        }
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Takes over saved values.
-
-        Raises:
-            UserError: the saved probes have other shapes, because checkpoint or teacher changed meanwhile.
-        """
-        for control, bank in self.banks.items():
-            for key, probe in bank.probes.items():
-                try:
-                    probe.load_state_dict(saved["banks"][control][key.teacher + "/" + key.prefix])
-                except (RuntimeError, KeyError):
-                    raise UserError(
-                        f"the saved state of this run has another shape for teacher {key.teacher!r}, layer "
-                        f"{key.layer}: checkpoint or teacher changed since; put them back or choose another --out"
-                    ) from None
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step = saved["step"]
-        self.losses = saved["losses"].tolist()
-        device = self.parameters[0][0].device
-        for teacher, layer, sums in saved["ridge"]:
-            self.ridge[teacher, layer] = RidgeSums({name: value.to(device) for name, value in sums.items()})
-        self.target_sums = {name: (total.to(device), count) for name, (total, count) in saved["target_sums"].items()}
-        self.skipped = {row[0]: Skipped(*row) for row in saved["skipped"]}
-        self.seconds = saved["seconds"]
+    if accelerator.num_processes == 1 or fit.spread != "auto" or accelerator.device.type != "cuda":
+        return accelerator.num_processes > 1 and fit.spread == "layers"
+    free, _ = torch.cuda.mem_get_info(accelerator.device)
+    lacking = torch.tensor(float(bank_bytes > ROOM * free), device=accelerator.device)
+    if float(accelerator.reduce(lacking, "sum")) == 0:
+        return False
+    logger.info(
+        "probes with gradients and moments take %.1f GB, of %.1f GB free: every process trains some of the layers, on "
+        "all images",
+        bank_bytes / 1e9, free / 1e9,
+    )  # fmt: skip
+    return True
 
 
 @dataclass
@@ -196,11 +149,12 @@ class Fit:
         backbone: where the hidden states come from.
         teachers: where the targets come from.
         images: training images.
-        layers: probed layers.
+        layers: probed layers, of this process where `spread`.
         controls: what is trained: `no` and perhaps `shuffled`, or `random`.
         folder: where the training state is kept while the work lasts.
         accelerator: device and processes.
         kept: features of teachers that are read instead of being computed.
+        spread: the other processes train other layers, each on all images; see `spread_layers`.
     """
 
     recipe: ProbeRunRecipe
@@ -212,9 +166,15 @@ class Fit:
     folder: Path
     accelerator: Accelerator
     kept: dict[str, FeatureCache] = field(default_factory=dict)
+    spread: bool = False
 
-    def start(self) -> FitState:
-        """Fresh probes and optimiser."""
+    @property
+    def _place(self) -> tuple[int, int]:
+        """Which part of every batch is this process's, and of how many."""
+        return (0, 1) if self.spread else (self.accelerator.process_index, self.accelerator.num_processes)
+
+    def start(self, device: torch.device | None = None) -> FitState:
+        """Fresh probes and optimiser, on the accelerator unless a device is given."""
         configs = {
             name: ResamplerConfig(
                 key_width=self.backbone.hidden_size,
@@ -227,7 +187,7 @@ class Fit:
             )
             for name, teacher in self.teachers.items()
         }
-        fit, device = self.recipe.fit, self.accelerator.device
+        fit, device = self.recipe.fit, device or self.accelerator.device
         banks = {
             c: ProbeBank.build(configs, self.layers, fit.seeds, self.recipe.probe.keys, device) for c in self.controls
         }
@@ -247,8 +207,8 @@ class Fit:
         state = self.start()
         self._resume(state)
         processes = self.accelerator.num_processes
-        require_enough(len(self.images), fit, processes)
-        steps = plan_steps(len(self.images), fit, self.accelerator.process_index, processes)
+        require_enough(len(self.images), fit, self._place[1])
+        steps = plan_steps(len(self.images), fit, *self._place)
         first_epoch = len(steps) // fit.epochs
         batches = self.batches(steps[state.step :])
         saved = time.monotonic()
@@ -291,7 +251,7 @@ class Fit:
         self, state: FitState, micros: list[list[int]], batches: Iterator[Prepared], steps: int, gather: bool
     ) -> list[float]:
         """One optimiser step; returns one loss per column, then the mean targets' losses."""
-        world = self.accelerator.num_processes
+        _, world = self._place
         columns = {column: index for index, column in enumerate(state.columns)}
         losses = torch.zeros(len(columns) + len(self.teachers), dtype=self._wide, device=self.accelerator.device)
         share = 1.0 / self._global_batch(micros)
@@ -319,8 +279,10 @@ class Fit:
         return losses.tolist()
 
     def _global_batch(self, micros: list[list[int]]) -> int:
-        mine = torch.tensor(sum(map(len, micros)), device=self.accelerator.device)
-        return int(self.accelerator.reduce(mine, "sum"))
+        mine = sum(map(len, micros))
+        if self.spread:
+            return mine
+        return int(self.accelerator.reduce(torch.tensor(mine, device=self.accelerator.device), "sum"))
 
     def _reduce(self, parameters: list[Tensor]) -> None:
         """Adds up the gradients of all processes; a single message would need them twice more."""
@@ -397,10 +359,6 @@ class Fit:
         """Numbers for sums: float64, where the device has it."""
         return torch.float32 if self.accelerator.device.type == "mps" else torch.float64
 
-    @property
-    def _state_file(self) -> Path:
-        return self.folder / "state.pt"
-
     def _agree(self, *flags: bool) -> list[bool]:
         """Raises a flag on every process where one process raises it, so that all save at the same step."""
         if self.accelerator.num_processes == 1:
@@ -411,40 +369,91 @@ class Fit:
         return [bool(flag) for flag in raised > 0]
 
     def _collect(self, state: FitState) -> None:
-        """Moves the sums and skipped images of all processes into the main one's state."""
-        if self.accelerator.num_processes == 1:
-            return
-        for sums in state.ridge.values():
-            sums.sums = {name: self._to_main(value) for name, value in sums.sums.items()}
-        for name, (total, count) in state.target_sums.items():
-            number = self._to_main(torch.tensor(count, device=total.device))
-            state.target_sums[name] = (self._to_main(total), int(number))
-        state.skipped = {skip.image: skip for skip in gather_object(list(state.skipped.values()))}
+        """Adds up what each process has summed: of ridge readouts in the main one, of targets in all of them.
 
-    def _to_main(self, value: Tensor) -> Tensor:
-        total = self.accelerator.reduce(value, "sum")
-        return total if self.accelerator.is_main_process else torch.zeros_like(value)
+        All add the same things in the same order, whatever they have seen: each waits here for the others.
+        """
+        if self._place[1] == 1:
+            return
+        device = self.accelerator.device
+        for layer, name in itertools.product(self.layers, self.teachers) if self.recipe.fit.ridge else ():
+            nothing = RidgeSums.of_nothing(self.backbone.hidden_size, self.teachers[name].shape[1], device)
+            own = state.ridge.pop((name, layer), nothing).sums
+            sums = {part: self.accelerator.reduce(value, "sum") for part, value in own.items()}
+            if self.accelerator.is_main_process and sums["n"]:
+                state.ridge[name, layer] = RidgeSums(sums)
+        for name, teacher in self.teachers.items():
+            none = (torch.zeros(teacher.shape, dtype=self._wide, device=device), 0)
+            (total, count), (shared, known) = state.target_sums.get(name, none), state.shared_sums.get(name, none)
+            number = known + int(self.accelerator.reduce(torch.tensor(count - known, device=device), "sum"))
+            total = shared + self.accelerator.reduce(total - shared, "sum")
+            if number:
+                state.target_sums[name] = state.shared_sums[name] = (total, number)
+        state.skipped = {skip.image: skip for skip in gather_object(list(state.skipped.values()))}
 
     def _save(self, state: FitState) -> None:
         """Saves the training state; the last one is replaced only when the new one is whole."""
         self._collect(state)
-        if self.accelerator.is_main_process:
+        file = self._state_file(state.step)
+        if self.spread or self.accelerator.is_main_process:
             # Through a file of Python's own: torch's would report a full disk as an unnamed stream error.
-            with disk_errors(self.folder), whole_file(self._state_file) as temporary, temporary.open("wb") as file:
-                torch.save(state.dump(), file)
+            with disk_errors(self.folder), whole_file(file) as temporary, temporary.open("wb") as opened:
+                torch.save(state.dump(), opened)
             logger.info("saved the training state at step %d", state.step)
         self.accelerator.wait_for_everyone()
+        for old in self._own_parts().values() if self.spread else ():
+            if old != file:
+                old.unlink()
+
+    def _state_file(self, step: int) -> Path:
+        """Where the state is saved; where every process saves its own part, the step tells which of them fit."""
+        if not self.spread:
+            return self.folder / "state.pt"
+        return self.folder / f"state_{self.accelerator.process_index}_of_{self.accelerator.num_processes}.{step}.pt"
+
+    def _own_parts(self) -> dict[int, Path]:
+        """Saved parts of this process, by step."""
+        there = self.folder.glob(self._state_file(0).name.replace(".0.pt", ".*.pt"))
+        return {int(file.suffixes[0][1:]): file for file in there}
+
+    def _last_saved(self) -> Path | None:
+        """The newest state that all processes can go on from.
+
+        Raises:
+            UserError: there is one of another number of processes, or of another `fit.spread`.
+        """
+        kinds = {re.sub(r"\d+_of", "_of", file.name.split(".")[0]) for file in self.folder.glob("state*.pt")}
+        mine = re.sub(r"\d+_of", "_of", self._state_file(0).name.split(".")[0])
+        if kinds - {mine}:
+            raise UserError(
+                f"{self.folder} was saved by another number of processes, or with another fit.spread; start as many as "
+                "then, with the same, or remove it to train from the start"
+            )
+        if not self.spread:
+            return self._state_file(0) if self._state_file(0).exists() else None
+        steps = set.intersection(*gather_object([set(self._own_parts())]))
+        return self._state_file(max(steps)) if steps else None
 
     def _resume(self, state: FitState) -> None:
-        if not self._state_file.exists():
+        file = self._last_saved()
+        if file is None:
             return
-        # To the CPU first: processes without accelerator have devices such as cpu:0, which torch cannot load to.
-        with reading(self._state_file, f"remove {self.folder} to train from the start"):
-            state.restore(torch.load(self._state_file, map_location=lambda storage, _: storage, weights_only=True))
-        if not self.accelerator.is_main_process:  # the main process holds the sums of all
+        with reading(file, f"remove {self.folder} to train from the start"):
+            state.restore(_load(file))
+        if not self.spread and not self.accelerator.is_main_process:  # the main process holds those of all
             state.ridge.clear()
-            state.target_sums.clear()
         logger.info("going on from step %d", state.step)
+
+    def whole(self, layers: Sequence[Layer]) -> FitState:
+        """What all processes trained, each some of the layers, on the CPU; call it on the main process, after `run`.
+
+        Args:
+            layers: all of them.
+        """
+        together = replace(self, layers=layers).start(torch.device("cpu"))
+        for file in sorted(self.folder.glob("state_*.pt")):
+            together.take_in(_load(file), len(self.teachers))
+        return together
 
     def readout(self, state: FitState) -> RidgeReadout:
         """Solves the ridge readouts from the sums; call it on the main process, after `run`."""
@@ -454,26 +463,3 @@ class Fit:
     def means(self, state: FitState) -> dict[str, Tensor]:
         """Mean target (N, D) per teacher over the training split, float32."""
         return {name: (total / count).float().cpu() for name, (total, count) in state.target_sums.items()}
-
-
-def summary(state: FitState, teachers: Sequence[str]) -> dict[str, Any]:
-    """What a finished fit leaves for the manifest, as plain values."""
-    table = np.asarray(state.losses, dtype=np.float64)
-    means = {name: table[:, len(state.columns) + index].tolist() for index, name in enumerate(teachers)}
-    curves = [
-        {
-            "control": control,
-            "teacher": key.teacher,
-            "layer": layer_name(key.layer),
-            "seed": key.seed,
-            "losses": table[:, index].tolist(),
-        }
-        for index, (control, key) in enumerate(state.columns)
-    ]
-    return {
-        "curves": curves,
-        "mean_losses": means,
-        "skipped": [{"image": s.image, "split": s.split, "reason": s.reason} for s in state.skipped.values()],
-        "seconds": state.seconds,
-        "steps": state.step,
-    }

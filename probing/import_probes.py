@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from probing.data.loader import micro_batches, no_student
 from probing.distill.predictors import FOLDER
 from probing.errors import UserError
 from probing.hub import locate, read_json, read_tensors
+from probing.processes import alone
 from probing.progress import Progress
 from probing.recipe import ProbeRecipe, ProbeRunRecipe, apply_overrides, validate
 from probing.resampler import Resampler, ResamplerConfig
@@ -163,10 +163,10 @@ def import_probes(recipe: ProbeRunRecipe, found: Found, out: Path) -> Run:
     Raises:
         UserError: checkpoint or teachers are not those of the probes, or data cannot be read.
     """
-    accelerator = Accelerator()
+    device = alone("import").device
     train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
     checkpoint = identify(recipe.backbone)
-    teachers = load_teachers(recipe, accelerator.device)
+    teachers = load_teachers(recipe, device)
     _require_theirs(found, checkpoint.hidden_size, teachers)
     chosen = set(parse_layers(recipe.layers, checkpoint.layers))
     probes = {k: p for k, p in found.bank.probes.items() if k.teacher in recipe.teachers and k.layer in chosen}
@@ -179,7 +179,7 @@ def import_probes(recipe: ProbeRunRecipe, found: Found, out: Path) -> Run:
         return run
     provenance = provenance_of(recipe, checkpoint, teachers, train_images, eval_images)
     provenance["checkpoint"]["name"] += f" {found.kind}"
-    means, skipped = mean_targets(recipe, teachers, train_images, accelerator.device)
+    means, skipped = mean_targets(recipe, teachers, train_images, device)
     with disk_errors(out):
         with whole_folder(run.probes("no")) as part:
             ProbeBank(probes, found.bank.keys).save(part, {"control": "no", **provenance})

@@ -147,6 +147,9 @@ class FitRecipe(Strict):
     """Minutes between saved training states; 0 saves after every step."""
     workers: int = Field(default=2, ge=0)
     """Processes that read and preprocess images."""
+    spread: Literal["auto", "images", "layers"] = "auto"
+    """What several processes share among them: `images`, each with all probes; `layers`, each with all images, where
+    the probes do not fit one device; `auto`: layers where they do not fit the GPU's memory."""
     bf16: bool = False
     """Products in bfloat16 (autocast); weights, gradients, sums and losses stay float32."""
 

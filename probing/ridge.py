@@ -60,6 +60,13 @@ class RidgeSums:
         for name, value in new.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
+    @classmethod
+    def of_nothing(cls, width: int, target_width: int, device: torch.device) -> "RidgeSums":
+        """The sums of no images: zeros of the right shapes."""
+        sums = cls()
+        sums.add(torch.zeros(1, 0, width, device=device), torch.zeros(1, 0, target_width, device=device))
+        return sums
+
     def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
         """Ridge regression with an intercept that is not penalised (Hastie et al., ESL, sec. 3.4.1).
 

@@ -28,7 +28,7 @@ from probing.recipe import ProbeRunRecipe, dump_recipe, read_yaml, validate
 if TYPE_CHECKING:
     import torch
 
-SPEED_ONLY = ("fit.workers", "fit.save_minutes", "data.target_cache", "data.tower_cache")
+SPEED_ONLY = ("fit.workers", "fit.save_minutes", "fit.spread", "data.target_cache", "data.tower_cache")
 """Fields that a resumed run may change: they do not move a number."""
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
 """What the system says of a folder that is read-only, a file, or taken away."""

@@ -20,7 +20,9 @@ from probing.data.coco import ImageList, list_images
 from probing.data.loader import TOWER
 from probing.errors import UserError
 from probing.feature_cache import FeatureCache, open_caches, teacher_maker, tower_maker
-from probing.fit import Fit, summary
+from probing.fit import Fit, spread_layers
+from probing.fit_state import summary
+from probing.processes import together
 from probing.provenance import made_of, versions
 from probing.recipe import DataRecipe, ProbeRunRecipe, local_path
 from probing.resampler import Resampler, ResamplerConfig
@@ -89,22 +91,37 @@ def arm_backbone(recipe: ProbeRunRecipe, arm: str, device: torch.device) -> Back
     return load_backbone(recipe.backbone, device, RANDOM_WEIGHTS_SEED if arm == "random" else None)
 
 
-def bytes_needed(
-    recipe: ProbeRunRecipe, backbone: Backbone, teachers: dict[str, Teacher], layers: Sequence[Layer]
+def bank_bytes(
+    recipe: ProbeRunRecipe, backbone: Backbone, teachers: dict[str, Teacher], layers: Sequence[Layer], controls: int
 ) -> int:
-    """Disk that a run takes at its fullest: probes, and twice the training state while it is replaced."""
-    parameters = 0
-    sums = 0
+    """Memory of the probes of so many controls, with their gradients and moments."""
+    return 16 * _parameters(recipe, backbone, teachers) * len(layers) * len(recipe.fit.seeds) * controls
+
+
+def _parameters(recipe: ProbeRunRecipe, backbone: Backbone, teachers: dict[str, Teacher]) -> int:
+    """Of one layer's probes, one for each teacher."""
+    total = 0
     for teacher in teachers.values():
         tokens, width = teacher.shape
         config = ResamplerConfig(backbone.hidden_size, tokens, width, width, recipe.probe.heads, recipe.probe.dim_head)
         with torch.device("meta"):
-            parameters += sum(p.numel() for p in Resampler(config).parameters())
-        sums += backbone.hidden_size * (backbone.hidden_size + width) * 8 if recipe.fit.ridge else 0
-    arms = 1 + ("shuffled" in recipe.controls)
-    probes = 4 * parameters * len(layers) * len(recipe.fit.seeds)
-    state = 3 * probes * arms + sums * len(layers)
-    return 2 * state + probes * (arms + ("random" in recipe.controls))
+            total += sum(p.numel() for p in Resampler(config).parameters())
+    return total
+
+
+def _banks(recipe: ProbeRunRecipe) -> int:
+    return 1 + ("shuffled" in recipe.controls)
+
+
+def bytes_needed(
+    recipe: ProbeRunRecipe, backbone: Backbone, teachers: dict[str, Teacher], layers: Sequence[Layer]
+) -> int:
+    """Disk that a run takes at its fullest: probes, and twice the training state while it is replaced."""
+    widths = [width for _, width in (teacher.shape for teacher in teachers.values())]
+    sums = sum(backbone.hidden_size * (backbone.hidden_size + w) * 8 for w in widths) if recipe.fit.ridge else 0
+    probes = 4 * _parameters(recipe, backbone, teachers) * len(layers) * len(recipe.fit.seeds)
+    state = 3 * probes * _banks(recipe) + sums * len(layers)
+    return 2 * state + probes * (_banks(recipe) + ("random" in recipe.controls))
 
 
 def train(recipe: ProbeRunRecipe, out: Path) -> Run:
@@ -121,7 +138,7 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
         UserError: something in recipe, checkpoint, teachers or data does not fit; nothing is written then.
         Interrupted: stopped by the user; the same call goes on.
     """
-    accelerator = Accelerator()
+    accelerator = together()
     train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
     backbone = arm_backbone(recipe, "no", accelerator.device)
     layers = parse_layers(recipe.layers, backbone.layers)
@@ -180,9 +197,18 @@ def _train_arm(
     """Trains on one set of backbone weights; its summary, written last, says that its probes are in place."""
     fit = Fit(run.recipe, backbone, teachers, images, layers, controls, run.path / "state" / arm, accelerator, kept)
     _check_same_inputs(fit.folder, provenance, accelerator.is_main_process)
+    fit.spread = spread_layers(
+        run.recipe.fit, bank_bytes(run.recipe, backbone, teachers, layers, len(controls)), accelerator
+    )
+    if fit.spread:
+        if len(layers) < accelerator.num_processes:
+            raise UserError(f"{accelerator.num_processes} processes for {len(layers)} layers; start fewer")
+        fit.layers = layers[accelerator.process_index :: accelerator.num_processes]
     state = fit.run()
     if not accelerator.is_main_process:
         return
+    if fit.spread:
+        state = fit.whole(layers)
     with disk_errors(run.path):
         for control, bank in state.banks.items():
             with whole_folder(run.probes(control)) as folder:

@@ -44,9 +44,9 @@ def middle(root: Path, images: int) -> dict[str, Any]:
     """The paper's set-up at a quarter of its widths and half its depth, with about 300 tokens.
 
     16 Llama blocks of H = 1,024; targets of 256 x 256, 256 x 384 and 1 x 256 for 576 x 1,024, 576 x 1,536 and
-    1 x 1,024; DINOv2 and DPT at a quarter of their widths. What each part takes of what the blocks take is as in the
-    paper's set-up (Llama-3-8B, ConvNeXt-XXL, 630 tokens): tower 0.40, vocabulary 0.07, teachers 0.04, 0.10 and 0.04,
-    all decoders 0.44.
+    1 x 1,024; DINOv2, DPT and the probes' heads at a quarter of their widths. What each part takes of what the blocks
+    take is as in the paper's set-up (Llama-3-8B, ConvNeXt-XXL, 630 tokens), within a tenth: tower 0.40, vocabulary
+    0.07, teachers 0.04, 0.10 and 0.04, all decoders 0.44, all probes 0.30.
     """
     if not (root / "llava").exists():
         tiny.llava(root / "llava", layers=16, hidden=1024, image=128)
@@ -68,6 +68,7 @@ def middle(root: Path, images: int) -> dict[str, Any]:
     data = write_world(root / f"world{images}", images, 2, seed=3)
     return {
         "backbone": {"checkpoint": str(root / "llava"), "prompt": PROMPT},
+        "probe": {"dim_head": 8},
         "data": {"path": f"coco:{data}"},
         "teachers": {name: {"id": str(root / name)} for name in ("depth", "seg", "gen")},
     }
