@@ -100,6 +100,9 @@ def bench(recipe: BenchRecipe, out: Path) -> Path:
         Interrupted: stopped by the user; the same call goes on, to the same answers.
     """
     questions = read_questions(recipe.benchmark, local_path(recipe.data))
+    known = BENCHMARKS[recipe.benchmark]
+    if len(questions) != known.size:
+        logger.warning("%d questions; %s as it is published has %d", len(questions), known.title, known.size)
     checkpoint = identify(recipe.backbone)
     asked = hashlib.sha256(
         f"{__version__} {dump_recipe(recipe)} {checkpoint.sha256} {digest(questions)}".encode()

@@ -77,11 +77,18 @@ def load_benchmarks(paths: Sequence[Path]) -> list[BenchmarkResults]:
     ]
 
 
-def protocol_label(protocol: str) -> str:
-    """`cvbench/2d/count` → CV-Bench, 2D, Count."""
-    first, *rest = protocol.split("/")
-    title = BENCHMARKS[first].title if first in BENCHMARKS else first
-    return ", ".join([title, *(NAMES.get(part, part.capitalize()) for part in rest)])
+def title(runs: Sequence[BenchmarkResults], benchmark: str) -> str:
+    """What a benchmark is called; by its own name alone where exactly its published questions were asked."""
+    known = BENCHMARKS[benchmark]
+    counts = sorted({run.manifest["data"]["questions"] for run in runs if run.benchmark == benchmark})
+    if counts == [known.size]:
+        return known.title
+    return f"{known.title}-like ({' or '.join(map(str, counts))} questions)"
+
+
+def part_label(protocol: str) -> str:
+    """`cvbench/2d/count` → 2D, Count."""
+    return ", ".join(NAMES.get(part, part.capitalize()) for part in protocol.split("/")[1:]) or "Overall"
 
 
 def accuracy_table(runs: Sequence[BenchmarkResults], benchmark: str) -> dict[str, Any]:
@@ -94,9 +101,9 @@ def accuracy_table(runs: Sequence[BenchmarkResults], benchmark: str) -> dict[str
         cells = [_cell(run.row(protocol)) for run in there]
         guess = next((row for run in there if (row := run.row(protocol, control="guess")) is not None), None)
         extra = ["" if guess is None else f"{guess['value']:.3f}"] if guesses else []
-        rows.append([protocol_label(protocol), *cells, *extra])
+        rows.append([part_label(protocol), *cells, *extra])
     head = ["part", *(run.label for run in there), *(["guessing"] if guesses else [])]
-    return {"title": BENCHMARKS[benchmark].title, "head": head, "rows": rows, "notes": _notes(there)}
+    return {"title": title(runs, benchmark), "head": head, "rows": rows, "notes": _notes(there)}
 
 
 def _cell(row: pd.Series | None) -> str:
@@ -104,7 +111,9 @@ def _cell(row: pd.Series | None) -> str:
 
 
 def _notes(runs: Sequence[BenchmarkResults]) -> list[str]:
-    notes = []
+    known, notes = BENCHMARKS[runs[0].benchmark], []
+    if {run.manifest["data"]["questions"] for run in runs} != {known.size}:
+        notes.append(f"Not {known.title} as published, which has {known.size} questions: not to be held against it.")
     for run in runs:
         unread, asked = run.manifest["unreadable"], run.manifest["data"]["questions"]
         if unread:
@@ -120,6 +129,7 @@ class Panel:
 
     Attributes:
         benchmark: which one.
+        name: what it is called.
         teacher: whose features are read.
         probe: by which probe.
         points: checkpoint, layers, quality, accuracy, ci_low, ci_high.
@@ -127,6 +137,7 @@ class Panel:
     """
 
     benchmark: str
+    name: str
     teacher: str
     probe: str
     points: pd.DataFrame
@@ -140,10 +151,13 @@ class Panel:
     @property
     def sentence(self) -> str:
         """What can be said of it."""
-        place, count = f"{BENCHMARKS[self.benchmark].title}, {self.title}", len(self.points)
+        count = len(self.points)
+        if count < LEAST:
+            have = "1 checkpoint has" if count == 1 else f"{count} checkpoints have"
+            return f"{self.name}: {have} both probes and answers; no rank correlation of fewer than {LEAST}."
+        place = f"{self.name}, {self.title}"
         if self.correlation is None:
-            why = "no rank correlation of so few" if count < LEAST else "one of the two is the same for all"
-            return f"{place}: {count} checkpoints have both probes and answers; {why}."
+            return f"{place}: no rank correlation, since one of the two is the same for all {count} checkpoints."
         rho, tau = (
             f"{one.value:+.2f} [{one.low:+.2f}, {one.high:+.2f}]"
             for one in (self.correlation.rho, self.correlation.tau)
@@ -189,7 +203,8 @@ def panels(probed: Sequence[RunResults], asked: Sequence[BenchmarkResults]) -> l
                         rows.append(place | {name: float(row[name]) for name in ("value", "ci_low", "ci_high")})
                 if rows:
                     points = pd.DataFrame(rows).rename(columns={"value": "accuracy"})
-                    found.append(Panel(benchmark, teacher, probe, points, _correlation(points)))
+                    name = title(asked, benchmark)
+                    found.append(Panel(benchmark, name, teacher, probe, points, _correlation(points)))
     return found
 
 
@@ -242,7 +257,7 @@ def quality_figure(drawn: Sequence[Panel], place: Mapping[str, int], paper: bool
             axes.set_title(f"{panel.title}{rho}{few}", loc="left")
             axes.set_xlabel(f"{metric_label(METRIC, PROTOCOL)}, middle layers")
         for row in grid:
-            row[0].set_ylabel(f"{BENCHMARKS[drawn[0].benchmark].title} accuracy")
+            row[0].set_ylabel(f"accuracy, {drawn[0].name}")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 4), frameon=False)
     return figure
@@ -274,7 +289,7 @@ class Chapter:
             "benchmark_figures": [
                 {
                     "src": picture(quality_figure(drawn, self.place), dpi=130),
-                    "alt": f"Quality of the representations against accuracy, {BENCHMARKS[name].title}",
+                    "alt": f"Quality of the representations against accuracy, {drawn[0].name}",
                 }
                 for name, drawn in self.panels.items()
                 if drawn
@@ -298,7 +313,7 @@ def chapter(probed: Sequence[Path], asked: Sequence[BenchmarkResults]) -> Chapte
     ]
     runs = load_runs([run for run, _ in single])
     joined = panels(runs, asked)
-    sentences = [panel.sentence for panel in joined] + (not_alike(runs) if joined else [])
+    sentences = list(dict.fromkeys(panel.sentence for panel in joined)) + (not_alike(runs) if joined else [])
     if runs and not joined:
         sentences = ["No checkpoint has both probes and answers: none of the runs are of the same weights."]
     points = [p.points.assign(benchmark=p.benchmark, teacher=p.teacher, probe=p.probe) for p in joined]

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from probing.run import whole_file
 from reports.curves import column_figure, difference_figure, layer_figure, shown_probes, teachers_of
 from reports.differences import against, measures_of, references
 from reports.findings import METRIC, PROTOCOL
@@ -24,15 +25,18 @@ def slug(text: str) -> str:
 
 def save(figure: Figure, folder: Path, name: str, style: Style) -> None:
     """Writes a figure into `figures/`; PDF with its fonts embedded, SVG with letters as paths."""
-    place = folder / "figures"
-    place.mkdir(parents=True, exist_ok=True)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once, not for every format again
-    stem = place / slug(name)
+    kinds: dict[str, dict[str, Any]] = {
+        "svg": {"metadata": {"Date": None}},
+        "pdf": {"metadata": {"CreationDate": None}},
+    }
     if style == "screen":
-        figure.savefig(f"{stem}.png", dpi=160)
-    figure.savefig(f"{stem}.svg", metadata={"Date": None})
-    figure.savefig(f"{stem}.pdf", metadata={"CreationDate": None})
+        kinds["png"] = {"dpi": 160}
+    with mpl.rc_context(PAPER if style == "paper" else SCREEN):  # the kind of fonts is read while saving
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, not for every format again
+        for kind, values in kinds.items():
+            with whole_file(folder / "figures" / f"{slug(name)}.{kind}") as file:
+                figure.savefig(file, format=kind, **values)
 
 
 def measures(runs: Sequence[RunResults]) -> list[tuple[str, str]]:

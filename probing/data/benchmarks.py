@@ -52,6 +52,7 @@ class Benchmark:
         columns: that its files have.
         suffix: what follows every question.
         question: makes a question of a row; raises as reading broken files does.
+        size: number of questions, as published.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Benchmark:
     columns: tuple[str, ...]
     suffix: str
     question: Callable[[Row], Question]
+    size: int
 
 
 def _letter(text: Any) -> str:
@@ -131,17 +133,19 @@ BENCHMARKS = {
         ("type", "task", "question", "answer", "source"),
         "\nAnswer with the letter of the right choice alone, as in (A).",
         _cvbench,
+        2638,
     ),
     "mmstar": Benchmark(
-        "MMStar", "val", ("question", "answer", "category", "l2_category"), f"\n{ONLY_THE_LETTER}", _mmstar
+        "MMStar", "val", ("question", "answer", "category", "l2_category"), f"\n{ONLY_THE_LETTER}", _mmstar, 1500
     ),
-    "realworldqa": Benchmark("RealWorldQA", "test", ("question", "answer"), "", _realworldqa),
+    "realworldqa": Benchmark("RealWorldQA", "test", ("question", "answer"), "", _realworldqa, 765),
     "okvqa": Benchmark(
         "OK-VQA",
         "val2014",
         ("question", "answers", "question_id"),
         "\nAnswer the question using a single word or phrase.",
         _okvqa,
+        5046,
     ),
 }
 

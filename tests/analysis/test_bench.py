@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pandas as pd
@@ -316,6 +317,13 @@ def test_bad_input_is_one_line(checkpoint, tmp_path, name, spoil, said):
     with pytest.raises(UserError, match=said) as raised:
         run_bench(checkpoint, name, data, tmp_path / "run")
     assert "\n" not in str(raised.value)
+
+
+def test_without_pyarrow_parquet_is_asked_for(tmp_path, monkeypatch):
+    data = as_parquet(tmp_path / "data", cvbench_rows(2))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install 'mllm-probing\[bench\]'"):
+        read_questions("cvbench", data)
 
 
 def test_okvqa_without_its_annotations_or_images(checkpoint, tmp_path):

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from probing.backbones import describe_checkpoint, load_backbone
-from probing.backbones.multi_encoder import as_llava, load_inner
+from probing.backbones.answers import ask
+from probing.backbones.llava import prompt
+from probing.backbones.multi_encoder import as_llava, load_inner, open_encoders
 from probing.distill.recipe import DistillRecipe
 from probing.distill.train import run_stage
 from probing.errors import UserError
@@ -165,3 +167,30 @@ def test_what_does_not_go(trained, models, data, tmp_path):
         embedding = {"teachers": encoders["teachers"], "layers": {"depth": "1"}}
         DistillRecipe.model_validate(values | {"checkpoint": "x", "embedding": embedding})
     assert not Path(tmp_path / "a").exists()
+
+
+def test_it_answers_with_the_teachers_features(trained, data):
+    """Against a loop over whole forward passes of the LLaVA inside, told by hand what the teachers see."""
+    path = trained[2]
+    recipe = BackboneRecipe(checkpoint=str(path), dtype="float32")
+    backbone = load_backbone(recipe, CPU, with_head=True)
+    said = ask(backbone, recipe, images_of(data), ["Which?", "Which number is it?"], most=3)
+    config, processor = load_config(str(path), "checkpoint"), backbone.prepare.processor
+    model = load_inner(str(path), config, CPU, torch.float32).eval()
+    encoders = open_encoders(config, processor.tokenizer, CPU, path)
+    encoders.install(model)
+    for image, question, answer in zip(images_of(data), ["Which?", "Which number is it?"], said, strict=True):
+        text = prompt(processor, recipe.model_copy(update={"prompt": question}))
+        inputs = dict(processor(images=[image], text=[text], return_tensors="pt"))
+        inputs.pop("token_type_ids", None)
+        start = inputs["input_ids"].shape[1]
+        encoders.begin({n: t.target(t.prepare([image])) for n, t in encoders.teachers.items()}, torch.arange(1), 1)
+        for _ in range(3):
+            with torch.no_grad():
+                token = model(**inputs, use_cache=False).logits[:, -1:].argmax(-1)
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], token], dim=1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            if int(token) == processor.tokenizer.eos_token_id:
+                break
+        assert answer == processor.tokenizer.decode(inputs["input_ids"][0, start:], skip_special_tokens=True).strip()
+    assert backbone.writer.encoders.placed is None  # nothing is left for the next forward pass

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from probing.errors import UserError
-from reports.benchmarks import load_benchmarks, not_alike, panels, protocol_label, quality_figure
+from reports.benchmarks import accuracy_table, load_benchmarks, not_alike, panels, quality_figure
 from reports.page import write_report
 from reports.results import load_runs
 from tests.reports.made import COLUMNS, make_run
@@ -21,7 +21,8 @@ LIFTS = [0.0, 0.02, 0.05, 0.03, 0.09]
 """Of the curves of as many checkpoints; `make_run`'s fall by 0.01 a layer from 0.5."""
 
 
-def make_bench(path, name, accuracy, sha, unread=0, benchmark="cvbench"):
+def make_bench(path, name, accuracy, sha, unread=0, questions=2638):
+    benchmark = "cvbench"
     path.mkdir(parents=True)
     rows = []
     for protocol, lift in ((benchmark, 0.0), (f"{benchmark}/2d", 0.1), (f"{benchmark}/2d/count", 0.2)):
@@ -33,7 +34,7 @@ def make_bench(path, name, accuracy, sha, unread=0, benchmark="cvbench"):
     pd.DataFrame(rows, columns=COLUMNS).to_csv(path / "results.csv", index=False)
     manifest = {
         "kind": "benchmark", "benchmark": benchmark, "checkpoint": {"name": name, "path": "/x", "sha256": sha},
-        "data": {"questions": 99, "digest": "d"}, "unreadable": unread,
+        "data": {"questions": questions, "digest": "d"}, "unreadable": unread,
     }  # fmt: skip
     (path / "manifest.json").write_text(json.dumps(manifest))
     (path / "recipe.yaml").write_text("benchmark: cvbench\n")
@@ -76,7 +77,7 @@ def test_checkpoints_are_joined_by_their_weights(runs):
     assert panel.correlation.rho.value == pytest.approx(stats.spearmanr(LIFTS, ACCURACY).statistic)
     assert panel.correlation.tau.value == pytest.approx(stats.kendalltau(LIFTS, ACCURACY).statistic)
     flat = next(p for p in found if (p.teacher, p.probe) == ("seg", "ridge"))  # the same for all checkpoints
-    assert flat.correlation is None and "the same for all" in flat.sentence
+    assert flat.correlation is None and "the same for all 5 checkpoints" in flat.sentence
 
 
 def test_points_are_drawn_where_the_tables_have_them(runs):
@@ -86,14 +87,19 @@ def test_points_are_drawn_where_the_tables_have_them(runs):
     for axes, panel in zip(figure.axes, found, strict=True):
         drawn = sorted((float(c[0].get_xdata()[0]), float(c[0].get_ydata()[0])) for c in axes.containers)
         assert np.allclose(drawn, sorted(zip(panel.points["quality"], panel.points["accuracy"], strict=True)))
-        assert "ρ = +0.80, 5 checkpoints" in axes.get_title("left").replace("\n", " ")
+        assert "ρ = +0.70, 5 checkpoints" in axes.get_title("left").replace("\n", " ")
 
 
 def test_the_page_has_accuracies_and_says_how_many_checkpoints_stand_behind_a_correlation(runs, tmp_path):
     probed, asked = runs
     page = write_report([*probed[:3], *asked], tmp_path / "report").read_text(encoding="utf-8")
-    assert "CV-Bench, 2D, Count" in page and "0.700 [0.670, 0.740], n = 99" in page and "guessing" in page
-    assert "c9: 7 of 99 answers could not be read, and count as wrong." in page
+    assert (
+        "<h3>CV-Bench</h3>" in page
+        and "2D, Count" in page
+        and "0.700 [0.670, 0.740], n = 99" in page
+        and "guessing" in page
+    )
+    assert "c9: 7 of 2638 answers could not be read, and count as wrong." in page
     rho = stats.spearmanr(LIFTS[:3], ACCURACY[:3]).statistic
     assert f"Spearman&#39;s ρ = {rho:+.2f}" in page and "over 3 checkpoints" in page
     assert "So few checkpoints (fewer than 8) say little" in page
@@ -109,7 +115,7 @@ def test_no_correlation_of_two(runs):
     probed, asked = runs
     found = panels(load_runs(probed[:2]), load_benchmarks(asked))
     assert all(panel.correlation is None for panel in found)
-    assert "2 checkpoints have both probes and answers; no rank correlation of so few" in found[0].sentence
+    assert "2 checkpoints have both probes and answers; no rank correlation of fewer than 3" in found[0].sentence
     assert not panels(load_runs(probed[5:]), load_benchmarks(asked))
 
 
@@ -147,9 +153,12 @@ def test_more_checkpoints_say_more(tmp_path):
     assert panel.correlation.rho.low > 0.9 and "say little" not in panel.sentence and "over 12" in panel.sentence
 
 
-def test_labels():
-    assert protocol_label("cvbench/2d/ade20k") == "CV-Bench, 2D, ADE20K"
-    assert protocol_label("mmstar/math") == "MMStar, Math"
+def test_other_questions_are_not_called_by_the_benchmarks_name(tmp_path):
+    runs = load_benchmarks([make_bench(tmp_path / "b", "c", 0.5, "s", questions=587)])
+    table = accuracy_table(runs, "cvbench")
+    assert table["title"] == "CV-Bench-like (587 questions)"
+    assert "Not CV-Bench as published, which has 2638 questions" in table["notes"][0]
+    assert [row[0] for row in table["rows"]] == ["Overall", "2D", "2D, Count"]
 
 
 def test_reports_of_benchmarks_need_no_torch():
