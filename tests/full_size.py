@@ -135,11 +135,19 @@ def coco(root: Path, **splits: int) -> Path:
             (root / split / name).symlink_to(root / "picture.jpg")
         listed = {"images": [{"id": k, "file_name": name} for k, name in enumerate(names)], "annotations": []}
         (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(listed))
+        thing = {"id": 1, "image_id": 0, "category_id": 1, "iscrowd": 0, "area": 153600, "bbox": [0, 0, 320, 480]}
+        drawn = thing | {"segmentation": [[0, 0, 320, 0, 320, 480, 0, 480]]}
+        sized = [image | {"width": 640, "height": 480} for image in listed["images"]]
+        whole = {"images": sized, "annotations": [drawn], "categories": [{"id": 1, "name": "cat"}]}
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(whole))
     return root
 
 
-def conversations(path: Path, number: int, rounds: tuple[int, int], words: tuple[int, int], without: float = 0) -> Path:
-    """A conversation file beside the picture that all of it is about.
+def conversations(
+    path: Path, number: int, rounds: tuple[int, int], words: tuple[int, int], without: float = 0,
+    about: str = "picture.jpg",
+) -> Path:  # fmt: skip
+    """A conversation file, and beside it the picture that all of it is about.
 
     Args:
         path: of the file.
@@ -147,6 +155,7 @@ def conversations(path: Path, number: int, rounds: tuple[int, int], words: tuple
         rounds: fewest and most questions of one.
         words: fewest and most words of an answer.
         without: share that has no image.
+        about: the picture, where it is another, which there is.
     """
     drawn = random.Random(0)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +171,7 @@ def conversations(path: Path, number: int, rounds: tuple[int, int], words: tuple
         for turn in range(drawn.randint(*rounds)):
             turns.append({"from": "human", "value": ("<image>\n" if shown and not turn else "") + text(6, 14)})
             turns.append({"from": "gpt", "value": text(*words)})
-        image: dict[str, Any] = {"image": "picture.jpg"} if shown else {}
+        image: dict[str, Any] = {"image": about} if shown else {}
         entries.append({"id": str(index), "conversations": turns} | image)
     path.write_text(json.dumps(entries))
     return path
@@ -181,7 +190,10 @@ def make(root: Path, share: float = 1.0) -> None:
         (root / owner).mkdir()
         (root / owner / model).symlink_to(root.resolve() / "standins" / name)
     coco(root.resolve() / "data/coco", train2017=int(118287 * share), val2017=int(5000 * share))
-    conversations(root / "data/coco/captions_train2017_llava.json", int(591753 * share), rounds=(1, 1), words=(8, 14))
+    conversations(
+        root / "data/coco/captions_train2017_llava.json", int(591753 * share), rounds=(1, 1), words=(8, 14),
+        about="train2017/000000000000.jpg",
+    )  # fmt: skip
     conversations(root / "data/ALLaVA-Caption.json", int(663000 * share), rounds=(1, 1), words=(90, 230))
     conversations(
         root / "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", int(558128 * share), rounds=(1, 1), words=(5, 20)
