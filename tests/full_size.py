@@ -2,8 +2,9 @@
 
     python -m tests.full_size FOLDER
 
-makes COCO's 118,287 training images (all of them links to one picture), LLaVA's 558,128 captions and 665,298
-conversations, teachers and checkpoints. Then `probing plan` says in FOLDER what examples/cluster/README.md shows.
+makes COCO's 118,287 training images (all of them links to one picture) and 591,753 captions, LLaVA's 558,128 captions
+and 665,298 conversations, ALLaVA's 663,000 captions, teachers and checkpoints. Then `probing plan RECIPE` says in
+FOLDER what the recipes in examples/ and examples/cluster/README.md show.
 """
 
 import json
@@ -36,12 +37,20 @@ from transformers import (
 )
 
 from probing.chat import SYSTEM, TEMPLATES
+from probing.teachers.catalogue import CATALOGUE
 
 LLM = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False, "max_position_embeddings": 8192,
 }  # fmt: skip
 """Llama-3-8B."""
+VICUNA = LLM | {
+    "vocab_size": 32064,
+    "intermediate_size": 11008,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+}
+"""Vicuna-7B, as LLaVA-1.5 has it."""
 WORDS = "a the of and red green blue small large cat dog car tree house street table on under beside".split()  # noqa: SIM905
 
 
@@ -73,15 +82,15 @@ def ola(path: Path) -> Path:
     return path
 
 
-def llava(path: Path) -> Path:
-    """An untrained LLaVA of Llama-3-8B with CLIP ViT-L/336."""
+def llava(path: Path, llm: dict[str, Any] = LLM) -> Path:
+    """A LLaVA of Llama-3-8B, or another LLM, with CLIP ViT-L/336."""
     text, size = tokenizer(), {"height": 336, "width": 336}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
             patch_size=14, projection_dim=768,
         ),
-        text_config=LlamaConfig(**LLM),
+        text_config=LlamaConfig(**llm),
         image_token_id=text.convert_tokens_to_ids("<image>"), image_seq_length=576,
     )  # fmt: skip
     config.architectures = ["LlavaForConditionalGeneration"]
@@ -144,11 +153,19 @@ def coco(root: Path, **splits: int) -> Path:
             (root / split / name).symlink_to(root / "picture.jpg")
         listed = {"images": [{"id": k, "file_name": name} for k, name in enumerate(names)], "annotations": []}
         (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(listed))
+        thing = {"id": 1, "image_id": 0, "category_id": 1, "iscrowd": 0, "area": 153600, "bbox": [0, 0, 320, 480]}
+        drawn = thing | {"segmentation": [[0, 0, 320, 0, 320, 480, 0, 480]]}
+        sized = [image | {"width": 640, "height": 480} for image in listed["images"]]
+        whole = {"images": sized, "annotations": [drawn], "categories": [{"id": 1, "name": "cat"}]}
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(whole))
     return root
 
 
-def conversations(path: Path, number: int, rounds: tuple[int, int], words: tuple[int, int], without: float = 0) -> Path:
-    """A conversation file beside the picture that all of it is about.
+def conversations(
+    path: Path, number: int, rounds: tuple[int, int], words: tuple[int, int], without: float = 0,
+    about: str = "picture.jpg",
+) -> Path:  # fmt: skip
+    """A conversation file, and beside it the picture that all of it is about.
 
     Args:
         path: of the file.
@@ -156,6 +173,7 @@ def conversations(path: Path, number: int, rounds: tuple[int, int], words: tuple
         rounds: fewest and most questions of one.
         words: fewest and most words of an answer.
         without: share that has no image.
+        about: the picture, where it is another, which there is.
     """
     drawn = random.Random(0)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +189,7 @@ def conversations(path: Path, number: int, rounds: tuple[int, int], words: tuple
         for turn in range(drawn.randint(*rounds)):
             turns.append({"from": "human", "value": ("<image>\n" if shown and not turn else "") + text(6, 14)})
             turns.append({"from": "gpt", "value": text(*words)})
-        image: dict[str, Any] = {"image": "picture.jpg"} if shown else {}
+        image: dict[str, Any] = {"image": about} if shown else {}
         entries.append({"id": str(index), "conversations": turns} | image)
     path.write_text(json.dumps(entries))
     return path
@@ -181,9 +199,21 @@ def make(root: Path, share: float = 1.0) -> None:
     """All stand-ins where the recipes and examples/cluster/README.md expect them, with a share of the data."""
     ola(root / "standins/ola")
     llava(root / "checkpoints/llava-untrained")
+    for name in ("llava-pt", "llava", "ola-pt", "ola"):
+        (root / "checkpoints" / name).symlink_to("llava-untrained")
+    llava(root / "llava-hf/llava-1.5-7b-hf", VICUNA)
     teachers(root / "standins")
     encoders(root / "standins")
+    for name, entry in CATALOGUE.items():  # recipes name teachers by their ids: a folder of that name comes first
+        owner, _, model = entry.default_id.partition("/")
+        (root / owner).mkdir(exist_ok=True)
+        (root / owner / model).symlink_to(root.resolve() / "standins" / name)
     coco(root.resolve() / "data/coco", train2017=int(118287 * share), val2017=int(5000 * share))
+    conversations(
+        root / "data/coco/captions_train2017_llava.json", int(591753 * share), rounds=(1, 1), words=(8, 14),
+        about="train2017/000000000000.jpg",
+    )  # fmt: skip
+    conversations(root / "data/ALLaVA-Caption.json", int(663000 * share), rounds=(1, 1), words=(90, 230))
     conversations(
         root / "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", int(558128 * share), rounds=(1, 1), words=(5, 20)
     )

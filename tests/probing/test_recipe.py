@@ -1,9 +1,7 @@
-import re
 from pathlib import Path
 
 import pytest
 
-from probing.distill.recipe import DistillRecipe
 from probing.errors import UserError
 from probing.recipe import ProbeRunRecipe, apply_overrides, dump_recipe, load_recipe, parse_scalar, validate
 
@@ -67,32 +65,3 @@ def test_files_that_are_no_recipes(tmp_path, text, message):
         (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         load_recipe(ProbeRunRecipe, tmp_path / "r.yaml")
-
-
-@pytest.mark.parametrize(
-    "path", [*sorted(EXAMPLES.glob("probe/*.yaml")), EXAMPLES / "study" / "probe.yaml"], ids=lambda p: p.name
-)
-def test_examples_are_valid(path):
-    assert load_recipe(ProbeRunRecipe, path).layers
-
-
-@pytest.mark.parametrize(
-    "path", [*sorted(EXAMPLES.glob("distill/*.yaml")), *sorted(EXAMPLES.glob("toy/*.yaml"))], ids=str
-)
-def test_examples_of_stages_are_valid(path):
-    assert load_recipe(DistillRecipe, path).stage in path.read_text()
-
-
-@pytest.mark.parametrize(("column", "base"), [(2, "distill/ola_pt.yaml"), (3, "toy/ola_pt.yaml")])
-def test_every_ablation_is_a_recipe(column, base):
-    """Each row's overrides, and no two rows that are the same unless they say that they are the default."""
-    lines = (EXAMPLES / "distill" / "ablations.md").read_text().splitlines()
-    rows = [line.split("|") for line in lines if line.startswith("| Table") or line.startswith("| Fig")]
-    assert len(rows) == 40
-    default = load_recipe(DistillRecipe, EXAMPLES / base)
-    for row in rows:
-        recipe = load_recipe(DistillRecipe, EXAMPLES / base, re.findall("`([^`]+)`", row[column]))
-        if "default" in row[1]:
-            assert recipe == default, row[1]
-        elif not row[4].strip():
-            assert recipe != default, row[1]

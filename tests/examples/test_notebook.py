@@ -1,0 +1,35 @@
+"""The notebook runs from top to bottom, without a kernel: its cells are plain Python."""
+
+import ast
+import json
+import time
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "notebook.ipynb"
+
+
+def code_cells() -> list[str]:
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_it_is_stripped():
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+
+
+@pytest.mark.slow
+def test_every_cell_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mpl.use("Agg")
+    space: dict[str, object] = {}
+    started = time.process_time()
+    for number, cell in enumerate(code_cells()):
+        exec(compile(ast.parse(cell), f"cell {number}", "exec"), space)
+    assert time.process_time() - started < 120  # of all threads; two cores, a minute
+    assert (tmp_path / "runs/notebook/layers.pdf").read_bytes().startswith(b"%PDF")
+    said = capsys.readouterr().out
+    assert "6 blocks; the sequence:" in said and "layer 6: cosine" in said and "cosine_centred" in said
