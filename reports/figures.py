@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -11,6 +12,7 @@ from reports.curves import column_figure, difference_figure, layer_figure, shown
 from reports.differences import against, measures_of, references
 from reports.findings import METRIC, PROTOCOL
 from reports.results import RunResults
+from reports.styles import PAPER, SCREEN
 
 Style = Literal["screen", "paper"]
 STYLES: tuple[Style, ...] = ("screen", "paper")
@@ -26,13 +28,14 @@ def save(figure: Figure, folder: Path, name: str, style: Style) -> None:
     """Writes a figure into `figures/`; PDF with its fonts embedded, SVG with letters as paths."""
     place = folder / "figures"
     place.mkdir(parents=True, exist_ok=True)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once, not for every format again
     stem = place / slug(name)
-    if style == "screen":
-        figure.savefig(f"{stem}.png", dpi=160)
-    figure.savefig(f"{stem}.svg", metadata={"Date": None})
-    figure.savefig(f"{stem}.pdf", metadata={"CreationDate": None})
+    with mpl.rc_context(PAPER if style == "paper" else SCREEN):  # the kind of fonts is read while saving
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, not for every format again
+        if style == "screen":
+            figure.savefig(f"{stem}.png", dpi=160)
+        figure.savefig(f"{stem}.svg", metadata={"Date": None})
+        figure.savefig(f"{stem}.pdf", metadata={"CreationDate": None})
 
 
 def measures(runs: Sequence[RunResults]) -> list[tuple[str, str]]:
