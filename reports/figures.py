@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -12,6 +13,7 @@ from reports.curves import column_figure, difference_figure, layer_figure, shown
 from reports.differences import against, measures_of, references
 from reports.findings import METRIC, PROTOCOL
 from reports.results import RunResults
+from reports.styles import PAPER, SCREEN
 
 Style = Literal["screen", "paper"]
 STYLES: tuple[Style, ...] = ("screen", "paper")

@@ -1,0 +1,157 @@
+"""Colours that survive grey print and colour blindness, one look per checkpoint, figures as publishers want them."""
+
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from matplotlib.colors import to_rgb
+
+import reports
+from probing.cli import cli
+from reports.curves import column_figure, difference_figure, layer_figure
+from reports.differences import against
+from reports.page import load, render
+from reports.styles import CHECKPOINTS, DARK, DOUBLE, LIGHT, MARKERS, SINGLE, marker, places, tone
+from tests.reports.made import make_differences, make_run
+from tests.reports.test_page import Parsed
+
+# Machado, Oliveira & Fernandes (2009), severity 1, on linear RGB.
+BLIND = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]])
+GROUND = {"light": "#ffffff", "dark": "#17181a"}
+TONES = {"light": LIGHT, "dark": DARK}
+
+
+def linear(colour):
+    rgb = np.array(to_rgb(colour))
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb):
+    """CIE L*a*b* of linear RGB."""
+    x = XYZ @ np.clip(rgb, 0, 1) / np.array([0.95047, 1.0, 1.08883])
+    f = np.where(x > (6 / 29) ** 3, np.cbrt(x), x / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def contrast(one, two):
+    """WCAG 2's contrast ratio."""
+    low, high = sorted(float(XYZ[1] @ linear(colour)) for colour in (one, two))
+    return (high + 0.05) / (low + 0.05)
+
+
+def colours(theme):
+    return [TONES[theme][tone(place)] for place in range(CHECKPOINTS)]
+
+
+@pytest.mark.parametrize("theme", TONES)
+def test_checkpoints_differ_in_lightness_alone(theme):
+    lightness = [lab(linear(colour))[0] for colour in colours(theme)]
+    assert min(abs(a - b) for a, b in itertools.pairwise(lightness)) > 15
+    assert min(abs(a - b) for a, b in itertools.combinations(lightness, 2)) > 8
+    assert all(contrast(colour, GROUND[theme]) > 3 for colour in colours(theme)[:5])
+    assert contrast(colours(theme)[5], GROUND[theme]) > 2
+
+
+@pytest.mark.parametrize("theme", TONES)
+@pytest.mark.parametrize("kind", BLIND)
+def test_checkpoints_differ_for_colour_blind_readers(theme, kind):
+    seen = [lab(np.array(BLIND[kind]) @ linear(colour)) for colour in colours(theme)]
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 12
+
+
+def test_texts_of_the_page_can_be_read():
+    style = (Path(reports.__file__).parent / "templates" / "style.css").read_text()
+    roots = re.findall(r"\{ (--ground[^}]*)\}", style)
+    assert len(roots) == 3 and roots[1] == roots[2]  # light; dark by choice, and by the system's
+    for root in roots:
+        named = dict(re.findall(r"--([\w-]+):(#\w+)", root))
+        assert all(contrast(named[name], named["ground"]) > 4.5 for name in ("text", "soft", "link"))
+        assert contrast(named["focus"], named["ground"]) > 3 and contrast(named["text"], named["warn"]) > 4.5
+
+
+def test_numbers_follow_the_order_and_a_checkpoint_has_one():
+    assert places(["a", "b"], ["b", "c", "a"]) == ([0, 1], [1, 2, 0])
+    assert places(["a", "a"], ["a", "a", "a"]) == ([0, 1], [0, 1, 2])
+    assert places([], ["x", "y", "x"]) == ([], [0, 1, 2])
+    looks = {(tone(place), marker(place)) for place in range(CHECKPOINTS * len(MARKERS))}
+    assert len(looks) == CHECKPOINTS * len(MARKERS)
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """Three runs; only the second and third have a metric that the first has not."""
+    made = [make_run(tmp_path / name, name, layers=2, final=False) for name in ("a", "b", "c")]
+    for path, drop in zip(made, ("paper", "", ""), strict=True):
+        table = pd.read_csv(path / "results.csv", dtype=str, keep_default_na=False)
+        table[(table["protocol"] != drop) & (table["teacher"] != "gen")].to_csv(path / "results.csv", index=False)
+    return made
+
+
+def drawn(figure, names):
+    """Colour and marker of every checkpoint in a figure, each the same in all panels."""
+    looks = {}
+    for axes in figure.axes:
+        for line in axes.lines:
+            if line.get_label() in names:
+                looks.setdefault(line.get_label(), set()).add((line.get_color(), line.get_marker()))
+    assert all(len(found) == 1 for found in looks.values())
+    return {name: next(iter(found)) for name, found in looks.items()}
+
+
+def test_a_checkpoint_looks_the_same_in_every_figure_and_in_the_page(paths):
+    runs, _ = load(paths)
+    names = [run.label for run in runs]
+    differences = make_differences(names, 2)
+    place = {run.label: run.place for run in runs}
+    whole = drawn(layer_figure(runs, "cosine", "strict"), names)
+    assert list(whole) == names and len(set(whole.values())) == 3
+    without_first = drawn(layer_figure(runs[1:], "cosine", "paper"), names)
+    assert without_first == {name: whole[name] for name in ("b", "c")}
+    assert drawn(column_figure(runs[2:], "seg", "ridge", "cosine", "strict"), names) == {"c": whole["c"]}
+    for reference in names:
+        figure = difference_figure(against(differences, reference), "cosine", "strict", place)
+        assert drawn(figure, names) == {name: look for name, look in whole.items() if name != reference}
+    colour = {name: key for key, name in LIGHT.items()}
+    page = Parsed(render(runs, [], differences))
+    for plot in page.plots():
+        for line in plot["lines"]:
+            if line["name"] in whole:
+                assert line["tone"] == colour[whole[line["name"]][0]]
+
+
+def test_figures_for_a_paper(paths, tmp_path):
+    """Column widths, letters of seven points, fonts embedded, nothing but SVG and PDF."""
+    out = tmp_path / "out"
+    said = CliRunner().invoke(cli, ["report", *map(str, paths[1:]), "--out", str(out), "--style", "paper"])
+    assert said.exit_code == 0, said.output
+    files = sorted((out / "figures").iterdir())
+    assert {file.suffix for file in files if not file.name.startswith("grid_")} == {".svg", ".pdf"}
+    widths = {}
+    for file in (file for file in files if file.suffix == ".pdf"):
+        raw = file.read_bytes()
+        widths[file.stem] = float(re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", raw)[1]) / 72
+        fonts = re.findall(rb"/Type /FontDescriptor.*?endobj", raw, re.DOTALL)
+        assert fonts and all(b"/FontFile2" in font for font in fonts) and b"/Type3" not in raw
+    assert widths["layers_cosine_strict"] == pytest.approx(DOUBLE)
+    assert widths["layers_cosine_strict_seg_ridge"] == pytest.approx(SINGLE)
+    svg = (out / "figures" / "layers_cosine_strict_seg_ridge.svg").read_text()
+    assert "<text" not in svg and "<path" in svg  # letters are paths: no font is needed to see them
+    runs, _ = load(paths)
+    double = layer_figure(runs, "cosine", "strict", paper=True)
+    for figure in (double, column_figure(runs, "seg", "ridge", "cosine", "strict")):
+        figure.draw_without_rendering()
+        width, height = figure.get_size_inches()
+        texts = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, *axes.get_xticklabels())]
+        legend = figure.legends[0]
+        assert {text.get_fontsize() for text in (*texts, *legend.get_texts())} == {7.0}
+        box = legend.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
+        assert box.x0 >= -0.01 and box.x1 <= width + 0.01 and box.y0 >= -0.01 and box.y1 < 0.5 * height
