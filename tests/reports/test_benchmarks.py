@@ -94,7 +94,7 @@ def test_the_page_has_accuracies_and_says_how_many_checkpoints_stand_behind_a_co
     probed, asked = runs
     page = write_report([*probed[:3], *asked], tmp_path / "report").read_text(encoding="utf-8")
     assert (
-        "<h3>CV-Bench</h3>" in page
+        "<caption>CV-Bench</caption>" in page
         and "2D, Count" in page
         and "0.700 [0.670, 0.740], n = 99" in page
         and "guessing" in page
