@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from transformers import AutoModelForImageTextToText
 
-from analysis.align import AlignRecipe, align
+from analysis.align import AlignRecipe, align, rehearse_alignment
 from analysis.align_passes import Annotator
 from analysis.compare import compare
 from analysis.geometry import linear_cka, neighbour_overlap
@@ -24,6 +24,7 @@ from probing.data.panoptic import read_panoptic
 from probing.data.patch_labels import patch_labels, plain_name
 from probing.data.toyworld.layout import write_world
 from probing.errors import UserError
+from probing.recipe import dump_recipe
 from probing.run import Run
 from probing.teachers import load_teacher
 from probing.words import word_ids, word_vectors
