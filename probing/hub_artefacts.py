@@ -185,7 +185,7 @@ def pull(
                 write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     for field, name in elsewhere(recipe.model_dump(mode="json")):
         like = "coco:DIR" if field == "data.path" else "DIR"
-        logger.info("where %r lies on this machine: probing pull %s %s %s=%s", name, repo, out, field, like)
+        logger.info("to say where %r lies on this machine, add to the same command: %s=%s", name, field, like)
     return Run.open(out)
 
 

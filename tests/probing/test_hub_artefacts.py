@@ -347,7 +347,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(made, published, tmp_path, mon
 def test_a_pulled_run_says_what_it_does_not_know(published, places, tmp_path):
     out = tmp_path / "run"
     first = probing("pull", published, out, "--teacher", "gen").stderr
-    assert f"where 'llava' lies on this machine: probing pull {published} {out} backbone.checkpoint=DIR" in first
+    assert "where 'llava' lies on this machine, add to the same command: backbone.checkpoint=DIR" in first
     done = probing("evaluate", out, code=2)
     assert "'elsewhere:coco_folder': the recipe comes from another machine" in done.stderr
     scores = (out / "scores" / "cosine-val2017.safetensors").stat().st_mtime_ns
