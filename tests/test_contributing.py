@@ -10,17 +10,31 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+from transformers import (
+    CLIPImageProcessor,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
+    LlavaProcessor,
+    Qwen2Config,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
+    TimmWrapperConfig,
+)
 
 import analysis
+import probing.backbones
 import probing.teachers
 from analysis.metrics import PROTOCOLS
+from probing.backbones import FAMILIES, load_backbone
 from probing.cli import cli
 from probing.data.coco import list_images, square
 from probing.recipe import TeacherRecipe
+from probing.ridge import RidgeReadout, place_states
 from probing.run import Run
 from probing.teachers import load_teacher
 from probing.teachers.catalogue import CATALOGUE, Entry
+from tests import tiny
 
 GUIDE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
@@ -64,21 +78,45 @@ def segformer(path):
     return path
 
 
-def test_a_teacher_and_a_metric_are_a_file_and_a_line_each(monkeypatch, models, coco, tmp_path, run_cli):
-    monkeypatch.setitem(CATALOGUE, "semantic", None)
-    monkeypatch.setitem(PROTOCOLS, "explained", None)
+def fast_vlm(path):
+    torch.manual_seed(0)
+    sizes = {"inference_mode": True, "layers": (1, 1, 1, 1, 1), "embed_dims": (8, 8, 32, 32, 32)}
+    vision = TimmWrapperConfig(
+        architecture="fastvit_mci3", do_pooling=True, global_pool="avg", hidden_size=64, model_args=sizes
+    )  # fmt: skip
+    text = Qwen2Config(
+        vocab_size=len(tiny.tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    config = FastVlmConfig(vision_config=vision, text_config=text, image_token_id=3, image_seq_length=16)
+    FastVlmForConditionalGeneration(config).save_pretrained(path)
+    size = {"height": 256, "width": 256}
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 256}, crop_size=size), tokenizer=tiny.tokenizer(),
+        patch_size=64, vision_feature_select_strategy="full", chat_template=tiny.CHAT_TEMPLATE,
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+@pytest.mark.slow
+def test_a_teacher_a_family_and_a_metric_are_a_file_and_a_line_each(monkeypatch, coco, tmp_path, run_cli):
+    for registry, name in ((CATALOGUE, "semantic"), (FAMILIES, "fast_vlm"), (PROTOCOLS, "explained")):
+        monkeypatch.setitem(registry, name, None)
     for heading, package, name, names in (
         ("A teacher", probing.teachers, "semantic", {"CATALOGUE": CATALOGUE, "Entry": Entry}),
+        ("A checkpoint family", probing.backbones, "fast_vlm", {"FAMILIES": FAMILIES}),
         ("A metric", analysis, "explained", {"PROTOCOLS": PROTOCOLS}),
     ):
         file, line = blocks(heading)
         assert len(ast.parse(line).body) == 1
         place(monkeypatch, package, tmp_path, name, file)
-        exec(line, names)  # as if it stood in the list
+        module = importlib.import_module(f"{package.__name__}.{name}") if "FAMILIES" in names else None
+        exec(line, names | {name: module})  # as if it stood in the list
     assert "logits on the grid" in run_cli("teachers")
-    folder = segformer(tmp_path / "segformer")
+    checkpoint, folder = fast_vlm(tmp_path / "fastvlm"), segformer(tmp_path / "segformer")
+    assert "fastvit_mci3" in run_cli("inspect", checkpoint)
     run_cli(
-        "train", "--checkpoint", models["llava"], "--data", f"coco:{coco}", "--teacher", f"semantic={folder}",
+        "train", "--checkpoint", checkpoint, "--data", f"coco:{coco}", "--teacher", f"semantic={folder}",
         "--layers", "0,2", "--out", tmp_path / "run", "fit.epochs=1", "fit.batch_size=6", "fit.micro_batch=3",
         "fit.workers=0",
     )  # fmt: skip
@@ -94,13 +132,12 @@ def test_a_teacher_and_a_metric_are_a_file_and_a_line_each(monkeypatch, models, 
 
 
 def _ridge_by_hand(run, folder, coco, own):
-    """The share explained at layer 2, from the saved readout and the states themselves, image by image."""
-    from probing.backbones import load_backbone
-    from probing.ridge import RidgeReadout, place_states
-
+    """The share explained at layer 2, from the saved readout and the model's own states, image by image."""
     cpu = torch.device("cpu")
     teacher = load_teacher("semantic", TeacherRecipe(id=str(folder)), cpu)
     backbone = load_backbone(run.recipe.backbone, cpu)
+    model = FastVlmForConditionalGeneration.from_pretrained(run.recipe.backbone.checkpoint).eval()
+    assert backbone.family == "fast_vlm"
     weight, bias = RidgeReadout.load(run.ridge("no"), cpu).maps["semantic", 2]
     mean = run.mean_targets(cpu)["semantic"]
     images, shares = list_images(coco, "val2017", None), []
@@ -108,6 +145,9 @@ def _ridge_by_hand(run, folder, coco, own):
         picture = square(images.read(index))
         target = teacher.target(teacher.prepare([picture]))[0]
         states, tokens = backbone.hidden_states([picture], "2")
+        with torch.no_grad():
+            whole = model(**backbone.prepare([picture]).inputs, output_hidden_states=True)
+        torch.testing.assert_close(states[2], whole.hidden_states[2], atol=1e-5, rtol=1e-4)
         placed = place_states(tokens.image_states(states[2]), tokens.grid, teacher.grid)[0]
         errors = [
             (((weight @ state + bias) - t).square().sum(), (m - t).square().sum())

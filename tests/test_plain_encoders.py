@@ -89,6 +89,7 @@ def test_the_mean_target_is_of_what_the_encoder_itself_gives(run, teachers, coco
     np.testing.assert_allclose(own[0], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_runs_with_plain_encoders_are_compared_and_drawn(run, models, coco, teachers, tmp_path):
     other = tmp_path / "other"
     probing("train", "--recipe", run / "recipe.yaml", "--out", other, "fit.seeds=[1]")
@@ -105,6 +106,7 @@ def test_runs_with_plain_encoders_are_compared_and_drawn(run, models, coco, teac
         probing("compare", run, another, "--out", tmp_path / "refused")
 
 
+@pytest.mark.slow
 def test_layers_are_compared_with_plain_encoders(models, teachers, tmp_path):
     world = write_world(tmp_path / "world", 2, 16, seed=4)
     probing(

@@ -14,6 +14,7 @@ from probing.recipe import validate
 from tests import encoders, tiny
 
 
+@pytest.mark.slow
 def test_a_plain_encoder_is_a_task_without_special_tokens(models, coco, tmp_path):
     root = tiny.conversations(tmp_path / "data", 12)
     teacher = {"id": str(encoders.make("siglip", tmp_path / "siglip")), "features": "pooled"}
