@@ -66,7 +66,7 @@ def panel_title(teacher: str, probe: str) -> str:
 
 def final_place(deepest: int) -> float:
     """Where `final` stands on the axis of the layers, apart on the right."""
-    return deepest + max(1.0, 0.06 * deepest)
+    return deepest + max(1.0, 0.13 * deepest)
 
 
 def layer_ticks(deepest: int, final: bool) -> tuple[list[float], list[str]]:
@@ -191,10 +191,12 @@ def shown_probes(runs: Sequence[RunResults]) -> list[str]:
 def column_figure(runs: Sequence[RunResults], teacher: str, probe: str, metric: str, protocol: str) -> Figure:
     """One panel with its legend, as wide as one column of a paper."""
     lines = [x for x in series(runs) if len(x.run.curve(teacher, probe, x.control, metric, protocol))]
-    handles = legend_handles(lines, levels(runs, teacher, metric, protocol)[1] is not None)
     with mpl.rc_context(PAPER):
+        handles = legend_handles(lines, levels(runs, teacher, metric, protocol)[1] is not None)
         figure = Figure(figsize=(SINGLE, 2.0 + 0.07 * len(handles)), layout="constrained")
-        draw_panel(figure.subplots(), lines, teacher, probe, metric, protocol)
+        axes = figure.subplots()
+        draw_panel(axes, lines, teacher, probe, metric, protocol)
+        axes.set_title(panel_title(teacher, probe), loc="left", fontweight="normal")
         draw_legend(figure, handles)
     return figure
 

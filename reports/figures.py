@@ -16,7 +16,6 @@ from reports.results import RunResults
 from reports.styles import PAPER, SCREEN
 
 Style = Literal["screen", "paper"]
-STYLES: tuple[Style, ...] = ("screen", "paper")
 """`screen`: PNG, SVG and PDF. `paper`: SVG and PDF, 3.25 or 6.75 inches wide, in letters of 7 points."""
 
 

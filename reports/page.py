@@ -316,15 +316,17 @@ def _difference_plots(frame: pd.DataFrame, metric: str, protocol: str, place: Ma
 
 
 def _means(frame: pd.DataFrame) -> list[list[str]]:
-    """Rows of the table of mean differences."""
+    """Rows of the table of mean differences, in the order of the metrics."""
+    order = {measure: place for place, measure in enumerate(measures_of(frame, (METRIC, PROTOCOL)))}
+    rows = [row for _, row in frame[(frame["layer"] == AVERAGE) & (frame["probe"] != "")].iterrows()]
     return [
         [
             f"{row['checkpoint']} − {row['reference']}",
             teacher_title(row["teacher"]),
             PROBES.get(row["probe"], row["probe"]),
             metric_label(row["metric"], row["protocol"]),
-            f"{row['value']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]",
+            f"{row['value']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]".replace("-", "−"),
             str(row["n"]),
         ]
-        for _, row in frame[(frame["layer"] == AVERAGE) & (frame["probe"] != "")].iterrows()
+        for row in sorted(rows, key=lambda row: order[row["metric"], row["protocol"]])
     ]

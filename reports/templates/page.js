@@ -156,7 +156,7 @@
     const body = rows.map((row) => row.flatMap((cell, i) => {
       if (!wide[i]) return [cell];
       const [, value = cell, low = "", high = "", rest = ""] = cell.match(interval) || [];
-      return [value, low, high].map((one) => one.replace("−", "-")).concat(extra[i] ? [rest.replace(/^\s*·?\s*/, "")] : []);
+      return [value, low, high].map((one) => one.replace("−", "-").replace(/^\+/, "")).concat(extra[i] ? [rest.replace(/^\s*·?\s*/, "")] : []);
     }));
     return [top, ...body].map((row) => row.map(quoted).join(",")).join("\n") + "\n";
   };

@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
+from reports.curves import final_place, layer_ticks
 from reports.differences import against, references
 from reports.page import load, render, write_report
-from reports.plots import nice_ticks
+from reports.plots import WIDTH, nice_ticks
 from reports.results import read_results
 from tests.reports.made import add_rows, make_differences, make_run, wide_pictures
 
@@ -168,6 +169,15 @@ def test_a_name_is_only_text_in_scripts_attributes_styles_and_drawings(tmp_path,
     assert styles[0] == styles[1]
     assert any(line["name"] == name for plot in hostile.plots() for line in plot["lines"])
     assert any(attrs.get("data-name") == name for _, attrs in hostile.tags)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 6, 12, 24, 28, 32, 40, 80])
+def test_names_of_layers_do_not_run_into_each_other(depth):
+    ticks, names = layer_ticks(depth, final=True)
+    letters = (WIDTH - 60) / (final_place(depth) * 1.05) / 7  # a place in letters of the axis
+    for (a, one), (b, two) in itertools.pairwise(zip(ticks, names, strict=True)):
+        assert (b - a) * letters > (len(one) + len(two)) / 2
+    assert names[-1] == "final" and len(names) < 12
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.013, 0.002), (17.0, 5012.0), (0.3, 0.3), (1e-9, 2e-9)])
