@@ -11,8 +11,7 @@ import platform
 import shutil
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from probing.reach import ask_hub, within
 from probing.user_cache import cache_folder
 
 PACKAGE = "mllm-probing"
@@ -195,32 +195,12 @@ def _hub() -> Iterator[Finding]:
     if constants.HF_HUB_OFFLINE:
         yield Finding("Hub", "HF_HUB_OFFLINE is set: only folders, and what is in the cache")
         return
-    answer = within(HUB_SECONDS, _ask_hub) or f"does not answer within {HUB_SECONDS:.0f} s"
+    answer = within(HUB_SECONDS, lambda: ask_hub(HUB_SECONDS)) or f"does not answer within {HUB_SECONDS:.0f} s"
     if answer == "answers":
         yield Finding("Hub", f"{constants.ENDPOINT} {answer}")
         return
     advice = "folders and what is in the cache can be used; set HF_HUB_OFFLINE=1, so that nothing waits for it"
     yield Finding("Hub", f"{constants.ENDPOINT} {answer}; {advice}", "note")
-
-
-def _ask_hub() -> str:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    try:
-        status = get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS).status_code
-    except Exception as error:  # noqa: BLE001 - one of several HTTP libraries, by the version of huggingface_hub
-        return f"cannot be reached ({type(error).__name__})"
-    return "answers" if status < 400 else f"answers with status {status}"
-
-
-def within(seconds: float, call: Callable[[], str]) -> str | None:
-    """What a call returns, or None where it takes longer: looking up a name heeds no time limit of its own."""
-    answers: list[str] = []
-    thread = threading.Thread(target=lambda: answers.append(call()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answers[0] if answers else None
 
 
 def _folders() -> Iterator[Finding]:

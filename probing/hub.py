@@ -16,6 +16,7 @@ from torch import Tensor
 import probing.compat  # noqa: F401
 from probing.errors import BROKEN, UserError
 from probing.provenance import weights_hash
+from probing.reach import offline_where_unreachable
 from probing.recipe import local_path
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -46,6 +47,7 @@ def locate(source: str, what: str) -> str:
         raise UserError(f"no {what} at {source}: it is a file; give the folder that holds config.json")
     if looks_like_path(source) or "/" not in source:
         raise UserError(f"no such {what}: {source}; give an existing folder or a Hub id such as org/name")
+    offline_where_unreachable()
     return source
 
 

@@ -21,7 +21,7 @@ def broken() -> list[str]:
 
 def test_this_machine_is_usable_and_the_hub_is_not_asked_when_offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(doctor, "_ask_hub", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(doctor, "ask_hub", lambda seconds: pytest.fail("asked"))
     done = CliRunner().invoke(cli, ["doctor"], catch_exceptions=False)
     assert done.exit_code == 0 and done.output.endswith("usable\n"), done.output
     for word in ("torch ", "cores", "diffusers", "HF_HUB_OFFLINE", "GB free"):
@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_written_is_broken(monkeypatch, tmp_path):
 def test_a_hub_that_hangs_is_not_waited_for(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(doctor, "HUB_SECONDS", 0.2)
-    monkeypatch.setattr(doctor, "_ask_hub", lambda: time.sleep(30) or "answers")
+    monkeypatch.setattr(doctor, "ask_hub", lambda seconds: time.sleep(30) or "answers")
     start = time.monotonic()
     (found,) = doctor._hub()
     assert time.monotonic() - start < 2 and found.level == "note" and "does not answer" in found.text
