@@ -1,10 +1,8 @@
 """The command line. Each verb imports its own weight, so that `--help` answers at once."""
 
-import json
 import logging
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -12,7 +10,8 @@ import click
 
 from probing import __version__
 from probing.cli_hub import pull, push
-from probing.cli_options import DRY_RUN, TARGET_CACHE, evaluation, evaluation_options, teacher_values
+from probing.cli_look import doctor, inspect, plan, teachers
+from probing.cli_options import DRY_RUN, TARGET_CACHE, evaluation, evaluation_options, quiet_libraries, teacher_values
 from probing.errors import UserError
 
 TEACHERS = ("depth", "seg", "gen")
@@ -35,18 +34,6 @@ def cli(quiet: bool) -> None:
         logging.getLogger(package).setLevel(level)
 
 
-def _quiet_libraries() -> None:
-    """Loading bars of every tiny model would bury the program's own lines."""
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    import probing.compat  # noqa: F401
-
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
 @cli.command()
 @click.option(
     "--preset",
@@ -65,7 +52,7 @@ def _quiet_libraries() -> None:
 @click.option("--open", "show", is_flag=True, help="Open the report in the browser at the end.")
 def demo(preset: str, out: Path, show: bool) -> None:
     """The whole story on the toy world, ending in a report."""
-    _quiet_libraries()
+    quiet_libraries()
     import webbrowser
 
     from probing.demo import run_demo
@@ -76,92 +63,6 @@ def demo(preset: str, out: Path, show: bool) -> None:
     click.echo(f"report: {page}")
     if show and not webbrowser.open(page.absolute().as_uri()):
         click.echo("no browser was found; open the report by hand", err=True)
-
-
-@cli.command()
-@click.argument("checkpoint")
-@click.option("--prompt", help="The user's turn of the sample prompt.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def inspect(checkpoint: str, prompt: str | None, as_json: bool, overrides: tuple[str, ...]) -> None:
-    """What CHECKPOINT (a folder or Hub id) is: parts, layers, widths, token map of a sample prompt.
-
-    KEY=VALUE says how it is loaded, as for probing train, e.g. backbone.template=vicuna_v1.
-    """
-    _quiet_libraries()
-    from probing.backbones import describe_checkpoint
-    from probing.recipe import BackboneRecipe, apply_overrides, validate
-
-    values: dict[str, Any] = {"backbone": {"checkpoint": checkpoint} | ({"prompt": prompt} if prompt else {})}
-    apply_overrides(values, overrides)
-    for name in values.keys() - {"backbone"}:
-        raise UserError(f"inspect takes fields of backbone alone; write backbone.{name}=…")
-    found = describe_checkpoint(validate(BackboneRecipe, values["backbone"], "inspect"))
-    click.echo(json.dumps(found, indent=2) if as_json else _as_lines(found))
-
-
-def _as_lines(values: dict[str, Any]) -> str:
-    lines = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{inner} {part}" for inner, part in value.items())
-        elif isinstance(value, list):
-            value = " x ".join(map(str, value))
-        elif isinstance(value, str) and ("\n" in value or name == "prompt"):
-            value = json.dumps(value)
-        lines.append(f"{name.replace('_', ' '):<16}{value}")
-    return "\n".join(lines)
-
-
-@cli.command()
-@click.argument("name_and_id", required=False, metavar="[NAME=ID]")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def teachers(name_and_id: str | None, overrides: tuple[str, ...]) -> None:
-    """The teachers: default id, target, licence of the weights.
-
-    With NAME=ID, what that one's target would be; its weights need not be there. KEY=VALUE sets fields of its own, e.g.
-    features=pooled grid=16.
-    """
-    from probing.teachers.catalogue import CATALOGUE, ENCODERS
-
-    if name_and_id:
-        _quiet_libraries()
-        from probing.teachers import describe_teacher
-
-        click.echo(_as_lines(describe_teacher(teacher_values((name_and_id,)), overrides)))
-        return
-    for name, entry in CATALOGUE.items():
-        click.echo(f"{name:<6} {entry.default_id}\n       class    {entry.class_name}\n       target   {entry.target}")
-        click.echo(f"       licence  {entry.licences[entry.default_id]}")
-        for other, licence in entry.licences.items():
-            if other != entry.default_id:
-                click.echo(f"       also     {other}: {licence}")
-    click.echo("Another one of these classes: --teacher NAME=FOLDER_OR_HUB_ID. Its licence is its own.\n")
-    click.echo(
-        "Any other NAME is a plain encoder of transformers or timm, without decoder: features of its patches, at"
-    )
-    click.echo(
-        "most 24 x 24, or with teachers.NAME.features=pooled its pooled output. probing teachers NAME=ID looks at one."
-    )
-    for name, (identifier, licence) in ENCODERS.items():
-        click.echo(f"       --teacher {name}={identifier}  ({licence})")
-
-
-@cli.command()
-def doctor() -> None:
-    """What this machine has, what is missing for which verb, and what is broken.
-
-    Exit code 2 where something must be mended first; its line says what to type.
-    """
-    from probing.doctor import examine  # of the libraries it imports none before it knows whether that works
-
-    broken = 0
-    for finding in examine():
-        broken += finding.level == "broken"
-        click.echo(f"{finding.level:<8}{finding.about:<14}{finding.text}")
-    if broken:
-        raise UserError(f"{broken} of these must be mended before the toolkit works; each says what to type")
-    click.echo("usable")
 
 
 @cli.command()
@@ -228,7 +129,7 @@ def train(
         if field not in values[section]:
             raise UserError(f"no {section}.{field}; give {option} or --recipe")
     recipe = validate(ProbeRunRecipe, values, str(recipe_file or "command line")).with_absolute_paths()
-    _quiet_libraries()
+    quiet_libraries()
     if dry_run:
         from probing.rehearsal import rehearse_training
 
@@ -261,7 +162,7 @@ def evaluate(run: Path, dry_run: bool, **options: Any) -> None:
 
     What was scored with the same settings is kept; an interrupted evaluation goes on.
     """
-    _quiet_libraries()
+    quiet_libraries()
     if dry_run:
         from analysis.plan import rehearse_evaluation
 
@@ -278,56 +179,6 @@ def evaluate(run: Path, dry_run: bool, **options: Any) -> None:
     click.echo(f"results: {results}; next: probing report {run}")
 
 
-rate = partial(click.option, type=click.FloatRange(0, min_open=True), show_default=True)
-
-
-@cli.command()
-@click.argument("path", type=click.Path(path_type=Path), metavar="RUN_OR_RECIPE")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option(
-    "--devices", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the images, one each."
-)
-@rate(
-    "--tflops",
-    default=150.0,
-    help="TFLOP/s that a device sustains in 16-bit numbers; the default is meant for an H100, on the careful side.",
-)
-@rate("--tflops-long", default=40.0, help="The same in 32-bit numbers, in which probes and teachers are computed.")
-@evaluation_options
-def plan(
-    path: Path, overrides: tuple[str, ...], devices: int, tflops: float, tflops_long: float, **options: Any
-) -> None:
-    """What a run costs: training it by RECIPE, and evaluating it; of a finished RUN, what of that is there already.
-
-    RECIPE may be one of probing distill too. Nothing is loaded but configurations: the weights need not be there.
-    KEY=VALUE changes fields of the recipe; the options are those of `probing evaluate`, and where it runs.
-    """
-    _quiet_libraries()
-    from analysis.plan import plan as plan_evaluation
-    from probing.cost import Devices, training_cost
-    from probing.recipe import ProbeRunRecipe, load_recipe, read_yaml
-    from probing.run import Run
-
-    where = Devices(devices, tflops, tflops_long)
-    run = Run.open(path) if path.is_dir() else None
-    if run and overrides:
-        raise UserError(f"{path} is a finished run, whose recipe stands; give a recipe, or leave out {overrides[0]}")
-    if not run and "stage" in read_yaml(path):
-        if options["metrics"]:
-            raise UserError(f"{path} trains a checkpoint, which is not scored; leave out --metric")
-        from probing.distill.cost import stage_cost
-        from probing.distill.recipe import DistillRecipe
-
-        for line in stage_cost(load_recipe(DistillRecipe, path, overrides), devices).lines(where):
-            click.echo(line)
-        return
-    recipe = run.recipe if run else load_recipe(ProbeRunRecipe, path, overrides)
-    for line in [] if run else training_cost(recipe, devices).lines(where):
-        click.echo(line)
-    for cost in plan_evaluation(run, recipe, evaluation(options)):
-        click.echo(f"{cost.metric}: {cost.work}; there already: {cost.there}")
-
-
 @cli.command()
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the comparison's report.")
@@ -337,7 +188,7 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
     RUNs are all evaluated ones with probes, or all of probing align, or folders of such runs, whose checkpoints differ
     by their seed.
     """
-    _quiet_libraries()
+    quiet_libraries()
     from analysis.compare import compare as compare_runs
     from analysis.compare import statements
     from probing.run import is_alignment
@@ -382,7 +233,7 @@ def report(runs: tuple[Path, ...], out: Path | None, style: Literal["screen", "p
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def distill(recipe_file: Path, out: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
     """Train a checkpoint: stage pt or ift of RECIPE. An interrupted stage goes on."""
-    _quiet_libraries()
+    quiet_libraries()
     from probing.distill.recipe import DistillRecipe
     from probing.distill.train import rehearse_stage, run_stage
     from probing.recipe import load_recipe
@@ -427,7 +278,7 @@ def align(
     layer. Writes results.csv as probing evaluate does; probing report takes the folder. KEY=VALUE sets any field of
     the recipe, e.g. data.eval_split=train2017 coverage=0.8.
     """
-    _quiet_libraries()
+    quiet_libraries()
     from analysis.align import AlignRecipe, rehearse_alignment
     from analysis.align import align as align_checkpoint
     from probing.fit import Interrupted
@@ -466,7 +317,7 @@ def bench(checkpoint: str, benchmark: str, data: str, out: Path | None, override
     representation quality against accuracy. KEY=VALUE sets any field of the recipe, e.g. micro_batch=32
     max_new_tokens=16 backbone.dtype=bfloat16.
     """
-    _quiet_libraries()
+    quiet_libraries()
     from analysis.bench import BenchRecipe
     from analysis.bench import bench as ask_benchmark
     from probing.fit import Interrupted
@@ -494,7 +345,7 @@ def import_(checkpoint: str, run: Path, data: str, overrides: tuple[str, ...]) -
     They are then scored and decoded as any: probing evaluate RUN. KEY=VALUE sets any field of the run's recipe, e.g.
     data.eval_limit=500, or teachers.depth.id=DIR where a teacher has moved.
     """
-    _quiet_libraries()
+    quiet_libraries()
     from probing.import_probes import find_probes, import_probes, import_recipe
 
     found = find_probes(checkpoint)
@@ -502,8 +353,8 @@ def import_(checkpoint: str, run: Path, data: str, overrides: tuple[str, ...]) -
     click.echo(f"probes: {made.path / 'probes'}; next: probing evaluate {made.path}")
 
 
-cli.add_command(push)
-cli.add_command(pull)
+for verb in (inspect, teachers, doctor, plan, push, pull):
+    cli.add_command(verb)
 
 
 def _fail(message: str, code: int) -> NoReturn:

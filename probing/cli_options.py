@@ -110,3 +110,15 @@ def teacher_values(options: tuple[str, ...]) -> dict[str, dict[str, str]]:
             raise UserError(f"two teachers are called {name!r}; give each a name of its own, such as {name}2=…")
         values[name] = {"id": identifier or CATALOGUE[name].default_id}
     return values
+
+
+def quiet_libraries() -> None:
+    """Loading bars of every tiny model would bury the program's own lines."""
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    import probing.compat  # noqa: F401
+
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)

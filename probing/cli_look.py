@@ -1,0 +1,147 @@
+"""The verbs that look, and change nothing: `probing inspect`, `teachers`, `doctor` and `plan`."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from probing.cli_options import evaluation, evaluation_options, quiet_libraries, teacher_values
+from probing.errors import UserError
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("--prompt", help="The user's turn of the sample prompt.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def inspect(checkpoint: str, prompt: str | None, as_json: bool, overrides: tuple[str, ...]) -> None:
+    """What CHECKPOINT (a folder or Hub id) is: parts, layers, widths, token map of a sample prompt.
+
+    KEY=VALUE says how it is loaded, as for probing train, e.g. backbone.template=vicuna_v1.
+    """
+    quiet_libraries()
+    from probing.backbones import describe_checkpoint
+    from probing.recipe import BackboneRecipe, apply_overrides, validate
+
+    values: dict[str, Any] = {"backbone": {"checkpoint": checkpoint} | ({"prompt": prompt} if prompt else {})}
+    apply_overrides(values, overrides)
+    for name in values.keys() - {"backbone"}:
+        raise UserError(f"inspect takes fields of backbone alone; write backbone.{name}=…")
+    found = describe_checkpoint(validate(BackboneRecipe, values["backbone"], "inspect"))
+    click.echo(json.dumps(found, indent=2) if as_json else _as_lines(found))
+
+
+def _as_lines(values: dict[str, Any]) -> str:
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{inner} {part}" for inner, part in value.items())
+        elif isinstance(value, list):
+            value = " x ".join(map(str, value))
+        elif isinstance(value, str) and ("\n" in value or name == "prompt"):
+            value = json.dumps(value)
+        lines.append(f"{name.replace('_', ' '):<16}{value}")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.argument("name_and_id", required=False, metavar="[NAME=ID]")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def teachers(name_and_id: str | None, overrides: tuple[str, ...]) -> None:
+    """The teachers: default id, target, licence of the weights.
+
+    With NAME=ID, what that one's target would be; its weights need not be there. KEY=VALUE sets fields of its own, e.g.
+    features=pooled grid=16.
+    """
+    from probing.teachers.catalogue import CATALOGUE, ENCODERS
+
+    if name_and_id:
+        quiet_libraries()
+        from probing.teachers import describe_teacher
+
+        click.echo(_as_lines(describe_teacher(teacher_values((name_and_id,)), overrides)))
+        return
+    for name, entry in CATALOGUE.items():
+        click.echo(f"{name:<6} {entry.default_id}\n       class    {entry.class_name}\n       target   {entry.target}")
+        click.echo(f"       licence  {entry.licences[entry.default_id]}")
+        for other, licence in entry.licences.items():
+            if other != entry.default_id:
+                click.echo(f"       also     {other}: {licence}")
+    click.echo("Another one of these classes: --teacher NAME=FOLDER_OR_HUB_ID. Its licence is its own.\n")
+    click.echo(
+        "Any other NAME is a plain encoder of transformers or timm, without decoder: features of its patches, at"
+    )
+    click.echo(
+        "most 24 x 24, or with teachers.NAME.features=pooled its pooled output. probing teachers NAME=ID looks at one."
+    )
+    for name, (identifier, licence) in ENCODERS.items():
+        click.echo(f"       --teacher {name}={identifier}  ({licence})")
+
+
+@click.command()
+def doctor() -> None:
+    """What this machine has, what is missing for which verb, and what is broken.
+
+    Exit code 2 where something must be mended first; its line says what to type.
+    """
+    from probing.doctor import examine  # of the libraries it imports none before it knows whether that works
+
+    broken = 0
+    for finding in examine():
+        broken += finding.level == "broken"
+        click.echo(f"{finding.level:<8}{finding.about:<14}{finding.text}")
+    if broken:
+        raise UserError(f"{broken} of these must be mended before the toolkit works; each says what to type")
+    click.echo("usable")
+
+
+rate = partial(click.option, type=click.FloatRange(0, min_open=True), show_default=True)
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), metavar="RUN_OR_RECIPE")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--devices", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the images, one each."
+)
+@rate(
+    "--tflops",
+    default=150.0,
+    help="TFLOP/s that a device sustains in 16-bit numbers; the default is meant for an H100, on the careful side.",
+)
+@rate("--tflops-long", default=40.0, help="The same in 32-bit numbers, in which probes and teachers are computed.")
+@evaluation_options
+def plan(
+    path: Path, overrides: tuple[str, ...], devices: int, tflops: float, tflops_long: float, **options: Any
+) -> None:
+    """What a run costs: training it by RECIPE, and evaluating it; of a finished RUN, what of that is there already.
+
+    RECIPE may be one of probing distill too. Nothing is loaded but configurations: the weights need not be there.
+    KEY=VALUE changes fields of the recipe; the options are those of `probing evaluate`, and where it runs.
+    """
+    quiet_libraries()
+    from analysis.plan import plan as plan_evaluation
+    from probing.cost import Devices, training_cost
+    from probing.recipe import ProbeRunRecipe, load_recipe, read_yaml
+    from probing.run import Run
+
+    where = Devices(devices, tflops, tflops_long)
+    run = Run.open(path) if path.is_dir() else None
+    if run and overrides:
+        raise UserError(f"{path} is a finished run, whose recipe stands; give a recipe, or leave out {overrides[0]}")
+    if not run and "stage" in read_yaml(path):
+        if options["metrics"]:
+            raise UserError(f"{path} trains a checkpoint, which is not scored; leave out --metric")
+        from probing.distill.cost import stage_cost
+        from probing.distill.recipe import DistillRecipe
+
+        for line in stage_cost(load_recipe(DistillRecipe, path, overrides), devices).lines(where):
+            click.echo(line)
+        return
+    recipe = run.recipe if run else load_recipe(ProbeRunRecipe, path, overrides)
+    for line in [] if run else training_cost(recipe, devices).lines(where):
+        click.echo(line)
+    for cost in plan_evaluation(run, recipe, evaluation(options)):
+        click.echo(f"{cost.metric}: {cost.work}; there already: {cost.there}")
