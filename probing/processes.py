@@ -1,5 +1,6 @@
 """The processes that a launcher started together."""
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ def together() -> Accelerator:
             f"{started()} processes were started, and accelerate joins {accelerator.num_processes}; start one, or set "
             "ACCELERATE_USE_CPU=true"
         )
+    if accelerator.num_processes > 1:
+        # Threads of the group that are left to the end of the interpreter may abort it, after all is done.
+        atexit.register(accelerator.state.destroy_process_group)
     return accelerator
 
 

@@ -96,7 +96,6 @@ def _write_report(
     page = out / "index.html"
     if differences is not None:
         write_text(out / "differences.csv", differences.to_csv(index=False))
-    _write_merged([*runs, *alignments, *asked], out)
     if benchmarks:
         _write_benchmarks(benchmarks, out, style)
     for plot, name in chapter_plots(alignments) if alignments else []:
@@ -111,6 +110,7 @@ def _write_report(
         for run in (run for run in runs if len(run.curves)):
             save(learning_figure(run), out, "learning" if len(runs) == 1 else f"learning_{run.label}", style)
         _write_grids(runs, out)
+    _write_merged([*runs, *alignments, *asked], out)
     write_text(page, render(runs, alignments, differences, statements, benchmarks))
     return page
 

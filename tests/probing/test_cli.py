@@ -112,7 +112,7 @@ def test_the_shell_completes_at_once(typed, completed):
         (["--checkpoint", "/nowhere/llava"], "no such checkpoint"),
         (["--checkpoint", "{depth}"], "no vision-language model but DepthAnything"),
         (["--layers", "0,7"], "layer 7 is out of range: this checkpoint has layers 0 to 3"),
-        (["--teacher=seg={gen}"], "cannot be the seg teacher: it holds CLIPVisionModelWithProjection"),
+        (["teachers.seg.id={gen}"], "cannot be the seg teacher: it holds CLIPVisionModelWithProjection"),
         (["--teacher=sge"], "no teacher is called 'sge'"),
         (["--data", "coco:{root}"], "has no split 'train2017'"),
         (["fit.batchsize=3"], "did you mean 'batch_size'"),
