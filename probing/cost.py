@@ -10,8 +10,9 @@ import torch
 from probing.backbones import load_backbone, parse_layers
 from probing.dry_run import META, count_flops, dry_run
 from probing.errors import UserError
-from probing.fit import Fit, plan_steps, require_enough
+from probing.fit import Fit
 from probing.recipe import ProbeRunRecipe
+from probing.schedule import plan_steps, require_enough
 from probing.train import bytes_needed, load_teachers, training_images
 
 

@@ -35,6 +35,7 @@ from probing.recipe import FitRecipe, ProbeRunRecipe
 from probing.resampler import ResamplerConfig
 from probing.ridge import RidgeReadout, RidgeSums, place_states
 from probing.run import Interruption, disk_errors, reading, whole_file
+from probing.schedule import learning_rate, plan_steps, require_enough
 from probing.teachers import Teacher
 from probing.tracking import curve_names, curves
 
@@ -48,43 +49,6 @@ ROOM = 0.7
 
 class Interrupted(Exception):
     """The user stopped the run; it goes on from the saved state."""
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over the first share of the steps, then a cosine to zero.
-
-    Args:
-        step: 0-based step about to be taken.
-        steps: number of steps.
-        peak: highest rate.
-        warmup: share of the steps spent rising.
-    """
-    rise = math.ceil(warmup * steps)
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
-
-
-def plan_steps(images: int, fit: FitRecipe, process: int = 0, processes: int = 1) -> list[list[list[int]]]:
-    """Which images each optimiser step sees: steps → micro-batches of this process → image indices.
-
-    The order depends on the first seed and the epoch alone, so a resumed run needs no saved sampler state.
-    """
-    steps = []
-    for epoch in range(fit.epochs):
-        generator = torch.Generator().manual_seed(fit.seeds[0] * 1_000_003 + epoch)
-        order = torch.randperm(images, generator=generator).tolist()
-        for start in range(0, images, fit.batch_size):
-            mine = order[start : start + fit.batch_size][process::processes]
-            parts = np.array_split(mine, math.ceil(len(mine) / fit.micro_batch)) if mine else []
-            steps.append([part.tolist() for part in parts])
-    return steps
-
-
-def require_enough(images: int, fit: FitRecipe, processes: int) -> None:
-    """Raises UserError where some process would have no image of a batch."""
-    if min(images, fit.batch_size) < processes:
-        raise UserError(f"{processes} processes for {images} images in batches of {fit.batch_size}; use fewer")
 
 
 def _messages(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -313,9 +277,7 @@ class Fit:
             losses[len(columns) + index] = F.smooth_l1_loss(mean, target) * weight
 
         def visit(layer: Layer, hidden: Tensor) -> None:
-            states = hidden.to(
-                device=device, dtype=None if self.recipe.fit.bf16 and device.type != "meta" else torch.float32
-            )
+            states = hidden.to(device=device, dtype=None if self._bf16 else torch.float32)
             keys, mask = batch.tokens.select(states, self.recipe.probe.keys)
             for control, bank in state.banks.items():
                 wanted = shuffled if control == "shuffled" else targets
@@ -336,14 +298,15 @@ class Fit:
         self.backbone.stream(batch, self.layers, visit)
         return losses
 
+    @property
+    def _bf16(self) -> bool:
+        """Whether products are in bfloat16; torch has no autocast for mere shapes."""
+        return self.recipe.fit.bf16 and self.accelerator.device.type != "meta"
+
     def _products(self) -> contextlib.AbstractContextManager[Any]:
-        """In bfloat16 where the recipe says so; torch has no autocast for mere shapes."""
-        device = self.accelerator.device.type
-        return (
-            torch.autocast(device, torch.bfloat16)
-            if self.recipe.fit.bf16 and device != "meta"
-            else contextlib.nullcontext()
-        )
+        if self._bf16:
+            return torch.autocast(self.accelerator.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
 
     @property
     def _wide(self) -> torch.dtype:

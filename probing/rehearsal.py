@@ -1,22 +1,17 @@
 """`probing train --dry-run`: what would be done, checked as far as it goes without weights, and nothing written."""
 
-import os
 from pathlib import Path
 
 import torch
 
 from probing.backbones import count_blocks, layer_name, parse_layers
 from probing.cost import Devices, training_cost
-from probing.fit import plan_steps
 from probing.hub import locate
+from probing.processes import started
 from probing.recipe import LayersRecipe, ProbeRunRecipe
 from probing.run import Run, reading, require_space
+from probing.schedule import plan_steps
 from probing.train import ARMS, held_out_images, summary_file, training_images
-
-
-def processes() -> int:
-    """How many share the work, as a launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rehearse_training(recipe: ProbeRunRecipe, out: Path) -> list[str]:
@@ -27,7 +22,7 @@ def rehearse_training(recipe: ProbeRunRecipe, out: Path) -> list[str]:
     """
     train, held_out = training_images(recipe.data), held_out_images(recipe.data)
     layers = parse_layers(recipe.layers, count_blocks(recipe.backbone))
-    cost = training_cost(recipe, processes())
+    cost = training_cost(recipe, started())
     begun = Run.is_begun(out, recipe)
     finished = (out / "manifest.json").exists()
     if not finished:
@@ -45,7 +40,7 @@ def rehearse_training(recipe: ProbeRunRecipe, out: Path) -> list[str]:
         f"teachers: {teacher_names(recipe)}",
         f"controls: {', '.join(controls)}; seeds: {', '.join(map(str, seeds))}",
         f"steps: {steps:,} of {recipe.fit.batch_size} images for {' and '.join(map(arm_name, arms))}",
-        *cost.lines(Devices(processes())),
+        *cost.lines(Devices(started())),
     ]
 
 

@@ -30,8 +30,9 @@ from accelerate import Accelerator
 
 import probing.compat  # noqa: F401
 from probing.data.loader import Prepared, micro_batches
-from probing.fit import Fit, plan_steps
+from probing.fit import Fit
 from probing.recipe import ProbeRunRecipe
+from probing.schedule import plan_steps
 from probing.train import arm_backbone, load_teachers, training_images
 from tests import tiny
 from tests.benchmarks.sizes import SIZES

@@ -24,8 +24,9 @@ import probing.backbones.llava
 import probing.teachers.base
 from probing.cost import training_cost
 from probing.data.loader import micro_batches
-from probing.fit import Fit, plan_steps
+from probing.fit import Fit
 from probing.recipe import ProbeRunRecipe
+from probing.schedule import plan_steps
 from probing.train import arm_backbone, load_teachers, training_images
 from tests import full_size, tiny
 

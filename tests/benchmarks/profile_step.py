@@ -19,8 +19,8 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.profiler import ProfilerActivity, profile
 
 from probing.data.loader import micro_batches
-from probing.fit import plan_steps
 from probing.resampler import Resampler
+from probing.schedule import plan_steps
 from tests.benchmarks.fit_step import BATCH, best_in_turns, make_fit
 from tests.benchmarks.sizes import SIZES
 

@@ -23,8 +23,9 @@ from accelerate import Accelerator
 from transformers import AutoModelForImageTextToText
 
 from probing.data.coco import square
-from probing.fit import Fit, plan_steps
+from probing.fit import Fit
 from probing.recipe import ProbeRunRecipe
+from probing.schedule import plan_steps
 from probing.teachers import depth
 from probing.train import arm_backbone, caches_of, load_teachers, tower_cache_of, training_images
 from tests.benchmarks.sizes import SIZES

@@ -9,9 +9,10 @@ from transformers import get_cosine_schedule_with_warmup
 
 from probing.bank import ProbeBank, ProbeKey
 from probing.data.coco import square
-from probing.fit import Fit, learning_rate, plan_steps
+from probing.fit import Fit
 from probing.recipe import FitRecipe, ProbeRunRecipe
 from probing.resampler import ResamplerConfig
+from probing.schedule import learning_rate, plan_steps
 from probing.train import arm_backbone, load_teachers, training_images
 
 CPU = torch.device("cpu")

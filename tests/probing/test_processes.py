@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 from probing.errors import UserError
-from probing.fit import plan_steps
 from probing.processes import LOST, alone, others_alive, together
 from probing.recipe import ProbeRunRecipe, dump_recipe
+from probing.schedule import plan_steps
 from probing.train import train
 from tests import tiny
 

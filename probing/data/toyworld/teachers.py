@@ -20,8 +20,8 @@ import probing.compat  # noqa: F401
 from probing.data.toyworld.language import caption, make_tokenizer
 from probing.data.toyworld.layout import depth_pairs
 from probing.data.toyworld.scenes import CLASSES, SHAPES, SIZE, Scenes, batches
-from probing.fit import learning_rate
 from probing.progress import Progress
+from probing.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
 
