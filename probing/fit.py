@@ -211,6 +211,7 @@ class Fit:
         losses = torch.zeros(len(columns) + len(self.teachers), dtype=self._wide, device=self.accelerator.device)
         share = 1.0 / self._global_batch(micros)
         seen = 0
+        state.gathered |= gather
         for prepared in itertools.islice(batches, len(micros)):
             state.skipped |= {skip.image: skip for skip in prepared.skipped}
             if prepared.student is not None:
@@ -329,6 +330,10 @@ class Fit:
         """
         if self._place[1] == 1:
             return
+        state.skipped = {skip.image: skip for skip in gather_object(list(state.skipped.values()))}
+        if not state.gathered:
+            return
+        state.gathered = False
         device = self.accelerator.device
         for layer, name in itertools.product(self.layers, self.teachers) if self.recipe.fit.ridge else ():
             nothing = RidgeSums.of_nothing(self.backbone.hidden_size, self.teachers[name].shape[1], device)
@@ -343,7 +348,6 @@ class Fit:
             total = shared + self.accelerator.reduce(total - shared, "sum")
             if number:
                 state.target_sums[name] = state.shared_sums[name] = (total, number)
-        state.skipped = {skip.image: skip for skip in gather_object(list(state.skipped.values()))}
 
     def _save(self, state: FitState) -> None:
         """Saves the training state; the last one is replaced only when the new one is whole."""

@@ -30,6 +30,7 @@ class FitState:
         target_sums: per teacher, the sum (N, D) of its targets in float64, and their number: of all processes until the
             last saved state, and of this one since.
         shared_sums: the same as of the last saved state.
+        gathered: whether any process may have added to its sums since then; the first pass alone does.
         skipped: images left out.
         seconds: time spent, over all resumptions.
     """
@@ -41,6 +42,7 @@ class FitState:
     ridge: dict[RidgeKey, RidgeSums] = field(default_factory=lambda: defaultdict(RidgeSums))
     target_sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     shared_sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    gathered: bool = False
     skipped: dict[str, Skipped] = field(default_factory=dict)
     seconds: float = 0.0
 

@@ -25,9 +25,9 @@ from probing.distill.trainee import Trainee
 from probing.recipe import TeacherRecipe
 from probing.teachers import load_teacher
 from tests import tiny
-from tests.benchmarks.fit_step import best_of
+from tests.benchmarks.timing import best_in_turns
 
-BATCH, BLOCKS, HIDDEN, REPEATS = 16, 16, 256, 5
+BATCH, BLOCKS, HIDDEN = 16, 16, 256
 
 
 def measure(root: Path, embedding: bool) -> float:
@@ -64,7 +64,7 @@ def measure(root: Path, embedding: bool) -> float:
         trainee.zero_grad(set_to_none=True)
 
     step()
-    return best_of(REPEATS, step)
+    return best_in_turns({"step": step})["step"]
 
 
 def main() -> None:

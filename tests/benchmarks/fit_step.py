@@ -18,8 +18,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from probing.schedule import plan_steps
 from probing.train import arm_backbone, load_teachers, training_images
 from tests import tiny
 from tests.benchmarks.sizes import SIZES
+from tests.benchmarks.timing import best_in_turns
 
 BATCH = {"toy": 16, "middle": 4, "deep": 32}
 BOUND, GROWTH = 1.15, 1.3
@@ -54,17 +53,6 @@ def deep(root: Path, images: int) -> dict[str, Any]:
     }
 
 
-def best_in_turns(repeats: int, works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Shortest of several timings of each, in milliseconds; in turns, lest something else decides."""
-    best = dict.fromkeys(works, float("inf"))
-    for _ in range(repeats):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
-    return best
-
-
 def make_fit(size: str, root: Path, layers: int | None, bf16: bool) -> Fit:
     """Everything that a step needs; `layers` says how many of the last ones are probed, by default all."""
     batch = BATCH[size]
@@ -80,7 +68,7 @@ def make_fit(size: str, root: Path, layers: int | None, bf16: bool) -> Fit:
     return Fit(recipe, backbone, teachers, training_images(recipe.data), chosen, ["no"], root / "state", accelerator)
 
 
-def measure(size: str, layers: int | None, bf16: bool, repeats: int) -> dict[str, float]:
+def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
     """Times one step and its parts, in milliseconds, and the peak memory it adds, in MB."""
     with tempfile.TemporaryDirectory() as folder:
         fit = make_fit(size, Path(folder), layers, bf16)
@@ -137,7 +125,7 @@ def measure(size: str, layers: int | None, bf16: bool, repeats: int) -> dict[str
             "optimiser": optimise,
         }
         works |= {"teachers": lambda: [prepared.target(t) for t in fit.teachers.values()], "reading": read}
-        found = best_in_turns(repeats, works)
+        found = best_in_turns(works)
         return found | {"peak_mb": peak / 1024, "probe_state_mb": own * 3 / 4 / 2**20}  # the weights were there before
 
 
@@ -147,22 +135,19 @@ def main() -> None:
     parser.add_argument("--size", choices=BATCH)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     if options.size:
         torch.set_num_threads(options.threads)
-        found = measure(options.size, options.layers, options.bf16, options.repeats)
+        found = measure(options.size, options.layers, options.bf16)
         sys.stdout.write("\n" + json.dumps(found))
         return
 
     def alone(*arguments: str) -> dict[str, float]:
         command = [sys.executable, "-m", "tests.benchmarks.fit_step", *arguments, "--threads", str(options.threads)]
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)}  # else glibc keeps what is freed
-        done = subprocess.run(
-            [*command, "--repeats", str(options.repeats)], capture_output=True, text=True, check=True, env=environment
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
         return found
 

@@ -21,8 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 from probing.data.loader import micro_batches
 from probing.resampler import Resampler
 from probing.schedule import plan_steps
-from tests.benchmarks.fit_step import BATCH, best_in_turns, make_fit
+from tests.benchmarks.fit_step import BATCH, make_fit
 from tests.benchmarks.sizes import SIZES
+from tests.benchmarks.timing import best_in_turns
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def main() -> None:
                 found = vmap(lambda own: functional_call(base, own, (tokens,)))(parameters)
                 F.mse_loss(found, torch.zeros(())).backward()
 
-            times = best_in_turns(5, {"apart": apart, "stacked": stacked})
+            times = best_in_turns({"apart": apart, "stacked": stacked}, seconds=3)
             shape = f"{probe.config.queries} x {probe.config.output_width}"
             out(f"two probes of a target of {shape}: stacked takes {times['stacked'] / times['apart']:.2f} x\n")
         firsts = [torch.nn.Linear(fit.backbone.hidden_size, probe.config.width) for probe in probes]
@@ -74,7 +75,7 @@ def main() -> None:
             "apart": lambda: [first(tokens).sum().backward() for first in firsts],
             "joined": lambda: joined(tokens).sum().backward(),
         }
-        times = best_in_turns(5, works)
+        times = best_in_turns(works, seconds=3)
         out(f"first projection of {len(probes)} probes: joined takes {times['joined'] / times['apart']:.2f} x\n")
 
 
