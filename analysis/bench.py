@@ -5,20 +5,18 @@ import io
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
 from accelerate import Accelerator
-from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
+from analysis.accuracies import Answered, read_answers, summarise, whole_lines
 from analysis.answers import READERS, score
-from analysis.scores import Curve, Summary, write_rows
-from analysis.statistics import Interval, bootstrap
+from analysis.scores import write_rows
 from probing import __version__
 from probing.backbones import Identity, identify, load_backbone
 from probing.backbones.answers import ask
@@ -60,31 +58,6 @@ class BenchRecipe(Strict):
         return recipe
 
 
-@dataclass(frozen=True)
-class Answered:
-    """One question and its answer, a line of `answers.jsonl`.
-
-    Attributes:
-        question: its name.
-        groups: what it belongs to.
-        image: hash of the image file; questions about one image are resampled together.
-        said: what the checkpoint wrote.
-        read: what the benchmark's rule reads in that; None where it reads nothing.
-        right: the right answer, or all that people gave.
-        score: 0 to 1.
-        guess: what guessing scores on average; None where the question is open.
-    """
-
-    question: str
-    groups: dict[str, str]
-    image: str
-    said: str
-    read: str | None
-    right: list[str]
-    score: float
-    guess: float | None
-
-
 def bench(recipe: BenchRecipe, out: Path) -> Path:
     """Asks a checkpoint every question of a benchmark, and scores the answers; an interrupted run goes on.
 
@@ -118,7 +91,7 @@ def bench(recipe: BenchRecipe, out: Path) -> Path:
             manifest = _manifest(recipe, checkpoint, questions, answered, time.monotonic() - started)
             write_text(out / "manifest.json", json.dumps({**manifest, "asked": asked}, indent=2) + "\n")
             state.unlink(missing_ok=True)
-    answered = [Answered(**line) for line in _lines(answers)]
+    answered = read_answers(answers)
     unread = sum(one.read is None for one in answered)
     if unread:
         logger.warning("%d of %d answers cannot be read, and count as wrong; see %s", unread, len(answered), answers)
@@ -150,26 +123,13 @@ def _claim(out: Path, recipe: BenchRecipe, asked: str) -> None:
         write_text(there, text)
 
 
-def _lines(file: Path) -> list[Any]:
-    """The whole lines of a JSONL file; a last one that a killed process left unfinished is not counted."""
-    if not file.exists():
-        return []
-    found = []
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
-
-
 def _ask_all(recipe: BenchRecipe, questions: Sequence[Question], state: Path, asked: str) -> Iterator[tuple[str, str]]:
     """Image hash and answer of every question; answers are kept batch by batch, and those that are kept not asked.
 
     Batches are the same however often the run was interrupted: what padding does to the last bits of a logit is then
     the same too.
     """
-    kept = _lines(state)
+    kept = whole_lines(state)
     done = [tuple(pair) for pair in kept[1:]] if kept and kept[0] == asked else []
     batch = recipe.micro_batch
     if len(done) < len(questions):
@@ -208,92 +168,6 @@ def _image(question: Question) -> tuple[Image.Image, str]:
         raise UserError(
             f"the image of question {question.name} cannot be read ({str(error).splitlines()[0]}); get the files again"
         ) from None
-
-
-Part = tuple[str, list[tuple[float, Callable[[Answered], bool]]]]
-"""A protocol, and what its accuracy is the weighted mean of: weights, and which questions."""
-
-
-def parts(benchmark: str, answered: Sequence[Answered]) -> list[Part]:
-    """What accuracies a benchmark has, the overall one first.
-
-    CV-Bench's is the mean of 2D and 3D, and each of these the mean over its sources (ADE20K and COCO; Omni3D), as its
-    card says. Where only one of the two is there, there is no overall accuracy. MMStar's categories are of equal size,
-    and its overall accuracy is that of all questions.
-    """
-    if benchmark != "cvbench":
-        found: list[Part] = [(benchmark, [(1.0, lambda one: True)])]
-        for category in dict.fromkeys(one.groups.get("category", "") for one in answered):
-            if category:
-                found.append((f"{benchmark}/{category}", [(1.0, _in(category=category))]))
-        return found
-    types = sorted({one.groups["type"] for one in answered})
-    sources = {kind: sorted({one.groups["source"] for one in answered if one.groups["type"] == kind}) for kind in types}
-    of_type = {
-        kind: [(1 / len(names), _in(type=kind, source=name)) for name in names] for kind, names in sources.items()
-    }
-    whole = [(weight / len(types), chosen) for kind in types for weight, chosen in of_type[kind]]
-    found = [(benchmark, whole)] if len(types) > 1 else []
-    for kind in types:
-        found.append((f"{benchmark}/{kind}", of_type[kind]))
-        for field, names in (("task", sorted({o.groups["task"] for o in answered if o.groups["type"] == kind})),
-                             ("source", sources[kind] if len(sources[kind]) > 1 else [])):  # fmt: skip
-            for name in names:
-                found.append((f"{benchmark}/{kind}/{name}", [(1.0, _in(**{"type": kind, field: name}))]))
-    return found
-
-
-def _in(**groups: str) -> Callable[[Answered], bool]:
-    return lambda one: all(one.groups[field] == name for field, name in groups.items())
-
-
-def summarise(benchmark: str, answered: Sequence[Answered]) -> Iterator[Summary]:
-    """Rows of `results.csv`: accuracy of every part, what guessing scores, and the share that could not be read.
-
-    The intervals are over images: questions about the same one are resampled together.
-    """
-    split = BENCHMARKS[benchmark].split
-    scores = np.array([one.score for one in answered])
-    unread = np.array([float(one.read is None) for one in answered])
-    guesses = np.array([np.nan if one.guess is None else one.guess for one in answered])
-    places = {name: place for place, name in enumerate(dict.fromkeys(one.image for one in answered))}
-    images = np.array([places[one.image] for one in answered])
-    for protocol, cells in parts(benchmark, answered):
-        masks = np.array([[chosen(one) for one in answered] for _, chosen in cells])
-        weights = np.array([weight for weight, _ in cells])
-        count = int(masks.any(axis=0).sum())
-        for metric, values in (("accuracy", scores), ("unreadable", unread)):
-            interval = _interval(values, masks, weights, images)
-            yield Summary(Curve("", "", "", "no", metric, protocol, 0), split, "0", interval, count)
-        if np.isfinite(guesses[masks.any(axis=0)]).all():
-            value = float(sum(weight * guesses[mask].mean() for weight, mask in zip(weights, masks, strict=True)))
-            guess = Interval(value, value, value)  # known, and not measured
-            yield Summary(Curve("", "", "", "guess", "accuracy", protocol, 0), split, "0", guess, count)
-
-
-def _interval(
-    values: NDArray[np.float64], masks: NDArray[np.bool_], weights: NDArray[np.float64], images: NDArray[np.int64]
-) -> Interval:
-    """Weighted mean of the means of some sets of questions.
-
-    Args:
-        values: (questions).
-        masks: (sets, questions).
-        weights: (sets).
-        images: (questions), number of the image that each is about.
-    """
-    sums = np.zeros((images.max() + 1, 2 * len(masks)))
-    for place, mask in enumerate(masks):
-        np.add.at(sums[:, 2 * place], images[mask], values[mask])
-        np.add.at(sums[:, 2 * place + 1], images[mask], 1)
-    there = sums[:, 1::2].any(axis=1)
-    return bootstrap(sums[there][None], lambda totals: _weighted(totals, weights))
-
-
-def _weighted(sums: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Weighted mean of ratios; not a number where a resample has no question of one of them."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (sums[..., 0::2] / sums[..., 1::2]) @ weights
 
 
 def _manifest(

@@ -8,3 +8,5 @@ PROTOCOLS = {
     "frechet": ("strict",),
 }
 """Metrics, and the protocols of each. One that `analysis.evaluate` does not know is scored by `analysis/<name>.py`."""
+ACCURACY = "accuracy"
+"""What `results.csv` and `differences.csv` call the share of a benchmark's questions that is answered rightly."""

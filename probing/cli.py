@@ -186,22 +186,33 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
     """Paired differences of every two RUNs, per teacher and layer, and a report of them all.
 
     RUNs are all evaluated ones with probes, or all of probing align, or folders of such runs, whose checkpoints differ
-    by their seed.
+    by their seed. Runs of probing bench may stand among them, or alone: every two of one benchmark are compared
+    question by question.
     """
     quiet_libraries()
+    import pandas as pd
+
     from analysis.compare import compare as compare_runs
     from analysis.compare import statements
-    from probing.run import is_alignment
+    from analysis.compare_answers import answer_statements, compare_answers
+    from probing.run import is_alignment, is_benchmark
     from reports.alignment import load_alignments
     from reports.page import write_report
     from reports.results import load_runs
 
-    labels = [run.label for run in (load_alignments(runs) if is_alignment(runs[0]) else load_runs(runs))]
-    differences = compare_runs(runs, labels)
-    sentences = statements(differences)
+    asked = [run for run in runs if is_benchmark(run)]
+    others = [run for run in runs if run not in asked]
+    tables, sentences = [], []
+    if others:
+        labels = [run.label for run in (load_alignments(others) if is_alignment(others[0]) else load_runs(others))]
+        tables.append(compare_runs(others, labels))
+        sentences += statements(tables[-1])
+    if asked:
+        tables.append(compare_answers(asked))
+        sentences += answer_statements(tables[-1])
     for sentence in sentences:
         click.echo(sentence)
-    click.echo(f"report: {write_report(list(runs), out, differences, sentences)}")
+    click.echo(f"report: {write_report(list(runs), out, pd.concat(tables), sentences)}")
 
 
 @cli.command()

@@ -90,9 +90,14 @@ def curves(name: str, folder: Path | None, names: Sequence[str], step: int) -> I
         return
     kind = LOGGER_TYPE_TO_CLASS[name]
     own = (folder.parent,) if kind.requires_logging_directory else ()
-    with disk_errors(folder):
-        tracker = kind(folder.name, *own, **({"purge_step": step + 1} if name == "tensorboard" else {}))
-        tracker.start()
+    try:
+        with disk_errors(folder):
+            tracker = kind(folder.name, *own, **({"purge_step": step + 1} if name == "tensorboard" else {}))
+            tracker.start()
+    except UserError:
+        raise
+    except Exception as error:  # each tracker has errors of its own, such as a missing login
+        raise UserError(f"{name} does not start: {error}; mend that, or set fit.report_to=none") from error
     try:
         yield Curves(tracker, names, folder)
     finally:

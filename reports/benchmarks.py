@@ -110,6 +110,23 @@ def _cell(row: pd.Series | None) -> str:
     return "" if row is None else f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}], n = {row['n']}"
 
 
+def answer_differences(differences: pd.DataFrame | None, benchmark: str) -> list[list[str]]:
+    """Rows of a table of paired differences: pair, part, difference with its interval, questions."""
+    if differences is None:
+        return []
+    return [
+        [
+            f"{row['checkpoint']} − {row['reference']}",
+            part_label(row["protocol"]),
+            f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]".replace("-", "−")
+            + (f" · higher in {row['higher']}" if row["higher"] else ""),
+            str(row["n"]),
+        ]
+        for _, row in differences.iterrows()
+        if row["protocol"].split("/")[0] == benchmark
+    ]
+
+
 def _notes(runs: Sequence[BenchmarkResults]) -> list[str]:
     known, notes = BENCHMARKS[runs[0].benchmark], []
     if {run.manifest["data"]["questions"] for run in runs} != {known.size}:
@@ -273,6 +290,7 @@ class Chapter:
         points: all that stands in the panels; None without.
         sentences: what can be said of them.
         place: the number of every checkpoint that has both probes and answers.
+        differences: of accuracies, from `probing compare`.
     """
 
     runs: Sequence[BenchmarkResults]
@@ -280,12 +298,16 @@ class Chapter:
     points: pd.DataFrame | None
     sentences: list[str]
     place: dict[str, int]
+    differences: pd.DataFrame | None = None
 
     def values(self) -> dict[str, Any]:
         """What the page's template asks for."""
         return {
             "benchmark_runs": self.runs,
-            "benchmark_tables": [accuracy_table(self.runs, name) for name in self.panels],
+            "benchmark_tables": [
+                accuracy_table(self.runs, name) | {"differences": answer_differences(self.differences, name)}
+                for name in self.panels
+            ],
             "benchmark_figures": [
                 {
                     "src": picture(quality_figure(drawn, self.place), dpi=130),
@@ -298,12 +320,15 @@ class Chapter:
         }
 
 
-def chapter(probed: Sequence[Path], asked: Sequence[BenchmarkResults]) -> Chapter:
+def chapter(
+    probed: Sequence[Path], asked: Sequence[BenchmarkResults], differences: pd.DataFrame | None = None
+) -> Chapter:
     """Joins runs with probes and runs of benchmarks, checkpoint by checkpoint.
 
     Args:
         probed: runs with probes, and folders of them, in the order that gives checkpoints their numbers.
         asked: runs of benchmarks.
+        differences: of accuracies, from `probing compare`.
     """
     single = [
         (run, number)
@@ -322,4 +347,4 @@ def chapter(probed: Sequence[Path], asked: Sequence[BenchmarkResults]) -> Chapte
         for name in dict.fromkeys(run.benchmark for run in asked)
     }
     place = {run.label: number for run, (_, number) in zip(runs, single, strict=True)}
-    return Chapter(asked, drawn, pd.concat(points) if points else None, sentences, place)
+    return Chapter(asked, drawn, pd.concat(points) if points else None, sentences, place, differences)

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
+from analysis.metrics import ACCURACY
 from probing.run import disk_errors, is_alignment, is_benchmark, whole_file, write_text
 from reports.alignment import AlignmentResults, difference_table, load_alignments
 from reports.benchmarks import BenchmarkResults, load_benchmarks, quality_figure
@@ -92,10 +93,14 @@ def _write_report(
     asked = load_benchmarks([path for path in paths if is_benchmark(path)])
     paths = [path for path in paths if not is_benchmark(path)]
     runs, alignments = load(paths)
-    benchmarks = benchmark_chapter([path for path in paths if not is_alignment(path)], asked) if asked else None
     page = out / "index.html"
+    answered = None
     if differences is not None:
         write_text(out / "differences.csv", differences.to_csv(index=False))
+        of_answers = differences["metric"] == ACCURACY
+        answered, differences = differences[of_answers], differences[~of_answers]
+    probed = [path for path in paths if not is_alignment(path)]
+    benchmarks = benchmark_chapter(probed, asked, answered) if asked else None
     if benchmarks:
         _write_benchmarks(benchmarks, out, style)
     for plot, name in chapter_plots(alignments) if alignments else []:

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 from pyarrow import parquet
 
+from analysis import accuracies
 from analysis import bench as bench_module
 from probing.cli import cli
 from probing.data.benchmarks import read_questions
@@ -195,7 +196,7 @@ def test_formats_say_the_same(tmp_path):
 
 def answered(rows, scores):
     return [
-        bench_module.Answered(
+        accuracies.Answered(
             str(row["idx"]), {k: row[k].lower() for k in ("type", "task", "source")}, row["filename"], "", "A", ["A"],
             score, 0.5,
         )
@@ -210,7 +211,7 @@ def test_cvbench_accuracies_are_those_of_its_card():
     frame["source"] = np.where((frame["type"] == "2D") & (frame.index < 13), "ADE20K", frame["source"])  # uneven
     rows = frame.to_dict("records")
     frame["score"] = np.random.default_rng(0).integers(0, 2, len(rows)).astype(float)
-    found = {s.curve.protocol: s for s in bench_module.summarise("cvbench", answered(rows, frame["score"]))
+    found = {s.curve.protocol: s for s in accuracies.summarise("cvbench", answered(rows, frame["score"]))
              if (s.curve.metric, s.curve.control) == ("accuracy", "no")}  # fmt: skip
     of = frame.groupby("source")["score"].mean()
     flat = (of["ADE20K"] + of["COCO"]) / 2
@@ -225,7 +226,7 @@ def test_cvbench_accuracies_are_those_of_its_card():
 
 def test_half_of_cvbench_has_no_overall_accuracy():
     rows = [row for row in cvbench_rows() if row["type"] == "3D"]
-    found = {s.curve.protocol for s in bench_module.summarise("cvbench", answered(rows, [1.0] * len(rows)))}
+    found = {s.curve.protocol for s in accuracies.summarise("cvbench", answered(rows, [1.0] * len(rows)))}
     assert found == {"cvbench/3d", "cvbench/3d/depth", "cvbench/3d/distance"}
 
 
@@ -237,7 +238,7 @@ def test_questions_about_one_image_are_resampled_together():
     widths = []
     for share in (1, 4):
         shared = [row | {"filename": str(n // share)} for n, row in enumerate(rows)]
-        found = next(iter(bench_module.summarise("cvbench", answered(shared, scores)))).interval
+        found = next(iter(accuracies.summarise("cvbench", answered(shared, scores)))).interval
         widths.append(found.high - found.low)
     assert widths[1] == pytest.approx(2 * widths[0], rel=0.2)  # groups of four with equal answers: root of four
 

@@ -6,6 +6,7 @@ Both steps are forward and backward of the same LLaVA on the same conversations;
 two layers each, with targets that are there already (as from a cache), the other next-token prediction alone.
 """
 
+import argparse
 import logging
 import sys
 import tempfile
@@ -69,6 +70,8 @@ def measure(root: Path, embedding: bool) -> float:
 
 def main() -> None:
     """Prints both times and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(2)
     torch.manual_seed(0)

@@ -5,8 +5,12 @@
 OLA-VLM's released code, as far as it costs time: one run per teacher; all hidden states kept and the logits of every
 position computed; images prepared in the training process; the teacher run on one image at a time; in the depth run the
 teacher's decoder run on every layer's prediction at every step. The optimiser is ours (fused), so that no difference
-comes from there. Ours is one run with images read beside it: with nothing kept, with the teachers' features kept on
-disk, and with those of the vision tower as well.
+comes from there. Both go over the images twice, as the paper does and as recipes do by default.
+
+Ours is one run with images read beside it: with nothing kept on disk; with the teachers' features and those of the
+vision tower kept, the filling of that cache included, as a first run finds it; with the teachers' features there
+already, as every later run of any checkpoint finds them; and with the tower's too, as every later run of the same
+checkpoint does.
 """
 
 import argparse
@@ -30,19 +34,18 @@ from probing.teachers import depth
 from probing.train import arm_backbone, caches_of, load_teachers, tower_cache_of, training_images
 from tests.benchmarks.sizes import SIZES
 
-IMAGES, BATCH = {"toy": 256, "middle": 12}, {"toy": 16, "middle": 4}
+IMAGES, BATCH, EPOCHS = {"toy": 256, "middle": 16}, {"toy": 16, "middle": 4}, 2
 
 
 def make_fit(values: dict[str, Any], root: Path, batch: int, workers: int) -> Fit:
-    """One pass over the images; all layers, one seed, no controls."""
-    fit = {"epochs": 1, "batch_size": batch, "micro_batch": batch, "workers": workers, "ridge": False}
+    """All layers, one seed, no controls."""
+    fit = {"epochs": EPOCHS, "batch_size": batch, "micro_batch": batch, "workers": workers, "ridge": False}
     recipe = ProbeRunRecipe.model_validate({**values, "fit": fit, "controls": []})
     accelerator = Accelerator(cpu=True)
     backbone, teachers = arm_backbone(recipe, "no", accelerator.device), load_teachers(recipe, accelerator.device)
     images = training_images(recipe.data)
-    kept = caches_of(recipe, teachers, images) | tower_cache_of(recipe, "no", backbone, images)
     layers = list(range(1, backbone.layers + 1))  # the reference has no layer 0
-    return Fit(recipe, backbone, teachers, images, layers, ["no"], root, accelerator, kept)
+    return Fit(recipe, backbone, teachers, images, layers, ["no"], root, accelerator)
 
 
 def reference(values: dict[str, Any], root: Path, batch: int) -> float:
@@ -79,8 +82,12 @@ def reference(values: dict[str, Any], root: Path, batch: int) -> float:
 
 
 def ours(values: dict[str, Any], root: Path, batch: int) -> float:
-    """Seconds of the steps of one pass for all teachers; waiting for images is in them."""
-    return make_fit(values, root, batch, workers=1).run().seconds
+    """Seconds of filling caches, where anything is missing, and of the steps; waiting for images is in them."""
+    fit = make_fit(values, root, batch, workers=1)
+    start = time.perf_counter()
+    fit.kept |= caches_of(fit.recipe, fit.teachers, fit.images)
+    fit.kept |= tower_cache_of(fit.recipe, "no", fit.backbone, fit.images)
+    return time.perf_counter() - start + fit.run().seconds
 
 
 def main() -> None:
@@ -91,19 +98,19 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(threads)
     out = sys.stdout.write
-    out("size    images  reference s    ours s  ratio   teachers kept s  ratio   tower too s  ratio\n")
+    names = ("nothing kept", "first run", "teachers kept", "tower too")
+    out(f"size    images  reference, s   ours, s and ratio: {', '.join(names)}\n")
     for size, make in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             values, batch = make(root, IMAGES[size]), BATCH[size]
             teachers = {**values, "data": {**values["data"], "target_cache": str(root / "cache")}}
             tower = {**values, "data": {**teachers["data"], "tower_cache": str(root / "cache")}}
-            make_fit(tower, root / "fill", batch, workers=0)  # fills the caches
             theirs = reference(values, root / "reference", batch)
-            out(f"{size:7s} {IMAGES[size]:6d} {theirs:12.1f}")
-            for width, kept in ((9, values), (17, teachers), (13, tower)):
-                seconds = ours(kept, root / f"ours{width}", batch)
-                out(f" {seconds:{width}.1f} {theirs / seconds:6.2f}")
+            out(f"{size:7s} {IMAGES[size]:6d} {theirs:13.1f}  ")
+            for name, kept in zip(names, (values, tower, teachers, tower), strict=True):
+                seconds = ours(kept, root / name, batch)
+                out(f" {seconds:6.1f} {theirs / seconds:5.2f}")
                 sys.stdout.flush()
             out("\n")
 

@@ -6,6 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from probing import fit as fitting
+from probing import tracking
 from probing.errors import UserError
 from probing.fit import Interrupted, learning_rate
 from probing.recipe import ProbeRunRecipe, validate
@@ -85,3 +86,16 @@ def test_unknown_trackers_are_named_before_anything_is_written(recipe_values, tm
     with pytest.raises(UserError, match=said):
         train(recipe(recipe_values, report_to=name), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_does_not_start_is_one_line(recipe_values, tmp_path, monkeypatch):
+    class NotLoggedIn:
+        requires_logging_directory = False
+
+        def __init__(self, name):
+            raise RuntimeError("no API key")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", NotLoggedIn)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["wandb"])
+    with pytest.raises(UserError, match=r"wandb does not start: no API key; .* fit.report_to=none"):
+        train(recipe(recipe_values, report_to="wandb"), tmp_path / "run")
