@@ -35,7 +35,8 @@ class Devices:
         hours = (short / self.short + long / self.long) / 1e12 / 3600 / self.number
         each = f"each of {self.number} devices" if self.number > 1 else "one device"
         rates = f"{self.short:g} TFLOP/s in 16-bit numbers and {self.long:g} in 32-bit ones"
-        return f"{hours:.3g} h, at {rates} on {each} (an assumption; --tflops)"
+        duration = f"{hours:.3g} h" if hours > 1 / 60 else "less than a minute"
+        return f"{duration}, at {rates} on {each} (an assumption; --tflops)"
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from analysis.align import AlignRecipe, align
 from analysis.bench import BenchRecipe, bench
 from analysis.compare import compare, statements
+from analysis.compare_answers import answer_statements, compare_answers
 from analysis.evaluate import Options, evaluate
 from probing.data.toyworld.cvbench import write_cvbench
 from probing.data.toyworld.layout import write_world
@@ -59,21 +61,22 @@ def run_demo(preset: str, out: Path) -> Path:
     names = QUICK if preset == "quick" else FULL
     questions = write_cvbench(out / "cvbench", generate(ASKED_SCENES, ASKED_SEED), ASKED_SEED)
     runs: list[Path] = []
-    beside: list[Path] = []
+    aligned: list[Path] = []
+    asked: list[Path] = []
     for name in names:
         recipe = demo_recipe(models, world, names[name], LAYERS[preset], [] if runs else CONTROLS[preset])
         run = train(recipe, out / "runs" / name)
         for options in demo_options(models, world, recipe, DECODED_LAYERS[preset]):
             evaluate(run.path, options)
         runs.append(run.path)
-        beside.append(align(align_recipe(recipe), out / "runs" / f"{name}_words").parent)
-        beside.append(bench(bench_recipe(recipe, questions), out / "runs" / f"{name}_answers").parent)
-    differences = compare(runs, list(names))
-    sentences = statements(differences)
+        aligned.append(align(align_recipe(recipe), out / "runs" / f"{name}_words").parent)
+        asked.append(bench(bench_recipe(recipe, questions), out / "runs" / f"{name}_answers").parent)
+    differences, answers = compare(runs, list(names)), compare_answers(asked)
+    sentences = [*statements(differences), *answer_statements(answers)]
     for sentence in sentences:
-        if "cosine_centred" in sentence:
+        if "cosine_centred" in sentence or "accuracy" in sentence:
             logger.info(sentence)
-    return write_report([*runs, *beside], out / "report", differences, sentences)
+    return write_report([*runs, *aligned, *asked], out / "report", pd.concat([differences, answers]), sentences)
 
 
 def demo_options(models: Path, world: Path, recipe: ProbeRunRecipe, layers: str) -> list[Options]:

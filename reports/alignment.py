@@ -162,7 +162,7 @@ def measure_plot(runs: Sequence[AlignmentResults], measure: Measure) -> Plot:
     """One measure by layer, a line per checkpoint, with its control and the random projector beside it."""
     m = measure
     lines: list[tuple[Line, Sequence[str]]] = []
-    for run in runs:
+    for run in reversed(runs):  # what is drawn last lies on top, and stands first in the legend
         suffix = "" if len(runs) == 1 else f", {run.label}"
         fresh = run.curve(m.metric, "random", m.protocol, m.teacher)
         if len(fresh) and m.control == "permuted":
@@ -180,7 +180,7 @@ def measure_plot(runs: Sequence[AlignmentResults], measure: Measure) -> Plot:
 def likeness_measures(runs: Sequence[AlignmentResults]) -> list[Measure]:
     """A panel for every reference that layers were compared with."""
     found = []
-    kinds = {"cka": "CKA", "cka_places": "CKA of the places of an image", "mutual_knn": "nearest images shared"}
+    kinds = {"cka": "CKA", "cka_places": "CKA of places", "mutual_knn": "nearest images shared"}
     for metric, label in kinds.items():
         there = {teacher for run in runs for teacher in run.curve(metric)["teacher"]}
         for reference in [*(there & {TOWER}), *in_order(there - {TOWER})]:
@@ -194,7 +194,7 @@ def likeness_measures(runs: Sequence[AlignmentResults]) -> list[Measure]:
 def sums_plot(runs: Sequence[AlignmentResults], pursuit: str, layer: str) -> Plot:
     """Share of a patch that so many words explain, at one layer, beside so many random vectors."""
     lines, counts = [], set()
-    for run in runs:
+    for run in reversed(runs):  # as in `measure_plot`
         suffix = "" if len(runs) == 1 else f", {run.label}"
         for control in ("random", "no"):
             rows = run.curve("explained_energy", control, pursuit)

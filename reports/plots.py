@@ -188,7 +188,7 @@ def svg(plot: Plot) -> Markup:
     def down(y: float) -> float:
         return HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [f'<text class="title" x="2" y="15">{escape(_short(plot.title, 58))}</text>']
+    parts = [f'<text class="title" x="2" y="15">{escape(_short(plot.title, 52))}</text>']
     if plot.apart:
         a, b = map(across, plot.apart)
         size = f'width="{b - a:.1f}" height="{HEIGHT - TOP - BOTTOM}"'
