@@ -1,10 +1,8 @@
 """Accuracies of a benchmark's parts, from answers question by question, and their intervals over images."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +11,7 @@ from analysis.metrics import ACCURACY
 from analysis.scores import Curve, Summary
 from analysis.statistics import Interval, Statistic, bootstrap
 from probing.data.benchmarks import BENCHMARKS
+from probing.run import read_json_lines
 
 
 @dataclass(frozen=True)
@@ -40,22 +39,9 @@ class Answered:
     guess: float | None
 
 
-def whole_lines(file: Path) -> list[Any]:
-    """The whole lines of a JSONL file; a last one that a killed process left unfinished is not counted."""
-    if not file.exists():
-        return []
-    found = []
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
-
-
 def read_answers(file: Path) -> list[Answered]:
     """The answers of a finished run, from its `answers.jsonl`."""
-    return [Answered(**line) for line in whole_lines(file)]
+    return [Answered(**line) for line in read_json_lines(file)]
 
 
 Cell = tuple[float, Callable[[Answered], bool]]

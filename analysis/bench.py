@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 from pydantic import Field
 
-from analysis.accuracies import Answered, read_answers, summarise, whole_lines
+from analysis.accuracies import Answered, read_answers, summarise
 from analysis.answers import READERS, score
 from analysis.scores import write_rows
 from probing import __version__
@@ -27,7 +27,7 @@ from probing.fit import Interrupted
 from probing.progress import Progress
 from probing.provenance import made_of, versions
 from probing.recipe import BackboneRecipe, Strict, dump_recipe, local_path
-from probing.run import LOST, Interruption, disk_errors, read_json, remove_left_overs, write_text
+from probing.run import LOST, Interruption, disk_errors, read_json, read_json_lines, remove_left_overs, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def _ask_all(recipe: BenchRecipe, questions: Sequence[Question], state: Path, as
     Batches are the same however often the run was interrupted: what padding does to the last bits of a logit is then
     the same too.
     """
-    kept = whole_lines(state)
+    kept = read_json_lines(state)
     done = [tuple(pair) for pair in kept[1:]] if kept and kept[0] == asked else []
     batch = recipe.micro_batch
     if len(done) < len(questions):

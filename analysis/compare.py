@@ -25,16 +25,16 @@ class Difference:
     Attributes:
         checkpoint: whose score is higher where the value is positive.
         reference: what it is compared with.
-        teacher: which teacher.
-        layer: a layer, or `mean` for the mean over the layers 1 … L that both have.
+        teacher: which teacher; empty where there is none.
+        layer: a layer, or `mean` for the mean over the layers 1 … L that both have; empty for answers to a benchmark.
         probe: `resampler` or `ridge`; empty where nothing was trained.
         metric: which metric.
-        protocol: how it is computed.
+        protocol: how it is computed; of answers the part of the benchmark.
         split: where the images come from.
         value: the difference.
         ci_low: lower end of its 95 % interval.
         ci_high: upper end.
-        n: images that both were scored on.
+        n: images that both were scored on, or questions that both were asked.
         seeds: number of the checkpoint's seeds, and of the reference's.
         higher: at how many of the pairs of seeds the checkpoint is higher; empty where seeds are no pairs.
     """
@@ -119,7 +119,7 @@ def _differences(
             place = (curve.teacher, curve.layer, curve.probe, curve.metric, curve.protocol, one.split)
             numbers = (interval.value, interval.low, interval.high, len(names))
             seeds = f"{len(table)}, {len(base)}"
-            higher = f"{_higher(table, base, statistic)} of {len(table)}" if paired else ""
+            higher = f"{higher_in(table, base, statistic)} of {len(table)}" if paired else ""
             yield Difference(label, reference_label, *place, *numbers, seeds, higher)
     yield from _distances(reference, runs, reference_label, label, paired)
 
@@ -141,12 +141,13 @@ def _distances(
         yield Difference(label, reference_label, *place, *numbers, f"{len(own.whole)}, {len(base.whole)}", higher)
 
 
-def _higher(table: NDArray[Any], others: NDArray[Any], statistic: Statistic) -> int:
-    """At how many pairs of seeds the difference is above zero."""
-    return int((statistic(table.mean(axis=1)) > statistic(others.mean(axis=1))).sum())
+def higher_in(table: NDArray[Any], others: NDArray[Any], statistic: Statistic) -> int:
+    """At how many pairs of seeds the difference is above zero, by more than rounding."""
+    return int((statistic(table.mean(axis=1)) - statistic(others.mean(axis=1)) > 1e-9).sum())
 
 
-def _seeds(row: pd.Series) -> str:
+def seeds_told(row: pd.Series) -> str:
+    """What a sentence on a difference adds on seeds; nothing where each has one."""
     if row["higher"]:
         return f" and {row['seeds'].split(',')[0]} pairs of seeds (higher in {row['higher']})"
     return "" if row["seeds"] == "1, 1" else f" and {row['seeds'].replace(',', ' and')} seeds"
@@ -159,7 +160,7 @@ def _told(row: pd.Series) -> str:
     verdict = "higher" if row["ci_low"] > 0 else "lower" if row["ci_high"] < 0 else "no clear difference"
     return (
         f"{row['metric']}{protocol}, {where}: {row['checkpoint']} - {row['reference']} = {row['value']:+.4f} "
-        f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}] over {row['n']} images{_seeds(row)}: {verdict}"
+        f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}] over {row['n']} images{seeds_told(row)}: {verdict}"
     )
 
 
@@ -190,7 +191,7 @@ def statements(table: pd.DataFrame) -> list[str]:
             verdict = f"{checkpoint} reads {'better' if (row['value'] > 0) == (better == 'higher') else 'worse'}"
         sentences.append(
             f"{teacher}, {probe}, {metric} ({protocol}): {checkpoint} - {reference} = {row['value']:+.4f} "
-            f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}] over {row['n']} images{_seeds(row)}: {verdict}; of "
+            f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}] over {row['n']} images{seeds_told(row)}: {verdict}; of "
             f"{len(layers)} layers {above} clearly higher, {below} clearly lower"
         )
     return sentences

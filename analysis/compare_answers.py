@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,16 @@ from analysis.accuracies import (
     sums_by_image,
     weighted_mean,
 )
-from analysis.compare import COLUMNS, Difference
+from analysis.compare import COLUMNS, Difference, higher_in, seeds_told
 from analysis.metrics import ACCURACY
 from analysis.statistics import paired_bootstrap
-from probing.data.benchmarks import BENCHMARKS
+from probing.data.benchmarks import BENCHMARKS, part_label, title
 from probing.errors import UserError
 from probing.recipe import read_yaml
 from probing.run import LOST, members, read_json, reading
 
 ASKED = ("suffix", "max_new_tokens")
-"""Fields of the recipe on which answers depend besides the checkpoint."""
+"""Fields of the recipe that two runs must share."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,6 @@ class _Arm:
     """The answers of one checkpoint to one benchmark; several seeds of its training, where a folder has them."""
 
     path: Path
-    label: str
     benchmark: str
     digest: str
     asked: dict[str, Any]
@@ -43,27 +42,33 @@ class _Arm:
     seeds: list[list[Answered]]
 
 
-def compare_answers(paths: Sequence[Path]) -> pd.DataFrame:
+def compare_answers(paths: Sequence[Path], labels: Sequence[str]) -> pd.DataFrame:
     """Compares every two runs of `probing bench` on the same benchmark, question by question.
 
     Args:
         paths: finished runs, or folders of runs whose checkpoints differ by their seed alone; the reference first.
+            Runs of the same name in two folders are taken as pairs.
+        labels: a name for each.
 
     Returns:
         A row per pair and part of the benchmark, with the columns of `analysis.compare.Difference`; `protocol` is the
         part, and `n` its number of questions.
 
     Raises:
-        UserError: two runs of one benchmark were not asked the same questions in the same way, or no benchmark has two.
+        UserError: two runs of one benchmark were not asked the same questions in the same way, or a benchmark has one
+            run alone.
     """
     arms = [_read(path) for path in paths]
+    benchmarks = [arm.benchmark for arm in arms]
+    for arm in arms:
+        if benchmarks.count(arm.benchmark) == 1:
+            name = BENCHMARKS[arm.benchmark].title
+            raise UserError(f"{arm.path} is the only run of {name}; give another checkpoint's, or leave it out")
     rows: list[dict[str, Any]] = []
-    for one, two in itertools.combinations(arms, 2):
+    for (one, reference), (two, label) in itertools.combinations(zip(arms, labels, strict=True), 2):
         if one.benchmark == two.benchmark:
             _require_alike(one, two)
-            rows += [asdict(row) for row in _differences(one, two, _labels(arms))]
-    if not rows:
-        raise UserError("no benchmark was asked of two checkpoints; give at least two runs of the same one")
+            rows += [asdict(row) for row in _differences(one, two, reference, label)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -78,11 +83,10 @@ def answer_statements(table: pd.DataFrame) -> list[str]:
             verdict = "no clear difference"
             if row["ci_low"] > 0 or row["ci_high"] < 0:
                 verdict = f"{checkpoint} answers {'better' if row['value'] > 0 else 'worse'}"
-            seeds = f", higher at {row['higher']} seeds" if row["higher"] else ""
-            name = " ".join([BENCHMARKS[benchmark].title, *row["protocol"].split("/")[1:]])
+            name, where = title(benchmark, {int(part["n"].max())}), part_label(row["protocol"])
             sentences.append(
-                f"{name}, accuracy: {checkpoint} - {reference} = {row['value']:+.4f} [{row['ci_low']:+.4f}, "
-                f"{row['ci_high']:+.4f}] over {row['n']} questions{seeds}: {verdict}"
+                f"{name}, {where}: accuracy of {checkpoint} - {reference} = {row['value']:+.4f} [{row['ci_low']:+.4f}, "
+                f"{row['ci_high']:+.4f}] over the images of {row['n']} questions{seeds_told(row)}: {verdict}"
             )
     return sentences
 
@@ -92,35 +96,24 @@ def _read(path: Path) -> _Arm:
     found = [_read_one(run) for run in runs]
     for other in found[1:]:
         if other.benchmark != found[0].benchmark:
-            raise UserError(f"{path} holds runs of several benchmarks; give each of its runs, or keep them apart")
+            raise UserError(f"{path} holds runs of several benchmarks; keep those of each in a folder of its own")
         _require_alike(found[0], other)
-    seeds = [answered for one in found for answered in one.seeds]
-    label = path.resolve().name if members(path) else found[0].label
-    return _Arm(path, label, found[0].benchmark, found[0].digest, found[0].asked, [run.name for run in runs], seeds)
+    return replace(found[0], path=path, names=[run.name for run in runs], seeds=[one.seeds[0] for one in found])
 
 
 def _read_one(run: Path) -> _Arm:
-    manifest, recipe, file = (
-        read_json(run / "manifest.json", LOST),
-        read_yaml(run / "recipe.yaml"),
-        run / "answers.jsonl",
-    )
+    if not (run / "manifest.json").exists():
+        raise UserError(f"{run} has not finished; type the probing bench that began it once more")
+    recipe, manifest = read_yaml(run / "recipe.yaml"), read_json(run / "manifest.json", LOST)
+    file = run / "answers.jsonl"
+    with reading(run / "manifest.json", LOST):
+        benchmark, digest = manifest["benchmark"], manifest["data"]["digest"]
+        questions = manifest["data"]["questions"]
     with reading(file, LOST):
         answered = read_answers(file)
-        if len(answered) != manifest["data"]["questions"]:
-            raise ValueError(f"{len(answered)} answers to {manifest['data']['questions']} questions")
-    asked = {field: recipe.get(field) for field in ASKED}
-    name, digest = manifest["checkpoint"]["name"], manifest["data"]["digest"]
-    return _Arm(run, name, manifest["benchmark"], digest, asked, [run.name], [answered])
-
-
-def _labels(arms: Sequence[_Arm]) -> dict[Path, str]:
-    """A name for each, with its folder where two of one benchmark would be called alike."""
-    names = [(arm.benchmark, arm.label) for arm in arms]
-    return {
-        arm.path: f"{arm.label} ({arm.path})" if names.count(name) > 1 else arm.label
-        for arm, name in zip(arms, names, strict=True)
-    }
+        if len(answered) != questions:
+            raise ValueError(f"{len(answered)} answers to {questions} questions")
+    return _Arm(run, benchmark, digest, {field: recipe.get(field) for field in ASKED}, [run.name], [answered])
 
 
 def _require_alike(one: _Arm, two: _Arm) -> None:
@@ -138,21 +131,20 @@ def _require_alike(one: _Arm, two: _Arm) -> None:
             )
 
 
-def _differences(reference: _Arm, arm: _Arm, labels: dict[Path, str]) -> Iterator[Difference]:
+def _differences(reference: _Arm, arm: _Arm, reference_label: str, label: str) -> Iterator[Difference]:
     first = arm.seeds[0]
     images = images_of(first)
     paired = len(arm.seeds) > 1 and arm.names == reference.names
     for protocol, cells in parts(arm.benchmark, first):
         masks, weights = masks_and_weights(cells, first)
-        tables = [
+        table, base = (
             np.stack([sums_by_image(np.array([a.score for a in answered]), masks, images) for answered in one.seeds])
             for one in (arm, reference)
-        ]
+        )
         statistic = weighted_mean(weights)
-        interval = paired_bootstrap(*tables, statistic, seeds_paired=paired)
-        own, base = (statistic(table.mean(axis=1)) for table in tables)
+        interval = paired_bootstrap(table, base, statistic, seeds_paired=paired)
         yield Difference(
-            labels[arm.path], labels[reference.path], "", "", "", ACCURACY, protocol, BENCHMARKS[arm.benchmark].split,
-            interval.value, interval.low, interval.high, int(masks.any(axis=0).sum()),
-            f"{len(own)}, {len(base)}", f"{int((own > base).sum())} of {len(own)}" if paired else "",
+            label, reference_label, "", "", "", ACCURACY, protocol, BENCHMARKS[arm.benchmark].split,
+            interval.value, interval.low, interval.high, int(masks.any(axis=0).sum()), f"{len(table)}, {len(base)}",
+            f"{higher_in(table, base, statistic)} of {len(table)}" if paired else "",
         )  # fmt: skip

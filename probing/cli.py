@@ -197,20 +197,21 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
     from analysis.compare_answers import answer_statements, compare_answers
     from probing.run import is_alignment, is_benchmark
     from reports.alignment import load_alignments
+    from reports.benchmarks import arm_labels
     from reports.page import write_report
     from reports.results import load_runs
 
     asked = [run for run in runs if is_benchmark(run)]
     others = [run for run in runs if run not in asked]
-    tables, sentences = [], []
+    tables, sentences, of_answers = [], [], []
+    if asked:
+        tables.append(compare_answers(asked, arm_labels(asked)))
+        of_answers = answer_statements(tables[-1])
     if others:
         labels = [run.label for run in (load_alignments(others) if is_alignment(others[0]) else load_runs(others))]
-        tables.append(compare_runs(others, labels))
-        sentences += statements(tables[-1])
-    if asked:
-        tables.append(compare_answers(asked))
-        sentences += answer_statements(tables[-1])
-    for sentence in sentences:
+        tables.insert(0, compare_runs(others, labels))
+        sentences = statements(tables[0])
+    for sentence in [*sentences, *of_answers]:
         click.echo(sentence)
     click.echo(f"report: {write_report(list(runs), out, pd.concat(tables), sentences)}")
 

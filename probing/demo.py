@@ -71,11 +71,10 @@ def run_demo(preset: str, out: Path) -> Path:
         runs.append(run.path)
         aligned.append(align(align_recipe(recipe), out / "runs" / f"{name}_words").parent)
         asked.append(bench(bench_recipe(recipe, questions), out / "runs" / f"{name}_answers").parent)
-    differences, answers = compare(runs, list(names)), compare_answers(asked)
-    sentences = [*statements(differences), *answer_statements(answers)]
-    for sentence in sentences:
-        if "cosine_centred" in sentence or "accuracy" in sentence:
-            logger.info(sentence)
+    differences, answers = compare(runs, list(names)), compare_answers(asked, list(names))
+    sentences = statements(differences)
+    for sentence in [*(one for one in sentences if "cosine_centred" in one), *answer_statements(answers)]:
+        logger.info(sentence)
     return write_report([*runs, *aligned, *asked], out / "report", pd.concat([differences, answers]), sentences)
 
 

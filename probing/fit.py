@@ -30,8 +30,9 @@ from probing.data.loader import Prepared, micro_batches
 from probing.errors import UserError
 from probing.feature_cache import FeatureCache
 from probing.fit_state import FitState
+from probing.processes import add_up_gradients
 from probing.progress import Progress
-from probing.recipe import FitRecipe, ProbeRunRecipe
+from probing.recipe import ProbeRunRecipe
 from probing.resampler import ResamplerConfig
 from probing.ridge import RidgeReadout, RidgeSums, place_states
 from probing.run import Interruption, disk_errors, reading, whole_file
@@ -41,53 +42,14 @@ from probing.tracking import curve_names, curves
 
 logger = logging.getLogger(__name__)
 
-MESSAGE = 2**26
-"""Numbers of gradients that processes exchange at once, about."""
-ROOM = 0.7
-"""Share of a GPU's free memory that probes may take; the rest is for what a step computes."""
-
 
 class Interrupted(Exception):
     """The user stopped the run; it goes on from the saved state."""
 
 
-def _messages(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters whose gradients are sent together."""
-    some: list[Tensor] = []
-    for parameter in parameters:
-        some.append(parameter)
-        if sum(p.numel() for p in some) >= MESSAGE:
-            yield some
-            some = []
-    if some:
-        yield some
-
-
 def _load(file: Path) -> Any:
     # To the CPU first: processes without accelerator have devices such as cpu:0, which torch cannot load to.
     return torch.load(file, map_location=lambda storage, _: storage, weights_only=True)
-
-
-def spread_layers(fit: FitRecipe, bank_bytes: int, accelerator: Accelerator) -> bool:
-    """Whether processes share the layers among them, and not the images.
-
-    Args:
-        fit: of the recipe.
-        bank_bytes: all probes, with gradients and moments.
-        accelerator: the backbone and the teachers are on its device already.
-    """
-    if accelerator.num_processes == 1 or fit.spread != "auto" or accelerator.device.type != "cuda":
-        return accelerator.num_processes > 1 and fit.spread == "layers"
-    free, _ = torch.cuda.mem_get_info(accelerator.device)
-    lacking = torch.tensor(float(bank_bytes > ROOM * free), device=accelerator.device)
-    if float(accelerator.reduce(lacking, "sum")) == 0:
-        return False
-    logger.info(
-        "probes with gradients and moments take %.1f GB, of %.1f GB free: every process trains some of the layers, on "
-        "all images",
-        bank_bytes / 1e9, free / 1e9,
-    )  # fmt: skip
-    return True
 
 
 @dataclass
@@ -220,7 +182,7 @@ class Fit:
                 losses += self.micro_batch(state, prepared, weight, gather, columns)
         parameters = state.optimizer.param_groups[0]["params"]
         if world > 1:
-            self._reduce(parameters)
+            add_up_gradients(parameters, self.accelerator)
             losses = self.accelerator.reduce(losses, "sum")
         if not seen and world == 1:
             return [math.nan] * len(losses)
@@ -239,14 +201,6 @@ class Fit:
         if self.spread:
             return mine
         return int(self.accelerator.reduce(torch.tensor(mine, device=self.accelerator.device), "sum"))
-
-    def _reduce(self, parameters: list[Tensor]) -> None:
-        """Adds up the gradients of all processes; a single message would need them twice more."""
-        for some in _messages(parameters):
-            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in some]
-            flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
-            for parameter, part in zip(some, flat.split([p.numel() for p in some]), strict=True):
-                parameter.grad = part.view_as(parameter)
 
     def micro_batch(
         self, state: FitState, prepared: Prepared, weight: float, gather: bool, columns: dict[tuple[str, ProbeKey], int]

@@ -2,14 +2,23 @@
 
 import atexit
 import contextlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from probing.errors import UserError
+from probing.recipe import FitRecipe
 
+logger = logging.getLogger(__name__)
+
+MESSAGE = 2**26
+"""Numbers of gradients that processes exchange at once, about."""
+ROOM = 0.7
+"""Share of a GPU's free memory that probes may take; the rest is for what a step computes."""
 LOST = ("by peer", "Broken pipe", "Connection refused", "Timed out waiting")
 """What gloo says where another process is gone; the other means of communication have errors of their own."""
 
@@ -61,3 +70,49 @@ def others_alive() -> Iterator[None]:
             "another process of this run ended before its time (its own messages say why); the same command goes on "
             "from the last saved state"
         ) from None
+
+
+def spread_layers(fit: FitRecipe, bank_bytes: int, accelerator: Accelerator) -> bool:
+    """Whether processes share the layers among them, and not the images.
+
+    Args:
+        fit: of the recipe.
+        bank_bytes: all probes, with gradients and moments.
+        accelerator: the backbone and the teachers are on its device already.
+    """
+    if accelerator.num_processes == 1 or fit.spread != "auto" or accelerator.device.type != "cuda":
+        return accelerator.num_processes > 1 and fit.spread == "layers"
+    free, _ = torch.cuda.mem_get_info(accelerator.device)
+    lacking = torch.tensor(float(bank_bytes > ROOM * free), device=accelerator.device)
+    if float(accelerator.reduce(lacking, "sum")) == 0:
+        return False
+    logger.info(
+        "probes with gradients and moments take %.1f GB, of %.1f GB free: every process trains some of the layers, on "
+        "all images",
+        bank_bytes / 1e9, free / 1e9,
+    )  # fmt: skip
+    return True
+
+
+def add_up_gradients(parameters: Sequence[Tensor], accelerator: Accelerator) -> None:
+    """Gives every process the sum of all processes' gradients.
+
+    In messages of bounded size: a single one would need all gradients twice more.
+    """
+    for some in _messages(parameters):
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in some]
+        flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+        for parameter, part in zip(some, flat.split([p.numel() for p in some]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+def _messages(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters whose gradients are sent together."""
+    some: list[Tensor] = []
+    for parameter in parameters:
+        some.append(parameter)
+        if sum(p.numel() for p in some) >= MESSAGE:
+            yield some
+            some = []
+    if some:
+        yield some

@@ -166,6 +166,19 @@ def read_json(file: Path, instead: str) -> dict[str, Any]:
         return values
 
 
+def read_json_lines(file: Path) -> list[Any]:
+    """The whole lines of a JSONL file; a last one that a killed process left unfinished is not counted."""
+    if not file.exists():
+        return []
+    found = []
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
 def require_space(where: Path, needed: int) -> None:
     """Refuses to start what will not fit.
 
@@ -225,8 +238,9 @@ def is_alignment(path: Path) -> bool:
 
 
 def is_benchmark(path: Path) -> bool:
-    """Whether a folder is a finished run of `probing bench`, or a folder of them."""
-    return _kind(path) == "benchmark"
+    """Whether a folder is a run of `probing bench`, finished or not, or a folder of them."""
+    recipe = (members(path) or [path])[0] / "recipe.yaml"
+    return _kind(path) == "benchmark" or (recipe.is_file() and "benchmark" in read_yaml(recipe))
 
 
 def _kind(path: Path) -> Any:

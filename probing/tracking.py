@@ -97,7 +97,8 @@ def curves(name: str, folder: Path | None, names: Sequence[str], step: int) -> I
     except UserError:
         raise
     except Exception as error:  # each tracker has errors of its own, such as a missing login
-        raise UserError(f"{name} does not start: {error}; mend that, or set fit.report_to=none") from error
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} does not start: {said}; mend that, or set fit.report_to=none") from error
     try:
         yield Curves(tracker, names, folder)
     finally:

@@ -20,9 +20,9 @@ from probing.data.coco import ImageList, list_images
 from probing.data.loader import TOWER
 from probing.errors import UserError
 from probing.feature_cache import FeatureCache, open_caches, teacher_maker, tower_maker
-from probing.fit import Fit, spread_layers
+from probing.fit import Fit
 from probing.fit_state import summary
-from probing.processes import others_alive, together
+from probing.processes import others_alive, spread_layers, together
 from probing.provenance import made_of, versions
 from probing.recipe import DataRecipe, ProbeRunRecipe, local_path
 from probing.resampler import Resampler, ResamplerConfig

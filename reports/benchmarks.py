@@ -10,18 +10,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analysis.metrics import ACCURACY
 from analysis.rank_correlation import FEW, LEAST, RankCorrelation, rank_correlation
-from probing.data.benchmarks import BENCHMARKS
+from probing.data.benchmarks import BENCHMARKS, part_label, title
 from probing.errors import UserError
 from probing.run import LOST, members, read_json
 from reports.curves import PROBES
 from reports.embed import picture
 from reports.findings import METRIC, PROTOCOL
-from reports.results import RunResults, load_runs, metric_label, read_results, teacher_title
+from reports.results import RunResults, load_runs, metric_label, read_results, teacher_title, unique_labels
 from reports.styles import DOUBLE, LIGHT, PAPER, SCREEN, SINGLE, marker, tone
 
-NAMES = {"2d": "2D", "3d": "3D", "ade20k": "ADE20K", "coco": "COCO", "omni3d": "Omni3D"}
-"""Parts of a protocol whose names are not just capitalised."""
 MIDDLE = (0.25, 0.75)
 """The layers over which a checkpoint's quality is averaged, as shares of its depth."""
 
@@ -47,7 +46,7 @@ class BenchmarkResults:
         """Which one."""
         return str(self.manifest["benchmark"])
 
-    def row(self, protocol: str, metric: str = "accuracy", control: str = "no") -> pd.Series | None:
+    def row(self, protocol: str, metric: str = ACCURACY, control: str = "no") -> pd.Series | None:
         """One number; None where it is not there."""
         r = self.results
         found = r[(r["protocol"] == protocol) & (r["metric"] == metric) & (r["control"] == control)]
@@ -56,7 +55,7 @@ class BenchmarkResults:
     @property
     def protocols(self) -> list[str]:
         """Of its accuracies, the overall one first."""
-        return list(dict.fromkeys(self.results.loc[self.results["metric"] == "accuracy", "protocol"]))
+        return list(dict.fromkeys(self.results.loc[self.results["metric"] == ACCURACY, "protocol"]))
 
 
 def load_benchmarks(paths: Sequence[Path]) -> list[BenchmarkResults]:
@@ -66,29 +65,45 @@ def load_benchmarks(paths: Sequence[Path]) -> list[BenchmarkResults]:
         UserError: one has no results.
     """
     found = []
-    for run in (member for path in paths for member in members(path) or [path]):
+    for folder, run in ((path, run) for path in paths for run in members(path) or [path]):
         if not (run / "results.csv").exists():
             raise UserError(f"{run} has no results; type the probing bench that made it once more")
-        found.append((run, read_results(run / "results.csv"), read_json(run / "manifest.json", LOST)))
-    names = [(manifest["benchmark"], manifest["checkpoint"]["name"]) for *_, manifest in found]
+        manifest = read_json(run / "manifest.json", LOST)
+        name = f"{folder.resolve().name}, {run.name}" if members(folder) else manifest["checkpoint"]["name"]
+        found.append((name, run, read_results(run / "results.csv"), manifest))
+    labels = labels_by_benchmark([(name, run, manifest["benchmark"]) for name, run, _, manifest in found])
     return [
-        BenchmarkResults(f"{key[1]} ({run})" if names.count(key) > 1 else key[1], run, results, manifest)
-        for key, (run, results, manifest) in zip(names, found, strict=True)
+        BenchmarkResults(label, run, results, manifest)
+        for label, (_, run, results, manifest) in zip(labels, found, strict=True)
     ]
 
 
-def title(runs: Sequence[BenchmarkResults], benchmark: str) -> str:
-    """What a benchmark is called; by its own name alone where exactly its published questions were asked."""
-    known = BENCHMARKS[benchmark]
-    counts = sorted({run.manifest["data"]["questions"] for run in runs if run.benchmark == benchmark})
-    if counts == [known.size]:
-        return known.title
-    return f"{known.title}-like ({' or '.join(map(str, counts))} questions)"
+def arm_labels(paths: Sequence[Path]) -> list[str]:
+    """A name for each run of `probing bench`, or folder of runs that are the seeds of one checkpoint.
+
+    Raises:
+        UserError: a manifest cannot be read.
+    """
+    found = []
+    for path in paths:
+        manifest = read_json((members(path) or [path])[0] / "manifest.json", LOST)
+        name = path.resolve().name if members(path) else manifest["checkpoint"]["name"]
+        found.append((name, path, manifest["benchmark"]))
+    return labels_by_benchmark(found)
 
 
-def part_label(protocol: str) -> str:
-    """`cvbench/2d/count` → 2D, Count."""
-    return ", ".join(NAMES.get(part, part.capitalize()) for part in protocol.split("/")[1:]) or "Overall"
+def labels_by_benchmark(runs: Sequence[tuple[str, Path, str]]) -> list[str]:
+    """Names that are unique among the runs of a benchmark, from name, folder and benchmark of each."""
+    labels: dict[int, str] = {}
+    for benchmark in {benchmark for *_, benchmark in runs}:
+        places = [place for place, run in enumerate(runs) if run[2] == benchmark]
+        unique = unique_labels([runs[place][0] for place in places], [runs[place][1] for place in places])
+        labels |= dict(zip(places, unique, strict=True))
+    return [labels[place] for place in range(len(runs))]
+
+
+def _title(runs: Sequence[BenchmarkResults], benchmark: str) -> str:
+    return title(benchmark, {run.manifest["data"]["questions"] for run in runs if run.benchmark == benchmark})
 
 
 def accuracy_table(runs: Sequence[BenchmarkResults], benchmark: str) -> dict[str, Any]:
@@ -103,7 +118,7 @@ def accuracy_table(runs: Sequence[BenchmarkResults], benchmark: str) -> dict[str
         extra = ["" if guess is None else f"{guess['value']:.3f}"] if guesses else []
         rows.append([part_label(protocol), *cells, *extra])
     head = ["part", *(run.label for run in there), *(["guessing"] if guesses else [])]
-    return {"title": title(runs, benchmark), "head": head, "rows": rows, "notes": _notes(there)}
+    return {"title": _title(runs, benchmark), "head": head, "rows": rows, "notes": _notes(there)}
 
 
 def _cell(row: pd.Series | None) -> str:
@@ -220,7 +235,7 @@ def panels(probed: Sequence[RunResults], asked: Sequence[BenchmarkResults]) -> l
                         rows.append(place | {name: float(row[name]) for name in ("value", "ci_low", "ci_high")})
                 if rows:
                     points = pd.DataFrame(rows).rename(columns={"value": "accuracy"})
-                    name = title(asked, benchmark)
+                    name = _title(asked, benchmark)
                     found.append(Panel(benchmark, name, teacher, probe, points, _correlation(points)))
     return found
 

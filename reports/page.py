@@ -97,7 +97,7 @@ def _write_report(
     answered = None
     if differences is not None:
         write_text(out / "differences.csv", differences.to_csv(index=False))
-        of_answers = differences["metric"] == ACCURACY
+        of_answers = (differences["metric"] == ACCURACY) & (differences["teacher"] == "") & (differences["layer"] == "")
         answered, differences = differences[of_answers], differences[~of_answers]
     probed = [path for path in paths if not is_alignment(path)]
     benchmarks = benchmark_chapter(probed, asked, answered) if asked else None
@@ -158,7 +158,8 @@ def render(
     if not runs:
         told = difference_table(differences) if differences is not None else None
         text = _templates().get_template("alignment_page.html" if alignments else "benchmark_page.html")
-        return text.render(**common, markers=marker_definitions(used), told=told)
+        there = differences is not None
+        return text.render(**common, markers=marker_definitions(used), told=told, differences=there)
     used += [(line.tone, line.marker) for line in series(runs)]
     compared: dict[str, Any] = {}
     if differences is not None:

@@ -150,6 +150,28 @@ BENCHMARKS = {
 }
 
 
+_NAMES = {"2d": "2D", "3d": "3D", "ade20k": "ADE20K", "coco": "COCO", "omni3d": "Omni3D"}
+"""Parts of a benchmark whose names are not just capitalised."""
+
+
+def title(name: str, questions: set[int]) -> str:
+    """What a benchmark is called; by its own name alone where exactly its published questions were asked.
+
+    Args:
+        name: one of `BENCHMARKS`.
+        questions: how many each checkpoint was asked.
+    """
+    known = BENCHMARKS[name]
+    if questions == {known.size}:
+        return known.title
+    return f"{known.title}-like ({' or '.join(map(str, sorted(questions)))} questions)"
+
+
+def part_label(protocol: str) -> str:
+    """What a part is called: `cvbench/2d/count` → 2D, Count."""
+    return ", ".join(_NAMES.get(part, part.capitalize()) for part in protocol.split("/")[1:]) or "Overall"
+
+
 def read_questions(name: str, where: Path) -> list[Question]:
     """Reads a benchmark.
 

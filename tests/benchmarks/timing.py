@@ -3,22 +3,19 @@
 import time
 from collections.abc import Callable
 
+TURNS = 5
 
-def best_in_turns(works: dict[str, Callable[[], object]], turns: int = 5, seconds: float = 20) -> dict[str, float]:
+
+def best_in_turns(works: dict[str, Callable[[], object]], seconds: float = 20) -> dict[str, float]:
     """Shortest of many timings of each, in milliseconds.
 
-    They take turns, lest something else on the machine decides; short ones take more of them, because their best is
-    late to come.
-
-    Args:
-        works: by name.
-        turns: at least so many.
-        seconds: and for so long.
+    They take turns, lest something else on the machine decides: `TURNS` at least, and more where those are over before
+    so many seconds, because the best of a short work is late to come.
     """
     best = dict.fromkeys(works, float("inf"))
-    begun = time.perf_counter()
-    while turns > 0 or time.perf_counter() - begun < seconds:
-        turns -= 1
+    turns, begun = 0, time.perf_counter()
+    while turns < TURNS or time.perf_counter() - begun < seconds:
+        turns += 1
         for name, work in works.items():
             start = time.perf_counter()
             work()

@@ -93,7 +93,7 @@ def test_a_tracker_that_does_not_start_is_one_line(recipe_values, tmp_path, monk
         requires_logging_directory = False
 
         def __init__(self, name):
-            raise RuntimeError("no API key")
+            raise RuntimeError("no API key\nTraceback of the library")
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", NotLoggedIn)
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["wandb"])
