@@ -40,8 +40,12 @@ class Answered:
 
 
 def read_answers(file: Path) -> list[Answered]:
-    """The answers of a finished run, from its `answers.jsonl`."""
-    return [Answered(**line) for line in read_json_lines(file)]
+    """The answers of a finished run, from its `answers.jsonl`; raises ValueError where a score is none."""
+    found = [Answered(**line) for line in read_json_lines(file)]
+    for one in found:
+        if not isinstance(one.score, float | int) or not 0 <= one.score <= 1:
+            raise ValueError(f"the score of question {one.question} is {one.score!r}")
+    return found
 
 
 Cell = tuple[float, Callable[[Answered], bool]]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
 from analysis.accuracies import Answered, read_answers, summarise
@@ -27,7 +27,16 @@ from probing.fit import Interrupted
 from probing.progress import Progress
 from probing.provenance import made_of, versions
 from probing.recipe import BackboneRecipe, Strict, dump_recipe, local_path
-from probing.run import LOST, Interruption, disk_errors, read_json, read_json_lines, remove_left_overs, write_text
+from probing.run import (
+    LOST,
+    Interruption,
+    disk_errors,
+    read_json,
+    read_json_lines,
+    reading,
+    remove_left_overs,
+    write_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +100,8 @@ def bench(recipe: BenchRecipe, out: Path) -> Path:
             manifest = _manifest(recipe, checkpoint, questions, answered, time.monotonic() - started)
             write_text(out / "manifest.json", json.dumps({**manifest, "asked": asked}, indent=2) + "\n")
             state.unlink(missing_ok=True)
-    answered = read_answers(answers)
+    with reading(answers, LOST):
+        answered = read_answers(answers)
     unread = sum(one.read is None for one in answered)
     if unread:
         logger.warning("%d of %d answers cannot be read, and count as wrong; see %s", unread, len(answered), answers)
@@ -165,9 +175,8 @@ def _image(question: Question) -> tuple[Image.Image, str]:
         content = question.image()
         return read_image(io.BytesIO(content)), hashlib.sha256(content).hexdigest()[:16]
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"the image of question {question.name} cannot be read ({str(error).splitlines()[0]}); get the files again"
-        ) from None
+        said = "it is no image" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
+        raise UserError(f"the image of question {question.name} cannot be read ({said}); get the files again") from None
 
 
 def _manifest(

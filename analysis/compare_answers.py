@@ -24,7 +24,7 @@ from analysis.statistics import paired_bootstrap
 from probing.data.benchmarks import BENCHMARKS, part_label, title
 from probing.errors import UserError
 from probing.recipe import read_yaml
-from probing.run import LOST, members, read_json, reading
+from probing.run import LOST, is_benchmark, members, read_json, reading
 
 ASKED = ("suffix", "max_new_tokens")
 """Fields of the recipe that two runs must share."""
@@ -104,6 +104,10 @@ def _read(path: Path) -> _Arm:
 def _read_one(run: Path) -> _Arm:
     if not (run / "manifest.json").exists():
         raise UserError(f"{run} has not finished; type the probing bench that began it once more")
+    if not (run / "recipe.yaml").exists():
+        raise UserError(f"{run} has no recipe.yaml; {LOST}")
+    if not is_benchmark(run):
+        raise UserError(f"{run} is no run of probing bench; keep runs of different kinds in folders of their own")
     recipe, manifest = read_yaml(run / "recipe.yaml"), read_json(run / "manifest.json", LOST)
     file = run / "answers.jsonl"
     with reading(run / "manifest.json", LOST):

@@ -164,8 +164,10 @@ def bank_config(folder: Path, teacher: str) -> dict[str, Any]:
     try:
         config = json.loads((folder / teacher / "config.json").read_text(encoding="utf-8"))
         missing = {"resampler", "layers", "seeds", "keys", "layer_convention"} - config.keys()
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except FileNotFoundError:
         raise UserError(f"no probes for {teacher!r} in {folder}; train them with: probing train") from None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise UserError(f"{folder / teacher / 'config.json'} is no JSON object that can be read; {LOST}") from None
     if missing:
         raise UserError(
             f"{folder / teacher / 'config.json'} is no probe bank's: {', '.join(sorted(missing))} is missing"

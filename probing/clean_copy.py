@@ -44,6 +44,20 @@ def published_files(folder: Path) -> Iterator[Path]:
                 yield relative
 
 
+def require_banks(folder: Path, teachers: Iterable[str], instead: str) -> None:
+    """Raises UserError where tensors of a teacher are missing or cut off, in any bank of a run or of what was pushed.
+
+    Args:
+        folder: of the run.
+        teachers: whose.
+        instead: what to do.
+    """
+    banks = [bank for pattern in BANKS for bank in sorted(folder.glob(pattern))]
+    for file in (bank / teacher / "model.safetensors" for bank in banks for teacher in teachers):
+        with reading(file, instead), safe_open(file, framework="np"):
+            pass
+
+
 def clean_copy(run: Run, folder: Path, link: bool = False) -> None:
     """Copies what is published of a run; folders of this machine become `elsewhere:NAME`, and caches are off.
 

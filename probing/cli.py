@@ -197,12 +197,16 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
     from analysis.compare_answers import answer_statements, compare_answers
     from probing.run import is_alignment, is_benchmark
     from reports.alignment import load_alignments
-    from reports.benchmarks import arm_labels
-    from reports.page import write_report
+    from reports.benchmarks import arm_labels, load_benchmarks
+    from reports.page import require_apart, write_report
     from reports.results import load_runs
 
+    require_apart(runs, out)
     asked = [run for run in runs if is_benchmark(run)]
     others = [run for run in runs if run not in asked]
+    if len(others) == 1 and asked:
+        raise UserError(f"{others[0]} is the only run with probes; give another to compare it with, or leave it out")
+    load_benchmarks(asked)  # what is missing for the page is said before the work
     tables, sentences, of_answers = [], [], []
     if asked:
         tables.append(compare_answers(asked, arm_labels(asked)))

@@ -1,6 +1,7 @@
 """The verbs that look, and change nothing: `probing inspect`, `teachers`, `doctor` and `plan`."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,8 @@ def plan(
     RECIPE may be one of probing distill too. Nothing is loaded but configurations: the weights need not be there.
     KEY=VALUE changes fields of the recipe; the options are those of `probing evaluate`, and where it runs.
     """
+    if not math.isfinite(tflops + tflops_long):
+        raise UserError("--tflops and --tflops-long are numbers of TFLOP/s; write such as 150")
     quiet_libraries()
     from analysis.plan import plan as plan_evaluation
     from probing.cost import Devices, training_cost

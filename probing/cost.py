@@ -132,7 +132,7 @@ def training_cost(recipe: ProbeRunRecipe, processes: int = 1) -> TrainingCost:
         parameters = usage.bytes - ready
         moments = [torch.zeros_like(p) for own in state.parameters for p in own for _ in range(2)]
         require_enough(len(images), recipe.fit, processes)
-        micros = plan_steps(len(images), recipe.fit, 0, processes)[0]
+        micros = plan_steps(len(images), recipe.fit.model_copy(update={"epochs": 1}), 0, processes)[0]
         prepared = next(fit.batches([micros[:1]]))
         if prepared.student is None:
             raise UserError(f"none of the first {len(micros[0])} images could be read; check {images.folder}")

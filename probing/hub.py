@@ -120,7 +120,8 @@ def load_config(source: str, what: str, trust: str = "backbone.trust_remote_code
                 f"{trust}=true"
             ) from None
         place = "" if Path(source).exists() else "there is no such folder, and as a Hub id "
-        raise UserError(f"{what} {source} cannot be read: {place}{_said(error)}") from None
+        advice = "mend its config.json, or give another folder or Hub id"
+        raise UserError(f"{what} {source} cannot be read: {place}{_said(error)}; {advice}") from None
 
 
 @contextlib.contextmanager

@@ -30,12 +30,14 @@ from probing.clean_copy import (
     foreign,
     holds,
     published_files,
+    require_banks,
     require_clean,
 )
 from probing.errors import UserError
 from probing.hub import first_line, looks_like_path
 from probing.recipe import ProbeRunRecipe, apply_overrides, dump_recipe, local_path, read_yaml, validate
 from probing.run import (
+    LOST,
     SPEED_ONLY,
     Run,
     disk_errors,
@@ -79,7 +81,7 @@ def push(path: Path, repo: str, card: Callable[[Path, str], None], private: bool
     if members(path):
         raise UserError(f"{path} is a folder of runs; push them one by one: {', '.join(map(str, members(path)[:4]))}")
     run = Run.open(path)
-    choose(path, str(path))
+    require_banks(path, choose(path, str(path)).teachers, LOST)
     if not (path / "results.csv").is_file():
         raise UserError(f"{path} has no results yet, which its card would show; type: probing evaluate {path}")
     if _is_folder(repo):
@@ -159,9 +161,14 @@ def pull(
             for; the Hub cannot be reached; or `out` holds something else.
     """
     source, part = _fetch(repo, layers, teachers, api)
-    with reading(source / "manifest.json", f"whoever pushed {repo} must push it again"):
+    again = f"whoever pushed {repo} must push it again"
+    with reading(source / "manifest.json", again):
         manifest = part_of_manifest(json.loads((source / "manifest.json").read_text(encoding="utf-8")), part)
+        lacking = {"checkpoint", "teachers", "data", "prompt", "fit", "versions", "skipped"} - manifest.keys()
+        if lacking:
+            raise ValueError(f"there is no {sorted(lacking)[0]}")
         values = read_yaml(source / "recipe.yaml")
+    require_banks(source, part.teachers, again)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not out.is_dir() or not (out / "recipe.yaml").is_file() or not holds(out, manifest):
             raise UserError(f"{out} holds something else, or another part of the run; choose another folder")
@@ -170,7 +177,7 @@ def pull(
         with disk_errors(out):
             write_text(out / "recipe.yaml", dump_recipe(recipe))
     else:
-        with reading(source / "recipe.yaml", f"whoever pushed {repo} must push it again"):
+        with reading(source / "recipe.yaml", again):
             if not part.whole:
                 values["layers"] = ",".join(part.layers)
                 values["teachers"] = {name: values["teachers"][name] for name in part.teachers}

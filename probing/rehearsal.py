@@ -10,7 +10,7 @@ from probing.hub import locate
 from probing.processes import started
 from probing.recipe import LayersRecipe, ProbeRunRecipe
 from probing.run import Run, reading, require_space
-from probing.schedule import plan_steps
+from probing.schedule import count_steps
 from probing.train import ARMS, held_out_images, summary_file, training_images
 
 
@@ -27,7 +27,7 @@ def rehearse_training(recipe: ProbeRunRecipe, out: Path) -> list[str]:
     finished = (out / "manifest.json").exists()
     if not finished:
         require_space(out, cost.disk)
-    steps = len(plan_steps(len(train), recipe.fit))
+    steps = count_steps(len(train), recipe.fit)
     arms = ARMS if "random" in recipe.controls else ARMS[:1]
     controls, seeds = ["mean target", *recipe.controls], recipe.fit.seeds
     there = "finished already; nothing would be done" if finished else "new"

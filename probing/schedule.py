@@ -40,6 +40,11 @@ def plan_steps(images: int, fit: FitRecipe, process: int = 0, processes: int = 1
     return steps
 
 
+def count_steps(images: int, fit: FitRecipe) -> int:
+    """How many optimiser steps there are."""
+    return fit.epochs * math.ceil(images / fit.batch_size)
+
+
 def require_enough(images: int, fit: FitRecipe, processes: int) -> None:
     """Raises UserError where some process would have no image of a batch."""
     if min(images, fit.batch_size) < processes:

@@ -9,7 +9,8 @@ import jinja2
 import pandas as pd
 
 from analysis.metrics import ACCURACY
-from probing.run import disk_errors, is_alignment, is_benchmark, whole_file, write_text
+from probing.errors import UserError
+from probing.run import disk_errors, is_alignment, is_benchmark, members, whole_file, write_text
 from reports.alignment import AlignmentResults, difference_table, load_alignments
 from reports.benchmarks import BenchmarkResults, load_benchmarks, quality_figure
 from reports.benchmarks import Chapter as Benchmarks
@@ -81,10 +82,21 @@ def write_report(
         Path of the page.
 
     Raises:
-        UserError: a folder is no run, or has no results yet, or the page cannot be written.
+        UserError: a folder is no run, or has no results yet, or stands there twice, or the page cannot be written.
     """
+    require_apart(runs, out)
     with disk_errors(out):
         return _write_report(runs, out, differences, statements, style)
+
+
+def require_apart(runs: Sequence[Path], out: Path) -> None:
+    """Raises UserError where a run is given twice, or the report's files would replace a run's own."""
+    places = [run.resolve() for run in runs]
+    for run, place in zip(runs, places, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"{run} is given twice; leave one out")
+    if (out / "recipe.yaml").exists() or members(out):
+        raise UserError(f"{out} holds runs, and the report would replace their results; choose another --out")
 
 
 def _write_report(

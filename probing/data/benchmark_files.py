@@ -68,9 +68,10 @@ def find_rows(where: Path, title: str) -> list[Row]:
         reader = {".parquet": _parquet, ".tsv": _tsv, ".jsonl": _jsonl}.get(file.suffix)
         if reader is None:
             raise UserError(f"{file} is neither parquet nor TSV nor JSONL; give a file of {title}")
-        rows += _whole(reader, file)
-    if not rows:
-        raise UserError(f"{files[0]} holds no question; get it again")
+        found_here = _whole(reader, file)
+        if not found_here:
+            raise UserError(f"{file} holds no question; get it again")
+        rows += found_here
     return rows
 
 

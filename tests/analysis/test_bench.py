@@ -299,7 +299,8 @@ def bad_answer(data):
         ("okvqa", lambda data: None, "no column answers"),
         ("cvbench", lambda data: shutil.rmtree(data / "img"), "12 of the 12 images of CV-Bench are missing"),
         ("cvbench", bad_answer, "row 0, is no question of CV-Bench .*'maybe' is no letter"),
-        ("cvbench", break_image, "the image of question .* cannot be read"),
+        ("cvbench", break_image, r"the image of question .* cannot be read \(it is no image\)"),
+        ("cvbench", lambda data: (data / "test_3d.jsonl").write_text(""), "test_3d.jsonl holds no question"),
         ("cvbench", lambda data: (data / "test_2d.jsonl").write_text('{"idx"'), "test_2d.jsonl cannot be read"),
         ("cvbench", lambda data: (data / "test_2d.jsonl").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
         (

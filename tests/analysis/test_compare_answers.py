@@ -13,6 +13,8 @@ from analysis.compare_answers import answer_statements, compare_answers
 from analysis.scores import write_rows
 from probing.cli import cli
 from probing.errors import UserError
+from reports.page import write_report
+from tests.reports.made import make_run
 
 PLACES = [
     ("2d", "count", "ade20k"),
@@ -20,6 +22,9 @@ PLACES = [
     ("3d", "depth", "omni3d"),
     ("3d", "distance", "omni3d"),
 ]
+
+
+GARBLED = json.dumps(asdict(Answered("0", {}, "i", "", "A", ["A"], "x", 0.5))) + "\n"
 
 
 def write(path, name, scores, digest="d", suffix="auto", tokens=8, benchmark="cvbench", images="i"):
@@ -138,6 +143,9 @@ def test_other_questions_or_another_way_of_asking_are_refused(tmp_path, scores):
     ("file", "content", "said"),
     [
         ("answers.jsonl", "{}\n", r"answers\.jsonl cannot be read"),
+        ("answers.jsonl", GARBLED, r"answers\.jsonl cannot be read \(ValueError: the score of question 0 is 'x'"),
+        ("answers.jsonl", GARBLED.replace('"x"', "NaN"), "the score of question 0 is nan"),
+        ("recipe.yaml", None, "has no recipe.yaml; put it back"),
         ("answers.jsonl", "", r"answers\.jsonl cannot be read \(ValueError: 0 answers to 80 questions"),
         ("manifest.json", '{"kind": "benchmark"}', r"manifest\.json cannot be read \(KeyError"),
         ("manifest.json", None, "has not finished; type the probing bench that began it once more"),
@@ -175,6 +183,26 @@ def test_the_command_says_it_and_the_page_shows_it(tmp_path, scores):
     assert "every difference in differences.csv" in page
     table = pd.read_csv(tmp_path / "out" / "differences.csv", keep_default_na=False)
     assert set(table["metric"]) == {"accuracy"} and len(table) == 3 * 9
+
+
+def test_what_the_command_refuses_before_it_works(tmp_path, scores):
+    runs = [write(tmp_path / name, name, row) for name, row in zip("ab", scores[:2], strict=True)]
+    probed = make_run(tmp_path / "probed")
+    (probed / "recipe.yaml").write_text("x: 1\n")
+    before = {run: (run / "results.csv").read_bytes() for run in runs}
+    for arguments, out, said in (
+        ([runs[0], runs[1]], runs[1], "b holds runs, and the report would replace their results"),
+        ([runs[0], runs[1]], tmp_path, "holds runs"),
+        ([runs[0], tmp_path / "b" / ".." / "a"], tmp_path / "new" / "out", "is given twice"),
+        ([probed, *runs], tmp_path / "new" / "out", "probed is the only run with probes"),
+    ):
+        with pytest.raises(UserError, match=said):
+            CliRunner().invoke(
+                cli, ["compare", *map(str, arguments), "--out", str(out)], catch_exceptions=False, standalone_mode=False
+            )
+    with pytest.raises(UserError, match="holds runs"):
+        write_report(runs, runs[0])
+    assert before == {run: (run / "results.csv").read_bytes() for run in runs} and not (tmp_path / "new").exists()
 
 
 def test_half_of_a_benchmark_is_said_as_such(tmp_path, scores):

@@ -37,6 +37,8 @@ from tests import tiny
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 TEACHERS = ("depth", "gen")
+BROKEN = ("counted", "torn", "emptied", "unread", "blank", "garbled")
+"""Copies of what was pushed, each spoilt in its way."""
 
 
 def probing(*arguments, code=0):
@@ -318,20 +320,31 @@ def test_by_way_of_the_hub(made, published, places, tmp_path, monkeypatch):
         (["pull", "{published}", "{tmp}/new", "fit.lr=1"], "fit.lr stands as the run was made"),
         (["pull", "{counted}", "{tmp}/new"], "counts layers otherwise ('after the norm')"),
         (["pull", "{torn}", "{tmp}/new", "--layer", "1"], "cannot be read"),
-        (["pull", "{emptied}", "{tmp}/new"], "the probes of gen are not there"),
+        (["pull", "{torn}", "{tmp}/new"], "must push it again"),
+        (["pull", "{emptied}", "{tmp}/new"], "probes/gen/model.safetensors cannot be read"),
+        (["pull", "{unread}", "{tmp}/new"], "ridge/depth/model.safetensors cannot be read"),
+        (["pull", "{unread}", "{tmp}/new", "--layer", "1"], "ridge/depth/model.safetensors cannot be read"),
+        (["pull", "{blank}", "{tmp}/new"], "manifest.json cannot be read (ValueError: there is no checkpoint)"),
+        (["pull", "{garbled}", "{tmp}/new"], "gen/config.json is no JSON object that can be read"),
+        (["push", "{lost}", "{tmp}/new"], "lost/probes/gen/model.safetensors cannot be read"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(made, published, tmp_path, monkeypatch, capsys, arguments, message):
-    folders = {name: tmp_path / name for name in ("full", "counted", "torn", "emptied", "other")}
+    folders = {name: tmp_path / name for name in ("full", *BROKEN, "other", "lost")}
     folders["full"].mkdir()
     (folders["full"] / "mine.txt").write_text("mine")
-    for name in ("counted", "torn", "emptied"):
+    for name in BROKEN:
         shutil.copytree(published, folders[name])
     config = folders["counted"] / "probes" / "gen" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"layer_convention": "after the norm"}))
     weights = folders["torn"] / "probes" / "gen" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
     (folders["emptied"] / "probes" / "gen" / "model.safetensors").unlink()
+    (folders["unread"] / "ridge" / "depth" / "model.safetensors").unlink()
+    (folders["blank"] / "manifest.json").write_text("{}")
+    (folders["garbled"] / "probes" / "gen" / "config.json").write_text("[")
+    shutil.copytree(made.path, folders["lost"])
+    (folders["lost"] / "probes" / "gen" / "model.safetensors").unlink()
     other_run(made.path, folders["other"])
     before = {path: path.stat().st_mtime_ns for path in [*tmp_path.rglob("*"), *published.rglob("*")]}
     places = {"run": made.path, "published": published, "tmp": tmp_path, **folders}
