@@ -15,7 +15,7 @@ from probing.recipe import FitRecipe
 
 logger = logging.getLogger(__name__)
 
-MESSAGE = 2**26
+MESSAGE = 2**22
 """Numbers of gradients that processes exchange at once, about."""
 ROOM = 0.7
 """Share of a GPU's free memory that probes may take; the rest is for what a step computes."""
@@ -95,24 +95,27 @@ def spread_layers(fit: FitRecipe, bank_bytes: int, accelerator: Accelerator) -> 
 
 
 def add_up_gradients(parameters: Sequence[Tensor], accelerator: Accelerator) -> None:
-    """Gives every process the sum of all processes' gradients.
+    """Gives every process the sum of all processes' gradients, in their place.
 
-    In messages of bounded size: a single one would need all gradients twice more.
+    In messages of bounded size, whose memory is used again: fresh pages for all gradients at once cost more time than
+    the exchange.
     """
     for some in _messages(parameters):
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in some]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
         flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
-        for parameter, part in zip(some, flat.split([p.numel() for p in some]), strict=True):
-            parameter.grad = part.view_as(parameter)
+        for parameter, own, part in zip(some, gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            parameter.grad = own.copy_(part.view_as(own))
 
 
 def _messages(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Parameters whose gradients are sent together."""
     some: list[Tensor] = []
+    size = 0
     for parameter in parameters:
         some.append(parameter)
-        if sum(p.numel() for p in some) >= MESSAGE:
+        size += parameter.numel()
+        if size >= MESSAGE:
             yield some
-            some = []
+            some, size = [], 0
     if some:
         yield some
