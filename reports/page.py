@@ -91,12 +91,13 @@ def write_report(
 
 def require_apart(runs: Sequence[Path], out: Path) -> None:
     """Raises UserError where a run is given twice, or the report's files would replace a run's own."""
-    places = [run.resolve() for run in runs]
-    for run, place in zip(runs, places, strict=True):
-        if places.count(place) > 1:
-            raise UserError(f"{run} is given twice; leave one out")
-    if (out / "recipe.yaml").exists() or members(out):
-        raise UserError(f"{out} holds runs, and the report would replace their results; choose another --out")
+    with disk_errors(out):
+        places = [run.resolve() for run in runs]
+        for run, place in zip(runs, places, strict=True):
+            if places.count(place) > 1:
+                raise UserError(f"{run} is given twice; leave one out")
+        if (out / "recipe.yaml").exists() or members(out):
+            raise UserError(f"{out} holds runs, and the report would replace their results; choose another --out")
 
 
 def _write_report(

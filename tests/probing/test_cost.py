@@ -91,8 +91,9 @@ def test_teachers_and_probes_are_in_32_bits_and_take_their_time(tmp_path):
     cost = training_cost(ProbeRunRecipe.model_validate(values), processes=2)
     assert cost.long == pytest.approx(1.62e12 + 2.64e12, rel=0.05)  # facts of teachers and probes at their sizes
     assert cost.batch == 1  # of the batch of two, each process has one
-    seconds = cost.images * cost.passes * ((cost.flops - cost.long) / 200e12 + cost.long / 50e12) / 2
-    assert f"{seconds / 3600:.3g} h, at 200 TFLOP/s" in cost.lines(Devices(2, 200, 50))[1]
+    seconds = cost.images * cost.passes * ((cost.flops - cost.long) / 0.2e12 + cost.long / 0.05e12) / 2
+    assert f"{seconds / 3600:.3g} h, at 0.2 TFLOP/s" in cost.lines(Devices(2, 0.2, 0.05))[1]
+    assert "time: less than a minute, at 200 TFLOP/s" in cost.lines(Devices(2, 200, 50))[1]
     with pytest.raises(UserError, match="3 processes for 2 images"):
         training_cost(ProbeRunRecipe.model_validate(values), processes=3)
 
