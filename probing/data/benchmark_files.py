@@ -68,10 +68,10 @@ def find_rows(where: Path, title: str) -> list[Row]:
         reader = {".parquet": _parquet, ".tsv": _tsv, ".jsonl": _jsonl}.get(file.suffix)
         if reader is None:
             raise UserError(f"{file} is neither parquet nor TSV nor JSONL; give a file of {title}")
-        found_here = _whole(reader, file)
-        if not found_here:
+        own = _whole(reader, file)
+        if not own:
             raise UserError(f"{file} holds no question; get it again")
-        rows += found_here
+        rows += own
     return rows
 
 
