@@ -10,7 +10,7 @@ import importlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from analysis.passes import ARMS, PROBES, Selection, pass_state, score_arm
 from analysis.pictures import SIDE, Pictures, draw_depth, draw_gen, draw_seg
 from analysis.pooled import open_runs, write_pooled
 from analysis.scorers import Cosine, DepthPairs, Scorer, Segmentation, early_means
-from analysis.scores import ScoreFile, read_if_fits, score_file, write_results
+from analysis.scores import ScoreFile, read_if_fits, score_file, summaries, write_results
 from probing import __version__
 from probing.backbones import Backbone, layer_name, parse_layers
 from probing.bank import bank_layers
@@ -34,7 +34,7 @@ from probing.feature_cache import FeatureCache
 from probing.processes import alone
 from probing.recipe import ProbeRunRecipe
 from probing.run import Run, disk_errors, members, write_text
-from probing.teachers import Teacher
+from probing.teachers import Teacher, depth
 from probing.teachers.gen import GUIDANCE, STEPS, GenDecoder
 from probing.teachers.seg import SegDecoder
 from probing.train import ARMS as TRAINED
@@ -141,8 +141,25 @@ def evaluate(path: Path, options: Options | None = None) -> Path:
             images = job.scorer.images
             found = ScoreFile.read(score_file(run.path, job.scorer.stem, images.split))
             score_generation(run, _chosen(found, job.selection), images, workshop.painter(metric))
+    warn_if_upside_down(run.path)
     with disk_errors(path):
         return write_results(run)
+
+
+def warn_if_upside_down(run: Path) -> None:
+    """Warns where the depth teacher's own maps order DA-2K's pairs worse than chance: near and far look swapped."""
+    file = score_file(run, "scores/da2k", "da2k")
+    if not file.exists():
+        return
+    found = ScoreFile.read(file)
+    own = {curve: scores for curve, scores in found.table.items() if curve.probe == "teacher"}
+    for row in summaries(replace(found, table=own), [0]):
+        if row.interval.high < 0.5:
+            logger.warning(
+                "da2k: the depth teacher itself scores %.2f, below chance; near and far look swapped: check "
+                "depth_estimation_type in its config.json",
+                row.interval.value,
+            )
 
 
 def protocols_of(metric: str, wanted: Sequence[str]) -> list[str]:
@@ -322,6 +339,7 @@ class _Workshop:
         side = min(SIDE, teacher.prepare([Image.new("RGB", (SIDE, SIDE))]).shape[-1])
         if name == "depth":
             draw = draw_depth(teacher, side)
+            made_with = "" if depth.larger_is_nearer(teacher) else "metric"
         elif name == "seg":
             draw = draw_seg(self.seg(), self.early_means(), side)
             with disk_errors(self.run.path):

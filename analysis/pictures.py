@@ -86,7 +86,7 @@ class Pictures:
 
 
 def draw_depth(teacher: Teacher, side: int) -> Draw:
-    """Draws depth maps (B, S, S), float16, in the teacher's own unit."""
+    """Draws depth maps (B, S, S), float16, in the teacher's own unit; larger is nearer."""
 
     def draw(prediction: Tensor, context: Context) -> Tensor:
         maps = depth.decode(teacher, prediction)[:, None].float()

@@ -126,9 +126,10 @@ class DepthPairs:
         return [("da2k", "strict")]
 
     def settings(self) -> str:
-        """The images and their pairs."""
+        """The images, their pairs, and the direction of a metric teacher."""
         pairs = repr([self.pairs[name] for name in self.images.names])
-        return hashlib.sha256(f"{self.images.digest()} {pairs}".encode()).hexdigest()
+        metric = "" if depth.larger_is_nearer(self.teachers["depth"]) else " metric"
+        return hashlib.sha256(f"{self.images.digest()} {pairs}{metric}".encode()).hexdigest()
 
     @classmethod
     def of(cls, root: Path, teachers: dict[str, Teacher], limit: int | None) -> "DepthPairs":

@@ -61,7 +61,7 @@ def describe_teacher(values: Mapping[str, dict[str, Any]], overrides: Iterable[s
         teacher = load_teacher(name, recipe, META)
     tokens, width = teacher.shape
     places = f"{teacher.grid[0]} x {teacher.grid[1]} places" if teacher.grid else "one token"
-    return {
+    found = {
         "teacher": name,
         "id": teacher.id,
         "class": teacher.class_name,
@@ -70,3 +70,8 @@ def describe_teacher(values: Mapping[str, dict[str, Any]], overrides: Iterable[s
         "parameters": f"{sum(p.numel() for p in teacher.model.parameters()):,}",
         "licence": teacher.licence,
     }
+    if name == "depth":
+        from probing.teachers import depth
+
+        found["depth"] = "larger is nearer" if depth.larger_is_nearer(teacher) else "metric, larger is farther"
+    return found

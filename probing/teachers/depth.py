@@ -28,6 +28,12 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
     return finish("depth", recipe, source, config, model, prepare, encode, CATALOGUE["depth"].licences)
 
 
+def larger_is_nearer(teacher: Teacher) -> bool:
+    """Tells disparity, as of relative Depth Anything, from metric depth, whose larger values are farther."""
+    config: Any = teacher.model.config
+    return config.depth_estimation_type != "metric"
+
+
 @torch.no_grad()
 def decode(teacher: Teacher, features: Tensor) -> Tensor:
     """Depth maps of features, through the teacher's own neck and head.
@@ -39,18 +45,22 @@ def decode(teacher: Teacher, features: Tensor) -> Tensor:
         features: (B, N, D), a probe's output or the target itself.
 
     Returns:
-        (B, S, S), larger is closer.
+        (B, S, S), larger is nearer; of a metric teacher negative metres.
     """
     model: Any = teacher.model
     assert teacher.grid is not None
     features = features.to(model.device)
     class_token = features.new_zeros(len(features), 1, features.shape[-1])  # the neck drops it
     states = [torch.cat((class_token, features), dim=1)] * len(model.config.neck_hidden_sizes)
-    return model.head(model.neck(states, *teacher.grid), *teacher.grid)
+    return _nearer_is_larger(teacher, model.head(model.neck(states, *teacher.grid), *teacher.grid))
 
 
 @torch.no_grad()
 def predict(teacher: Teacher, pixels: Tensor) -> Tensor:
-    """Depth maps (B, S, S) of the teacher as it is, from four true features."""
+    """Depth maps (B, S, S) of the teacher as it is, from four true features; larger is nearer, as in `decode`."""
     model: Any = teacher.model
-    return model(pixels.to(model.device)).predicted_depth
+    return _nearer_is_larger(teacher, model(pixels.to(model.device)).predicted_depth)
+
+
+def _nearer_is_larger(teacher: Teacher, maps: Tensor) -> Tensor:
+    return maps if larger_is_nearer(teacher) else -maps
