@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ from analysis.scores import (
 )
 from probing import __version__
 from probing.backbones import Identity, count_blocks, identify, layer_name, load_backbone, parse_layers
-from probing.data.coco import ImageList, Skipped, list_images
-from probing.data.instances import Instances, read_label_maps
+from probing.data.coco import ImageList, Skipped, image_size, list_images
+from probing.data.instances import Instances, fitting, read_label_maps
 from probing.data.panoptic import Panoptic
-from probing.data.patch_labels import COVERAGE
+from probing.data.patch_labels import COVERAGE, patch_labels
 from probing.errors import UserError
 from probing.processes import alone
 from probing.provenance import made_of, versions
@@ -147,11 +148,12 @@ def _measure(
     teachers: dict[str, Teacher] = {n: load_teacher(n, teacher, device) for n, teacher in recipe.teachers.items()}
     layers = parse_layers(recipe.layers, backbone.layers)
     subject = Subject(backbone, layers, images, maps, teachers, recipe.coverage, recipe.workers)
+    _require_labels(subject)
     asked = f"{settings} {dump_recipe(recipe)} {checkpoint.sha256} {[t.sha256 for t in teachers.values()]}"
 
     sample = read_if_fits(files["sample"], settings)
     if sample is None:
-        few = ImageList(images.folder, images.split, images.names[: recipe.sample])
+        few = replace(images, names=images.names[: recipe.sample])
         resumable = Resumable(out / "state" / "sample.safetensors", asked, SAVE_MINUTES)
         batch = min(recipe.micro_batch, len(few))
         tally = gather("sample", few, batch, subject.read, SamplePass(subject), resumable, device)
@@ -176,10 +178,25 @@ def _measure(
         resumable.file.unlink(missing_ok=True)
 
 
+def _require_labels(subject: Subject) -> None:
+    """Raises UserError where no patch of any image has a label; reads label maps up to the first that has one."""
+    images, reason = subject.images, ""
+    for name in images.names:
+        try:
+            shares = subject.annotate(name, image_size(images.folder / name, name in images.turned))
+        except OSError as error:
+            reason = reason or f" (first {name}: {error})"
+            continue
+        if (patch_labels(shares.numpy(), subject.coverage) >= 0).any():
+            return
+    raise UserError(f"no patch of {images.split} has a label{reason}; check annotations and coverage")
+
+
 def _kept(tally: Tally, images: ImageList, settings: str, file: Path, resumable: Resumable) -> ScoreFile:
     """A finished pass, written to its file."""
     if not tally.names:
-        raise UserError(f"none of the first {len(images)} images could be read; check {images.folder}")
+        reason = next((f"{skip.image}: {skip.reason}" for skip in tally.skipped.values()), "")
+        raise UserError(f"none of the first {len(images)} images can be used ({reason}); check {images.folder}")
     found = tally.file(images.split, settings)
     with disk_errors(file.parent):
         found.write(file)
@@ -209,7 +226,7 @@ def _write_likeness(pooled: dict[Curve, Tensor], whole: ScoreFile, file: Path) -
 
 
 def _annotated(images: ImageList, maps: Panoptic | Instances, limit: int | None) -> ImageList:
-    """The images that have annotations; the others count as skipped."""
+    """The images that have annotations of their size; the others count as skipped."""
     there = maps.segments if isinstance(maps, Panoptic) else maps.objects
     names = [name for name in images.names if name in there]
     skipped = [Skipped(name, images.split, "not annotated") for name in images.names if name not in there]
@@ -217,7 +234,7 @@ def _annotated(images: ImageList, maps: Panoptic | Instances, limit: int | None)
         raise UserError(f"none of the {len(images)} images of {images.split} is annotated; check the annotation files")
     if skipped:
         logger.warning("%s: %d of %d images have no masks and are not used", images.split, len(skipped), len(images))
-    return ImageList(images.folder, images.split, names[:limit], images.skipped + skipped, images.unlisted)
+    return fitting(replace(images, names=names[:limit], skipped=images.skipped + skipped), maps)
 
 
 def _claim(out: Path, recipe: AlignRecipe, checkpoint: Identity) -> None:

@@ -30,8 +30,9 @@ from analysis.projector import (
 from analysis.pursuit import Pursuit, matching_pursuit, orthogonal_matching_pursuit, random_atoms
 from analysis.scores import Curve, ScoreFile
 from probing.backbones import FINAL, Backbone, Layer, layer_name
+from probing.data.annotation_file import Size
 from probing.data.coco import ImageList
-from probing.data.instances import Instances
+from probing.data.instances import Instances, labels_on
 from probing.data.loader import Prepared, micro_batches
 from probing.data.panoptic import Panoptic
 from probing.data.patch_labels import patch_labels, patch_shares, plain_name, word_numbers
@@ -76,9 +77,9 @@ class Annotator:
     def _numbers(self) -> NDArray[np.int64]:
         return word_numbers(self.maps.names, self.words)
 
-    def __call__(self, name: str) -> Tensor:
-        """Reads one image's label map; raises OSError where it is broken."""
-        labels = self._numbers[self.maps.labels(name)]
+    def __call__(self, name: str, size: Size | None = None) -> Tensor:
+        """Reads one image's label map, of its width and height; raises OSError where it is broken, or of another."""
+        labels = self._numbers[self.maps.labels(name) if size is None else labels_on(self.maps, name, size)]
         return torch.from_numpy(patch_shares(labels, len(self.words), self.grid)).float()
 
 

@@ -21,7 +21,7 @@ from probing import __version__
 from probing.backbones import Identity, identify, load_backbone
 from probing.backbones.answers import ask
 from probing.data.benchmarks import BENCHMARKS, Question, digest, read_questions
-from probing.data.coco import read_image
+from probing.data.coco import Skipped, read_image
 from probing.errors import UserError
 from probing.fit import Interrupted
 from probing.progress import Progress
@@ -93,15 +93,23 @@ def bench(recipe: BenchRecipe, out: Path) -> Path:
     answers, state = out / "answers.jsonl", out / "state" / "answers.jsonl"
     if not (out / "manifest.json").exists():
         started = time.monotonic()
-        said = list(_ask_all(recipe, questions, state, asked))
-        answered = [judged(recipe.benchmark, *pair) for pair in zip(questions, said, strict=True)]
+        said = list(zip(questions, _ask_all(recipe, questions, state, asked), strict=True))
+        answered = [judged(recipe.benchmark, question, (pair[0], pair[1])) for question, pair in said if pair[0]]
+        skipped = [Skipped(question.name, known.split, reason) for question, (image, reason) in said if not image]
+        if not answered:
+            raise UserError(f"no image of {known.title} can be read, first {skipped[0].reason}; get the files again")
         with disk_errors(out):
             write_text(answers, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answered))
-            manifest = _manifest(recipe, checkpoint, questions, answered, time.monotonic() - started)
+            manifest = _manifest(recipe, checkpoint, questions, answered, skipped, time.monotonic() - started)
             write_text(out / "manifest.json", json.dumps({**manifest, "asked": asked}, indent=2) + "\n")
             state.unlink(missing_ok=True)
     with reading(answers, LOST):
         answered = read_answers(answers)
+        left_out = read_json(out / "manifest.json", LOST).get("skipped", [])
+    if left_out:
+        logger.warning(
+            "%d questions are left out, first %s: %s", len(left_out), left_out[0]["image"], left_out[0]["reason"]
+        )
     unread = sum(one.read is None for one in answered)
     if unread:
         logger.warning("%d of %d answers cannot be read, and count as wrong; see %s", unread, len(answered), answers)
@@ -133,11 +141,13 @@ def _claim(out: Path, recipe: BenchRecipe, asked: str) -> None:
         write_text(there, text)
 
 
-def _ask_all(recipe: BenchRecipe, questions: Sequence[Question], state: Path, asked: str) -> Iterator[tuple[str, str]]:
-    """Image hash and answer of every question; answers are kept batch by batch, and those that are kept not asked.
+def _ask_all(
+    recipe: BenchRecipe, questions: Sequence[Question], state: Path, asked: str
+) -> Iterator[tuple[str | None, str]]:
+    """Image hash and answer of every question; None and the reason where its image cannot be read.
 
-    Batches are the same however often the run was interrupted: what padding does to the last bits of a logit is then
-    the same too.
+    Answers are kept batch by batch, and those that are kept not asked. Batches are the same however often the run was
+    interrupted: what padding does to the last bits of a logit is then the same too.
     """
     kept = read_json_lines(state)
     done = [tuple(pair) for pair in kept[1:]] if kept and kept[0] == asked else []
@@ -157,10 +167,11 @@ def _ask_all(recipe: BenchRecipe, questions: Sequence[Question], state: Path, as
     what = f"{BENCHMARKS[recipe.benchmark].title}, {backbone.name}"
     with Interruption().watch() as interruption, Progress(what, len(plan), unit="batches") as bar:
         for part in plan:
-            images, hashes = zip(*(_image(question) for question in part), strict=True)
-            texts = [question.text + suffix for question in part]
-            answers = ask(backbone, recipe.backbone, images, texts, recipe.max_new_tokens)
-            found = list(zip(hashes, answers, strict=True))
+            read = [_image(question) for question in part]
+            images = [image for image, _ in read if image is not None]
+            texts = [q.text + suffix for q, (image, _) in zip(part, read, strict=True) if image is not None]
+            answers = iter(ask(backbone, recipe.backbone, images, texts, recipe.max_new_tokens) if images else [])
+            found = [(None, note) if image is None else (note, next(answers)) for image, note in read]
             with disk_errors(state.parent), state.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(pair) + "\n" for pair in found))
             yield from found
@@ -169,14 +180,17 @@ def _ask_all(recipe: BenchRecipe, questions: Sequence[Question], state: Path, as
                 raise Interrupted
 
 
-def _image(question: Question) -> tuple[Image.Image, str]:
-    """A question's image, and a hash of its file; raises UserError where there is none that can be read."""
+def _image(question: Question) -> tuple[Image.Image | None, str]:
+    """A question's image, and a hash of its file; None and the reason where it cannot be read."""
     try:
         content = question.image()
         return read_image(io.BytesIO(content)), hashlib.sha256(content).hexdigest()[:16]
+    except FileNotFoundError:
+        return None, "missing"
     except (OSError, ValueError) as error:
-        said = "it is no image" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
-        raise UserError(f"the image of question {question.name} cannot be read ({said}); get the files again") from None
+        if isinstance(error, UnidentifiedImageError):
+            return None, "corrupt: it is no image"
+        return None, f"corrupt: {str(error).splitlines()[0][:120]}" if str(error) else "corrupt"
 
 
 def _manifest(
@@ -184,6 +198,7 @@ def _manifest(
     checkpoint: Identity,
     questions: Sequence[Question],
     answered: Sequence[Answered],
+    skipped: Sequence[Skipped],
     seconds: float,
 ) -> dict[str, Any]:
     made = made_of(checkpoint, "the benchmark's questions", {})
@@ -194,11 +209,12 @@ def _manifest(
         "data": {
             "path": recipe.data,
             "split": BENCHMARKS[recipe.benchmark].split,
-            "questions": len(questions),
+            "questions": len(answered),
             "images": len({one.image for one in answered}),
             "digest": digest(questions),
         },
         "unreadable": sum(one.read is None for one in answered),
+        "skipped": [vars(skip) for skip in skipped],
         "seconds": seconds,
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

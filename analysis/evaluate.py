@@ -347,7 +347,7 @@ class _Workshop:
         else:
             draw = draw_gen(self.gen(), side)
             made_with = f"{options.steps} {options.guidance}"
-        images = ImageList(self.images.folder, self.images.split, self.images.names[: options.pictures])
+        images = replace(self.images, names=self.images.names[: options.pictures], skipped=[])
         return Pictures(images, {name: teacher}, draw, side, made_with)
 
 

@@ -52,7 +52,7 @@ class Embeddings:
         """
         if "gen" not in teachers:
             raise UserError("generating needs the gen teacher, which this run was made without")
-        chosen = ImageList(images.folder, images.split, images.names[:limit])
+        chosen = replace(images, names=images.names[:limit], skipped=[])
         require_images(len(chosen))
         return cls(chosen, {"gen": teachers["gen"]})
 
@@ -156,7 +156,7 @@ def score_generation(run: Run, found: ScoreFile, images: ImageList, painter: Pai
                     raise Interrupted
             with disk_errors(run.path), whole_file(files[curve]) as temporary:
                 save_file({"features": np.concatenate(parts)}, temporary)
-    readable = ImageList(images.folder, images.split, found.names)
+    readable = replace(images, names=found.names)
     real, cached = reference_features(painter.extractor, readable)
     logger.info("features of the %d real images: %s", len(real), "from the cache" if cached else "computed and cached")
     if len(real) < ENOUGH_IMAGES:

@@ -3,7 +3,7 @@
 What training costs is in `probing.cost`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -127,7 +127,7 @@ def _generation(
         folder = feature_folder(run.path, extractor, teacher, options.steps, options.guidance)
         wanted = [*_names(chosen, recipe), "constant-mean", "target-teacher"]
         painted = sum(any(folder.glob(f"{name}-*.safetensors")) for name in wanted)
-    real = reference_file(extractor, ImageList(images.folder, images.split, names))
+    real = reference_file(extractor, replace(images, names=names))
     there = f"in the cache ({real})" if real.exists() else "nothing"
     return [
         Cost(metric, work, f"{painted} of {sets} sets" if painted else "nothing"),

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +15,9 @@ from torch import Tensor
 from analysis.depth_pairs import row_score, score_pairs
 from analysis.segmentation import class_counts, confusion, paper_iou
 from analysis.similarity import centred_cosine, flat_cosine, token_cosine
-from probing.data.coco import ImageList, Skipped, image_size, is_file, square
+from probing.data.coco import ImageList, Skipped, image_size, is_file, orientation, square
 from probing.data.da2k import Pair, read_pairs
+from probing.data.instances import LabelledImages, fitting
 from probing.data.loader import Prepared
 from probing.data.panoptic import Panoptic, read_panoptic
 from probing.errors import UserError
@@ -133,11 +134,10 @@ class DepthPairs:
 
     @classmethod
     def of(cls, root: Path, teachers: dict[str, Teacher], limit: int | None) -> "DepthPairs":
-        """Reads a folder in DA-2K's layout; images that are not there are left out and named.
+        """Reads a folder in DA-2K's layout; missing images, and pairs outside theirs, are left out and named.
 
         Raises:
-            UserError: the run has no depth teacher, the folder is broken, a point lies outside its image, or no image
-                is left.
+            UserError: the run has no depth teacher, the folder is broken, or no image is left.
         """
         if "depth" not in teachers:
             raise UserError("da2k needs the depth teacher, which this run was made without")
@@ -148,20 +148,31 @@ class DepthPairs:
             raise UserError(f"none of the {len(found)} images that {root / 'annotations.json'} names is there")
         if missing:
             logger.warning("da2k: %d of %d images are missing, first %s", len(missing), len(found), missing[0].image)
+        turned = _turned_by_points(root, {name: found[name] for name in names})
         sizes: dict[str, tuple[int, int]] = {}
+        outside: list[Skipped] = []
         for name in names[:limit]:
             try:
-                width, height = image_size(root / name)
-                sizes[name] = (height, width)
+                width, height = image_size(root / name, name in turned)
             except OSError:
                 continue  # the loader reads it again, and notes why it is left out
-            for pair in found[name]:
-                if not pair.inside(*sizes[name]):
-                    raise UserError(
-                        f"{root / name} is {sizes[name][1]} x {sizes[name][0]} pixels, and a point of its pairs lies "
-                        f"outside (rows, columns: {pair.closer}, {pair.farther}); use the published images"
-                    )
-        images = ImageList(root, "da2k", names[:limit], missing)
+            sizes[name] = (height, width)
+            inside = [pair for pair in found[name] if pair.inside(height, width)]
+            if len(inside) < len(found[name]):
+                number = len(found[name]) - len(inside)
+                outside.append(Skipped(name, "da2k", f"{number} pairs outside its {width} x {height} pixels"))
+            found[name] = inside
+        if outside:
+            logger.warning(
+                "da2k: points outside %d images are left out, first %s: %s",
+                len(outside), outside[0].image, outside[0].reason,
+            )  # fmt: skip
+        names = [name for name in names[:limit] if found[name]]
+        if not names:
+            raise UserError(
+                f"{root / outside[0].image} has {outside[0].reason}, and so have all; use the published images"
+            )
+        images = ImageList(root, "da2k", names, missing + outside, turned=turned)
         return cls(images, {"depth": teachers["depth"]}, found, sizes)
 
     def begin(self, prepared: Prepared, targets: dict[str, Tensor]) -> tuple[list[str], Tensor]:
@@ -189,6 +200,24 @@ class DepthPairs:
             scores = score_pairs(full[0, 0].cpu().numpy(), self.pairs[name])
             rows.append([scores.sum(), len(scores)])
         return torch.tensor(np.array(rows))
+
+
+def _turned_by_points(root: Path, pairs: dict[str, list[Pair]]) -> frozenset[str]:
+    """Finds the images that are turned upright as their EXIF orientation says: all, where points show it of one."""
+    turned, upright = [], False
+    for name, own in pairs.items():
+        try:
+            if orientation(root / name) == 1:
+                continue
+            (width, height), (wide, high) = image_size(root / name, upright=False), image_size(root / name)
+        except OSError:
+            continue
+        turned.append(name)
+        upright |= all(pair.inside(high, wide) for pair in own) and not all(pair.inside(height, width) for pair in own)
+    if turned:
+        how = "turned upright" if upright else "read as stored: no point says otherwise"
+        logger.warning("da2k: %d images with an EXIF orientation are %s, first %s", len(turned), how, turned[0])
+    return frozenset(turned if upright else ())
 
 
 @dataclass
@@ -224,10 +253,10 @@ class Segmentation:
         protocols: Sequence[str],
         limit: int | None,
     ) -> "Segmentation":
-        """Takes the images of a split that have panoptic annotations; the others are left out and named.
+        """Takes the images of a split that have panoptic annotations of their size; the others are left out and named.
 
         Raises:
-            UserError: there are no annotations, their classes are not the teacher's, or no image is left.
+            UserError: there are no annotations, their classes are not the teacher's, or no labelled image is left.
         """
         panoptic = read_panoptic(root, images.split)
         if len(panoptic.names) != len(decoder.names):
@@ -247,7 +276,10 @@ class Segmentation:
             logger.warning("%d images have no panoptic truth, first %s (%s)", len(left_out), first.image, first.reason)
         if not names:
             raise UserError(f"no image of {images.split} has a panoptic annotation with its PNG; unpack them there")
-        chosen = ImageList(images.folder, images.split, names[:limit], left_out)
+        if not any(panoptic.segments[name][1] for name in names[:limit]):
+            raise UserError(f"no image of {images.split} has a labelled segment; check {root / 'annotations'}")
+        fit = fitting(replace(images, names=names[:limit], skipped=left_out), panoptic)
+        chosen = LabelledImages(**vars(fit), maps=panoptic)
         return cls(chosen, {"seg": teachers["seg"]}, decoder, panoptic, protocols, means)
 
     def begin(self, prepared: Prepared, targets: dict[str, Tensor]) -> tuple[list[Any], list[Tensor]]:

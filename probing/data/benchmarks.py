@@ -183,7 +183,7 @@ def read_questions(name: str, where: Path) -> list[Question]:
         The questions, in the files' order.
 
     Raises:
-        UserError: there are no such files, they are broken or of another benchmark, or images are missing.
+        UserError: there are no such files, they are broken or of another benchmark, or all images are missing.
     """
     benchmark = BENCHMARKS[name]
     rows = (okvqa_rows(where) if name == "okvqa" else []) or find_rows(where, benchmark.title)
@@ -204,7 +204,7 @@ def read_questions(name: str, where: Path) -> list[Question]:
             )
         questions[question.name] = question
     lacking = [path for row in rows if (path := row.missing_image()) is not None]
-    if lacking:
+    if len(lacking) == len(rows):
         raise UserError(
             f"{len(lacking)} of the {len(rows)} images of {benchmark.title} are missing, first {lacking[0]}; put them "
             "there"

@@ -1,17 +1,20 @@
 """Images of a folder in COCO's official layout."""
 
-import contextlib
 import hashlib
-import json
+import io
 import logging
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from pathlib import Path
+from typing import BinaryIO, TypeVar
 
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
-from probing.errors import BROKEN, UserError
+from probing.data.annotation_file import Key, Size, key_order, read_annotation_file
+from probing.data.image_modes import to_rgb
+from probing.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +22,14 @@ ANNOTATION_KINDS = ("captions", "instances", "panoptic")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What a file may hold, whatever it is called; Pillow would hand others, such as PostScript, to other programs."""
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+"""Chunks of a PNG that pixels do not depend on, and that Pillow refuses where they are large."""
+EXIF_WITHIN = 4096
+"""Bytes at the beginning of a JPEG among which its EXIF data begin."""
+QUARTER_TURNS = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class ImageList:
         names: file names, in order of their official ids.
         skipped: images that the annotations name and the folder lacks.
         unlisted: number of image files that no annotation file names; they are not used.
+        turned: names of images that are turned upright, see `find_turned`.
     """
 
     folder: Path
@@ -47,69 +59,161 @@ class ImageList:
     names: list[str]
     skipped: list[Skipped] = field(default_factory=list)
     unlisted: int = 0
+    turned: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.names)
 
     def digest(self) -> str:
-        """SHA-256 over file names and sizes, in order: identifies the data without reading every pixel."""
+        """SHA-256 over file names, sizes and turns, in order: identifies the data without reading every pixel."""
         digest = hashlib.sha256()
         for name in self.names:
-            digest.update(f"{name} {(self.folder / name).stat().st_size}\n".encode())
+            turn = " turned" if name in self.turned else ""
+            digest.update(f"{name} {(self.folder / name).stat().st_size}{turn}\n".encode())
         return digest.hexdigest()
 
     def read(self, index: int) -> Image.Image:
-        """One image as RGB.
+        """One image as RGB, as it is stored unless it is among `turned`.
 
         Raises:
             OSError: the file is corrupt or unreadable.
         """
-        return read_image(self.folder / self.names[index])
+        name = self.names[index]
+        return read_image(self.folder / name, name in self.turned)
 
 
-def read_image(path: Path | BinaryIO) -> Image.Image:
-    """One image file as RGB.
+def read_image(path: Path | BinaryIO, upright: bool = True) -> Image.Image:
+    """Reads one image file as RGB, see `probing.data.image_modes.to_rgb`.
+
+    Args:
+        path: of the file.
+        upright: turn it as its EXIF orientation says; as a rule COCO's annotations are of images as they are stored.
 
     Raises:
         OSError: the file is missing, no image, corrupt, or of an absurd size.
     """
-    with _opened(path) as image:
-        return image.convert("RGB")
+    return open_image(path, lambda image: to_rgb(ImageOps.exif_transpose(image) if upright else image))
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image file, whose pixels are not read; raises OSError as `read_image` does."""
-    with _opened(path) as image:
-        return image.size
+def image_size(path: Path, upright: bool = True) -> Size:
+    """Reads width and height of an image file, and no pixels; raises OSError as `read_image` does."""
+    width, height = open_image(path, lambda image: image.size)
+    return (height, width) if upright and orientation(path) in QUARTER_TURNS else (width, height)
 
 
-@contextlib.contextmanager
-def _opened(path: Path | BinaryIO) -> Iterator[Image.Image]:
+def orientation(path: Path) -> int:
+    """Reads the EXIF orientation of an image file; 1, upright, where there is none.
+
+    Raises:
+        OSError: as `read_image`.
+    """
+    return open_image(path, _orientation)
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # Pillow turns these by itself
+        return 1
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            yield image
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001 - broken EXIF data do not make pixels unreadable
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def open_image(path: Path | BinaryIO, use: Callable[[Image.Image], Result]) -> Result:
+    """Opens an image file and returns what `use` makes of it; raises OSError as `read_image` does."""
+    try:
+        try:
+            return _open_image(path, use)
+        except ValueError:  # among others where texts or colour profile of a PNG are large
+            if not isinstance(path, Path):
+                path.seek(0)
+            content = path.read_bytes() if isinstance(path, Path) else path.read()
+            if not content.startswith(PNG_SIGNATURE):
+                raise
+            return _open_image(io.BytesIO(_without_notes(content)), use)
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - Pillow's readers raise whatever they stumble over
         raise OSError(f"{type(error).__name__}: {error}") from None
 
 
-def _safe_name(name: object, source: Path) -> str:
-    path = PurePosixPath(str(name))
-    if not isinstance(name, str) or not name or path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise UserError(f"{source} names the image {name!r}, which is not a plain path below its split; mend the file")
-    return name
+def _open_image(path: Path | BinaryIO, use: Callable[[Image.Image], Result]) -> Result:
+    with Image.open(path, formats=FORMATS) as image:
+        return use(image)
 
 
-def _listed_images(source: Path) -> dict[str, int]:
-    """File name → official id, from one annotation file."""
-    try:
-        entries = json.loads(source.read_text(encoding="utf-8"))["images"]
-        return {_safe_name(entry["file_name"], source): int(entry["id"]) for entry in entries}
-    except BROKEN as error:
-        raise UserError(
-            f"{source} is not an annotation file of COCO ({type(error).__name__}: {error}); download it again"
-        ) from None
+def _without_notes(content: bytes) -> bytes:
+    """Leaves texts and colour profile out of a PNG."""
+    parts, start = [content[:8]], 8
+    while start + 8 <= len(content):
+        length, kind = struct.unpack(">I4s", content[start : start + 8])
+        if kind not in PNG_NOTES:
+            parts.append(content[start : start + 12 + length])
+        start += 12 + length
+    return b"".join(parts)
+
+
+def same_shape(one: Size, other: Size) -> bool:
+    """Whether one size is the other, scaled and rounded to whole pixels."""
+
+    def scaled(small: Size, large: Size) -> bool:
+        low = max((side - 1) / whole for side, whole in zip(small, large, strict=True))
+        high = min((side + 1) / whole for side, whole in zip(small, large, strict=True))
+        return low < high
+
+    return one == other or scaled(one, other) or scaled(other, one)
+
+
+def find_turned(folder: Path, annotated: Mapping[str, Size]) -> frozenset[str]:
+    """Finds the images that annotations describe upright, turned as their EXIF orientation says; logs their number.
+
+    An image is, where its annotated size fits the upright image and not the stored one. Turns that keep the size (by
+    180°, mirrored, of a square) follow the others of the same annotations.
+
+    Args:
+        folder: of the images.
+        annotated: width and height by file name.
+    """
+
+    def judge(name: str) -> str | None:
+        path, size = folder / name, annotated[name]
+        try:
+            if not _may_be_turned(path) or (turn := orientation(path)) == 1:
+                return None
+            stored = image_size(path, upright=False)
+        except OSError:
+            return None  # named when it is read
+        turned = stored[::-1] if turn in QUARTER_TURNS else stored
+        if stored == turned:
+            return "unclear"
+        if size == stored or (size != turned and same_shape(size, stored)):
+            return "stored"
+        return "turned" if same_shape(size, turned) else None
+
+    with ThreadPoolExecutor() as pool:
+        judged = dict(zip(annotated, pool.map(judge, annotated), strict=True))
+    turned, unclear = ([name for name in judged if judged[name] == kind] for kind in ("turned", "unclear"))
+    if turned and "stored" not in judged.values():
+        turned, unclear = turned + unclear, []
+    if turned:
+        logger.warning(
+            "%s: %d images are turned upright as their EXIF orientation and annotations say, first %s",
+            folder.name, len(turned), turned[0],
+        )  # fmt: skip
+    if unclear:
+        logger.warning(
+            "%s: %d images have an EXIF orientation that annotations do not confirm, and are read as stored, first %s",
+            folder.name, len(unclear), unclear[0],
+        )  # fmt: skip
+    return frozenset(turned)
+
+
+def _may_be_turned(path: Path) -> bool:
+    """Whether a file may have an EXIF orientation; opening every JPEG with Pillow takes ten times longer."""
+    with path.open("rb") as file:
+        head = file.read(EXIF_WITHIN)
+    return not head.startswith(b"\xff\xd8") or b"Exif\0\0" in head
 
 
 def list_images(root: Path, split: str, limit: int | None = None) -> ImageList:
@@ -138,10 +242,18 @@ def list_images(root: Path, split: str, limit: int | None = None) -> ImageList:
     if not found:
         wanted = ", ".join(source.name for source in sources)
         raise UserError(f"{root / 'annotations'} has no annotations of {split}; put one of {wanted} there")
-    listed: dict[str, int] = {}
+    listed, sizes = dict[str, Key](), dict[str, Size]()
     for source in found:
-        listed |= _listed_images(source)
-    ordered = sorted(listed, key=lambda name: (listed[name], name))
+        file = read_annotation_file(source, folder)
+        file.faults.log()
+        for identity, own in list(file.shared.items())[:1]:
+            logger.warning(
+                "%s: %d ids belong to several images, whose annotations are left out, first id %s: %s",
+                source.name, len(file.shared), identity, ", ".join(own),
+            )  # fmt: skip
+        listed |= file.ids
+        sizes |= file.sizes
+    ordered = sorted(listed, key=lambda name: (key_order(listed[name]), name))
     names = [name for name in ordered if name in present or is_file(folder / name)]
     kept = set(names)
     missing = [name for name in ordered if name not in kept]
@@ -155,7 +267,9 @@ def list_images(root: Path, split: str, limit: int | None = None) -> ImageList:
     if unlisted:
         logger.warning("%s: %d image files are in no annotation file and are not used", split, unlisted)
     skipped = [Skipped(name, split, "missing") for name in missing]
-    return ImageList(folder, split, names[:limit], skipped, unlisted)
+    names = names[:limit]
+    turned = find_turned(folder, {name: sizes[name] for name in names if name in sizes})
+    return ImageList(folder, split, names, skipped, unlisted, turned)
 
 
 def is_file(path: Path) -> bool:

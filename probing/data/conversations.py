@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from probing.chat import TAG, render
+from probing.data.annotation_file import relative_name
 from probing.data.coco import is_file, read_image, square
 from probing.data.loader import Kept, leave_signals_to_main
 from probing.data.patch_words import PatchWords
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 ROLES = {"human": "user", "gpt": "assistant"}
-NOTES = ("skipped", "cut", "unlabelled")
+NOTES = ("skipped", "cut", "unlabelled", "scaled")
 """What a batch tells about its samples, by name."""
 
 
@@ -39,12 +40,14 @@ class Conversation:
         images: files below the image root, in the order of their tags.
         turns: (role, text) with roles `user` and `assistant` in turn; the texts carry no image tag.
         tags: number of images in each turn; they come first in it, as in LLaVA.
+        number: its position in the file, for messages.
     """
 
     id: str
     images: tuple[str, ...]
     turns: tuple[tuple[str, str], ...]
     tags: tuple[int, ...]
+    number: int = 0
 
     def messages(self) -> list[dict[str, Any]]:
         """The turns as a chat template takes them."""
@@ -54,46 +57,47 @@ class Conversation:
         ]
 
 
-def _parse(entry: Any, where: str) -> Conversation:
-    """Checks one entry; raises UserError naming it."""
+def _parse(entry: Any, number: int) -> Conversation:
+    """Checks one entry; raises ValueError where it is no conversation."""
+    if isinstance(entry, ValueError):
+        raise entry
     try:
         listed = entry.get("image") or []
-        images = tuple([listed] if isinstance(listed, str) else listed)
+        images = tuple(relative_name(name) for name in ([listed] if isinstance(listed, str) else listed))
         turns = [(ROLES[turn["from"]], turn["value"]) for turn in entry["conversations"]]
+    except ValueError:
+        raise
     except BROKEN as error:
-        raise UserError(f"{where} is no LLaVA conversation ({type(error).__name__}: {error})") from None
+        raise ValueError(f"it is no LLaVA conversation ({type(error).__name__}: {error})") from None
     if not all(isinstance(text, str) for _, text in turns):
-        raise UserError(f"{where} has a turn whose value is not text")
-    for image in images:
-        path = PurePosixPath(str(image))
-        if not isinstance(image, str) or path.is_absolute() or ".." in path.parts or "\\" in image:
-            raise UserError(f"{where} names the image {image!r}, which is not a plain path below the image root")
+        raise ValueError("it has a turn whose value is not text")
     try:
         "".join([*images, *(text for _, text in turns)]).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where} holds half a character (a surrogate), which is not text") from None
+        raise ValueError("it holds half a character (a surrogate), which is not text") from None
     roles = [role for role, _ in turns]
     if len(turns) < 2 or roles != ["user", "assistant"] * (len(turns) // 2):
-        raise UserError(f"{where}: turns must go human, gpt, human, gpt …, and end with gpt")
+        raise ValueError("turns must go human, gpt, human, gpt …, and end with gpt")
     tags = tuple(text.count(TAG) for _, text in turns)
     if sum(tags) != len(images) or any(tags[1::2]):
-        raise UserError(f"{where} has {len(images)} images and {sum(tags)} {TAG} tags in its turns")
+        raise ValueError(f"it has {len(images)} images and {sum(tags)} {TAG} tags in its turns")
     clean = tuple((role, text.replace(TAG, "").strip()) for role, text in turns)
-    return Conversation(str(entry.get("id", "")), images, clean, tags)
+    return Conversation(str(entry.get("id", "")), images, clean, tags, number)
 
 
 def _load_line(line: str, number: int) -> Any:
+    """Reads one line of a JSONL; returns what is wrong with it where it is no JSON."""
     try:
         return json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from None
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"line {number} is not valid JSON: {getattr(error, 'msg', error)}")
 
 
 def read_conversations(path: Path, limit: int | None = None) -> list[Conversation]:
-    """Reads a conversation file.
+    """Reads a conversation file; entries that are no conversations are left out, and counted.
 
     Raises:
-        UserError: the file is missing or broken, or an entry is no conversation; the message names the entry.
+        UserError: the file is missing or broken, or holds no conversation.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -108,7 +112,18 @@ def read_conversations(path: Path, limit: int | None = None) -> list[Conversatio
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} holds no list of conversations")
-    return [_parse(entry, f"{path.name}, entry {index}") for index, entry in enumerate(entries[:limit])]
+    found: list[Conversation] = []
+    odd: list[str] = []
+    for index, entry in enumerate(entries[:limit]):
+        try:
+            found.append(_parse(entry, index))
+        except ValueError as error:
+            odd.append(f"entry {index}: {str(error)[:200]}")
+    if not found:
+        raise UserError(f"{path} holds no conversation that can be used, first {odd[0]}")
+    if odd:
+        logger.warning("%s: %d of %d conversations are left out, first %s", path.name, len(odd), len(entries), odd[0])
+    return found
 
 
 def require_some_image(conversations: list[Conversation], image_root: Path, looked_for: int = 64) -> None:
@@ -225,7 +240,7 @@ class Encoder:
 def collate(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     """Pads samples on the right and joins their images.
 
-    What is to be noted of samples is under `skipped`, `cut` and `unlabelled`. Where none is left, the batch is two
+    What is to be noted of samples is under the names of `NOTES`. Where none is left, the batch is two
     unsupervised tokens, which cost nothing and move nothing.
     """
     notes = {kind: [sample[kind] for sample in samples if kind in sample] for kind in NOTES}
@@ -255,14 +270,17 @@ def collate(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
 
 def _patch_labels(patches: PatchWords, images: list[tuple[str, tuple[int, int]]]) -> dict[str, Any]:
     """What a sample says of the patches of its images, each a name and a size; see `ConversationDataset`."""
-    labels, reasons = [], []
+    labels, reasons, scaled = [], [], []
     for name, size in images:
         try:
             labels.append(patches(name, size))
+            if patches.annotations.size(name) not in (None, size):
+                scaled.append(name)
         except OSError as error:
             labels.append(torch.full((patches.grid[0] * patches.grid[1],), -1))
             reasons.append(f"{name}: {error}")
-    return {"patch_labels": torch.stack(labels)} | ({"unlabelled": "; ".join(reasons)} if reasons else {})
+    notes = {"unlabelled": "; ".join(reasons), "scaled": "; ".join(scaled)}
+    return {"patch_labels": torch.stack(labels)} | {kind: note for kind, note in notes.items() if note}
 
 
 @dataclass(frozen=True)
@@ -292,8 +310,9 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
     A sample whose image cannot be read, or does not fit, is `{"skipped": name and reason}`; one whose end was cut off
     has its own name under `cut`. A sample with exactly one image has it under `teacher_pixels` too, as each teacher
     wants it, or what teachers make of it under `teacher_features`, where that is kept; with several it would not be
-    clear which of them is meant. Where patches are labelled, `patch_labels`
-    (images, patches) go with `pixel_values`, and an image whose annotations cannot be used is named under `unlabelled`.
+    clear which of them is meant. Where patches are labelled, `patch_labels` (images, patches) go with `pixel_values`;
+    an image whose annotations cannot be used is named under `unlabelled`, one whose label map is scaled to its size
+    under `scaled`.
     """
 
     def __init__(
@@ -330,13 +349,14 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if torch.utils.data.get_worker_info() is not None:
             leave_signals_to_main()
         conversation = self.conversations[index]
-        called = f"conversation {index}" + (f" (id {conversation.id})" if conversation.id else "")
+        called = f"conversation {conversation.number}" + (f" (id {conversation.id})" if conversation.id else "")
         if self.single and len(conversation.images) > 1:
             return {"skipped": f"{called}: {len(conversation.images)} images, and a multi-encoder model takes one"}
+        turned = self.patches.annotations.turned if self.patches is not None else frozenset()
         images, sizes = [], []
         for name in conversation.images:
             try:
-                image = read_image(self.image_root / name)
+                image = read_image(self.image_root / name, name in turned)
                 sizes.append(image.size)
                 images.append(square(image) if self.squared else image)
             except FileNotFoundError:

@@ -2,9 +2,10 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from probing.data.annotation_file import Faults, relative_name
 from probing.errors import BROKEN, UserError
 
 Point = tuple[int, int]
@@ -23,7 +24,7 @@ class Pair:
 
 
 def read_pairs(root: Path) -> dict[str, list[Pair]]:
-    """Reads `annotations.json`.
+    """Reads `annotations.json`; pairs and images that are broken are left out, counted and named.
 
     Args:
         root: folder that holds `annotations.json` and, below it, the images that it names.
@@ -32,25 +33,31 @@ def read_pairs(root: Path) -> dict[str, list[Pair]]:
         Pairs by image path relative to the root, in the file's order.
 
     Raises:
-        UserError: the file is missing or broken, or names a path outside its root.
+        UserError: the file is missing or broken, or none of its pairs can be used.
     """
     source = root / "annotations.json"
     if not source.is_file():
         raise UserError(f"no annotations.json in {root}; give da2k:DIR, a folder in DA-2K's layout")
     try:
         entries: dict[str, list[dict[str, Any]]] = json.loads(source.read_text(encoding="utf-8"))
-        return {_plain(name, source): [_pair(entry) for entry in pairs] for name, pairs in entries.items()}
+        listed = list(entries.items())
     except BROKEN as error:
         raise UserError(
             f"{source} is not an annotation file of DA-2K ({type(error).__name__}: {error}); download it again"
         ) from None
-
-
-def _plain(name: str, source: Path) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise UserError(f"{source} names the image {name!r}, which is not a plain path below its root; mend the file")
-    return name
+    faults, found = Faults(source), dict[str, list[Pair]]()
+    for name, pairs in listed:
+        try:
+            own = found.setdefault(relative_name(name), [])
+            for entry in pairs:
+                try:
+                    own.append(_pair(entry))
+                except BROKEN as error:
+                    faults.add(error)
+        except BROKEN as error:
+            faults.add(error)
+    faults.require(any(found.values()))
+    return found
 
 
 def _pair(entry: dict[str, Any]) -> Pair:

@@ -30,6 +30,10 @@ Show = Callable[[int, Image.Image], Any]
 """Index of an image, and the image → what the student is given."""
 
 
+Annotate = Callable[[str, tuple[int, int]], Tensor]
+"""Name of an image, its width and height → what is known of it."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """One micro-batch, on the CPU.
@@ -83,7 +87,7 @@ class _MicroBatches(Dataset[Prepared]):
         student: Callable[[Sequence[Any]], Batch],
         teachers: dict[str, Prepare],
         view: str,
-        annotate: Callable[[str], Tensor] | None,
+        annotate: Annotate | None,
         show: Show | None,
         kept: Mapping[str, Kept],
     ) -> None:
@@ -104,7 +108,7 @@ class _MicroBatches(Dataset[Prepared]):
                 if any(one is None for one in features.values()):
                     raise OSError("could not be read when its features were kept")
                 if self.annotate is not None:
-                    annotations.append(self.annotate(self.images.names[index]))
+                    annotations.append(self.annotate(self.images.names[index], picture.size))
                 if self.show is not None:
                     shown.append(viewed(self.show(index, picture), self.view))
             except OSError as error:
@@ -134,7 +138,7 @@ def micro_batches(
     view: str,
     workers: int,
     device: torch.device,
-    annotate: Callable[[str], Tensor] | None = None,
+    annotate: Annotate | None = None,
     show: Show | None = None,
     kept: Mapping[str, Kept] | None = None,
 ) -> Iterator[Prepared]:
@@ -148,7 +152,7 @@ def micro_batches(
         view: `square` or `own`, see `DataRecipe.view`.
         workers: reading processes; 0 reads in this one.
         device: where batches will go.
-        annotate: image name → what is known of it; an OSError counts as that of a corrupt image.
+        annotate: image name and size → what is known of it; an OSError counts as that of a corrupt image.
         show: what the student is given in place of an image, see `probing.data.substitutes`; the same holds of it.
         kept: features that are read instead of being computed from pixels, by teacher; under `TOWER` the student's own.
     """

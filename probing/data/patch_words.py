@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from probing.data.coco import image_size, square
-from probing.data.instances import Instances, read_label_maps
+from probing.data.annotation_file import Size
+from probing.data.coco import find_turned, image_size, square
+from probing.data.instances import Instances, labels_on, read_label_maps
 from probing.data.panoptic import UNLABELED, Panoptic
 from probing.data.patch_labels import patch_labels, patch_shares, plain_name, word_numbers
 from probing.errors import UserError
@@ -29,18 +30,26 @@ class Annotations:
         image_root: folder that image names are relative to.
         maps: per split, its label maps; an image's split is the folder that it lies in.
         missing: images without annotations, sorted.
+        turned: images that are turned upright, see `probing.data.coco.find_turned`.
     """
 
     root: Path
     image_root: Path
     maps: dict[str, Panoptic | Instances]
     missing: list[str]
+    turned: frozenset[str] = frozenset()
 
     def find(self, name: str) -> tuple[str, str] | None:
         """Split and file name of an image, or None where it has no annotations."""
         path = self.image_root / name
         found = self.maps.get(path.parent.name)
         return (path.parent.name, path.name) if found is not None and path.name in _images(found) else None
+
+    def size(self, name: str) -> Size | None:
+        """Annotated width and height of an image, where they are known."""
+        place = self.find(name)
+        rows_columns = self.maps[place[0]].sizes.get(place[1]) if place else None
+        return rows_columns[::-1] if rows_columns else None
 
     @property
     def words(self) -> list[str]:
@@ -77,7 +86,8 @@ def read_annotations(root: Path, image_root: Path, names: Iterable[str]) -> Anno
             f"none of the {len(images)} images of the conversations has annotations in {folder} ({looked}); "
             "set patches.annotations, or leave out patches"
         )
-    return Annotations(folder, image_root, read.maps, missing)
+    sizes = {name: size for name in images if (size := read.size(name)) is not None}
+    return Annotations(folder, image_root, read.maps, missing, find_turned(image_root, sizes))
 
 
 def as_seen(labels: NDArray[np.uint8], image_processor: Any, squared: bool) -> NDArray[np.uint8]:
@@ -136,50 +146,52 @@ class PatchWords:
 
         Args:
             name: the image, as the conversation names it.
-            size: its width and height in pixels.
+            size: its width and height in pixels, as models see it.
 
         Raises:
-            OSError: its label map cannot be read, or is not of this size.
+            OSError: its label map cannot be read, or its size is not the image's, scaled.
         """
         place = self.annotations.find(name)
         if place is None:
             return torch.full((self.grid[0] * self.grid[1],), -1)
         split, file = place
         try:
-            labels = self.annotations.maps[split].labels(file)
+            labels = labels_on(self.annotations.maps[split], file, size)
         except OSError as error:  # without the folder, so that the reason means the same elsewhere
             raise OSError(error.strerror or str(error).replace(f"{self.annotations.root}/", "")) from None
-        if labels.shape != size[::-1]:
-            raise OSError(
-                f"{labels.shape[1]} x {labels.shape[0]} pixels are annotated, the image has {size[0]} x {size[1]}"
-            )
         seen = self._numbers[split][as_seen(labels, self.image_processor, self.squared)]
         return torch.from_numpy(patch_labels(patch_shares(seen, len(self.words), self.grid), self.coverage))
 
-    def require_usable(self, names: list[str], looked_for: int = 16) -> None:
-        """Notices before training that no label map fits its image, rather than by a loss that is always 0.
+    def require_usable(self, names: list[str], looked_for: int = 64) -> None:
+        """Notices before training that patches have no labels, rather than by a loss that is always 0.
 
         Args:
-            names: images, each once; evenly spaced ones of those with annotations are looked at.
-            looked_for: number of images to look at, at most.
+            names: images, each once; evenly spaced ones of those with annotations are read, up to the first that has a
+                labelled patch.
+            looked_for: number of images to read, at most.
 
         Raises:
-            UserError: none of them has a label map that can be used.
+            UserError: none of them has one.
         """
         there = [name for name in names if self.annotations.find(name) is not None]
-        reasons = []
+        reasons, unlabelled = [], 0
         for name in there[:: max(1, len(there) // looked_for)][:looked_for]:
             try:
-                size = image_size(self.annotations.image_root / name)
+                size = image_size(self.annotations.image_root / name, name in self.annotations.turned)
             except OSError:
                 continue  # named when its turn comes
             try:
-                self(name, size)
-                return
+                if (self(name, size) >= 0).any():
+                    return
+                unlabelled += 1
             except OSError as error:
                 reasons.append(f"{name}: {error}")
-        if reasons:
+        if reasons and not unlabelled:
             raise UserError(
                 f"none of {len(reasons)} annotated images looked at has a label map that can be used, first "
                 f"{reasons[0]}; give annotations and images as published"
+            )
+        if unlabelled:
+            raise UserError(
+                f"no patch of {unlabelled} annotated images has a label; check patches.annotations and patches.coverage"
             )

@@ -4,7 +4,6 @@ Teachers still see the image itself. `blank` is a grey one of the same size, `ot
 `caption` its first caption, as text.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 
 from probing.backbones.base import Batch, TokenMap, token_kinds
 from probing.chat import render
+from probing.data.annotation_file import Fault, Faults, read_annotation_file
 from probing.data.coco import ImageList
 from probing.errors import BROKEN, UserError
 from probing.recipe import BackboneRecipe
@@ -91,22 +91,25 @@ class CaptionInputs:
 
 
 def read_captions(root: Path, split: str) -> dict[str, str]:
-    """The first caption of every image of a split, from `annotations/captions_<split>.json`.
+    """Reads the first caption of every image of a split, from `annotations/captions_<split>.json`.
 
     Raises:
-        UserError: the file is missing or broken.
+        UserError: the file is missing or broken, or holds no caption.
     """
     source = root / "annotations" / f"captions_{split}.json"
-    try:
-        whole = json.loads(source.read_text(encoding="utf-8"))
-        files = {image["id"]: str(image["file_name"]) for image in whole["images"]}
-        found: dict[str, str] = {}
-        for entry in whole["annotations"]:
-            found.setdefault(files[entry["image_id"]], str(entry["caption"]).strip())
-    except BROKEN as error:
-        raise UserError(
-            f"no captions in {source} ({type(error).__name__}); the control `caption` needs COCO's captions of {split}"
-        ) from None
+    if not source.exists():
+        raise UserError(f"no {source}; the control `caption` needs COCO's captions of {split}")
+    file, faults = read_annotation_file(source, root / split), Faults(source)
+    found: dict[str, str] = {}
+    for entry in file.whole.get("annotations", []):
+        try:
+            name, caption = file.image_of(entry), entry["caption"]
+            if not isinstance(caption, str) or not caption.strip():
+                raise Fault("captions without text", name)
+            found.setdefault(name, caption.strip())
+        except BROKEN as error:
+            faults.add(error)
+    faults.require(found)
     return found
 
 

@@ -26,7 +26,7 @@ from probing.data.conversations import KeptFeatures
 from probing.distill.callbacks import AllStepsTaken, Bar, Losses, Watch
 from probing.distill.cost import stage_cost
 from probing.distill.notes import Notes
-from probing.distill.parts import images_of, open_start, put_together
+from probing.distill.parts import Start, images_of, open_start, put_together
 from probing.distill.patches import attach_pairs
 from probing.distill.predictors import FOLDER
 from probing.distill.recipe import DistillRecipe
@@ -129,7 +129,7 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         watch = Watch(interruption)
         trainee = parts.trainee
         trainee.notes = Notes(work, arguments.process_index)
-        parts.samples.kept = _kept_features(recipe, parts.teachers, images_of(start.conversations), arguments)
+        parts.samples.kept = _kept_features(recipe, parts.teachers, start, arguments)
         try:
             trainer = StageTrainer(
                 trainee,
@@ -168,6 +168,11 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             logger.warning("%d images have no annotations for patches, first: %s", len(missing), missing[0])
         if broken:
             logger.warning("%d annotations of images could not be used, first: %s", len(broken), broken[0])
+        if notes["scaled"]:
+            logger.warning(
+                "%d label maps were scaled to the size of their images, first: %s",
+                len(notes["scaled"]), notes["scaled"][0],
+            )  # fmt: skip
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         record = {
             "recipe": dump_recipe(recipe),
@@ -226,13 +231,15 @@ def rehearse_stage(recipe: DistillRecipe, out: Path) -> list[str]:
 
 
 def _kept_features(
-    recipe: DistillRecipe, teachers: dict[str, Teacher], shown: list[str], arguments: Any
+    recipe: DistillRecipe, teachers: dict[str, Teacher], start: Start, arguments: Any
 ) -> KeptFeatures | None:
     """What teachers make of the images, kept on disk, where the recipe asks for it and there is room."""
     if recipe.target_cache == "off":
         return None
     root = local_path(recipe.data.image_root)
-    images = ImageList(root, "conversations", [name for name in shown if is_file(root / name)])
+    turned = start.annotations.turned if start.annotations else frozenset()
+    names = [name for name in images_of(start.conversations) if is_file(root / name)]
+    images = ImageList(root, "conversations", names, turned=turned)
     makers = {name: teacher_maker(teacher, recipe.target_cache_dtype) for name, teacher in teachers.items()}
     caches = open_caches(
         recipe.target_cache, makers, images, recipe.view, recipe.micro_batch, recipe.workers, arguments.process_index,

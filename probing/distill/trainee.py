@@ -195,6 +195,7 @@ class Trainee(nn.Module):
         skipped: list[str] | None = None,
         cut: list[str] | None = None,
         unlabelled: list[str] | None = None,
+        scaled: list[str] | None = None,
         num_items_in_batch: Tensor | None = None,
         targets: dict[str, Any] | None = None,
         patches: dict[str, Tensor] | None = None,
@@ -207,6 +208,7 @@ class Trainee(nn.Module):
             skipped: samples of this micro-batch that were left out.
             cut: samples of this micro-batch that were too long.
             unlabelled: images of this micro-batch whose annotations cannot be used.
+            scaled: images of this micro-batch whose label maps were scaled to their size.
             num_items_in_batch: supervised tokens of the whole accumulated batch, from the Trainer.
             targets: teachers' features, where the stage has embedding losses.
             patches: labels of patches, where the stage draws them to words.
@@ -216,6 +218,7 @@ class Trainee(nn.Module):
             self.notes.add("skipped", skipped or [])
             self.notes.add("cut", cut or [])
             self.notes.add("unlabelled", unlabelled or [])
+            self.notes.add("scaled", scaled or [])
         named = self.losses(labels, num_items_in_batch, inputs, targets, patches)
         for name, (_, value) in named.items():
             self.step_losses[name] = self.step_losses.get(name, 0.0) + value.detach().float()
