@@ -23,13 +23,12 @@ from probing.backbones.answers import ask
 from probing.data.benchmarks import BENCHMARKS, Question, digest, read_questions
 from probing.data.coco import Skipped, read_image
 from probing.errors import UserError
-from probing.fit import Interrupted
+from probing.interrupt import Interrupted, Interruption
 from probing.progress import Progress
 from probing.provenance import made_of, versions
 from probing.recipe import BackboneRecipe, Strict, dump_recipe, local_path
 from probing.run import (
     LOST,
-    Interruption,
     disk_errors,
     read_json,
     read_json_lines,

@@ -23,9 +23,9 @@ from analysis.scores import AVERAGE, Curve, ScoreFile, Summary, by_seed, is_bloc
 from probing.data.coco import ImageList
 from probing.data.loader import Prepared
 from probing.errors import UserError
-from probing.fit import Interrupted
+from probing.interrupt import Interrupted, Interruption
 from probing.progress import Progress
-from probing.run import Interruption, Run, disk_errors, reading, whole_file
+from probing.run import Run, disk_errors, reading, whole_file
 from probing.teachers import Teacher
 from probing.teachers.gen import GenDecoder
 

@@ -19,10 +19,10 @@ from probing.bank import ProbeBank
 from probing.data.coco import ImageList, Skipped
 from probing.data.loader import Kept, Prepared, micro_batches
 from probing.data.substitutes import SUBSTITUTES, caption_inputs, substitute
-from probing.fit import Interrupted
+from probing.interrupt import Interrupted, Interruption
 from probing.progress import Progress
 from probing.ridge import RidgeReadout, place_states
-from probing.run import Interruption, Run, disk_errors
+from probing.run import Run, disk_errors
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +204,8 @@ def gather(
     if saved:
         logger.info("%s: going on after %d images", what, tally.done)
     plan = [list(range(i, min(i + batch, len(images)))) for i in range(tally.done, len(images), batch)]
+    if not plan:
+        return tally  # interrupted after its last batch
     last = time.monotonic()
     with torch.no_grad(), Interruption().watch() as interruption, Progress(what, len(plan), unit="batches") as bar:
         for indices, prepared in zip(plan, read(plan), strict=True):
@@ -214,7 +216,7 @@ def gather(
             tally.done += len(indices)
             bar.advance()
             due = time.monotonic() - last >= 60 * resumable.minutes
-            if (due or interruption.asked) and tally.done < len(images):
+            if interruption.asked or (due and tally.done < len(images)):
                 with disk_errors(resumable.file.parent):
                     tally.file(images.split, resumable.asked).write(resumable.file)
                 last = time.monotonic()

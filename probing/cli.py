@@ -13,8 +13,14 @@ from probing.cli_hub import pull, push
 from probing.cli_look import doctor, inspect, plan, teachers
 from probing.cli_options import DRY_RUN, TARGET_CACHE, evaluation, evaluation_options, quiet_libraries, teacher_values
 from probing.errors import UserError
+from probing.interrupt import exit_interrupted, raise_on_signals
 
 TEACHERS = ("depth", "seg", "gen")
+SPIN_COUNT = "1000"
+"""Turns of the loop in which a compute thread waits for the others before it sleeps.
+
+OpenMP's default of 300,000 takes the time that the others need, where something else runs on the machine.
+"""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -28,6 +34,8 @@ def cli(quiet: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported
     level = logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for package in ("probing", "analysis", "reports"):
@@ -135,17 +143,9 @@ def train(
 
         click.echo("\n".join(rehearse_training(recipe, out)))
         return
-    from probing.fit import Interrupted
     from probing.train import train as train_run
 
-    try:
-        run = train_run(recipe, out)
-    except Interrupted:
-        click.echo(
-            f"interrupted; the state is saved. Go on with: probing train --recipe {out}/recipe.yaml --out {out}",
-            err=True,
-        )
-        sys.exit(130)
+    run = train_run(recipe, out)
     click.echo(f"probes: {run.path / 'probes'}; next: probing evaluate {run.path}")
 
 
@@ -169,13 +169,8 @@ def evaluate(run: Path, dry_run: bool, **options: Any) -> None:
         click.echo("\n".join(rehearse_evaluation(run, evaluation(options))))
         return
     from analysis.evaluate import evaluate as evaluate_run
-    from probing.fit import Interrupted
 
-    try:
-        results = evaluate_run(run, evaluation(options))
-    except Interrupted:
-        click.echo("interrupted; what was scored is saved, and the same command goes on from there", err=True)
-        sys.exit(130)
+    results = evaluate_run(run, evaluation(options))
     click.echo(f"results: {results}; next: probing report {run}")
 
 
@@ -248,7 +243,7 @@ def report(runs: tuple[Path, ...], out: Path | None, style: Literal["screen", "p
 @DRY_RUN
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def distill(recipe_file: Path, out: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
-    """Train a checkpoint: stage pt or ift of RECIPE. An interrupted stage goes on."""
+    """Train a checkpoint: stage pt, vpt or ift of RECIPE. An interrupted stage goes on."""
     quiet_libraries()
     from probing.distill.recipe import DistillRecipe
     from probing.distill.train import rehearse_stage, run_stage
@@ -297,7 +292,6 @@ def align(
     quiet_libraries()
     from analysis.align import AlignRecipe, rehearse_alignment
     from analysis.align import align as align_checkpoint
-    from probing.fit import Interrupted
     from probing.recipe import apply_overrides, validate
 
     values: dict[str, Any] = {"backbone": {"checkpoint": checkpoint}, "data": {"path": data}}
@@ -310,11 +304,7 @@ def align(
     if dry_run:
         click.echo("\n".join(rehearse_alignment(recipe, out)))
         return
-    try:
-        results = align_checkpoint(recipe, out)
-    except Interrupted:
-        click.echo("interrupted; what was measured is saved, and the same command goes on from there", err=True)
-        sys.exit(130)
+    results = align_checkpoint(recipe, out)
     click.echo(f"results: {results}; next: probing report {out}")
 
 
@@ -336,17 +326,12 @@ def bench(checkpoint: str, benchmark: str, data: str, out: Path | None, override
     quiet_libraries()
     from analysis.bench import BenchRecipe
     from analysis.bench import bench as ask_benchmark
-    from probing.fit import Interrupted
     from probing.recipe import apply_overrides, validate
 
     values: dict[str, Any] = {"backbone": {"checkpoint": checkpoint}, "benchmark": benchmark, "data": data}
     apply_overrides(values, overrides)
     out = out or Path("runs") / f"{checkpoint.rstrip('/').rsplit('/', 1)[-1]}_{benchmark}"
-    try:
-        results = ask_benchmark(validate(BenchRecipe, values, "command line").with_absolute_paths(), out)
-    except Interrupted:
-        click.echo("interrupted; what was answered is saved, and the same command goes on from there", err=True)
-        sys.exit(130)
+    results = ask_benchmark(validate(BenchRecipe, values, "command line").with_absolute_paths(), out)
     click.echo(f"results: {results}; next: probing report RUN {out}")
 
 
@@ -379,7 +364,12 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point: one line and exit code 2 for what the user can mend, 130 when interrupted, 1 for our faults."""
+    """Runs the command line.
+
+    Exit codes: 2 and one line where the user can fix it, 130 and the command to resume after Ctrl-C or SIGTERM, 1 and a
+    traceback for our faults.
+    """
+    raise_on_signals()
     try:
         cli.main(prog_name="probing", standalone_mode=False)
     except UserError as error:
@@ -389,5 +379,9 @@ def main() -> None:
         _fail(f"{error.format_message()} See: {path} --help", 2)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; the same command goes on from the last saved state", 130)
+    except click.Abort as abort:
+        if isinstance(abort.__cause__, EOFError):  # to click, the end of what a user types; to us, a file cut short
+            raise abort.__cause__ from None
+        exit_interrupted()
+    except KeyboardInterrupt:
+        exit_interrupted()

@@ -30,21 +30,18 @@ from probing.data.loader import Prepared, micro_batches
 from probing.errors import UserError
 from probing.feature_cache import FeatureCache
 from probing.fit_state import FitState
+from probing.interrupt import Interrupted, Interruption
 from probing.processes import add_up_gradients
 from probing.progress import Progress
 from probing.recipe import ProbeRunRecipe
 from probing.resampler import ResamplerConfig
 from probing.ridge import RidgeReadout, RidgeSums, place_states
-from probing.run import Interruption, disk_errors, reading, whole_file
+from probing.run import disk_errors, reading, whole_file
 from probing.schedule import learning_rate, plan_steps, require_enough
 from probing.teachers import Teacher
 from probing.tracking import curve_names, curves
 
 logger = logging.getLogger(__name__)
-
-
-class Interrupted(Exception):
-    """The user stopped the run; it goes on from the saved state."""
 
 
 def _load(file: Path) -> Any:

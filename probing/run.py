@@ -10,13 +10,11 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -194,42 +192,6 @@ def require_space(where: Path, needed: int) -> None:
             f"no disk space: the run needs about {needed / 1e9:.2f} GB at {where} and {free / 1e9:.2f} GB are free; "
             "free some, probe fewer layers, or choose another --out"
         )
-
-
-MOMENT = 2.0
-"""Seconds within which two signals count as one."""
-
-
-class Interruption:
-    """Notes Ctrl-C or SIGTERM, so that the loop can stop between two steps; a second one stops at once.
-
-    What comes within a moment of the first is the same one: a launcher passes on to its processes what a terminal or a
-    scheduler has sent to all of them already.
-    """
-
-    def __init__(self) -> None:
-        self.asked, self.first = False, 0.0
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.asked:
-            self.asked, self.first = True, now
-        elif now - self.first > MOMENT:
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def watch(self) -> Iterator["Interruption"]:
-        """Installs the handlers for the duration of a block (in the main thread only)."""
-        try:
-            old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: a notebook's worker, say
-            yield self
-            return
-        try:
-            yield self
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
 
 def is_alignment(path: Path) -> bool:

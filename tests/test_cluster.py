@@ -108,7 +108,7 @@ def test_a_stopped_job_saves_asks_for_its_place_and_goes_on(recipe_values, tmp_p
         assert job.poll() is None, job.stderr.read()
         time.sleep(0.1)
     said = stop(job)
-    assert "interrupted; the state is saved" in said, said
+    assert "interrupted; resume with the same" in said, said
     assert "requeue 7" in (tmp_path / "asked").read_text()
     assert not (tmp_path / "run/manifest.json").exists()
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from probing.chat import TAG, render
 from probing.data.annotation_file import relative_name
 from probing.data.coco import is_file, read_image, square
-from probing.data.loader import Kept, leave_signals_to_main
+from probing.data.loader import Kept
 from probing.data.patch_words import PatchWords
 from probing.errors import BROKEN, UserError
+from probing.interrupt import ignore_signals
 
 logger = logging.getLogger(__name__)
 
@@ -347,7 +348,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if torch.utils.data.get_worker_info() is not None:
-            leave_signals_to_main()
+            ignore_signals()
         conversation = self.conversations[index]
         called = f"conversation {conversation.number}" + (f" (id {conversation.id})" if conversation.id else "")
         if self.single and len(conversation.images) > 1:

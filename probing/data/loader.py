@@ -1,6 +1,5 @@
 """Batches for student and teachers alike, read and preprocessed in worker processes."""
 
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from probing.backbones.base import Batch, TokenMap
 from probing.data.coco import ImageList, Skipped, square
+from probing.interrupt import ignore_signals
 from probing.teachers.base import Teacher
 
 Prepare = Callable[[Sequence[Any]], Any]
@@ -168,14 +168,4 @@ def micro_batches(
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    leave_signals_to_main()
-
-
-def leave_signals_to_main() -> None:
-    """For a reading process: what asks a run to stop is sent to every process of it, and the main one tells this one.
-
-    A reading process that ended on its own would break the step that the main one is finishing, or the state that it is
-    saving. It still ends with the main one, even where that is killed.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()

@@ -9,8 +9,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from probing.distill.trainee import Trainee
 from probing.errors import UserError
+from probing.interrupt import Interruption
 from probing.progress import Progress
-from probing.run import Interruption
 
 
 class AllStepsTaken(Exception):

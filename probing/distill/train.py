@@ -35,9 +35,10 @@ from probing.distill.trainee import Trainee
 from probing.errors import UserError
 from probing.feature_cache import open_caches, teacher_maker
 from probing.hub import first_line, identity
+from probing.interrupt import Interrupted, Interruption
 from probing.provenance import versions
 from probing.recipe import dump_recipe, local_path, validate
-from probing.run import Interruption, disk_errors, remove_left_overs, require_space, whole_folder, write_text
+from probing.run import disk_errors, remove_left_overs, require_space, whole_folder, write_text
 from probing.teachers import Teacher
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
 
     Raises:
         UserError: checkpoint, data or recipe cannot be used, or `out` holds something else.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     work = out.parent / f"{out.name}.training"
     with disk_errors(out):
@@ -125,7 +126,8 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
             if not _last_state(work):  # what never reached a saved state tells nothing
                 shutil.rmtree(work, ignore_errors=True)
             write_text(work / "recipe.yaml", dump_recipe(recipe))
-    with Interruption().watch() as interruption, disk_errors(work):
+    interruption = Interruption()
+    with disk_errors(work):
         watch = Watch(interruption)
         trainee = parts.trainee
         trainee.notes = Notes(work, arguments.process_index)
@@ -143,18 +145,19 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         except ValueError as error:
             raise UserError(f"{REFUSED}: {first_line(error)}; see its section `trainer`") from None
         saved = _last_state(work)
-        try:
-            trainer.train(resume_from_checkpoint=saved)
-        except AllStepsTaken:
-            logger.info("all steps were taken already")
-        except pickle.UnpicklingError:
-            raise UserError(
-                f"the saved state {saved} is a pickle that holds more than tensors, which may run code; remove {work} "
-                "to train from the start"
-            ) from None
-    if watch.stopped:
-        trainer.accelerator.wait_for_everyone()  # a launcher stops the others as soon as one has ended
-        raise KeyboardInterrupt
+        with interruption.watch():
+            try:
+                trainer.train(resume_from_checkpoint=saved)
+            except AllStepsTaken:
+                logger.info("all steps were taken already")
+            except pickle.UnpicklingError:
+                raise UserError(
+                    f"the saved state {saved} is a pickle that holds more than tensors, which may run code; remove "
+                    f"{work} to train from the start"
+                ) from None
+            if watch.stopped:
+                trainer.accelerator.wait_for_everyone()  # a launcher stops the others as soon as one has ended
+                raise Interrupted
     # Gathered by all processes where weights are sharded over them.
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():

@@ -21,9 +21,9 @@ from probing.data.toyworld.layout import write_world
 from probing.data.toyworld.make import ASSETS
 from probing.demo import demo_recipe
 from probing.errors import UserError
-from probing.fit import Interrupted
+from probing.interrupt import Interrupted, Interruption
 from probing.recipe import TeacherRecipe
-from probing.run import Interruption, Run
+from probing.run import Run
 from probing.teachers import depth, load_teacher
 from probing.train import train
 
@@ -227,7 +227,7 @@ def test_a_pass_that_was_stopped_goes_on_to_the_same_numbers(evaluated, tmp_path
             except Interrupted:
                 stops += 1
                 assert (copy / "state" / "evaluate").exists() and not (copy / "results.csv").exists()
-    assert stops == 6  # after every batch but the last, of two metrics with four batches each
+    assert stops == 8  # after every batch, of two metrics with four batches each
     assert not list((copy / "state" / "evaluate").iterdir())
     whole = tmp_path / "whole"
     shutil.copytree(run, whole)

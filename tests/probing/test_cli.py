@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -204,7 +205,7 @@ def test_interrupting_saves_and_says_how_to_go_on(models, coco, tmp_path, number
     arguments = train_arguments(models, coco, out, "fit.epochs=200", "fit.workers=2")
     code, errors = kill_when(arguments, (out / "state" / "no" / "inputs.json").exists, number, delay=1.0)
     assert code == 130, errors
-    assert "Traceback" not in errors and f"probing train --recipe {out}/recipe.yaml --out {out}" in errors
+    assert "Traceback" not in errors and f"resume with: {shlex.join(['probing', *map(str, arguments)])}" in errors
     assert (out / "state" / "no" / "state.pt").exists()
 
 

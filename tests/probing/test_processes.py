@@ -99,7 +99,7 @@ def test_layers_spread_over_processes_give_the_bytes_of_one(recipe_values, tmp_p
     for stop in (2, 3):
         said = two_processes(tmp_path, "spread", stop, "fit.spread=layers").stderr
         assert f"saved the training state at step {stop + 1}" in said, said
-        assert "interrupted; the state is saved" in said, said
+        assert "interrupted; resume with the same" in said, said
     (tmp_path / "spread/state/no/state_1_of_2.9.pt").write_bytes(b"killed before the other had saved")
     refused = two_processes(tmp_path, "spread", -1, "fit.spread=images")
     assert "saved by another number of processes, or with another fit.spread" in refused.stderr, refused.stderr
@@ -136,7 +136,7 @@ def test_one_that_was_asked_stops_all_and_they_go_on_with_what_they_knew(recipe_
     for stop in (0, 3, 7):
         said = two_processes(tmp_path, "cut", stop).stderr
         assert f"saved the training state at step {stop + 1}" in said, said
-        assert "interrupted; the state is saved" in said and "Traceback (most recent" not in said.split("E1")[0], said
+        assert "interrupted; resume with the same" in said and "Traceback (most recent" not in said.split("E1")[0], said
     last = two_processes(tmp_path, "cut")
     assert last.returncode == 0, last.stderr
     for file in ("probes/depth/model.safetensors", "ridge/gen/model.safetensors", "mean_targets.safetensors"):

@@ -8,10 +8,9 @@ from click.testing import CliRunner
 
 from probing.cli import cli
 from probing.errors import UserError
-from probing.fit import Interrupted
+from probing.interrupt import Interrupted, Interruption
 from probing.recipe import ProbeRunRecipe, dump_recipe
 from probing.rehearsal import rehearse_training
-from probing.run import Interruption
 from probing.train import train
 from tests import tiny
 

@@ -1,13 +1,10 @@
 """Files and folders are whole or not there, and what a killed process left is cleared by one process alone."""
 
-import signal
-
 import pytest
 
-from probing import run as run_module
 from probing.errors import UserError
 from probing.recipe import ProbeRunRecipe
-from probing.run import AlignmentRun, Interruption, Run, whole_file, whole_folder
+from probing.run import AlignmentRun, Run, whole_file, whole_folder
 
 
 @pytest.fixture
@@ -55,16 +52,3 @@ def test_a_broken_recipe_of_an_alignment_is_one_line(tmp_path, text):
     with pytest.raises(UserError, match=r"recipe\.yaml") as caught:
         _ = AlignmentRun(tmp_path).settings
     assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_signal_that_is_passed_on_counts_once_and_a_later_one_stops(monkeypatch):
-    """A launcher sends its processes again what SLURM or a terminal has sent to all."""
-    now = [100.0]
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
-    with Interruption().watch() as interruption:
-        for _ in range(3):
-            signal.raise_signal(signal.SIGTERM)
-        assert interruption.asked
-        now[0] += 5
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)

@@ -8,7 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from probing import fit as fitting
 from probing import tracking
 from probing.errors import UserError
-from probing.fit import Interrupted, learning_rate
+from probing.fit import learning_rate
+from probing.interrupt import Interrupted
 from probing.recipe import ProbeRunRecipe, validate
 from probing.tracking import EVERY
 from probing.train import train
