@@ -32,6 +32,8 @@ from analysis.scores import (
 )
 from probing import __version__
 from probing.backbones import Identity, count_blocks, identify, layer_name, load_backbone, parse_layers
+from probing.chat import rendering_at
+from probing.compatibility import describe_inputs, recorded_moment, require_same, to_record
 from probing.data.coco import ImageList, Skipped, image_size, list_images
 from probing.data.instances import Instances, fitting, read_label_maps
 from probing.data.panoptic import Panoptic
@@ -41,7 +43,7 @@ from probing.processes import alone
 from probing.provenance import made_of, versions
 from probing.recipe import LayersRecipe, dump_recipe, local_path
 from probing.rehearsal import teacher_names
-from probing.run import AlignmentRun, disk_errors, left_overs, remove_left_overs, write_text
+from probing.run import LOST, disk_errors, left_overs, read_json, remove_left_overs, write_text
 from probing.teachers import load_teacher
 from probing.teachers.base import Teacher
 
@@ -81,13 +83,24 @@ def align(recipe: AlignRecipe, out: Path) -> Path:
         Interrupted: stopped by the user; the same call goes on.
     """
     device = alone("align").device
+    _require_free(out, recipe)
+    recorded = _recorded(out)
+    with rendering_at(recorded_moment(recorded)):
+        return _align(recipe, out, recorded, device)
+
+
+def _align(recipe: AlignRecipe, out: Path, recorded: dict[str, Any] | None, device: torch.device) -> Path:
     maps, images = _labelled(recipe)
     checkpoint = identify(recipe.backbone)
-    _claim(out, recipe, checkpoint)
+    teachers = {name: load_teacher(name, teacher, device) for name, teacher in recipe.teachers.items()}
+    inputs = describe_inputs(checkpoint, teachers, recipe.data.view, {"images": images.digest()})
+    if recorded is not None:
+        require_same(recorded, inputs, out, "put it back, or choose another --out")
+    _claim(out, recipe, to_record(inputs))
     settings = f"{__version__} {images.digest()}"
     files = {name: score_file(out, f"scores/{name}", images.split) for name in ("alignment", "sample", "likeness")}
     if read_if_fits(files["alignment"], settings) is None:
-        _measure(recipe, out, maps, images, files, settings, checkpoint, device)
+        _measure(recipe, out, maps, images, files, settings, checkpoint, teachers, to_record(inputs), device)
     rows = [row for file in files.values() if file.exists() for row in summaries(ScoreFile.read(file), [0])]
     rows += [row for file in (out / "scores").glob("*.json") for row in read_summaries(file)]
     with disk_errors(out):
@@ -140,12 +153,13 @@ def _measure(
     files: dict[str, Path],
     settings: str,
     checkpoint: Identity,
+    teachers: dict[str, Teacher],
+    recorded: dict[str, Any],
     device: torch.device,
 ) -> None:
     """Both passes, and everything that is made of them."""
     started = time.monotonic()
     backbone = load_backbone(recipe.backbone, device, with_head=True)
-    teachers: dict[str, Teacher] = {n: load_teacher(n, teacher, device) for n, teacher in recipe.teachers.items()}
     layers = parse_layers(recipe.layers, backbone.layers)
     subject = Subject(backbone, layers, images, maps, teachers, recipe.coverage, recipe.workers)
     _require_labels(subject)
@@ -173,9 +187,10 @@ def _measure(
             draw_pictures(subject, centres, out / "pictures", recipe.pictures)
         _write_likeness(pooled, found, files["likeness"])
         manifest = _manifest(recipe, checkpoint, teachers, images, maps, found, sample, time.monotonic() - started)
-        write_text(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        write_text(out / "manifest.json", json.dumps({**manifest, **recorded}, indent=2) + "\n")
         found.write(files["alignment"])  # last: where it is there, nothing else is missing
         resumable.file.unlink(missing_ok=True)
+        _inputs_file(out).unlink(missing_ok=True)
 
 
 def _require_labels(subject: Subject) -> None:
@@ -237,15 +252,26 @@ def _annotated(images: ImageList, maps: Panoptic | Instances, limit: int | None)
     return fitting(replace(images, names=names[:limit], skipped=images.skipped + skipped), maps)
 
 
-def _claim(out: Path, recipe: AlignRecipe, checkpoint: Identity) -> None:
-    """Writes the recipe into a new folder; raises UserError where another run is in it."""
-    made = out / "manifest.json"
-    _require_free(out, recipe)
-    if made.exists() and AlignmentRun(out).manifest["checkpoint"]["sha256"] != checkpoint.sha256:
-        raise UserError(f"the checkpoint is not the one that {out} was made with; choose another --out, or remove it")
+def _inputs_file(out: Path) -> Path:
+    return out / "state" / "inputs.json"
+
+
+def _recorded(out: Path) -> dict[str, Any] | None:
+    """What a run recorded about its inputs when it began; None where it has not begun."""
+    for file in (out / "manifest.json", _inputs_file(out)):
+        if file.exists():
+            return read_json(file, LOST)
+    begun = (out / "state").glob("*.safetensors"), (out / "scores").glob("*")
+    return {} if any(True for files in begun for _ in files) else None  # begun by an older version
+
+
+def _claim(out: Path, recipe: AlignRecipe, recorded: dict[str, Any]) -> None:
+    """Writes recipe and inputs into a folder."""
     with disk_errors(out):
         remove_left_overs(left_overs(out))
         write_text(out / "recipe.yaml", dump_recipe(recipe))
+        if not (out / "manifest.json").exists():
+            write_text(_inputs_file(out), json.dumps(recorded))
 
 
 def _require_free(out: Path, recipe: AlignRecipe) -> None:

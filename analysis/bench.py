@@ -19,7 +19,9 @@ from analysis.answers import READERS, score
 from analysis.scores import write_rows
 from probing import __version__
 from probing.backbones import Identity, identify, load_backbone
-from probing.backbones.answers import ask
+from probing.backbones.answers import ask, sample_conversation
+from probing.chat import rendering_at
+from probing.compatibility import describe_inputs, recorded_moment, require_same, to_record, vocabulary
 from probing.data.benchmarks import BENCHMARKS, Question, digest, read_questions
 from probing.data.coco import Skipped, read_image
 from probing.errors import UserError
@@ -36,6 +38,7 @@ from probing.run import (
     remove_left_overs,
     write_text,
 )
+from probing.weights_hash import generation_settings
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +87,24 @@ def bench(recipe: BenchRecipe, out: Path) -> Path:
     known = BENCHMARKS[recipe.benchmark]
     if len(questions) != known.size:
         logger.warning("%d questions; %s as it is published has %d", len(questions), known.title, known.size)
+    _require_free(out, recipe)
+    recorded = _recorded(out)
+    with rendering_at(recorded_moment(recorded)):
+        return _bench(recipe, out, questions, recorded)
+
+
+def _bench(recipe: BenchRecipe, out: Path, questions: Sequence[Question], recorded: dict[str, Any] | None) -> Path:
     checkpoint = identify(recipe.backbone)
-    asked = hashlib.sha256(
-        f"{__version__} {dump_recipe(recipe)} {checkpoint.sha256} {digest(questions)}".encode()
-    ).hexdigest()
-    _claim(out, recipe, asked)
+    texts = sample_conversation(checkpoint.prepare.processor, recipe.backbone)
+    inputs = describe_inputs(checkpoint, {}, "own", {"questions": digest(questions)}, texts) | vocabulary(checkpoint)
+    inputs["generation settings"] = generation_settings(Path(checkpoint.path))
+    if recorded is not None:
+        require_same(recorded, inputs, out, "put it back, or choose another --out")
+    _claim(out, recipe, to_record(inputs))
+    asked = hashlib.sha256(f"{__version__} {dump_recipe(recipe)} {digest(questions)}".encode()).hexdigest()
     answers, state = out / "answers.jsonl", out / "state" / "answers.jsonl"
     if not (out / "manifest.json").exists():
-        started = time.monotonic()
+        known, started = BENCHMARKS[recipe.benchmark], time.monotonic()
         said = list(zip(questions, _ask_all(recipe, questions, state, asked), strict=True))
         answered = [judged(recipe.benchmark, question, (pair[0], pair[1])) for question, pair in said if pair[0]]
         skipped = [Skipped(question.name, known.split, reason) for question, (image, reason) in said if not image]
@@ -100,8 +113,9 @@ def bench(recipe: BenchRecipe, out: Path) -> Path:
         with disk_errors(out):
             write_text(answers, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answered))
             manifest = _manifest(recipe, checkpoint, questions, answered, skipped, time.monotonic() - started)
-            write_text(out / "manifest.json", json.dumps({**manifest, "asked": asked}, indent=2) + "\n")
+            write_text(out / "manifest.json", json.dumps({**manifest, **to_record(inputs)}, indent=2) + "\n")
             state.unlink(missing_ok=True)
+            _inputs_file(out).unlink(missing_ok=True)
     with reading(answers, LOST):
         answered = read_answers(answers)
         left_out = read_json(out / "manifest.json", LOST).get("skipped", [])
@@ -126,18 +140,34 @@ def judged(benchmark: str, question: Question, said: tuple[str, str]) -> Answere
     return Answered(question.name, question.groups, image, text, read, list(question.answers), worth, guess)
 
 
-def _claim(out: Path, recipe: BenchRecipe, asked: str) -> None:
-    """Writes the recipe into a new folder; raises UserError where another run is in it."""
-    there, made, text = out / "recipe.yaml", out / "manifest.json", dump_recipe(recipe)
-    if there.exists() and there.read_text(encoding="utf-8") != text:
+def _inputs_file(out: Path) -> Path:
+    return out / "state" / "inputs.json"
+
+
+def _recorded(out: Path) -> dict[str, Any] | None:
+    """What a run recorded about its inputs when it began; None where it has not begun."""
+    for file in (out / "manifest.json", _inputs_file(out)):
+        if file.exists():
+            return read_json(file, LOST)
+    return {} if (out / "state" / "answers.jsonl").exists() else None  # begun by an older version
+
+
+def _require_free(out: Path, recipe: BenchRecipe) -> None:
+    """Raises UserError where another run is in a folder."""
+    there = out / "recipe.yaml"
+    if there.exists() and there.read_text(encoding="utf-8") != dump_recipe(recipe):
         raise UserError(f"{out} holds another run, or one of another recipe; choose another --out, or remove it")
     if not there.exists() and out.is_dir() and any(p for p in out.iterdir() if not p.name.startswith(".")):
         raise UserError(f"{out} is not empty and holds no run; choose another --out")
-    if made.exists() and read_json(made, LOST).get("asked") != asked:
-        raise UserError(f"checkpoint or questions are not those that {out} was made with; choose another --out")
+
+
+def _claim(out: Path, recipe: BenchRecipe, recorded: dict[str, Any]) -> None:
+    """Writes recipe and inputs into a folder."""
     with disk_errors(out):
         remove_left_overs(out.rglob(".*.tmp"))
-        write_text(there, text)
+        write_text(out / "recipe.yaml", dump_recipe(recipe))
+        if not (out / "manifest.json").exists():
+            write_text(_inputs_file(out), json.dumps(recorded))
 
 
 def _ask_all(

@@ -27,6 +27,8 @@ from analysis.scores import ScoreFile, read_if_fits, score_file, summaries, writ
 from probing import __version__
 from probing.backbones import Backbone, layer_name, parse_layers
 from probing.bank import bank_layers
+from probing.chat import rendering_at
+from probing.compatibility import describe_inputs, recorded_moment, require_same, vocabulary
 from probing.data.coco import ImageList, Skipped
 from probing.data.substitutes import SUBSTITUTES
 from probing.errors import UserError
@@ -127,6 +129,12 @@ def evaluate(path: Path, options: Options | None = None) -> Path:
     run = Run.open(path)
     run.remove_left_overs(idle=3600)  # another process may be scoring another metric
     require_protocols(options)
+    with rendering_at(recorded_moment(run.manifest)):
+        return _score(run, options, device)
+
+
+def _score(run: Run, options: Options, device: torch.device) -> Path:
+    """Scores one run."""
     workshop = _Workshop(run, options, device)
     blocks = run.manifest["checkpoint"]["layers"]
     chosen = {metric: selection(run.recipe, blocks, options, metric) for metric in (*options.metrics, "pictures")}
@@ -142,7 +150,7 @@ def evaluate(path: Path, options: Options | None = None) -> Path:
             found = ScoreFile.read(score_file(run.path, job.scorer.stem, images.split))
             score_generation(run, _chosen(found, job.selection), images, workshop.painter(metric))
     warn_if_upside_down(run.path)
-    with disk_errors(path):
+    with disk_errors(run.path):
         return write_results(run)
 
 
@@ -240,7 +248,8 @@ def _score_arm(run: Run, arm: str, jobs: Iterable[Job], workshop: "_Workshop", o
     if not due:
         return
     backbone = arm_backbone(run.recipe, arm, workshop.device)
-    _check_unchanged(run, backbone, workshop.teachers, workshop.images)
+    controls = {control for _, lacking, _, _ in due for control in lacking.controls}
+    _check_unchanged(run, backbone, workshop.teachers, workshop.images, "caption" in controls)
     for scorer, lacking, settings, file in due:
         batch = options.micro_batch or run.recipe.fit.micro_batch
         kept = workshop.kept(arm, backbone) if isinstance(scorer, Cosine) else {}
@@ -351,14 +360,14 @@ class _Workshop:
         return Pictures(images, {name: teacher}, draw, side, made_with)
 
 
-def _check_unchanged(run: Run, backbone: Backbone, teachers: dict[str, Teacher], images: ImageList) -> None:
-    manifest = run.manifest
-    pairs = [("checkpoint", manifest["checkpoint"]["sha256"], backbone.sha256)]
-    pairs += [(f"{name} teacher", manifest["teachers"][name]["sha256"], t.sha256) for name, t in teachers.items()]
-    pairs += [(f"split {images.split}", manifest["data"]["eval_digest"], images.digest())]
-    for name, then, now in pairs:
-        if then != now:
-            raise UserError(f"the {name} is not the one this run was made with; put it back, or train a new run")
+def _check_unchanged(
+    run: Run, backbone: Backbone, teachers: dict[str, Teacher], images: ImageList, captions: bool
+) -> None:
+    """Raises UserError where a run's inputs changed; captions are tokenized like no other text of it."""
+    now = describe_inputs(backbone.identity, teachers, run.recipe.data.view, {"held-out images": images.digest()})
+    if captions:
+        now |= vocabulary(backbone.identity)
+    require_same(run.manifest, now, run.path, "put it back, or train a new run")
 
 
 def _note_skipped(run: Run, skipped: Iterable[Skipped]) -> None:

@@ -1,5 +1,9 @@
 """A checkpoint's chat template: from messages to text."""
 
+import contextlib
+import datetime
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jinja2
@@ -48,6 +52,24 @@ TEMPLATES = {
 """Conversation templates of LLaVA's original code, as chat templates."""
 
 
+_clock: ContextVar[datetime.datetime | None] = ContextVar("clock", default=None)
+
+
+@contextlib.contextmanager
+def rendering_at(moment: datetime.datetime | None) -> Iterator[None]:
+    """Within it, chat templates that write the date see this moment; None is the time of day."""
+    token = _clock.set(moment)
+    try:
+        yield
+    finally:
+        _clock.reset(token)
+
+
+def rendering_moment() -> datetime.datetime | None:
+    """The moment that chat templates see now."""
+    return _clock.get()
+
+
 def find_template(text: str) -> str:
     """The chat template that a recipe means: one of `TEMPLATES` by its name, or the Jinja text itself.
 
@@ -75,7 +97,7 @@ def render(processor: Any, messages: list[dict[str, Any]], generation_prompt: bo
     if getattr(processor, "chat_template", None) is None:
         raise UserError(f"{name} has no chat template; {HELP}")
     try:
-        text = str(processor.apply_chat_template(messages, add_generation_prompt=generation_prompt))
+        text = str(processor.apply_chat_template(messages, add_generation_prompt=generation_prompt, **_date(processor)))
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"the chat template of {name} cannot be used ({first_line(error)}); {HELP}") from None
     images = sum(item["type"] == "image" for message in messages for item in message["content"])
@@ -86,3 +108,11 @@ def render(processor: Any, messages: list[dict[str, Any]], generation_prompt: bo
     if tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
         text = text.removeprefix(tokenizer.bos_token)
     return text
+
+
+def _date(processor: Any) -> dict[str, Any]:
+    """Puts the moment of `rendering_at` in the place of the clock that transformers gives to templates."""
+    moment = _clock.get()
+    if moment is None or "strftime_now" not in str(processor.chat_template):
+        return {}
+    return {"strftime_now": moment.strftime}

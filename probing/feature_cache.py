@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probing.backbones.base import Backbone, Batch
+from probing.compatibility import processor_settings
 from probing.data.coco import ImageList
 from probing.data.loader import micro_batches, no_student, viewed
 from probing.errors import UserError
@@ -148,11 +149,10 @@ class Maker:
 
 def teacher_maker(teacher: Teacher, dtype: str) -> Maker:
     """Computes a teacher's features."""
-    processor = getattr(teacher.prepare, "processor", None)
     facts = {
         "teacher": teacher.sha256,
         "class": teacher.class_name,
-        "preprocessing": processor.to_dict() if processor is not None else repr(teacher.prepare),
+        "preprocessing": processor_settings(teacher.prepare),
     }
     return Maker(teacher.name, teacher.shape, dtype, teacher.prepare, teacher.target, teacher.device, facts)
 
@@ -176,7 +176,7 @@ def tower_maker(backbone: Backbone, weights: str, images: ImageList, view: str) 
         "checkpoint": backbone.sha256,
         "class": type(backbone.core).__name__,
         "weights": weights,
-        "preprocessing": repr(backbone.prepare),
+        "preprocessing": processor_settings(backbone.prepare),
     }
     _, tokens, width = features.shape
     dtype = str(features.dtype).removeprefix("torch.")

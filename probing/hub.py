@@ -15,9 +15,9 @@ from torch import Tensor
 
 import probing.compat  # noqa: F401
 from probing.errors import BROKEN, UserError
-from probing.provenance import weights_hash
 from probing.reach import offline_where_unreachable
 from probing.recipe import local_path
+from probing.weights_hash import model_hash, weights_hash
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """What weights are called; shards are named by an index beside them."""
@@ -52,7 +52,7 @@ def locate(source: str, what: str) -> str:
 
 
 def identity(source: str, config: Any, device: torch.device | None = None) -> str:
-    """Identifies the weights.
+    """Identifies weights and configuration of a model.
 
     Args:
         source: folder or Hub id.
@@ -60,12 +60,21 @@ def identity(source: str, config: Any, device: torch.device | None = None) -> st
         device: where the model is; on the meta device it has no weights.
 
     Returns:
-        Hash of the files of a folder, or the commit of a Hub repository.
+        Hash of what is loaded from a folder, or the commit of a Hub repository.
     """
     if device is not None and device.type == "meta":
         return "no weights"
     path = Path(source)
-    return f"sha256:{weights_hash(path)}" if path.is_dir() else f"commit:{getattr(config, '_commit_hash', None)}"
+    if not path.is_dir():
+        return f"commit:{getattr(config, '_commit_hash', None)}"
+    tower = local_path(str(getattr(config, "tower", "")))  # of LLaVA's original format, where it is a folder of its own
+    if getattr(config, "tower", None) and tower.is_dir() and not _has_tower(source):
+        return f"sha256:{model_hash(path)}, vision tower {weights_hash(tower)}"
+    return f"sha256:{model_hash(path)}"
+
+
+def _has_tower(source: str) -> bool:
+    return any(name.startswith("model.vision_tower.") for name in tensor_names(source))
 
 
 def pretrained(

@@ -1,8 +1,6 @@
 """What a run was made of: hashes of weights, versions, licences."""
 
-import hashlib
 import importlib.metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,7 +8,6 @@ if TYPE_CHECKING:
     from probing.teachers.base import Teacher
 
 PACKAGES = ("mllm-probing", "torch", "torchvision", "transformers", "accelerate", "timm", "numpy", "pillow")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def versions() -> dict[str, str]:
@@ -27,7 +24,7 @@ def versions() -> dict[str, str]:
 def made_of(checkpoint: "Identity", prompt: str, teachers: dict[str, "Teacher"]) -> dict[str, Any]:
     """The part of a manifest that names checkpoint, prompt and teachers; `prompt` is the user's turn."""
     return {
-        "checkpoint": {name: value for name, value in vars(checkpoint).items() if name != "prompt"},
+        "checkpoint": {name: value for name, value in vars(checkpoint).items() if name not in ("prompt", "prepare")},
         "prompt": prompt,
         "rendered_prompt": checkpoint.prompt,
         "teachers": {
@@ -41,14 +38,3 @@ def made_of(checkpoint: "Identity", prompt: str, teachers: dict[str, "Teacher"])
             for name, teacher in teachers.items()
         },
     }
-
-
-def weights_hash(folder: Path) -> str:
-    """SHA-256 over the configuration and all weight files of a model folder, in name order."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and (path.suffix in WEIGHT_SUFFIXES or path.name == "config.json"):
-            digest.update(path.relative_to(folder).as_posix().encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 
 from probing.backbones import Backbone, Identity, Layer, load_backbone, parse_layers
+from probing.chat import rendering_at
+from probing.compatibility import describe_inputs, recorded_moment, require_same, to_record, vocabulary
 from probing.convergence import judge
 from probing.data.coco import ImageList, list_images
 from probing.data.loader import TOWER
@@ -142,6 +145,13 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
     """
     require_tracker(recipe.fit.report_to)
     accelerator = together()
+    moment = [recorded_moment(recorded_inputs(Run(out, recipe)))]
+    broadcast_object_list(moment)  # else processes that start around midnight would render other prompts
+    with rendering_at(moment[0]):
+        return _train(recipe, out, accelerator)
+
+
+def _train(recipe: ProbeRunRecipe, out: Path, accelerator: Accelerator) -> Run:
     train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
     backbone = arm_backbone(recipe, "no", accelerator.device)
     layers = parse_layers(recipe.layers, backbone.layers)
@@ -164,6 +174,7 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
                 shutil.rmtree(run.path / "state" / arm, ignore_errors=True)
         return run
     provenance = provenance_of(recipe, backbone.identity, teachers, train_images, eval_images)
+    _check_same_inputs(run, provenance, accelerator)
     place = accelerator.process_index, accelerator.num_processes
     kept = caches_of(recipe, teachers, train_images, *place)
     for arm, controls in due:
@@ -201,7 +212,6 @@ def _train_arm(
     """Trains on one set of backbone weights; its summary, written last, says that its probes are in place."""
     folder, tracked = run.path / "state" / arm, run.path / "tensorboard" / arm
     fit = Fit(run.recipe, backbone, teachers, images, layers, controls, folder, accelerator, kept, tracked=tracked)
-    _check_same_inputs(fit.folder, provenance, accelerator.is_main_process)
     fit.spread = spread_layers(
         run.recipe.fit, bank_bytes(run.recipe, backbone, teachers, layers, len(controls)), accelerator
     )
@@ -215,58 +225,63 @@ def _train_arm(
     if fit.spread:
         state = fit.whole(layers, state.step)
     with disk_errors(run.path):
+        made = {name: value for name, value in provenance.items() if name != "inputs"}
         for control, bank in state.banks.items():
             with whole_folder(run.probes(control)) as folder:
-                bank.save(folder, {"control": control, **provenance})
+                bank.save(folder, {"control": control, **made})
         if run.recipe.fit.ridge:
             with whole_folder(run.ridge(arm)) as folder:
-                fit.readout(state).save(folder, {"control": arm, **provenance})
+                fit.readout(state).save(folder, {"control": arm, **made})
         if arm == "no":
             with whole_file(run.means) as file:
                 save_file(fit.means(state), file)
         write_text(summary_file(run, arm), json.dumps(summary(state, list(teachers))))
 
 
-def _check_same_inputs(folder: Path, provenance: dict[str, Any], main: bool) -> None:
-    """Refuses to go on with a checkpoint, teacher or data that changed since the run began.
+def recorded_inputs(run: Run) -> dict[str, Any] | None:
+    """What a run recorded about its inputs when it began; None where it has not begun."""
+    state = run.path / "state" / "inputs.json"
+    if run.finished:
+        return run.manifest
+    if state.exists():
+        return read_json(state, f"remove {state.parent} to train from the start")
+    return {} if any(state.parent.glob("*/*")) else None  # begun by an older version
+
+
+def _check_same_inputs(run: Run, provenance: dict[str, Any], accelerator: Accelerator) -> None:
+    """Refuses to resume with a checkpoint, teacher or data that changed since the run began.
 
     Raises:
         UserError: naming what changed.
     """
-    file = folder / "inputs.json"
-    now = {
-        "checkpoint": provenance["checkpoint"]["sha256"],
-        "training images": provenance["data"]["train_digest"],
-        **{f"{name} teacher": [t["sha256"], t["shape"]] for name, t in provenance["teachers"].items()},
-    }
-    if file.exists():
-        before = read_json(file, f"remove {folder} to train from the start")
-        for name, value in now.items():
-            if before.get(name) != value:
-                detail = f" (target shape {before[name][1]} then, {value[1]} now)" if isinstance(value, list) else ""
-                raise UserError(
-                    f"{folder.parent.parent}: the {name} changed since this run began{detail}; put it back or choose "
-                    "another --out"
-                )
-    elif main:
-        with disk_errors(folder):
-            write_text(file, json.dumps(now))
+    scoring = ("held-out images", "tokenizer's vocabulary")  # of no effect before the probes are scored
+    now = {name: value for name, value in provenance["inputs"].items() if name not in scoring}
+    if (recorded := recorded_inputs(run)) is not None:
+        require_same(recorded, now, run.path, "put it back or choose another --out")
+    elif accelerator.is_main_process:
+        with disk_errors(run.path):
+            written = {"rendered_at": provenance["rendered_at"], "inputs": now}
+            write_text(run.path / "state" / "inputs.json", json.dumps(written))
 
 
 def provenance_of(
     recipe: ProbeRunRecipe, checkpoint: Identity, teachers: dict[str, Teacher], train: ImageList, held_out: ImageList
 ) -> dict[str, Any]:
     """What a run is made of: checkpoint, prompt, teachers, data and versions."""
+    train_digest, eval_digest = train.digest(), held_out.digest()
+    data = {"training images": train_digest, "held-out images": eval_digest}
+    inputs = describe_inputs(checkpoint, teachers, recipe.data.view, data) | vocabulary(checkpoint)
     return {
         **made_of(checkpoint, recipe.backbone.prompt, teachers),
+        **to_record(inputs),
         "data": {
             "path": recipe.data.path,
             "train_split": train.split,
             "eval_split": held_out.split,
             "train_images": len(train),
             "eval_images": len(held_out),
-            "train_digest": train.digest(),
-            "eval_digest": held_out.digest(),
+            "train_digest": train_digest,
+            "eval_digest": eval_digest,
             "unlisted": {train.split: train.unlisted, held_out.split: held_out.unlisted},
             "view": recipe.data.view,
         },

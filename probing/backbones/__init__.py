@@ -95,6 +95,7 @@ def identify(recipe: BackboneRecipe) -> Identity:
         layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         prompt=inputs.text,
+        prepare=inputs,
     )
 
 

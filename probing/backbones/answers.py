@@ -66,11 +66,21 @@ def _ends(backbone: Backbone, processor: Any) -> list[int]:
     tokenizer = processor.tokenizer
     named = backbone.writer.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])}
+    closing = _closing(processor)
+    ends |= set(tokenizer(closing, add_special_tokens=False).input_ids[:1]) & set(tokenizer.all_special_ids)
+    return sorted(ends - {None})
+
+
+def _closing(processor: Any) -> str:
+    """What the chat template writes after an answer; empty where that cannot be known."""
     said = [{"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
     question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
     try:
-        closing = render(processor, question + said).rsplit("yes", 1)[-1].strip()
+        return render(processor, question + said).rsplit("yes", 1)[-1].strip()
     except UserError:  # a template may insist on an image, or on its own form of answers
-        closing = ""
-    ends |= set(tokenizer(closing, add_special_tokens=False).input_ids[:1]) & set(tokenizer.all_special_ids)
-    return sorted(ends - {None})
+        return ""
+
+
+def sample_conversation(processor: Any, recipe: BackboneRecipe) -> list[str]:
+    """A question as `ask` renders it, and what it takes for the end of an answer: all that a chat template does."""
+    return [prompt(processor, recipe.model_copy(update={"prompt": "What is this?"})), _closing(processor)]

@@ -5,7 +5,7 @@ block k before any final norm, layer L the state after the last block; ``final``
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -241,6 +241,7 @@ class Identity:
         layers: number L of decoder blocks.
         hidden_size: width H of the LLM.
         prompt: the text that every sequence carries.
+        prepare: the input side, see `Backbone.prepare`; of several encoders it may be the LLaVA's own.
     """
 
     name: str
@@ -250,6 +251,7 @@ class Identity:
     layers: int
     hidden_size: int
     prompt: str
+    prepare: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -296,7 +298,8 @@ class Backbone:
     def identity(self) -> Identity:
         """Which checkpoint this is."""
         text = getattr(self.prepare, "text", "")
-        return Identity(self.name, self.source, self.family, self.sha256, self.layers, self.hidden_size, text)
+        names = (self.name, self.source, self.family, self.sha256)
+        return Identity(*names, self.layers, self.hidden_size, text, self.prepare)
 
     @property
     def device(self) -> torch.device:

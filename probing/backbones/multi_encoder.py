@@ -24,6 +24,7 @@ from transformers.activations import ACT2FN
 
 from probing.backbones import llava
 from probing.backbones.base import SPECIAL, Backbone, Batch, SpecialEmbeddings, special_ids
+from probing.compatibility import describe_processor, first_difference
 from probing.errors import UserError
 from probing.hub import identity, loading, pretrained
 from probing.recipe import BackboneRecipe, TeacherRecipe
@@ -175,6 +176,10 @@ def open_encoders(config: Any, tokenizer: Any, device: torch.device, folder: Pat
         teacher = load_teacher(name, TeacherRecipe(id=entry["id"], grid=entry.get("grid")), device)
         if "sha256" in entry and entry["sha256"] != teacher.sha256:
             raise UserError(f"the {name} teacher {entry['id']} is not the one this checkpoint was trained with")
+        if "processor" in entry:
+            now = {f"{name} teacher's processor": describe_processor(teacher.prepare, "own")}
+            if changed := first_difference({f"{name} teacher's processor": entry["processor"]}, now):
+                raise UserError(f"the {changed} changed since {config.name_or_path} was trained; put it back")
         teachers[name] = teacher
     encoders = Encoders(config, teachers, tokenizer)
     if folder is not None:
@@ -193,7 +198,8 @@ def save_encoders(encoders: Encoders, config: Any, folder: Path) -> None:
     save_file(own, folder / WEIGHTS, metadata={"format": "pt"})
     values = config.to_dict()
     for name, teacher in encoders.teachers.items():
-        values["encoders"]["teachers"][name]["sha256"] = teacher.sha256
+        processor = describe_processor(teacher.prepare, "own")
+        values["encoders"]["teachers"][name] |= {"sha256": teacher.sha256, "processor": processor}
     values.pop("model_type", None)
     MultiEncoderConfig(**values).save_pretrained(folder)
 

@@ -4,6 +4,7 @@ A file is a JSON list or one JSON object per line:
 ``{"id", "image" (optional, below the image root), "conversations": [{"from": "human" | "gpt", "value"}, ...]}``.
 """
 
+import datetime
 import json
 import logging
 import sys
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from probing.chat import TAG, render
+from probing.chat import TAG, render, rendering_at
 from probing.data.annotation_file import relative_name
 from probing.data.coco import is_file, read_image, square
 from probing.data.loader import Kept
@@ -148,6 +149,10 @@ def require_some_image(conversations: list[Conversation], image_root: Path, look
         )
 
 
+SAMPLE = Conversation("", ("",), (("user", "?"), ("assistant", "x")) * 2, (1, 0, 0, 0))
+"""Two rounds about one image, by which processors and chat templates are tried."""
+
+
 class CutInsideImageError(ValueError):
     """A conversation that is too long ends between two tokens of one image."""
 
@@ -160,17 +165,22 @@ class Encoder:
         processor: the checkpoint's processor, with a chat template.
         image_token_id: id of the placeholder of one image token.
         max_length: longer samples are cut at the end; what is cut is neither read nor supervised.
+        moment: that the chat template is rendered at, in whatever process.
     """
 
     processor: Any
     image_token_id: int
     max_length: int
+    moment: datetime.datetime | None = None
 
     def require_usable(self) -> None:
         """Tries processor and chat template on two rounds about a blank image; raises as encoding a sample does."""
-        turns = (("user", "?"), ("assistant", "x")) * 2
-        sample = Conversation("", ("",), turns, (1, 0, 0, 0))
-        replace(self, max_length=sys.maxsize)(sample, [Image.new("RGB", (8, 8))])
+        replace(self, max_length=sys.maxsize)(SAMPLE, [Image.new("RGB", (8, 8))])
+
+    def sample_text(self) -> str:
+        """Two rounds about an image, as the chat template writes them."""
+        with rendering_at(self.moment):
+            return render(self.processor, self._closed(SAMPLE.messages()))
 
     def _closed(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Ends every answer with the EOS token where the template puts nothing after it: a model must learn to stop."""
@@ -200,6 +210,10 @@ class Encoder:
                 cannot be located.
             CutInsideImageError: an image does not fit in `max_length`.
         """
+        with rendering_at(self.moment):
+            return self._encode(conversation, images)
+
+    def _encode(self, conversation: Conversation, images: list[Image.Image]) -> dict[str, Any]:
         messages = self._closed(conversation.messages())
         full = render(self.processor, messages)
         spans = []

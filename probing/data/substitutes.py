@@ -4,6 +4,7 @@ Teachers still see the image itself. `blank` is a grey one of the same size, `ot
 `caption` its first caption, as text.
 """
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from probing.backbones.base import Batch, TokenMap, token_kinds
-from probing.chat import render
+from probing.chat import render, rendering_at, rendering_moment
 from probing.data.annotation_file import Fault, Faults, read_annotation_file
 from probing.data.coco import ImageList
 from probing.errors import BROKEN, UserError
@@ -72,15 +73,18 @@ class CaptionInputs:
         processor: the checkpoint's own.
         prompt: what follows the caption.
         grid: of the image tokens that are not there.
+        moment: that the chat template is rendered at, in whatever process.
     """
 
     processor: Any
     prompt: str
     grid: tuple[int, int]
+    moment: datetime.datetime | None
 
     def __call__(self, captions: Sequence[str]) -> Batch:
         """Prepares a batch of captions."""
-        texts = [self._text(f"{caption}\n{self.prompt}") for caption in captions]
+        with rendering_at(self.moment):
+            texts = [self._text(f"{caption}\n{self.prompt}") for caption in captions]
         inputs = dict(self.processor.tokenizer(texts, return_tensors="pt", padding=True))
         inputs.pop("token_type_ids", None)
         kinds = token_kinds(inputs["input_ids"], inputs["attention_mask"], NO_IMAGE)
@@ -134,4 +138,4 @@ def substitute(kind: str, images: ImageList) -> Blank | Other | Caption:
 
 def caption_inputs(inputs: Any, recipe: BackboneRecipe) -> CaptionInputs:
     """The input side for captions, from a checkpoint's own."""
-    return CaptionInputs(inputs.processor, recipe.prompt, inputs.grid)
+    return CaptionInputs(inputs.processor, recipe.prompt, inputs.grid, rendering_moment())

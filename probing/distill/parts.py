@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from probing.backbones import multi_encoder, original
 from probing.backbones.base import SPECIAL, parse_layers, special_ids
 from probing.backbones.llava import tower_grid
+from probing.chat import rendering_moment
 from probing.data.conversations import (
     Conversation,
     ConversationDataset,
@@ -149,7 +150,7 @@ def put_together(recipe: DistillRecipe, start: Start, device: torch.device) -> P
             encoders = multi_encoder.open_encoders(config, processor.tokenizer, device, folder)
         encoders.install(model)
         teachers = encoders.teachers
-    encoder = Encoder(processor, config.image_token_id, recipe.max_length)
+    encoder = Encoder(processor, config.image_token_id, recipe.max_length, rendering_moment())
     encoder.require_usable()
     labeller, alignment = None, None
     if recipe.patches is not None and start.annotations is not None:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import difflib
 import glob
+import hashlib
 import json
 import logging
 import math
@@ -17,16 +18,20 @@ import torch
 import yaml
 
 import probing.compat  # noqa: F401  # isort: skip
+from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, Trainer
 
-from probing.backbones import multi_encoder
+from probing.backbones import Identity, multi_encoder
+from probing.backbones.llava import LlavaInputs, tower_grid
+from probing.chat import rendering_at
+from probing.compatibility import describe_inputs, recorded_moment, require_same, to_record, vocabulary
 from probing.cost import Devices
 from probing.data.coco import ImageList, is_file
 from probing.data.conversations import KeptFeatures
 from probing.distill.callbacks import AllStepsTaken, Bar, Losses, Watch
 from probing.distill.cost import stage_cost
 from probing.distill.notes import Notes
-from probing.distill.parts import Start, images_of, open_start, put_together
+from probing.distill.parts import Parts, Start, images_of, open_start, put_together
 from probing.distill.patches import attach_pairs
 from probing.distill.predictors import FOLDER
 from probing.distill.recipe import DistillRecipe
@@ -38,10 +43,14 @@ from probing.hub import first_line, identity
 from probing.interrupt import Interrupted, Interruption
 from probing.provenance import versions
 from probing.recipe import dump_recipe, local_path, validate
-from probing.run import disk_errors, remove_left_overs, require_space, whole_folder, write_text
+from probing.run import disk_errors, read_json, remove_left_overs, require_space, whole_folder, write_text
 from probing.teachers import Teacher
+from probing.weights_hash import file_hash
 
 logger = logging.getLogger(__name__)
+
+INPUTS = "inputs.json"
+"""What a stage began with, in the folder of its states."""
 
 OWN_ARGUMENTS = {
     "output_dir": "--out",
@@ -115,17 +124,28 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         if int(os.environ.get("RANK", "0")) == 0:  # it may have been killed before it cleared up
             shutil.rmtree(work, ignore_errors=True)
         return out
+    recorded = None
     if _last_state(work):
         _require_same(recipe, work / "recipe.yaml")
+        file = work / INPUTS
+        recorded = read_json(file, f"remove {work} to train from the start") if file.exists() else {}
     start = open_start(recipe)
     arguments = _training_arguments(recipe, work, len(start.conversations))
-    parts = put_together(recipe, start, arguments.device)
+    moment = [recorded_moment(recorded)]
+    broadcast_object_list(moment)
+    with rendering_at(moment[0]):
+        parts = put_together(recipe, start, arguments.device)
+        inputs = _inputs(recipe, start, parts)
+        recording = to_record(inputs)
+    if recorded is not None:
+        require_same(recorded, inputs, out, f"put it back, or remove {work} to train from the start")
     with disk_errors(work), arguments.main_process_first():
         if arguments.process_index == 0:
             remove_left_overs(out.parent.glob(f".{glob.escape(out.name)}.*.tmp"))
             if not _last_state(work):  # what never reached a saved state tells nothing
                 shutil.rmtree(work, ignore_errors=True)
             write_text(work / "recipe.yaml", dump_recipe(recipe))
+            write_text(work / INPUTS, json.dumps(recording))
     interruption = Interruption()
     with disk_errors(work):
         watch = Watch(interruption)
@@ -180,6 +200,7 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         record = {
             "recipe": dump_recipe(recipe),
             "started_from": identity(start.source, start.config),
+            "rendered_at": recording["rendered_at"],
             "stage": recipe.stage,
             "steps": trainer.state.global_step,
             "final_loss": losses[-1],
@@ -204,6 +225,19 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return out
+
+
+def _inputs(recipe: DistillRecipe, start: Start, parts: Parts) -> dict[str, Any]:
+    """What the numbers of a stage depend on, see `probing.compatibility`."""
+    text = parts.encoder.sample_text()
+    prepare = LlavaInputs(parts.processor, text, start.config.image_token_id, tower_grid(start.config))
+    checkpoint = Identity("", start.source, "", identity(start.source, start.config), 0, 0, text, prepare)
+    said = hashlib.sha256()
+    for conversation in start.conversations:
+        said.update(repr(conversation).encode(errors="surrogatepass"))
+    predictors = sorted((Path(start.source) / FOLDER).glob("**/*.safetensors")) if recipe.embedding else []
+    data = {"conversations": said.hexdigest(), "embedding predictors": [file_hash(file) for file in predictors]}
+    return describe_inputs(checkpoint, parts.teachers, recipe.view, data) | vocabulary(checkpoint)
 
 
 def rehearse_stage(recipe: DistillRecipe, out: Path) -> list[str]:

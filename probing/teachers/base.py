@@ -31,6 +31,7 @@ class Teacher:
         licence: licence of the weights, as far as it is known.
         sha256: identifies the weights.
         shape: (N, D), read off a forward pass.
+        source: folder or Hub id of the encoder itself, which may be a part of what `id` names.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Teacher:
     licence: str
     sha256: str
     shape: tuple[int, int] = (0, 0)
+    source: str = ""
 
     @property
     def class_name(self) -> str:
@@ -192,6 +194,7 @@ def finish(
         grid=None,
         licence=licences.get(recipe.id, "see the source of the weights"),
         sha256=identity(source, config, next(model.parameters()).device),
+        source=source,
     )
     target = teacher.target(prepare([Image.new("RGB", (64, 64))]))
     if target.device.type != "meta" and not bool(target.isfinite().all()):
