@@ -17,6 +17,8 @@ from torch import Tensor
 
 from probing.backbones import FINAL, identify, layer_name, parse_layers
 from probing.bank import ProbeBank, ProbeKey, bank_config, bank_layers
+from probing.chat import rendering_at
+from probing.compatibility import recorded_moment
 from probing.data.coco import ImageList, Skipped
 from probing.data.loader import micro_batches, no_student
 from probing.distill.predictors import FOLDER
@@ -170,7 +172,9 @@ def import_probes(recipe: ProbeRunRecipe, found: Found, out: Path) -> Run:
     """
     device = alone("import").device
     train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
-    checkpoint = identify(recipe.backbone)
+    moment = recorded_moment(None)
+    with rendering_at(moment):
+        checkpoint = identify(recipe.backbone)
     teachers = load_teachers(recipe, device)
     _require_theirs(found, checkpoint.hidden_size, teachers)
     chosen = set(parse_layers(recipe.layers, checkpoint.layers))
@@ -182,12 +186,14 @@ def import_probes(recipe: ProbeRunRecipe, found: Found, out: Path) -> Run:
     run = Run.create(out, recipe)
     if run.finished:
         return run
-    provenance = provenance_of(recipe, checkpoint, teachers, train_images, eval_images)
+    with rendering_at(moment):
+        provenance = provenance_of(recipe, checkpoint, teachers, train_images, eval_images)
     provenance["checkpoint"]["name"] += f" {found.kind}"
     means, skipped = mean_targets(recipe, teachers, train_images, device)
     with disk_errors(out):
         with whole_folder(run.probes("no")) as part:
-            ProbeBank(probes, found.bank.keys).save(part, {"control": "no", **provenance})
+            made = {name: value for name, value in provenance.items() if name != "inputs"}
+            ProbeBank(probes, found.bank.keys).save(part, {"control": "no", **made})
         with whole_file(run.means) as file:
             save_file(means, file)
         write_text(out / "learning_curves.csv", "control,teacher,layer,seed,step,loss\n")

@@ -274,7 +274,7 @@ def test_answers_of_other_questions_are_not_taken_over(checkpoint, tmp_path):
     run_bench(checkpoint, "cvbench", data, tmp_path / "run")
     shutil.rmtree(data)
     as_parquet(data, cvbench_rows(8))
-    with pytest.raises(UserError, match="are not those that"):
+    with pytest.raises(UserError, match="the questions changed since"):
         run_bench(checkpoint, "cvbench", data, tmp_path / "run")
     with pytest.raises(UserError, match="another recipe"):
         run_bench(checkpoint, "cvbench", data, tmp_path / "run", "micro_batch=3")

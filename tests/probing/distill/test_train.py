@@ -1,3 +1,4 @@
+import datetime
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 
+from probing import compatibility
 from probing.backbones import describe_checkpoint
 from probing.data.conversations import ConversationDataset, Encoder, collate, read_conversations
 from probing.distill.recipe import DistillRecipe
@@ -373,3 +375,39 @@ def test_a_finished_stage_is_kept_and_another_recipe_refused(recipe, tmp_path, c
     (tmp_path / "mine" / "file").touch()
     with pytest.raises(UserError, match="not empty"):
         run_stage(recipe(), tmp_path / "mine")
+
+
+def test_a_stage_is_not_resumed_with_other_inputs(models, recipe, data, tmp_path, interrupted):
+    shutil.copytree(models["llava"], tmp_path / "llava")
+    same = recipe(checkpoint=str(tmp_path / "llava"), max_steps=4, save_steps=1)
+    interrupted(same, tmp_path / "out", after=5)
+    template = tmp_path / "llava" / "chat_template.jinja"
+    whole = template.read_text()
+    template.write_text(whole.replace("USER: ", "HUMAN: "))
+    with pytest.raises(UserError, match=r"^the chat template changed since"):
+        run_stage(same, tmp_path / "out")
+    template.write_text(whole)
+    file = Path(data["conversations"])
+    text = file.read_text()
+    file.write_text(text.replace("It is", "That is"))
+    with pytest.raises(UserError, match=r"^the conversations changed since"):
+        run_stage(same, tmp_path / "out")
+    file.write_text(json.dumps(json.loads(text), indent=3))
+    run_stage(same, tmp_path / "out")
+
+
+def test_a_stage_over_midnight_writes_the_date_it_began(models, recipe, tmp_path, interrupted, monkeypatch):
+    shutil.copytree(models["llava"], tmp_path / "llava")
+    template = tmp_path / "llava" / "chat_template.jinja"
+    template.write_text("{{ 'On ' + strftime_now('%d %B %Y') + '. ' }}" + template.read_text())
+    same = recipe(checkpoint=str(tmp_path / "llava"), max_steps=4, save_steps=1)
+    first, second = datetime.datetime(2030, 12, 31), datetime.datetime(2031, 1, 1)
+    monkeypatch.setattr(compatibility, "_now", lambda: first)
+    run_stage(same, tmp_path / "whole")
+    interrupted(same, tmp_path / "cut", after=5)
+    monkeypatch.setattr(compatibility, "_now", lambda: second)
+    run_stage(same, tmp_path / "cut")
+    run_stage(same, tmp_path / "later")
+    whole, cut, later = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "cut", "later"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert not all(torch.equal(whole[name], later[name]) for name in whole)
