@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -97,7 +98,11 @@ def render(processor: Any, messages: list[dict[str, Any]], generation_prompt: bo
     if getattr(processor, "chat_template", None) is None:
         raise UserError(f"{name} has no chat template; {HELP}")
     try:
-        text = str(processor.apply_chat_template(messages, add_generation_prompt=generation_prompt, **_date(processor)))
+        text = str(
+            processor.apply_chat_template(
+                messages, chat_template=_dated(processor), add_generation_prompt=generation_prompt
+            )
+        )
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"the chat template of {name} cannot be used ({first_line(error)}); {HELP}") from None
     images = sum(item["type"] == "image" for message in messages for item in message["content"])
@@ -110,9 +115,18 @@ def render(processor: Any, messages: list[dict[str, Any]], generation_prompt: bo
     return text
 
 
-def _date(processor: Any) -> dict[str, Any]:
-    """Puts the moment of `rendering_at` in the place of the clock that transformers gives to templates."""
-    moment = _clock.get()
-    if moment is None or "strftime_now" not in str(processor.chat_template):
-        return {}
-    return {"strftime_now": moment.strftime}
+def _dated(processor: Any) -> str | None:
+    """The chat template with the moment of `rendering_at` in the place of the clock; None where it reads no clock.
+
+    Transformers gives templates a function `strftime_now` and takes no other for it, so a macro of that name is put
+    before the template, on a line of its own, which Jinja drops.
+    """
+    moment, template = _clock.get(), processor.chat_template
+    template = template.get("default") if isinstance(template, dict) else template
+    if moment is None or not isinstance(template, str) or "strftime_now" not in template:
+        return None
+    written = "format"
+    for code in sorted(set(re.findall(r"%[-#_^]?[A-Za-z]", template))):
+        with contextlib.suppress(ValueError):  # no code of this system
+            written += f" | replace({code!r}, {moment.strftime(code)!r})"
+    return f"{{% macro strftime_now(format) %}}{{{{ {written} }}}}{{% endmacro %}}\n{template}"
