@@ -65,6 +65,8 @@ class BenchRecipe(Strict):
         recipe = self.model_copy(deep=True)
         checkpoint, data = local_path(self.backbone.checkpoint), local_path(self.data)
         recipe.backbone.checkpoint = str(checkpoint.absolute()) if checkpoint.is_dir() else self.backbone.checkpoint
+        if self.backbone.base and local_path(self.backbone.base).is_dir():
+            recipe.backbone.base = str(local_path(self.backbone.base).absolute())
         recipe.data = str(data.absolute())
         return recipe
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from probing.errors import UserError
 from probing.hub import looks_like_path
-from probing.recipe import ELSEWHERE, read_yaml
+from probing.recipe import ELSEWHERE, cached_repository, read_yaml
 from probing.run import LOST, Run, read_json, reading
 
 BANKS = ("probes", "ridge", "controls/*/probes", "controls/*/ridge")
@@ -28,7 +28,7 @@ PUBLISHED = (
 """What of a run is published. Not its training state, pictures and generated features: those show the data's images."""
 CARD = ("README.md", "figures")
 """What is drawn besides."""
-SOURCES = ("checkpoint", "vision_tower", "path", "id")
+SOURCES = ("checkpoint", "base", "vision_tower", "path", "id")
 """Fields that may name a folder, in recipes, manifests and configurations of probes."""
 CACHES = ("target_cache", "tower_cache")
 _FOLDERS = re.compile(r"(?<![\w./:])/(?:[^/\s'\"]+/)+")
@@ -135,7 +135,7 @@ def _places(run: Run) -> dict[str, str]:
             gather(value)
             if key in SOURCES and isinstance(value, str) and _is_folder(value.removeprefix("coco:")):
                 place = value.removeprefix("coco:").rstrip(os.sep)
-                found[place] = place.rsplit(os.sep, 1)[-1] or "folder"
+                found[place] = cached_repository(place) or place.rsplit(os.sep, 1)[-1] or "folder"
 
     gather(read_yaml(run.path / "recipe.yaml"))
     gather(run.manifest)
@@ -164,7 +164,8 @@ def _clean(values: Any, places: dict[str, str], key: str = "") -> Any:
         return "off"
     scheme, source = ("coco:", values[5:]) if values.startswith("coco:") else ("", values)
     if key in SOURCES and source.rstrip(os.sep) in places:
-        return f"{scheme}{ELSEWHERE}{places[source.rstrip(os.sep)]}"
+        name = places[source.rstrip(os.sep)]
+        return name if cached_repository(source) else f"{scheme}{ELSEWHERE}{name}"
     return _without_folders(values) if key == "reason" else _named(values, places)
 
 

@@ -326,11 +326,11 @@ def bench(checkpoint: str, benchmark: str, data: str, out: Path | None, override
     quiet_libraries()
     from analysis.bench import BenchRecipe
     from analysis.bench import bench as ask_benchmark
-    from probing.recipe import apply_overrides, validate
+    from probing.recipe import apply_overrides, model_name, validate
 
     values: dict[str, Any] = {"backbone": {"checkpoint": checkpoint}, "benchmark": benchmark, "data": data}
     apply_overrides(values, overrides)
-    out = out or Path("runs") / f"{checkpoint.rstrip('/').rsplit('/', 1)[-1]}_{benchmark}"
+    out = out or Path("runs") / f"{model_name(checkpoint).rsplit('/', 1)[-1]}_{benchmark}"
     results = ask_benchmark(validate(BenchRecipe, values, "command line").with_absolute_paths(), out)
     click.echo(f"results: {results}; next: probing report RUN {out}")
 

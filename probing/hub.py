@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import logging
 import os
 import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,20 +14,39 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 import probing.compat  # noqa: F401
 from probing.errors import BROKEN, UserError
 from probing.reach import offline_where_unreachable
 from probing.recipe import local_path
-from probing.weights_hash import model_hash, weights_hash
+from probing.weights_hash import adapter_hash, model_hash, weights_hash
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """What weights are called; shards are named by an index beside them."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file that makes a folder an adapter of peft."""
+ADAPTER_TENSOR = re.compile(
+    r"\.lora_|\.base_layer\.|\.modules_to_save\.|\.(ia3|hada|lokr|oft|boft|hra|vera_lambda|vblora)_|"
+    r"^base_model\.model\.|\.adapters?\.|prompt_encoder\."
+)
+"""Names of tensors of an adapter that was not merged."""
+HARMLESS_TENSOR = re.compile(
+    r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|num_batches_tracked)$|vision_tower\..*\bhead\."
+)
+"""Names of tensors that older files hold and no hidden state depends on."""
 
 
 def looks_like_path(source: str) -> bool:
     """Whether a name can only be a folder's, and no Hub id."""
     return source.startswith((".", "/", "~", "\\")) or source.count("/") > 1 or os.sep in source[:2]
+
+
+def checkpoint_path(source: str, config: Any) -> str:
+    """Folder or Hub id of a checkpoint: of the adapter, where `source` is the base of one."""
+    return getattr(config, "adapter", None) or source
 
 
 def locate(source: str, what: str) -> str:
@@ -37,6 +58,8 @@ def locate(source: str, what: str) -> str:
     path = local_path(source)
     if path.is_dir():
         if not (path / "config.json").exists() and not (path / "model_index.json").exists():
+            if (path / ADAPTER_CONFIG).exists():
+                raise UserError(f"{source} is an adapter alone; merge it into its base first, and give that folder")
             raise UserError(
                 f"no {what} in {source}: the folder has no config.json; give a folder made by save_pretrained"
             )
@@ -65,12 +88,14 @@ def identity(source: str, config: Any, device: torch.device | None = None) -> st
     if device is not None and device.type == "meta":
         return "no weights"
     path = Path(source)
-    if not path.is_dir():
-        return f"commit:{getattr(config, '_commit_hash', None)}"
-    tower = local_path(str(getattr(config, "tower", "")))  # of LLaVA's original format, where it is a folder of its own
-    if getattr(config, "tower", None) and tower.is_dir() and not _has_tower(source):
-        return f"sha256:{model_hash(path)}, vision tower {weights_hash(tower)}"
-    return f"sha256:{model_hash(path)}"
+    own = f"commit:{getattr(config, '_commit_hash', None)}"
+    if path.is_dir():
+        own = f"sha256:{model_hash(path)}"
+        tower = local_path(str(getattr(config, "tower", "")))  # a folder apart, in LLaVA's original format
+        if getattr(config, "tower", None) and tower.is_dir() and not _has_tower(source):
+            own += f", vision tower {weights_hash(tower)}"
+    adapter = getattr(config, "adapter", None)
+    return f"{own}, adapter {adapter_hash(Path(adapter))}" if adapter else own
 
 
 def _has_tower(source: str) -> bool:
@@ -82,28 +107,105 @@ def pretrained(
 ) -> tuple[Any, set[str], set[str]]:
     """Loads a model of transformers; on the meta device it is built from its configuration, and no weights are read.
 
+    There, names and shapes are compared with those that the files state, so that the sets are the same.
+
     Args:
         model_class: the class, or one of transformers' Auto classes.
         source: folder or Hub id.
-        config: its configuration.
+        config: its configuration; where it has an `adapter`, that folder is merged into the weights of `source`.
         device: `meta`, or where the model will be put by the caller.
         dtype: as `from_pretrained` takes it.
         **kwargs: for `from_pretrained`.
 
     Returns:
         The model, and the names of missing and of unexpected tensors.
+
+    Raises:
+        UserError: tensors have other shapes than the architecture's, or belong to an adapter that was not merged.
     """
+    from probing import adapters
+
+    any_shape = kwargs.pop("ignore_mismatched_sizes", False)
+    adapter, key_mapping = getattr(config, "adapter", None), kwargs.get("key_mapping")
+    filled: set[str] = set()
     if device.type != "meta":
         model, info = model_class.from_pretrained(
-            source, config=config, output_loading_info=True, dtype=dtype, **kwargs
+            source, config=config, output_loading_info=True, dtype=dtype, ignore_mismatched_sizes=True, **kwargs
         )
-        return model, set(info["missing_keys"]), set(info["unexpected_keys"])
-    if dtype == "auto":
-        dtype = config.dtype or torch.float32
-    own = {name: kwargs[name] for name in ("attn_implementation", "trust_remote_code") if name in kwargs}
-    with device:
-        build = getattr(model_class, "from_config", None) or model_class._from_config
-        return build(config, dtype=dtype, **own), set(), set()
+    else:
+        if dtype == "auto":
+            dtype = config.dtype or torch.float32
+        own = {name: kwargs[name] for name in ("attn_implementation", "trust_remote_code") if name in kwargs}
+        with device:
+            build = getattr(model_class, "from_config", None) or model_class._from_config
+            model = build(config, dtype=dtype, **own)
+        info = _compare_with_files(model, source, config, key_mapping)
+    unexpected = set(info["unexpected_keys"])
+    _refuse_adapter(source, unexpected)
+    if not any_shape:
+        refuse_other_shapes(source, info["mismatched_keys"])
+    if adapter:
+        filled = adapters.apply(model, Path(adapter), key_mapping or {})
+    return model, set(info["missing_keys"]) - filled, unexpected
+
+
+def _compare_with_files(model: Any, source: str, config: Any, key_mapping: dict[str, str] | None) -> dict[str, Any]:
+    """What loading the weights of a local folder would report; nothing where there are none, or they are quantised."""
+    known = Path(source).is_dir() and not getattr(config, "quantization_config", None)
+    if not known or not has_weights(source):
+        return {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
+    with _disable_current_modes():  # a dry run must not count these
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in tensor_shapes(source).items()}
+        _, info = type(model).from_pretrained(
+            None, config=config, state_dict=tensors, device_map="meta", output_loading_info=True,
+            ignore_mismatched_sizes=True, key_mapping=key_mapping,
+        )  # fmt: skip
+    return dict(info)
+
+
+def refuse_other_shapes(source: str, mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+    """Raises UserError where tensors have another shape in the files than in the architecture.
+
+    Args:
+        source: folder or Hub id.
+        mismatched: name, shape in the files and shape in the architecture of each.
+    """
+    listed = sorted((name, list(there), list(wanted)) for name, there, wanted in mismatched)
+    if listed:
+        name, there, wanted = listed[0]
+        more = f" (and {len(listed) - 1} more)" if len(listed) > 1 else ""
+        raise UserError(
+            f"{source}: {name} has shape {there}, its config.json needs {wanted}{more}; give weights and config.json "
+            "of one model"
+        )
+
+
+def _refuse_adapter(source: str, unexpected: set[str]) -> None:
+    """Raises UserError where some tensors are those of an adapter that was not merged."""
+    found = sorted(name for name in unexpected if ADAPTER_TENSOR.search(name))
+    if found:
+        raise UserError(
+            f"{source} holds an unmerged adapter ({len(found)} tensors, first {found[0]}); merge it with peft's "
+            "merge_and_unload and save it again"
+        )
+
+
+def require_whole(source: str, missing: set[str], unexpected: set[str]) -> None:
+    """Checks what loading reported; unexpected tensors that may matter are warned of.
+
+    Raises:
+        UserError: tensors of the architecture are missing.
+    """
+    if missing:
+        raise UserError(
+            f"checkpoint {source} lacks {len(missing)} tensors of its architecture (first: {min(missing)}); "
+            "complete the weights"
+        )
+    unknown = sorted(name for name in unexpected if not HARMLESS_TENSOR.search(name))
+    if unknown:
+        shown = ", ".join(unknown[:3]) + (", …" if len(unknown) > 3 else "")
+        logger.warning("%s: %d tensors do not belong to its architecture and are not used: %s",
+                       source, len(unknown), shown)  # fmt: skip
 
 
 def load_config(source: str, what: str, trust: str = "backbone.trust_remote_code", **kwargs: Any) -> Any:
@@ -209,20 +311,35 @@ def read_tensors(source: str, prefix: str, revision: str | None = None) -> Itera
 
 
 def tensor_names(source: str, revision: str | None = None) -> list[str]:
-    """Names of all tensors of a model, without reading them.
+    """Names of all tensors of a model, without reading them; raises as `tensor_shapes` does."""
+    return list(tensor_shapes(source, revision))
+
+
+def tensor_shapes(source: str, revision: str | None = None) -> dict[str, list[int]]:
+    """Shapes of all tensors of a model by name, without reading them.
 
     Raises:
         UserError: there are no weights, or a file cannot be read.
     """
-    names: list[str] = []
+    shapes: dict[str, list[int]] = {}
     for file in weight_files(source, revision):
-        with loading(f"{source}, {file.name}"):
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as stored:
-                    names += stored.keys()
-            else:
-                names += torch.load(file, map_location="meta", weights_only=True)
-    return names
+        shapes |= shapes_of_file(file)
+    return shapes
+
+
+def shapes_of_file(file: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors of one weight file; raises UserError where it cannot be read."""
+    with loading(str(file)):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as stored:
+                return {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+        stored = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        return {name: list(tensor.shape) for name, tensor in stored.items()}
+
+
+def has_weights(source: str) -> bool:
+    """Whether a local folder holds weights of a model, or an index of some."""
+    return any((Path(source) / f"{stem}{end}").is_file() for stem in WEIGHTS for end in ("", ".index.json"))
 
 
 def _weight_map(source: str, stem: str, revision: str | None = None) -> dict[str, str]:

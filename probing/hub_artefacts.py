@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 SAYS = ("*.json", "*.yaml", "*.csv", "*.md")
 """Files of a repository that say what is in it."""
 MAY_CHANGE = re.compile(
-    r"teachers\.\w+\.id|backbone\.(checkpoint|vision_tower|device_map|trust_remote_code)|data\.path"
+    r"teachers\.\w+\.id|backbone\.(checkpoint|base|vision_tower|device_map|trust_remote_code)|data\.path"
 )
 """Fields that whoever pulls a run may set besides those of speed: where things lie, which moves no number."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")

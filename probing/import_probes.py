@@ -1,7 +1,9 @@
 """`probing import`: probes that were trained elsewhere become a run, which is evaluated and reported like any other.
 
 Two kinds: the embedding predictors beside a checkpoint of `probing distill`, and the published probe checkpoints of
-OLA-VLM / VisPer-LM, full models of 36 to 38 GB of which only the probes are read.
+OLA-VLM / VisPer-LM, full models of 36 to 38 GB of which only the probes are read. The embedding predictors of OLA-VLM's
+own pre-training checkpoints are refused: their depth target is the mean of four features, their gen query the mean of
+the states at the gen tokens.
 """
 
 import json
@@ -68,6 +70,11 @@ def find_probes(checkpoint: str) -> Found:
         return _published(source, raw)
     folder = Path(source) / FOLDER
     layers = bank_layers(folder)
+    if not layers and str(raw.get("model_type")).startswith("ola_"):
+        raise UserError(
+            f"{checkpoint}: embedding predictors of OLA-VLM's own format are not imported, because their targets and "
+            "queries differ; train probes"
+        )
     if not layers:
         raise UserError(
             f"{checkpoint} has neither embedding predictors (a folder {FOLDER} with probes, as probing distill writes "

@@ -40,6 +40,8 @@ class BackboneRecipe(Strict):
     """Folder or Hub id of the checkpoint."""
     revision: str | None = None
     """Hub revision."""
+    base: str | None = None
+    """Folder or Hub id of the base model, for a checkpoint that is an adapter or a projector alone."""
     prompt: str = DEFAULT_PROMPT
     """The user's turn; it goes through the checkpoint's own chat template, after the image."""
     template: str | None = None
@@ -213,6 +215,8 @@ class LayersRecipe(Strict):
         """A copy whose existing local folders are absolute, so that the run can be used from anywhere."""
         recipe = self.model_copy(deep=True)
         recipe.backbone.checkpoint = _absolute(recipe.backbone.checkpoint)
+        if recipe.backbone.base:
+            recipe.backbone.base = _absolute(recipe.backbone.base)
         recipe.data.path = "coco:" + _absolute(recipe.data.path.removeprefix("coco:"))
         for teacher in recipe.teachers.values():
             teacher.id = _absolute(teacher.id)
@@ -256,6 +260,17 @@ def _absolute(source: str) -> str:
         return source
     path = local_path(source)
     return str(path.resolve()) if path.exists() else source
+
+
+def cached_repository(source: str) -> str | None:
+    """The repository (`org/name`) whose snapshot in the Hub's cache a path is; None for any other path."""
+    parts = re.search(r"(?:^|[/\\])models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$", source)
+    return parts[1].replace("--", "/", 1) if parts else None
+
+
+def model_name(source: str) -> str:
+    """What a checkpoint is called: its repository where it lies in the Hub's cache, else the last part of its path."""
+    return cached_repository(source) or source.rstrip("/").rsplit("/", 1)[-1]
 
 
 def local_path(source: str) -> Path:

@@ -21,8 +21,14 @@ PREFERENCE = (
     "pytorch_model.bin.index.json",
 )
 """Weights as transformers looks for them: the first that exists is loaded, and the others are not."""
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
-"""Files of a LoRA folder, loaded on top of the base model's."""
+ADAPTER = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "non_lora_trainables.bin",
+    "mm_projector.bin",
+)
+"""Files of an adapter, loaded on top of the base model's weights; the configuration holds the scale."""
 NO_EFFECT = ("transformers_version", "_name_or_path", "_commit_hash", "architectures", "use_cache", "label2id")
 """Fields of a configuration that cannot move a number."""
 OVERRIDDEN = (
@@ -48,14 +54,17 @@ def loaded_weights(folder: Path) -> list[Path]:
         files = [folder / name for name in sorted(set(shards.values()))] if isinstance(shards, dict) else []
     if "encoders" in config:
         files.append(folder / "encoders.safetensors")
-    if (folder / ADAPTER[0]).is_file():
-        files += [folder / name for name in ADAPTER]
     return [file for file in files if file.is_file()]
 
 
 def weights_hash(folder: Path) -> str:
     """Hashes the weight files that are loaded from a folder."""
     return _digest([file_hash(file) for file in loaded_weights(folder)])
+
+
+def adapter_hash(folder: Path) -> str:
+    """Hashes the files of an adapter."""
+    return _digest([file_hash(folder / name) for name in ADAPTER if (folder / name).is_file()])
 
 
 def model_hash(folder: Path) -> str:

@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 
+from probing.adapters import open_adapter
 from probing.backbones import generic, llava, llava_next, llava_onevision, multi_encoder, original
 from probing.backbones.base import FINAL, Backbone, Batch, Identity, Layer, TokenMap, layer_name, parse_layers
 from probing.errors import UserError
-from probing.hub import identity, load_config, loading, locate, read_json
-from probing.recipe import BackboneRecipe
+from probing.hub import checkpoint_path, identity, load_config, loading, locate, read_json
+from probing.recipe import BackboneRecipe, model_name
 
 __all__ = [
     "FINAL",
@@ -33,24 +34,43 @@ FAMILIES: dict[str, Any] = {
 }
 
 
-def _open(recipe: BackboneRecipe) -> tuple[str, Any, Any]:
-    source = locate(recipe.checkpoint, "checkpoint")
-    raw = read_json(source, "config.json", recipe.revision)
+def _open(recipe: BackboneRecipe) -> tuple[BackboneRecipe, str, Any, Any]:
+    """The recipe for loading, the folder or Hub id of the weights, the configuration and the family's module.
+
+    Of an adapter the weights are its base's, and the configuration names the folder of the adapter (`adapter`).
+    """
+    found = open_adapter(recipe)
+    if found is None:
+        source = locate(recipe.checkpoint, "checkpoint")
+        raw = read_json(source, "config.json", recipe.revision)
+    else:
+        adapter, source = found
+        recipe = recipe.model_copy(update={"revision": None})  # it is the adapter's
+        raw = read_json(adapter, "config.json")
+        raw = raw if original.is_original(raw) else read_json(source, "config.json")
     if original.is_original(raw):
         with loading(f"checkpoint {recipe.checkpoint}"):
-            return source, original.read_config(raw, recipe), original
-    config = load_config(source, "checkpoint", revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    family = FAMILIES.get(config.model_type)
+            config: Any = original.read_config(raw, recipe)
+        family: Any = original
+    elif isinstance(raw.get("image_grid_pinpoints"), str) and raw.get("model_type") in FAMILIES:
+        with loading(f"checkpoint {source}"):
+            config = llava_next.read_config(source, recipe.revision)
+        family = FAMILIES[config.model_type]
+    else:
+        config = load_config(source, "checkpoint", revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+        family = FAMILIES.get(config.model_type)
     if family is None:
         family = generic
         if not generic.loads(config):
-            found = ", ".join(config.architectures or [config.model_type])
+            found_class = ", ".join(config.architectures or [config.model_type])
             raise UserError(
-                f"{recipe.checkpoint} is no vision-language model but {found} (model type {config.model_type!r}); give "
+                f"{source} is no vision-language model but {found_class} (model type {config.model_type!r}); give "
                 f"one of the families {', '.join(FAMILIES)}, LLaVA's original format, or any other that transformers' "
                 "AutoModelForImageTextToText loads"
             )
-    return source, config, family
+    if found is not None:
+        config.adapter = found[0]
+    return recipe, source, config, family
 
 
 def load_backbone(
@@ -67,7 +87,7 @@ def load_backbone(
     Raises:
         UserError: there is no such checkpoint, it is of no known family, or it is incomplete.
     """
-    source, config, family = _open(recipe)
+    recipe, source, config, family = _open(recipe)
     with loading(f"checkpoint {source}"):
         backbone: Backbone = family.load(source, config, recipe, device, random_seed)
     if not with_head:
@@ -77,19 +97,19 @@ def load_backbone(
 
 def count_blocks(recipe: BackboneRecipe) -> int:
     """Number L of decoder blocks of a checkpoint, from its configuration alone."""
-    _, config, _ = _open(recipe)
+    _, _, config, _ = _open(recipe)
     return int(config.get_text_config().num_hidden_layers)
 
 
 def identify(recipe: BackboneRecipe) -> Identity:
     """Which checkpoint a recipe names; its weights are hashed, and not loaded."""
-    source, config, family = _open(recipe)
+    recipe, source, config, family = _open(recipe)
     with loading(f"checkpoint {source}"):
         inputs = family.make_inputs(source, config, recipe)
     text = config.get_text_config()
     return Identity(
-        name=source.rstrip("/").rsplit("/", 1)[-1],
-        path=source,
+        name=model_name(checkpoint_path(source, config)),
+        path=checkpoint_path(source, config),
         family=f"original {config.original['model_type']}" if family is original else config.model_type,
         sha256=identity(source, config),
         layers=text.num_hidden_layers,
@@ -100,7 +120,14 @@ def identify(recipe: BackboneRecipe) -> Identity:
 
 
 def describe_checkpoint(recipe: BackboneRecipe) -> dict[str, Any]:
-    """What a checkpoint is, from its configuration and processor, without its weights."""
-    source, config, family = _open(recipe)
+    """What a checkpoint is, from its configuration, its processor, and names and shapes of its weights.
+
+    Raises:
+        UserError: as loading it would, but for numbers in the weights.
+    """
+    loadable, source, config, family = _open(recipe)
     with loading(f"checkpoint {source}"):
-        return {"checkpoint": recipe.checkpoint, **family.describe(config, family.make_inputs(source, config, recipe))}
+        family.load(source, config, loadable, torch.device("meta"), None)
+        found = family.describe(config, family.make_inputs(source, config, loadable))
+    base = {"base": source} if hasattr(config, "adapter") else {}
+    return {"checkpoint": recipe.checkpoint, **base, **found}

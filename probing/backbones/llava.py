@@ -11,8 +11,8 @@ import probing.compat  # noqa: F401
 from probing.backbones.base import Backbone, Batch, TokenMap, special_ids, token_kinds
 from probing.chat import find_template, render
 from probing.errors import UserError
-from probing.hub import first_line, identity, loading, pretrained
-from probing.recipe import BackboneRecipe
+from probing.hub import checkpoint_path, first_line, identity, loading, pretrained, require_whole
+from probing.recipe import BackboneRecipe, model_name
 
 MODEL_TYPES = ("llava", "vipllava")
 
@@ -104,9 +104,17 @@ def open_processor(source: str, recipe: BackboneRecipe) -> Any:
             f"checkpoint {source} has no usable processor ({first_line(error)}); save one beside the weights with "
             "AutoProcessor.save_pretrained"
         ) from None
+    use_tokenizer_template(processor)
     if recipe.template:
         processor.chat_template = find_template(recipe.template)
     return processor
+
+
+def use_tokenizer_template(processor: Any) -> None:
+    """Gives a processor without chat template that of its tokenizer, as `tokenizer_config.json` may hold it."""
+    template = getattr(getattr(processor, "tokenizer", None), "chat_template", None)
+    if getattr(processor, "chat_template", None) is None and template:
+        processor.chat_template = template["default"] if isinstance(template, dict) else template
 
 
 def prompt(processor: Any, recipe: BackboneRecipe) -> str:
@@ -162,7 +170,7 @@ def load_model(source: str, config: Any, recipe: BackboneRecipe, device: torch.d
     from transformers import AutoModelForImageTextToText
 
     with loading(f"checkpoint {source}"):
-        model, missing, _ = pretrained(
+        model, missing, unexpected = pretrained(
             AutoModelForImageTextToText,
             source,
             config,
@@ -171,11 +179,7 @@ def load_model(source: str, config: Any, recipe: BackboneRecipe, device: torch.d
             trust_remote_code=recipe.trust_remote_code,
             **loading_arguments(recipe),
         )
-    if missing:
-        raise UserError(
-            f"checkpoint {source} lacks {len(missing)} tensors of its architecture (first: {min(missing)}); "
-            "complete the weights"
-        )
+    require_whole(source, missing, unexpected)
     return model
 
 
@@ -199,8 +203,8 @@ def backbone_of(
         model = model.to(device)
     llm = model.get_decoder()
     return Backbone(
-        name=source.rstrip("/").rsplit("/", 1)[-1],
-        source=source,
+        name=model_name(checkpoint_path(source, model.config)),
+        source=checkpoint_path(source, model.config),
         family=family or model.config.model_type,
         core=model.base_model.eval().requires_grad_(False),
         blocks=llm.layers,

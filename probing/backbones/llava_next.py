@@ -1,6 +1,11 @@
 """LLaVA-NeXT in the format of transformers: the whole image, and its enlarged parts in tiles of any resolution."""
 
+import json
+import re
+import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +17,7 @@ from probing.backbones import llava
 from probing.backbones.base import Backbone, TokenMap, special_ids, token_kinds
 from probing.backbones.llava import describe as describe
 from probing.errors import UserError
+from probing.hub import read_json
 from probing.recipe import TOKEN_KINDS, BackboneRecipe
 
 MODEL_TYPE = "llava_next"
@@ -72,9 +78,78 @@ class TiledInputs(llava.LlavaInputs):
         )
 
 
+def parse_pinpoints(value: Any, side: int) -> Any:
+    """Reads the resolutions that images are tiled at, which LLaVA's code may write as text.
+
+    Args:
+        value: a list of (height, width), or text: `[[336, 672], …]`, or `(1x1),...,(6x6)` in tiles.
+        side: of a tile, in pixels.
+
+    Raises:
+        UserError: the text is neither.
+    """
+    if not isinstance(value, str):
+        return value
+    counts = [(int(rows), int(columns)) for rows, columns in re.findall(r"\(\s*(\d+)\s*x\s*(\d+)\s*\)", value)]
+    if counts:
+        (top, left), (bottom, right) = counts[0], counts[-1]
+        return [[r * side, c * side] for r in range(top, bottom + 1) for c in range(left, right + 1)]
+    try:
+        pairs = [[int(height), int(width)] for height, width in json.loads(value.translate(_BRACKETS))]
+    except (ValueError, TypeError):
+        raise UserError(
+            f"image_grid_pinpoints is {value[:60]!r}; write a list of [height, width] in config.json"
+        ) from None
+    return pairs
+
+
+_BRACKETS = str.maketrans("()", "[]")
+
+
+def read_config(source: str, revision: str | None) -> Any:
+    """Reads a configuration whose `image_grid_pinpoints` is text, which transformers refuses."""
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    values, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    text = values.pop("image_grid_pinpoints")
+    config: Any = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    config.image_grid_pinpoints = parse_pinpoints(text, config.vision_config.image_size)
+    return config
+
+
+def open_processor(source: str, config: Any, recipe: BackboneRecipe) -> Any:
+    """The checkpoint's own processor; see `probing.backbones.llava.open_processor`."""
+    raw = read_json(source, "config.json", recipe.revision)
+    if isinstance(raw.get("image_grid_pinpoints"), str):
+        with tempfile.TemporaryDirectory() as folder:
+            _copy_processor(source, raw, config, recipe.revision, Path(folder))
+            processor = llava.open_processor(folder, recipe)
+        processor.tokenizer.name_or_path = source
+    else:
+        processor = llava.open_processor(source, recipe)
+    images = processor.image_processor
+    images.image_grid_pinpoints = parse_pinpoints(images.image_grid_pinpoints, config.vision_config.image_size)
+    return processor
+
+
+def _copy_processor(source: str, raw: dict[str, Any], config: Any, revision: str | None, folder: Path) -> None:
+    """Copies the files of a processor next to a `config.json` that transformers reads, as loading it does too."""
+    from huggingface_hub import snapshot_download
+
+    names = ("*.json", "*.jinja", "*.model", "*.txt")
+    here = Path(source)
+    if not here.is_dir():
+        here = Path(snapshot_download(source, revision=revision, allow_patterns=list(names)))
+    for file in (file for pattern in names for file in here.glob(pattern)):
+        if not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)
+    text = json.dumps(raw | {"image_grid_pinpoints": config.image_grid_pinpoints})
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
 def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> TiledInputs:
     """Builds the input side of a checkpoint; see `probing.backbones.llava.make_inputs`."""
-    return inputs_of(llava.open_processor(source, recipe), config, recipe)
+    return inputs_of(open_processor(source, config, recipe), config, recipe)
 
 
 def inputs_of(processor: Any, config: Any, recipe: BackboneRecipe) -> TiledInputs:

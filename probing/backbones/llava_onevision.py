@@ -10,7 +10,7 @@ import probing.compat  # noqa: F401
 from probing.backbones import llava
 from probing.backbones.base import Backbone
 from probing.backbones.llava import describe as describe
-from probing.backbones.llava_next import TiledInputs
+from probing.backbones.llava_next import TiledInputs, open_processor
 from probing.recipe import BackboneRecipe
 
 MODEL_TYPE = "llava_onevision"
@@ -31,7 +31,7 @@ class OneVisionInputs(TiledInputs):
 
 def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> OneVisionInputs:
     """Builds the input side of a checkpoint; see `probing.backbones.llava.make_inputs`."""
-    processor = llava.open_processor(source, recipe)
+    processor = open_processor(source, config, recipe)
     text, grid = llava.prompt(processor, recipe), llava.tower_grid(config)
     return OneVisionInputs(processor, text, config.image_token_id, grid, config=config)
 

@@ -26,8 +26,8 @@ from probing.backbones import llava
 from probing.backbones.base import SPECIAL, Backbone, Batch, SpecialEmbeddings, special_ids
 from probing.compatibility import describe_processor, first_difference
 from probing.errors import UserError
-from probing.hub import identity, loading, pretrained
-from probing.recipe import BackboneRecipe, TeacherRecipe
+from probing.hub import identity, loading, pretrained, require_whole
+from probing.recipe import BackboneRecipe, TeacherRecipe, model_name
 from probing.teachers import Teacher, load_teacher
 
 MODEL_TYPE = "llava_multi_encoder"
@@ -217,9 +217,10 @@ def load_inner(source: str, config: Any, device: torch.device, dtype: Any, **kwa
     from transformers import LlavaForConditionalGeneration
 
     inner = as_llava(config)
-    model, _, _ = pretrained(
+    model, missing, unexpected = pretrained(
         LlavaForConditionalGeneration, source, inner, device, dtype, ignore_mismatched_sizes=True, **kwargs
     )
+    require_whole(source, {name for name in missing if "multi_modal_projector." not in name}, unexpected)
     return model
 
 
@@ -323,7 +324,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
     llm = model.model.language_model
     prepare = {name: teacher.prepare for name, teacher in encoders.teachers.items()}
     return Backbone(
-        name=source.rstrip("/").rsplit("/", 1)[-1],
+        name=model_name(source),
         source=source,
         family=MODEL_TYPE,
         core=core,

@@ -7,10 +7,15 @@ The original code keeps vision tower and projector below the LLM, names its laye
 model; here they become rows of the embedding table and entries of the vocabulary, as `probing distill` has them.
 """
 
+import contextlib
 import re
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 import probing.compat  # noqa: F401  # isort: skip
@@ -20,10 +25,20 @@ from probing.backbones import llava, llava_next
 from probing.backbones.base import SPECIAL, Backbone, special_ids, token_name
 from probing.backbones.llava import LlavaInputs
 from probing.backbones.llava import describe as describe_llava
+from probing.backbones.llava_next import parse_pinpoints
 from probing.backbones.towers import ConvNextTower, convnext_of, stand_in
 from probing.chat import TEMPLATES, find_template
 from probing.errors import UserError
-from probing.hub import first_line, load_config, loading, pretrained, read_json, read_tensors
+from probing.hub import (
+    first_line,
+    load_config,
+    loading,
+    pretrained,
+    read_json,
+    read_tensors,
+    refuse_other_shapes,
+    tensor_shapes,
+)
 from probing.recipe import BackboneRecipe, local_path
 
 LLMS: dict[str, Any] = {
@@ -36,6 +51,9 @@ LLMS: dict[str, Any] = {
     "probe_dsg_llava_llama": LlamaConfig,
 }
 """Model types of the original formats, and the LLM inside."""
+
+ALWAYS_POOLED = ("ola_llama", "ola_phi3", "probe_dsg_llava_llama")
+"""Model types whose class in the original code pools the special tokens' rows whatever the configuration says."""
 
 RENAMES = {
     r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
@@ -51,7 +69,7 @@ IGNORED = {
     r"\.rotary_emb\.inv_freq$": "computed from the configuration",
     r"^model\.vision_tower\..*\.position_ids$": "counts up",
     r"^model\.special_(gen|depth|seg)_tokens$": "special tokens, read apart",
-    r"^image_(gen|depth|seg)_heads\.": "embedding predictors or probes; probing import reads them",
+    r"^image_(gen|depth|seg)_heads\.": "embedding predictors, or probes, which probing import reads",
     r"^(gen|depth|seg)_logit_scale$": "scales of the contrastive losses",
     r"^model\.vision_tower\.vision_tower\.head\.": "what a ConvNeXt has behind the features that are read",
     r"^(da_v2_head|dav2_backbone|oneformer|gen_encoder)\.": "weights of a teacher",
@@ -124,7 +142,8 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig | Ll
     )  # fmt: skip
     config: LlavaConfig | LlavaNextConfig
     if tiled:
-        config = LlavaNextConfig(**values, image_grid_pinpoints=raw.get("image_grid_pinpoints"))
+        pinpoints = parse_pinpoints(raw.get("image_grid_pinpoints"), vision.image_size)
+        config = LlavaNextConfig(**values, image_grid_pinpoints=pinpoints)
     else:
         config = LlavaConfig(**values)
     config.original, config.tower, config.convnext = raw, tower, convnext
@@ -165,6 +184,43 @@ def _tower(raw: dict[str, Any], recipe: BackboneRecipe) -> tuple[str, Any, str |
     return hint, config, None
 
 
+class PieceInputs(LlavaInputs):
+    """Images → `Batch`, where the text on either side of an image is tokenized apart, as LLaVA's code does.
+
+    That matters for tokenizers that begin a text otherwise than its later parts: sentencepiece with `legacy: false`.
+    """
+
+    def encode(self, images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the model takes, of images and as many rendered prompts."""
+        inputs = super().encode(images, texts)
+        tokenizer = self.processor.tokenizer
+        rows = [tokenize_pieces(tokenizer, text, ids) for text, ids in zip(texts, inputs["input_ids"], strict=True)]
+        return inputs | dict(tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
+
+
+class TiledPieceInputs(PieceInputs, llava_next.TiledInputs):
+    """The same for checkpoints that look at tiles of the image."""
+
+
+def tokenize_pieces(tokenizer: Any, text: str, ids: Tensor) -> list[int]:
+    """Ids of a prompt whose pieces between images are tokenized one by one; only the first begins with a BOS.
+
+    Args:
+        tokenizer: has `<image>` and the special tokens as entries of its own.
+        text: the prompt, with one `<image>` for each image.
+        ids: the prompt tokenized as a whole, with as many image tokens as each image has.
+    """
+    tasks = special_ids(tokenizer)
+    names = ["<image>", *(token for task in tasks.values() for token in tokenizer.convert_ids_to_tokens(task))]
+    places = {*tokenizer.convert_tokens_to_ids(names)}
+    inserted = [[i for _, i in run] for known, run in groupby(((i in places, i) for i in ids.tolist()), itemgetter(0))
+                if known]  # fmt: skip
+    pieces = re.split(f"(?:{'|'.join(map(re.escape, names))})+", text)
+    found = [list(tokenizer(piece).input_ids) for piece in pieces]
+    bos = int(found[0][:1] == [tokenizer.bos_token_id])
+    return found[0] + [i for run, piece in zip(inserted, found[1:], strict=True) for i in [*run, *piece[bos:]]]
+
+
 def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs:
     """Builds the input side: the checkpoint's tokenizer, the tower's preprocessing, a template of the original code.
 
@@ -203,9 +259,10 @@ def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs
     )  # fmt: skip
     config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     if tiled:
-        return llava_next.inputs_of(processor, config, recipe)
+        made: LlavaInputs = llava_next.inputs_of(processor, config, recipe)
+        return TiledPieceInputs(**vars(made))
     pad = config.original.get("image_aspect_ratio") == "pad"
-    return llava.inputs_of(processor, config, recipe, pad_to_square=pad)
+    return PieceInputs(**vars(llava.inputs_of(processor, config, recipe, pad_to_square=pad)))
 
 
 def _template(raw: dict[str, Any], tokenizer: Any) -> str:
@@ -226,8 +283,9 @@ def _template(raw: dict[str, Any], tokenizer: Any) -> str:
 def special_counts(config: Any) -> dict[str, int]:
     """How many special tokens of OLA-VLM stand for each task, in their order; empty where there are none.
 
-    Its parameters for depth and seg have a row for every image token, which `expand_emb` pools and `emb` inserts as
-    they are; gen has its few rows in any case.
+    Its parameters for depth and seg have a row for every image token. The class of the pre-training stage pools them
+    whatever `task_token_format` says. The fine-tuned class pools them for `expand_emb` and inserts them as they are for
+    `emb`, which is also its default; gen has its few rows in any case.
 
     Raises:
         UserError: they are of a format that cannot be read.
@@ -237,13 +295,14 @@ def special_counts(config: Any) -> dict[str, int]:
     if not number or raw.get("probe_mode"):
         return {}
     order = [task for task in str(raw.get("aux_mode", "gen-depth-seg")).split("-") if task in SPECIAL]
-    form = raw.get("task_token_format", "expand_emb")
+    form = raw.get("task_token_format", "emb")
+    pooled = form == "expand_emb" or raw["model_type"] in ALWAYS_POOLED
     if form not in ("expand_emb", "emb"):
         raise UserError(
             f"task_token_format is {form!r}: which tokens stand for the tasks is not in the checkpoint; set "
             "backbone.special_tokens=off"
         )
-    return {task: config.image_seq_length if form == "emb" and task != "gen" else number for task in order}
+    return {task: number if pooled or task == "gen" else config.image_seq_length for task in order}
 
 
 def special_rows(counts: dict[str, int], parameters: dict[str, Tensor]) -> Tensor:
@@ -284,25 +343,28 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
     no_weights = device.type == "meta"
     with loading(f"checkpoint {source}"):
         model, missing, unexpected = pretrained(model_class, source, config, device, key_mapping=RENAMES, **arguments)
-        if config.convnext and no_weights:
-            with device:
-                model.model.vision_tower = ConvNextTower(config.convnext).to(model.dtype)
-        elif config.convnext:
-            tower = ConvNextTower(config.convnext)
+        if config.convnext:
+            with device if no_weights else contextlib.nullcontext():
+                tower = ConvNextTower(config.convnext)
             prefix = "model.vision_tower.vision_tower."
-            there = {
-                name.removeprefix(prefix): tensor for name, tensor in read_tensors(source, prefix, recipe.revision)
-            }
-            wanted = tower.state_dict().keys()
-            tower.load_state_dict({name: tensor for name, tensor in there.items() if name in wanted}, strict=False)
-            unexpected -= {prefix + name for name in wanted}
-            missing = {name for name in missing if not name.startswith("model.vision_tower.")}
-            missing |= {prefix + name for name in wanted - there.keys()}
+            wanted = {prefix + name: tensor.shape for name, tensor in tower.state_dict().items()}
+            if missing or unexpected:  # neither without weights
+                missing = {name for name in missing if not name.startswith("model.vision_tower.")}
+                missing |= wanted.keys() - unexpected
+                shapes = tensor_shapes(source, recipe.revision)
+                present = wanted.keys() & unexpected
+                refuse_other_shapes(source, [(n, shapes[n], wanted[n]) for n in present if shapes[n] != [*wanted[n]]])
+                unexpected -= wanted.keys()
+            if not no_weights:
+                tensors = read_tensors(source, prefix, recipe.revision)
+                own = {name.removeprefix(prefix): tensor for name, tensor in tensors if name in wanted}
+                tower.load_state_dict(own, strict=False)
             model.model.vision_tower = tower.to(model.device, model.dtype)
         towers = {name for name in missing if name.startswith("model.vision_tower.")}
         if towers and towers == {name for name in model.state_dict() if name.startswith("model.vision_tower.")}:
-            clip = CLIPVisionModel.from_pretrained(config.tower, dtype=model.dtype)
-            model.model.vision_tower = clip.to(model.device)
+            if not no_weights:
+                clip = CLIPVisionModel.from_pretrained(config.tower, dtype=model.dtype)
+                model.model.vision_tower = clip.to(model.device)
             missing -= towers
     _require_all_known(source, missing, unexpected)
     tokenizer = inputs.processor.tokenizer
@@ -345,13 +407,9 @@ def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
     """What `probing inspect` shows."""
     raw = config.original
     found = describe_llava(config, inputs)
-    unsure = []
     special = sum(found["tokens"].get(task, 0) for task in SPECIAL)
-    if special and "task_token_format" not in raw:
-        unsure.append("task_token_format is not stated; read as expand_emb")
     return found | {
         "family": f"original {raw['model_type']}",
         "vision_tower": {**found["vision_tower"], "source": config.tower} | _convnext(config),
         "special_tokens": special,
-        **({"not_sure": "; ".join(unsure)} if unsure else {}),
     }

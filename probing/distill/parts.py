@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from probing.backbones import multi_encoder, original
 from probing.backbones.base import SPECIAL, parse_layers, special_ids
-from probing.backbones.llava import tower_grid
+from probing.backbones.llava import tower_grid, use_tokenizer_template
 from probing.chat import rendering_moment
 from probing.data.conversations import (
     Conversation,
@@ -33,7 +33,7 @@ from probing.distill.recipe import DistillRecipe, EmbeddingRecipe, EncodersRecip
 from probing.distill.tokens import add_special_tokens
 from probing.distill.trainee import Trainee
 from probing.errors import UserError
-from probing.hub import first_line, load_config, locate, pretrained, read_json
+from probing.hub import first_line, load_config, locate, pretrained, read_json, require_whole
 from probing.recipe import local_path
 from probing.teachers import Teacher, load_teacher
 
@@ -128,12 +128,14 @@ def put_together(recipe: DistillRecipe, start: Start, device: torch.device) -> P
     place = device if device.type == "meta" else torch.device("cpu")  # the Trainer moves it
     try:
         processor: Any = AutoProcessor.from_pretrained(source, revision=recipe.revision)
+        use_tokenizer_template(processor)
         # Weights are trained in float32, whatever they are stored in; bf16 is autocast.
         loading: dict[str, Any] = {"revision": recipe.revision, "dtype": torch.float32}
         if several:
             model = multi_encoder.load_inner(source, config, place, **loading)
         else:
-            model, _, _ = pretrained(AutoModelForImageTextToText, source, config, place, **loading)
+            model, missing, unexpected = pretrained(AutoModelForImageTextToText, source, config, place, **loading)
+            require_whole(source, missing, unexpected)
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {recipe.checkpoint} cannot be loaded: {first_line(error)}") from None
     embedding: EmbeddingPredictors | None = None

@@ -392,7 +392,6 @@ def test_a_cache_that_cannot_be_used_only_costs_time(root, read, monkeypatch, fa
         (("model.safetensors.index.json", "pytorch_model.bin"), ["a.safetensors", "b.safetensors"]),
         (("pytorch_model.bin", "pytorch_model.bin.index.json", "optimizer.bin"), ["pytorch_model.bin"]),
         (("pytorch_model.bin.index.json",), ["a.safetensors", "b.safetensors"]),
-        (("adapter_config.json", "adapter_model.safetensors"), ["adapter_config.json", "adapter_model.safetensors"]),
     ],
 )
 def test_files_are_those_that_transformers_loads(tmp_path, there, loaded):
@@ -405,6 +404,15 @@ def test_files_are_those_that_transformers_loads(tmp_path, there, loaded):
         }
         (tmp_path / name).write_text(json.dumps(index) if "index" in name else "{}")
     assert [file.name for file in weights_hash.loaded_weights(tmp_path)] == loaded
-    if "adapter_config.json" not in there:
-        files, _ = _get_resolved_checkpoint_files(str(tmp_path), None, None, None, None, False)
-        assert [Path(file).name for file in files] == loaded
+    files, _ = _get_resolved_checkpoint_files(str(tmp_path), None, None, None, None, False)
+    assert [Path(file).name for file in files] == loaded
+
+
+@pytest.mark.parametrize("name", weights_hash.ADAPTER)
+def test_adapter_hash_covers_every_loaded_file(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    before = weights_hash.adapter_hash(tmp_path)
+    (tmp_path / "README.md").write_text("notes")
+    assert weights_hash.adapter_hash(tmp_path) == before
+    (tmp_path / name).write_text('{"lora_alpha": 8}')
+    assert weights_hash.adapter_hash(tmp_path) != before
