@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from analysis.frechet import Jackknife, is_distance
 from analysis.pooled import Scored, open_runs, read_distances, read_scores, require_alike
-from analysis.scores import AVERAGE, Curve, by_seed, is_block, over_layers
+from analysis.scores import AVERAGE, Curve, averages_final, by_seed, is_averaged, over_layers
 from analysis.statistics import Statistic, paired_bootstrap
 from analysis.told import TOLD
 from probing.errors import UserError
@@ -93,6 +93,7 @@ def _differences(
     reference: Sequence[Scored], runs: Sequence[Scored], reference_label: str, label: str
 ) -> Iterator[Difference]:
     theirs, ours = read_scores(reference), read_scores(runs)
+    with_final = averages_final(*(run.manifest for run in (*reference, *runs)))
     paired = len(runs) > 1 and [run.path.name for run in runs] == [run.path.name for run in reference]
     for file in (file for file in theirs if file in ours):
         one, two = theirs[file], ours[file]
@@ -110,7 +111,7 @@ def _differences(
                 np.stack([scores[two_rows] for scores in others[curve].values()]),
             )
             families.setdefault(curve, []).append(pair)
-            if is_block(curve.layer):
+            if is_averaged(curve.layer, with_final):
                 families.setdefault(replace(curve, layer=AVERAGE), []).append(pair)
         for curve, pairs in families.items():
             table, statistic = over_layers(curve, [two for _, two in pairs])

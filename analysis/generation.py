@@ -19,7 +19,17 @@ from torch import Tensor, from_numpy
 from analysis.features import Extractor, reference_features
 from analysis.frechet import ENOUGH_IMAGES, Gaussian, Jackknife, kernel_distances, sample_spread
 from analysis.scorers import Reference, Row
-from analysis.scores import AVERAGE, Curve, ScoreFile, Summary, by_seed, is_block, pooled, write_summaries
+from analysis.scores import (
+    AVERAGE,
+    Curve,
+    ScoreFile,
+    Summary,
+    averages_final,
+    by_seed,
+    is_averaged,
+    pooled,
+    write_summaries,
+)
 from probing.data.coco import ImageList
 from probing.data.loader import Prepared
 from probing.errors import UserError
@@ -198,7 +208,7 @@ def summarise(
         for seed, stack in pooled(curve, scores, run.recipe.fit.seeds).items():
             both = Jackknife.of(stack, reference), np.mean([kernel_distances(one, real) for one in stack], axis=0)
             note(curve, seed, *both)
-            if is_block(curve.layer):
+            if is_averaged(curve.layer, averages_final(run.manifest)):
                 families.setdefault((replace(curve, layer=AVERAGE), seed), []).append(both)
     for (curve, seed), members in families.items():
         distances, kernels = zip(*members, strict=True)

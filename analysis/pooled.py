@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from analysis.frechet import Jackknife
-from analysis.scores import Curve, ScoreFile, Summary, by_seed, read_summaries, summaries, write_rows
+from analysis.scores import Curve, ScoreFile, Summary, averages_final, by_seed, read_summaries, summaries, write_rows
 from analysis.statistics import Interval
 from probing.errors import UserError
 from probing.run import SPEED_ONLY, AlignmentRun, Run, is_alignment, members
@@ -114,7 +114,8 @@ def _merged(runs: Sequence[Scored], files: Sequence[ScoreFile]) -> ScoreFile:
 
 def write_pooled(folder: Path, runs: Sequence[Scored]) -> Path:
     """Writes `results.csv` of a folder of runs: every seed, and all of them together."""
-    rows = [row for file in read_scores(runs).values() for row in summaries(file, range(len(runs)))]
+    with_final = averages_final(*(run.manifest for run in runs))
+    rows = [row for file in read_scores(runs).values() for row in summaries(file, range(len(runs)), with_final)]
     for several in read_distances(runs).values():
         rows += [replace(row, seed=str(number)) for number, row in enumerate(several)]
         rows.append(replace(several[0], seed="all", interval=_over_seeds(several)))

@@ -37,7 +37,8 @@ STATISTICS: dict[tuple[str, str], Statistic] = {
 """How a metric and protocol follow from sums over images; the mean, where none is named here."""
 AGAIN = "remove it and evaluate again"
 AVERAGE = "mean"
-"""What `results.csv` says in place of a layer for the mean over the probed layers 1 … L, as the paper's Table 8 has."""
+"""What `results.csv` says in place of a layer for the mean over the probed layers 1 … L, as the paper's Table 8 has.
+Imported probes' mean includes `final`; see `averages_final`."""
 
 
 @dataclass(frozen=True, order=True)
@@ -202,18 +203,32 @@ def _place(curve: Curve) -> tuple[Any, ...]:
     return curve.metric, curve.protocol, curve.teacher, curve.probe, curve.control, layer, curve.seed
 
 
-def is_block(layer: str) -> bool:
-    """Whether a layer is the state after a decoder block, as those that the paper averages over."""
-    return layer.isdecimal() and int(layer) > 0
+def is_averaged(layer: str, with_final: bool) -> bool:
+    """Whether the mean over layers takes a layer: those after a decoder block, as in the paper, and perhaps `final`."""
+    return (layer.isdecimal() and int(layer) > 0) or (with_final and layer == "final")
 
 
-def summaries(found: ScoreFile, seeds: Sequence[int]) -> Iterator[Summary]:
-    """The rows of `results.csv` that come from one file of scores; `seeds` are those of the trained probes."""
+def averages_final(*manifests: dict[str, Any]) -> bool:
+    """Whether `final` is among the layers that a mean is over, as the last layer of imported probes.
+
+    The published probes of the last layer read the state after the final norm, and OLA-VLM averages over all of them.
+    """
+    return all(manifest.get("fit", {}).get("imported") for manifest in manifests)
+
+
+def summaries(found: ScoreFile, seeds: Sequence[int], with_final: bool = False) -> Iterator[Summary]:
+    """The rows of `results.csv` that come from one file of scores.
+
+    Args:
+        found: the scores.
+        seeds: of the trained probes.
+        with_final: whether the mean over layers takes `final` too; see `averages_final`.
+    """
     families: dict[tuple[Curve, str], list[NDArray[Any]]] = {}
     for curve, scores in by_seed(found.table).items():
         for seed, stack in pooled(curve, scores, seeds).items():
             yield Summary(curve, found.split, seed, _interval(curve, [stack]), stack.shape[1])
-            if is_block(curve.layer):
+            if is_averaged(curve.layer, with_final):
                 families.setdefault((replace(curve, layer=AVERAGE), seed), []).append(stack)
     for (curve, seed), stacks in families.items():
         yield Summary(curve, found.split, seed, _interval(curve, stacks), stacks[0].shape[1])
@@ -245,7 +260,8 @@ def over_layers(curve: Curve, layers: Sequence[NDArray[Any]]) -> tuple[NDArray[A
 def write_results(run: Run) -> Path:
     """Writes `results.csv` from all scores of a run: one row per number, with its interval."""
     files = sorted((run.path / "scores").glob("*.safetensors"))
-    rows = [row for file in files for row in summaries(ScoreFile.read(file), run.recipe.fit.seeds)]
+    seeds, with_final = run.recipe.fit.seeds, averages_final(run.manifest)
+    rows = [row for file in files for row in summaries(ScoreFile.read(file), seeds, with_final)]
     rows += [row for file in sorted((run.path / "scores").glob("*.json")) for row in read_summaries(file)]
     return write_rows(run.path / "results.csv", run.manifest["checkpoint"]["name"], rows)
 

@@ -122,5 +122,7 @@ def _notes(runs: Sequence[RunResults], columns: Sequence[Column]) -> list[str]:
                 "upwards; compare only values of equally many images."
             )
     notes.append("The mean over layers is that of the probed layers 1 … L; layer 0 and final are not in it.")
+    if any(run.manifest["fit"].get("imported") for run in runs):
+        notes.append("Of imported probes it includes final, the state that OLA-VLM's probes of the last layer read.")
     notes.append("The best layer is chosen on the images that it is scored on, so its value is a little flattered.")
     return notes

@@ -22,6 +22,7 @@ LLMS = {
     "llava_llama": (LlamaConfig, LlamaForCausalLM, "LlavaLlamaForCausalLM"),
     "llava_mistral": (MistralConfig, MistralForCausalLM, "LlavaMistralForCausalLM"),
     "llava_phi3": (Phi3Config, Phi3ForCausalLM, "LlavaPhi3ForCausalLM"),
+    "ola_llama": (LlamaConfig, LlamaForCausalLM, "OlaLlavaLlamaForCausalLM"),
     "probe_dsg_llava_llama": (LlamaConfig, LlamaForCausalLM, "ProbeDSGLlavaLlamaForCausalLM"),
 }
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
