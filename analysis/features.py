@@ -21,7 +21,7 @@ from probing.hub import first_line, identity, load_config, locate
 from probing.progress import Progress
 from probing.run import disk_errors, reading, whole_file
 from probing.teachers.base import Pixels, load_model
-from probing.user_cache import cache_folder
+from probing.user_cache import VARIABLE, cache_folder
 
 INCEPTION_SIDE = 256
 """Side to which images are brought before Inception, which then resizes to its own 299 pixels."""
@@ -176,7 +176,7 @@ def reference_features(extractor: Extractor, images: ImageList) -> tuple[NDArray
             parts.append(extractor.features([square(images.read(index)) for index in indices]))
             bar.advance()
     features = np.concatenate(parts)
-    with disk_errors(file), whole_file(file) as temporary:
+    with disk_errors(file, f"set {VARIABLE} to another folder"), whole_file(file) as temporary:
         save_file({"features": features}, temporary)
     return features, False
 

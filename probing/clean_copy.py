@@ -17,6 +17,7 @@ from probing.errors import UserError
 from probing.hub import looks_like_path
 from probing.recipe import ELSEWHERE, cached_repository, read_yaml
 from probing.run import LOST, Run, read_json, reading
+from probing.user_cache import home_folder
 
 BANKS = ("probes", "ridge", "controls/*/probes", "controls/*/ridge")
 """Folders of a run that hold a folder of tensors per teacher."""
@@ -106,7 +107,7 @@ def require_clean(folder: Path, run: Run) -> None:
     Raises:
         UserError: a file names a folder of this machine, or holds a token of the Hub.
     """
-    home, token = Path.home(), get_token()
+    home, token = home_folder() or Path("/"), get_token()
     secrets = [*_places(run), str(run.path.resolve()), *([str(home)] if len(home.parts) > 1 else [])]
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         text = _readable(file)

@@ -12,6 +12,7 @@ from probing import __version__
 from probing.cli_hub import pull, push
 from probing.cli_look import doctor, inspect, plan, teachers
 from probing.cli_options import DRY_RUN, TARGET_CACHE, evaluation, evaluation_options, quiet_libraries, teacher_values
+from probing.environment import prepare_environment
 from probing.errors import UserError
 from probing.interrupt import exit_interrupted, raise_on_signals
 
@@ -370,6 +371,7 @@ def main() -> None:
     traceback for our faults.
     """
     raise_on_signals()
+    prepare_environment()
     try:
         cli.main(prog_name="probing", standalone_mode=False)
     except UserError as error:

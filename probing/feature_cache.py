@@ -27,9 +27,10 @@ from probing.data.coco import ImageList
 from probing.data.loader import micro_batches, no_student, viewed
 from probing.errors import UserError
 from probing.progress import Progress
+from probing.recipe import local_path
 from probing.run import disk_errors, require_space, whole_file, write_text
 from probing.teachers import Teacher
-from probing.user_cache import cache_folder
+from probing.user_cache import VARIABLE, cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -240,8 +241,9 @@ def open_caches(
     """
     if where == "off" or not makers:
         return {}
-    root = default_root() if where == "auto" else Path(where).expanduser()
-    caches = {name: _describe(root, maker, images, view) for name, maker in makers.items()}
+    root = default_root() if where == "auto" else local_path(where)
+    instead = f"set {VARIABLE}, or the cache to a folder or off" if where == "auto" else "give another folder, or off"
+    caches = {name: _describe(root, maker, images, view, instead) for name, maker in makers.items()}
     lacking = {name: len(cache.missing()) / cache.shards for name, cache in caches.items()}
     needed = int(sum(share * caches[name].bytes for name, share in lacking.items()))
     for name, cache in caches.items():
@@ -256,7 +258,7 @@ def open_caches(
         return {}
     if needed:
         require_space(root, needed)
-        with disk_errors(root):
+        with disk_errors(root, instead):
             _fill(caches, makers, images, view, batch, workers, process, processes)
     for cache in caches.values():
         cache.check()
@@ -269,7 +271,7 @@ def _free(where: Path) -> int:
     return shutil.disk_usage(where).free
 
 
-def _describe(root: Path, maker: Maker, images: ImageList, view: str) -> FeatureCache:
+def _describe(root: Path, maker: Maker, images: ImageList, view: str, instead: str) -> FeatureCache:
     """The cache of one maker, in the folder that is named by what its features depend on."""
     facts = {
         **maker.facts,
@@ -282,8 +284,8 @@ def _describe(root: Path, maker: Maker, images: ImageList, view: str) -> Feature
     }
     text = json.dumps(facts, indent=2, sort_keys=True, default=str)
     folder = root / f"{maker.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    if not (folder / "cache.json").exists():
-        with disk_errors(root):
+    with disk_errors(root, instead):
+        if not (folder / "cache.json").exists():
             write_text(folder / "cache.json", text + "\n")
     return FeatureCache(folder, len(images), maker.shape, maker.dtype)
 

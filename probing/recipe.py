@@ -222,7 +222,7 @@ class LayersRecipe(Strict):
             teacher.id = _absolute(teacher.id)
         for name in ("target_cache", "tower_cache"):
             if (where := getattr(recipe.data, name)) not in ("off", "auto"):
-                setattr(recipe.data, name, str(Path(where).expanduser().absolute()))
+                setattr(recipe.data, name, str(local_path(where).absolute()))
         return recipe
 
 

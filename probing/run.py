@@ -105,8 +105,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
+def disk_errors(where: Path, instead: str = "choose another --out") -> Iterator[None]:
     """Turns a full disk or a folder that cannot be written into one line.
+
+    Args:
+        where: folder or file that the block writes.
+        instead: what to do where it cannot be written.
 
     Raises:
         UserError: in place of the OSError or of safetensors' own wrapping of it.
@@ -117,8 +121,22 @@ def disk_errors(where: Path) -> Iterator[None]:
         if any(_is_full_disk(link) for link in _chain(error)):
             raise UserError(f"no disk space left at {where}; free some and run the same command again") from None
         if isinstance(error, OSError) and error.errno in (*UNWRITABLE, errno.ENAMETOOLONG):
-            raise UserError(f"{where} cannot be written ({error}); choose another --out") from None
+            other = _outside(error, where)
+            if other:
+                raise UserError(
+                    f"{other} cannot be written ({error.strerror}); of caches, HF_HOME, MLLM_PROBING_CACHE and TMPDIR "
+                    "name other folders"
+                ) from None
+            raise UserError(f"{where} cannot be written ({error}); {instead}") from None
         raise
+
+
+def _outside(error: OSError, where: Path) -> Path | None:
+    """The file that an error names, where it is not in the folder that the block writes, nor above it."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return None
+    file, folder = Path(error.filename).absolute(), where.absolute()
+    return None if file.is_relative_to(folder) or folder.is_relative_to(file) or folder.parent == file.parent else file
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
