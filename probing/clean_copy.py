@@ -1,5 +1,6 @@
 """A copy of a run that others may have: its probes and numbers, and nothing of the machine that it was made on."""
 
+import csv
 import json
 import os
 import re
@@ -32,7 +33,8 @@ CARD = ("README.md", "figures")
 SOURCES = ("checkpoint", "base", "vision_tower", "path", "id")
 """Fields that may name a folder, in recipes, manifests and configurations of probes."""
 CACHES = ("target_cache", "tower_cache")
-_FOLDERS = re.compile(r"(?<![\w./:])/(?:[^/\s'\"]+/)+")
+_PATH = re.compile(r"(?<![\w./])(?:/|~|\\|[A-Za-z]:[\\/])")
+"""The beginning of an absolute path; where it ends cannot be seen, since names may hold blanks and quotes."""
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
@@ -120,11 +122,40 @@ def require_clean(folder: Path, run: Run) -> None:
 
 
 def _readable(file: Path) -> str:
-    """A text file, the head of a file of tensors, and nothing of a picture."""
+    """The strings of a file, without the escapes of its format; of tensors the metadata, of a picture nothing."""
+    if file.suffix == ".png":
+        return ""
     if file.suffix == ".safetensors":
         with reading(file, LOST), safe_open(file, framework="np") as stored:
-            return json.dumps(stored.metadata() or {}) + " ".join(stored.keys())
-    return "" if file.suffix == ".png" else file.read_text(encoding="utf-8")
+            values: Any = [*stored.keys(), *_parsed(stored.metadata() or {})]
+    elif file.suffix == ".json":
+        values = json.loads(file.read_text(encoding="utf-8"))
+    elif file.suffix == ".yaml":
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    elif file.suffix == ".csv":
+        values = list(csv.reader(file.read_text(encoding="utf-8").splitlines()))
+    else:
+        values = file.read_text(encoding="utf-8")
+    return "\n".join(_strings(values))
+
+
+def _parsed(metadata: dict[str, str]) -> Iterator[Any]:
+    for text in metadata.values():
+        try:
+            yield json.loads(text)
+        except ValueError:
+            yield text
+
+
+def _strings(values: Any) -> Iterator[str]:
+    """Every string in nested values, keys too."""
+    if isinstance(values, dict):
+        values = [*values.keys(), *values.values()]
+    if isinstance(values, list):
+        for value in values:
+            yield from _strings(value)
+    elif isinstance(values, str):
+        yield values
 
 
 def _places(run: Run) -> dict[str, str]:
@@ -171,8 +202,9 @@ def _clean(values: Any, places: dict[str, str], key: str = "") -> Any:
 
 
 def _without_folders(reason: str) -> str:
-    """Why an image was left out, with the file's name alone; an error names the whole path, perhaps cut off."""
-    return _FOLDERS.sub("", reason)
+    """Why an image was left out, up to the path that an error names; the image is named next to it."""
+    path = _PATH.search(reason)
+    return reason[: path.start()].rstrip(" '\"(:[=") if path else reason
 
 
 def _copy_scores(source: Path, target: Path, places: dict[str, str]) -> None:

@@ -18,12 +18,16 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from analysis.evaluate import Options, evaluate
 from analysis.results_part import copy_results
 from probing.bank import ProbeBank
+from probing.clean_copy import _without_folders
 from probing.cli import main
+from probing.data.coco import read_image
 from probing.errors import UserError
 from probing.hub_artefacts import pull, push
 from probing.recipe import ProbeRunRecipe
@@ -37,6 +41,8 @@ from tests import tiny
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 TEACHERS = ("depth", "gen")
+ODD = "my façade's [x]+(1)"
+"""A folder's name with what formats and patterns treat in a way of their own."""
 BROKEN = ("counted", "torn", "emptied", "unread", "blank", "garbled")
 """Copies of what was pushed, each spoilt in its way."""
 
@@ -52,7 +58,7 @@ def probing(*arguments, code=0):
 @pytest.fixture(scope="module")
 def made(models, tmp_path_factory):
     """A run of two teachers at every layer, with what a push must not take along: paths, states, temporary files."""
-    root = tmp_path_factory.mktemp("made")
+    root = tmp_path_factory.mktemp("made") / ODD
     data = tiny.coco(root / "coco_folder")
     for split in ("train2017", "val2017"):
         next(iter(sorted((data / split).iterdir()))).write_bytes(b"no picture")
@@ -66,7 +72,7 @@ def made(models, tmp_path_factory):
     }
     run = train(ProbeRunRecipe.model_validate(values), root / "run")
     evaluate(run.path)
-    assert str(data) in (run.path / "manifest.json").read_text()
+    assert json.dumps(str(data))[1:-1] in (run.path / "manifest.json").read_text()
     (run.path / "state").mkdir(exist_ok=True)
     (run.path / "state" / "state.pt").write_bytes(b"x")
     (run.path / ".results.csv.1.tmp").write_text("half")
@@ -161,7 +167,14 @@ def test_nothing_of_the_machine_goes_along(made, published, models):
     assert recipe["data"]["path"] == "coco:elsewhere:coco_folder" and recipe["data"]["target_cache"] == "off"
     skipped = json.loads((published / "manifest.json").read_text())["skipped"]
     assert {row["split"] for row in skipped} == {"train2017", "val2017"}
-    assert all(re.search(r"\d{12}\.jpg", row["reason"]) and "/" not in row["reason"] for row in skipped)
+    assert {(row["image"], row["reason"]) for row in skipped} == {
+        ("000000000001.jpg", "corrupt: cannot identify image file"),
+        ("000000000013.jpg", "corrupt: cannot identify image file"),
+    }
+    for file in files:  # no part of the odd name, in any format's escapes
+        content = file.read_bytes()
+        for word in ("façade", "fa\\u00e7ade", "fa\\xE7ade", "ade's", "[x]+(1)"):
+            assert word.encode() not in content, (file, word)
 
 
 def test_what_would_give_the_machine_away_is_refused(made, tmp_path):
@@ -384,3 +397,38 @@ def test_a_recipe_of_others_decides_nothing_here(published, tmp_path, caplog):
     assert not run.recipe.backbone.trust_remote_code and run.recipe.data.target_cache == "off"
     assert "backbone.trust_remote_code=true, which is off here" in caplog.text
     assert Run.open(tmp_path / "run").finished
+
+
+FOLDERS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1, max_size=20).filter(
+    lambda name: name not in (".", "..") and len(name.encode()) < 100
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(FOLDERS)
+@example("my data")
+@example("it's")
+@example('say "so"')
+@example("back\\slash")
+@example("two\nlines")
+@example("C:\\data")
+@example("- 'a': (b")
+def test_no_reason_names_a_folder(tmp_path, name):
+    """As the reading of images words it: Pillow's own error, cut off, or the system's."""
+    folder = tmp_path / "parent of all" / name
+    errors = [f"[Errno 13] Permission denied: {str(folder / '1.jpg')!r}", f"{folder / '1.jpg'}: truncated (2 bytes)"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "1.jpg").write_bytes(b"broken")
+        read_image(folder / "1.jpg")
+    except OSError as error:
+        errors.append(str(error))
+    for error in errors:
+        for length in (120, len(str(tmp_path)) + 30, 500):
+            reason = _without_folders(f"corrupt: {error.splitlines()[0][:length]}")
+            assert reason.startswith("corrupt") and "parent" not in reason and "/" not in reason, reason
+
+
+@pytest.mark.parametrize("reason", ["missing", "corrupt: image file is truncated (I/O error)", "no panoptic PNG"])
+def test_reasons_without_a_path_stay_as_they_are(reason):
+    assert _without_folders(reason) == reason
