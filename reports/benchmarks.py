@@ -148,6 +148,8 @@ def _notes(runs: Sequence[BenchmarkResults]) -> list[str]:
         notes.append(f"Not {known.title} as published, which has {known.size} questions: not to be held against it.")
     for run in runs:
         unread, asked = run.manifest["unreadable"], run.manifest["data"]["questions"]
+        if skipped := run.manifest.get("skipped"):
+            notes.append(f"{run.label}: {len(skipped)} questions are left out, as their images cannot be read.")
         if unread:
             notes.append(f"{run.label}: {unread} of {asked} answers could not be read, and count as wrong.")
     if len({run.manifest["data"]["digest"] for run in runs}) > 1:

@@ -92,7 +92,11 @@ def read_image(path: Path | BinaryIO, upright: bool = True) -> Image.Image:
     Raises:
         OSError: the file is missing, no image, corrupt, or of an absurd size.
     """
-    return open_image(path, lambda image: to_rgb(ImageOps.exif_transpose(image) if upright else image))
+
+    def read(image: Image.Image) -> Image.Image:
+        return to_rgb(ImageOps.exif_transpose(image) if upright and _orientation(image) != 1 else image)
+
+    return open_image(path, read)
 
 
 def image_size(path: Path, upright: bool = True) -> Size:

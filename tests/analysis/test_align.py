@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from analysis.align import AlignRecipe, align, rehearse_alignment
@@ -307,3 +308,29 @@ def test_classes_with_one_name_are_one_word(world):
     together = Annotator(merged, (6, 6))
     assert together.words == ["thing"]
     torch.testing.assert_close(together(name)[:, 0], apart(name).sum(dim=1))
+
+
+@pytest.mark.parametrize("fault", ["ids", "coverage", "sizes"])
+def test_a_split_without_labelled_patches_is_one_line(checkpoint, tmp_path, fault):
+    """Ids that no segment has, classes that cover too little of every patch, maps of another size."""
+    world = write_world(tmp_path / "world", 2, 3, seed=6)
+    for number, file in enumerate(sorted((world / "annotations" / "panoptic_val2017").iterdir())):
+        pixels = np.zeros((48, 48, 3), np.uint8) + np.uint8(240)
+        if fault == "coverage":
+            pixels[::3, ::3] = np.asarray(Image.open(file))[::3, ::3]
+        if fault == "sizes":
+            pixels = np.asarray(Image.open(file))[:, : 30 - number]
+        Image.fromarray(pixels).save(file)
+    arguments = ["align", str(checkpoint), "--data", f"coco:{world}", "--out", str(tmp_path / "run"), "workers=0"]
+    said = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert said.exit_code == 2 and "no patch of val2017 has a label" in said.output
+    assert not (tmp_path / "run" / "results.csv").exists()
+
+
+def test_one_broken_label_map_costs_one_image(checkpoint, tmp_path):
+    world = write_world(tmp_path / "world", 2, 4, seed=6)
+    first, *_ = sorted((world / "annotations" / "panoptic_val2017").iterdir())
+    first.write_bytes(b"no picture")
+    align(recipe(checkpoint, world, pictures=0), tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert [skip["image"] for skip in manifest["skipped"]] == [first.name] and manifest["data"]["eval_images"] == 3

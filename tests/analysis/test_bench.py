@@ -280,10 +280,6 @@ def test_answers_of_other_questions_are_not_taken_over(checkpoint, tmp_path):
         run_bench(checkpoint, "cvbench", data, tmp_path / "run", "micro_batch=3")
 
 
-def break_image(data):
-    (data / "img" / "3D" / "1.png").write_bytes(b"no picture")
-
-
 def bad_answer(data):
     file = data / "test_2d.jsonl"
     file.write_text(file.read_text().replace('"answer": "(A)"', '"answer": "maybe"'))
@@ -299,7 +295,6 @@ def bad_answer(data):
         ("okvqa", lambda data: None, "no column answers"),
         ("cvbench", lambda data: shutil.rmtree(data / "img"), "12 of the 12 images of CV-Bench are missing"),
         ("cvbench", bad_answer, "row 0, is no question of CV-Bench .*'maybe' is no letter"),
-        ("cvbench", break_image, r"the image of question .* cannot be read \(it is no image\)"),
         ("cvbench", lambda data: (data / "test_3d.jsonl").write_text(""), "test_3d.jsonl holds no question"),
         ("cvbench", lambda data: (data / "test_2d.jsonl").write_text('{"idx"'), "test_2d.jsonl cannot be read"),
         ("cvbench", lambda data: (data / "test_2d.jsonl").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
@@ -382,3 +377,42 @@ def test_the_toy_llava_counts_solids(tmp_path):
     count = results[results["protocol"] == "cvbench/2d/count"].set_index(["metric", "control"])
     assert count.loc[("accuracy", "no"), "ci_low"] > 0.6 > count.loc[("accuracy", "guess"), "value"] == 0.25
     assert count.loc[("unreadable", "no"), "value"] == 0
+
+
+def spoil_png(file):
+    file.write_bytes(b"no picture")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda file: file.unlink(), "missing"),
+        (spoil_png, "corrupt: it is no image"),
+        (lambda file: file.write_bytes(b""), "corrupt"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-300]), "corrupt"),
+    ],
+    ids=["missing", "text", "empty", "cut off"],
+)
+def test_questions_without_a_picture_are_left_out_and_named(checkpoint, tmp_path, spoil, reason):
+    rows = cvbench_rows()
+    data = as_jsonl(tmp_path / "data", rows)
+    whole = run_bench(checkpoint, "cvbench", data, tmp_path / "whole", "micro_batch=2")[1]
+    bad = data / "img" / "3D" / "1.png"
+    spoil(bad)
+    lost = {str(row["idx"]) for row in rows if row["filename"] == "3D/1.png"}
+    said, lines, results = run_bench(checkpoint, "cvbench", data, tmp_path / "run", "micro_batch=2")
+    assert said.exit_code == 0
+    assert lines == [line for line in whole if line["question"] not in lost]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert {skip["image"] for skip in manifest["skipped"]} == lost and manifest["data"]["questions"] == len(lines)
+    assert all(skip["reason"].startswith(reason) for skip in manifest["skipped"])
+    chosen = results[(results["metric"] == "accuracy") & (results["protocol"] == "cvbench")]
+    assert set(chosen["n"]) == {len(rows) - len(lost)}
+
+
+def test_a_benchmark_without_any_picture_is_an_error(checkpoint, tmp_path):
+    data = as_jsonl(tmp_path / "data", cvbench_rows(4))
+    for file in (data / "img").rglob("*.png"):
+        spoil_png(file)
+    with pytest.raises(UserError, match="no image of CV-Bench can be read, first corrupt"):
+        run_bench(checkpoint, "cvbench", data, tmp_path / "run")

@@ -169,19 +169,28 @@ ANSWER = {"from": "gpt", "value": "x"}
         ({"conversations": None}, "TypeError"),
     ],
 )
-def test_entries_that_are_no_conversations_are_named(tmp_path, change, message):
-    with pytest.raises(UserError, match=r"data\.json, entry 1") as caught:
-        read_conversations(write(tmp_path, TWO_TURNS, TWO_TURNS | change))
-    assert message in str(caught.value)
+def test_odd_conversations_are_left_out_and_named(tmp_path, caplog, change, message):
+    found = read_conversations(write(tmp_path, TWO_TURNS, TWO_TURNS | change, TWO_TURNS))
+    assert [one.number for one in found] == [0, 2]
+    assert "data.json: 1 of 3 conversations are left out, first entry 1" in caplog.text and message in caplog.text
+    with pytest.raises(UserError, match="holds no conversation that can be used, first entry 0"):
+        read_conversations(write(tmp_path, TWO_TURNS | change))
 
 
-def test_json_lines(tmp_path):
+def test_windows_paths_are_read(tmp_path):
+    (found,) = read_conversations(write(tmp_path, TWO_TURNS | {"image": "train2017\\x.jpg"}))
+    assert found.images == ("train2017/x.jpg",)
+
+
+def test_json_lines(tmp_path, caplog):
     path = tmp_path / "data.jsonl"
     odd = TWO_TURNS | {"id": "a\u2028b"}  # a line separator to Python, an ordinary character to JSON
     path.write_text(json.dumps(TWO_TURNS) + "\n\n" + json.dumps(odd, ensure_ascii=False) + "\n", encoding="utf-8")
     assert len(read_conversations(path)) == 2 and len(read_conversations(path, limit=1)) == 1
-    path.write_text(json.dumps(TWO_TURNS) + "\n{\n")
-    with pytest.raises(UserError, match=r"data\.jsonl is not valid JSON: line 2"):
+    path.write_text("{\n" + json.dumps(TWO_TURNS) + "\n")
+    assert len(read_conversations(path)) == 1 and "entry 0: line 1 is not valid JSON" in caplog.text
+    path.write_text("{\n")
+    with pytest.raises(UserError, match="line 1 is not valid JSON"):
         read_conversations(path)
     with pytest.raises(UserError, match="no conversation file"):
         read_conversations(tmp_path / "nope.json")
