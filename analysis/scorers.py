@@ -172,7 +172,8 @@ class DepthPairs:
             raise UserError(
                 f"{root / outside[0].image} has {outside[0].reason}, and so have all; use the published images"
             )
-        images = ImageList(root, "da2k", names, missing + outside, turned=turned)
+        unusable = [skip for skip in outside if not found[skip.image]]
+        images = ImageList(root, "da2k", names, missing + unusable, turned=turned)
         return cls(images, {"depth": teachers["depth"]}, found, sizes)
 
     def begin(self, prepared: Prepared, targets: dict[str, Tensor]) -> tuple[list[str], Tensor]:

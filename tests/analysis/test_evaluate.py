@@ -133,8 +133,8 @@ def test_what_a_metric_needs_and_does_not_find(evaluated, tmp_path):
     entries = json.loads(file.read_text())
     name = next(iter(entries))
     entries[name][0]["point1"] = [48, 0]
-    file.write_text(json.dumps(entries))
-    with pytest.raises(UserError, match="lies outside"):
+    file.write_text(json.dumps({name: entries[name][:1]}))
+    with pytest.raises(UserError, match="1 pairs outside its 48 x 48 pixels, and so have all"):
         evaluate(run, decoded(world, "da2k", da2k=broken))
     file.write_text(json.dumps({"images/other.jpg": entries[name]}))
     with pytest.raises(UserError, match="none of the 1 images"):
@@ -142,13 +142,32 @@ def test_what_a_metric_needs_and_does_not_find(evaluated, tmp_path):
     before = (run / "results.csv").read_bytes()
     panoptic = world / "annotations" / "panoptic_val2017.json"
     whole = panoptic.read_text()
+    classes = json.loads(whole)["categories"]
+    doubled = classes + [c | {"id": c["id"] + 50} for c in classes]
     try:
-        panoptic.write_text(json.dumps(json.loads(whole) | {"categories": json.loads(whole)["categories"] * 2}))
+        panoptic.write_text(json.dumps(json.loads(whole) | {"categories": doubled}))
         with pytest.raises(UserError, match="18 classes and the seg teacher 9"):
             evaluate(run, decoded(world, "miou"))
     finally:
         panoptic.write_text(whole)
     assert (run / "results.csv").read_bytes() == before
+
+
+def test_a_broken_label_map_costs_one_image(evaluated, tmp_path):
+    run, world, _ = evaluated
+    copy, data = tmp_path / "run", tmp_path / "world"
+    shutil.copytree(run, copy)
+    shutil.copytree(world, data)
+    last = max((data / "annotations" / "panoptic_val2017").iterdir())
+    last.write_bytes(b"no picture")
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(world), str(data)))
+    for file in (copy / "scores").glob("miou*"):
+        file.unlink()
+    results = pd.read_csv(evaluate(copy, Options(metrics=("miou",), protocols=("strict",), pictures=0)))
+    assert set(rows(results, "miou")["n"]) == {6}
+    skipped = {s["image"]: s["reason"] for s in json.loads((copy / "manifest.json").read_text())["skipped"]}
+    assert skipped[last.name].startswith("corrupt")
 
 
 def test_a_missing_image_is_counted(evaluated, tmp_path):

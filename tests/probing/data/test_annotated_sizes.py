@@ -160,18 +160,22 @@ def test_patches_in_training_follow_turned_images(tmp_path):
 
 def test_depth_pairs_say_how_images_are_turned(tmp_path, models, caplog):
     """Points below the stored image lie in the upright one; those of other images of the set do, too."""
-    for number, turn in ((1, 6), (2, 6), (3, 1)):
+    for number, turn in ((1, 6), (2, 6), (3, 1), (4, 1)):
         save(tmp_path / f"{number}.jpg", upright(), turn)
     pair = {"point1": [2, 3], "point2": [9, 8], "closer_point": "point1"}
     low = pair | {"point2": [39, 8]}
     teachers = {"depth": object()}
     for last, turned in ((low, {"1.jpg", "2.jpg"}), (pair, set())):
-        pairs = {"1.jpg": [pair], "2.jpg": [last], "3.jpg": [pair, pair | {"point1": [40, 0]}]}
+        outside = pair | {"point1": [40, 0]}
+        pairs = {"1.jpg": [pair], "2.jpg": [last], "3.jpg": [outside, pair], "4.jpg": [outside]}
         (tmp_path / "annotations.json").write_text(json.dumps(pairs))
         scorer = DepthPairs.of(tmp_path, teachers, None)
         assert scorer.images.turned == turned
         assert scorer.sizes["1.jpg"] == ((40, 30) if turned else (30, 40))
-        assert [(s.image, s.reason) for s in scorer.images.skipped] == [("3.jpg", "1 pairs outside its 30 x 40 pixels")]
+        reason = "1 pairs outside its 30 x 40 pixels"
+        assert [(s.image, s.reason) for s in scorer.images.skipped] == [("4.jpg", reason)]
+        assert len(scorer.pairs["3.jpg"]) == 1 and "4.jpg" not in scorer.images.names
+    assert "points outside 2 images are left out, first 3.jpg" in caplog.text
     assert "2 images with an EXIF orientation are turned upright" in caplog.text
     assert "2 images with an EXIF orientation are read as stored" in caplog.text
 
