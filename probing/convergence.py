@@ -4,6 +4,7 @@ A curve that is flat at its end proves little: the learning rate has fallen to z
 tell; toy probes that were flat after 1,000 steps scored up to .05 higher after 2,000.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,8 @@ class Convergence:
     """How a probe's training ended.
 
     Attributes:
-        state: `flat`, `still falling` or `stuck at the mean`.
+        state: `flat`, `still falling`, `stuck at the mean`, or `not trained` where no step had a loss; the numbers are
+            NaN then.
         last_loss: mean training loss of the last tenth of the steps.
         mean_loss: loss of the running mean target over the same steps.
         slope_percent: change from the last tenth but one to the last, in percent (negative: falling).
@@ -36,25 +38,31 @@ def judge(losses: NDArray[np.float64], mean_losses: NDArray[np.float64]) -> Conv
     """Judges a learning curve.
 
     A fall counts when it exceeds both `FALLING` and two standard errors of the difference: the loss of a step is that
-    of its batch, and batches differ.
+    of its batch, and batches differ. Steps whose loss is zero or not finite do not count: none of their images could be
+    used, or too few to be shuffled.
 
     Args:
         losses: training loss per step.
         mean_losses: the mean target's loss on the same batches.
     """
+    counted = np.isfinite(losses) & (losses > 0) & np.isfinite(mean_losses)
+    losses, mean_losses = losses[counted], mean_losses[counted]
+    if not len(losses):
+        return Convergence("not trained", math.nan, math.nan, math.nan)
     tenth = max(len(losses) // 10, 1)
     last, before = losses[-tenth:], losses[-2 * tenth : -tenth]
-    reference = float(np.nanmean(mean_losses[-tenth:]))
-    final = float(np.nanmean(last))
+    reference = float(mean_losses[-tenth:].mean())
+    final = float(last.mean())
     if not len(before):
-        return Convergence("still falling", final, reference, float("nan"))
-    change = final / float(np.nanmean(before)) - 1
+        return Convergence("still falling", final, reference, math.nan)
+    change = final / float(before.mean()) - 1
     # Batch difficulty moves both curves alike: the spread of the ratio to the mean target's loss is the probe's own.
-    ratio_last, ratio_before = last / mean_losses[-tenth:], before / mean_losses[-2 * tenth : -tenth]
-    spread = float(np.sqrt((np.nanvar(ratio_last) + np.nanvar(ratio_before)) / tenth))
-    relative = float(np.nanmean(ratio_last) - np.nanmean(ratio_before))
+    difficulty = np.where(mean_losses > 0, mean_losses, np.inf)  # the mean of a single image is the image: no loss
+    ratio_last, ratio_before = last / difficulty[-tenth:], before / difficulty[-2 * tenth : -tenth]
+    spread = float(np.sqrt((ratio_last.var() + ratio_before.var()) / tenth))
+    relative = float(ratio_last.mean() - ratio_before.mean())
     state = "flat"
-    if relative < -2 * spread and relative < -FALLING * float(np.nanmean(ratio_before)):
+    if relative < -2 * spread and relative < -FALLING * float(ratio_before.mean()):
         state = "still falling"
     elif final > STUCK * reference:
         state = "stuck at the mean"

@@ -114,6 +114,14 @@ def random_control(run: RunResults) -> list[str]:
     return sentences
 
 
+MEANINGS = {
+    "still falling": "more steps would raise them",
+    "stuck at the mean": "their score says nothing about the layer",
+    "not trained": "no step had a loss",
+}
+"""What a state of `probing.convergence` says about a probe's score."""
+
+
 def convergence(run: RunResults) -> list[str]:
     """Which probes had not finished learning, and which never left the mean target."""
     rows = pd.DataFrame(run.manifest["convergence"])
@@ -124,17 +132,12 @@ def convergence(run: RunResults) -> list[str]:
         part = rows[rows["control"] == control]
         if part.empty:
             continue
-        for state in ("still falling", "stuck at the mean"):
+        for state, meaning in MEANINGS.items():
             bad = part[part["state"] == state]
             if len(bad):
                 where = "; ".join(
                     f"{teacher} {', '.join(map(str, dict.fromkeys(group['layer'])))}"
                     for teacher, group in bad.groupby("teacher", sort=False)
-                )
-                meaning = (
-                    "more steps would raise them"
-                    if state == "still falling"
-                    else "their score says nothing about the layer"
                 )
                 sentences.append(
                     f"{len(bad)} of {len(part)} probes {name} were {state} when training ended ({meaning}): {where}."
