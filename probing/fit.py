@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from probing.fit_state import FitState
 from probing.interrupt import Interrupted, Interruption
 from probing.processes import add_up_gradients
 from probing.progress import Progress
-from probing.recipe import ProbeRunRecipe
+from probing.recipe import ProbeRecipe, ProbeRunRecipe
 from probing.resampler import ResamplerConfig
 from probing.ridge import RidgeReadout, RidgeSums, place_states
 from probing.run import disk_errors, reading, whole_file
@@ -42,6 +42,22 @@ from probing.teachers import Teacher
 from probing.tracking import curve_names, curves
 
 logger = logging.getLogger(__name__)
+
+
+def probe_configs(probe: ProbeRecipe, key_width: int, teachers: Mapping[str, Teacher]) -> dict[str, ResamplerConfig]:
+    """Returns the sizes of one layer's probes, by teacher; `key_width` is that of the hidden states."""
+    return {
+        name: ResamplerConfig(
+            key_width=key_width,
+            queries=teacher.shape[0],
+            width=teacher.shape[1],
+            output_width=teacher.shape[1],
+            heads=probe.heads,
+            dim_head=probe.dim_head,
+            ff_mult=probe.ff_mult,
+        )
+        for name, teacher in teachers.items()
+    }
 
 
 def _load(file: Path) -> Any:
@@ -86,18 +102,7 @@ class Fit:
 
     def start(self, device: torch.device | None = None) -> FitState:
         """Fresh probes and optimiser, on the accelerator unless a device is given."""
-        configs = {
-            name: ResamplerConfig(
-                key_width=self.backbone.hidden_size,
-                queries=teacher.shape[0],
-                width=teacher.shape[1],
-                output_width=teacher.shape[1],
-                heads=self.recipe.probe.heads,
-                dim_head=self.recipe.probe.dim_head,
-                ff_mult=self.recipe.probe.ff_mult,
-            )
-            for name, teacher in self.teachers.items()
-        }
+        configs = probe_configs(self.recipe.probe, self.backbone.hidden_size, self.teachers)
         fit, device = self.recipe.fit, device or self.accelerator.device
         banks = {
             c: ProbeBank.build(configs, self.layers, fit.seeds, self.recipe.probe.keys, device) for c in self.controls

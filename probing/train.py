@@ -23,12 +23,12 @@ from probing.data.coco import ImageList, list_images
 from probing.data.loader import TOWER
 from probing.errors import UserError
 from probing.feature_cache import FeatureCache, open_caches, teacher_maker, tower_maker
-from probing.fit import Fit
+from probing.fit import Fit, probe_configs
 from probing.fit_state import summary
 from probing.processes import others_alive, spread_layers, together
 from probing.provenance import made_of, versions
 from probing.recipe import DataRecipe, ProbeRunRecipe, local_path
-from probing.resampler import Resampler, ResamplerConfig
+from probing.resampler import Resampler
 from probing.run import Run, disk_errors, read_json, require_space, whole_file, whole_folder, write_text
 from probing.teachers import Teacher, load_teacher
 from probing.tracking import require_tracker
@@ -104,13 +104,9 @@ def bank_bytes(
 
 def _parameters(recipe: ProbeRunRecipe, backbone: Backbone, teachers: dict[str, Teacher]) -> int:
     """Of one layer's probes, one for each teacher."""
-    total = 0
-    for teacher in teachers.values():
-        tokens, width = teacher.shape
-        config = ResamplerConfig(backbone.hidden_size, tokens, width, width, recipe.probe.heads, recipe.probe.dim_head)
-        with torch.device("meta"):
-            total += sum(p.numel() for p in Resampler(config).parameters())
-    return total
+    with torch.device("meta"):
+        probes = [Resampler(config) for config in probe_configs(recipe.probe, backbone.hidden_size, teachers).values()]
+    return sum(p.numel() for probe in probes for p in probe.parameters())
 
 
 def _banks(recipe: ProbeRunRecipe) -> int:

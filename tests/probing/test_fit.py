@@ -13,7 +13,7 @@ from probing.fit import Fit
 from probing.recipe import FitRecipe, ProbeRunRecipe
 from probing.resampler import ResamplerConfig
 from probing.schedule import learning_rate, plan_steps
-from probing.train import arm_backbone, load_teachers, training_images
+from probing.train import arm_backbone, bank_bytes, load_teachers, training_images
 
 CPU = torch.device("cpu")
 
@@ -170,3 +170,13 @@ def test_probes_can_be_saved_and_one_layer_read_alone(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(probe.parameters(), whole.probes[key].parameters(), strict=True))
     part = ProbeBank.load(tmp_path, CPU, ["gen"], "final")
     assert set(part.probes) == {ProbeKey("gen", "final", 0), ProbeKey("gen", "final", 5)}
+
+
+@pytest.mark.parametrize("probe", [{}, {"ff_mult": 4}, {"heads": 2, "dim_head": 8}, {"heads": 3, "ff_mult": 2}])
+def test_memory_of_probes_is_that_of_those_that_are_built(recipe_values, tmp_path, probe):
+    recipe = ProbeRunRecipe.model_validate(recipe_values | {"probe": probe})
+    backbone, teachers, layers, controls = arm_backbone(recipe, "no", CPU), load_teachers(recipe, CPU), [0, 2], ["no"]
+    images = training_images(recipe.data)
+    fit = Fit(recipe, backbone, teachers, images, layers, controls, tmp_path, Accelerator(cpu=True))
+    built = sum(p.numel() for own in fit.start().parameters for p in own)
+    assert bank_bytes(recipe, backbone, teachers, layers, len(controls)) == 16 * built
