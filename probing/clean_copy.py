@@ -15,8 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from probing.errors import UserError
-from probing.hub import looks_like_path
-from probing.recipe import ELSEWHERE, cached_repository, read_yaml
+from probing.recipe import ELSEWHERE, cached_repository, looks_like_path, read_yaml
 from probing.run import LOST, Run, read_json, reading
 from probing.user_cache import home_folder
 

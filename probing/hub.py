@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import pickle
 import re
 from collections.abc import Iterable, Iterator
@@ -18,8 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import probing.compat  # noqa: F401
 from probing.errors import BROKEN, UserError
-from probing.reach import offline_where_unreachable
-from probing.recipe import local_path
+from probing.reach import require_hub
+from probing.recipe import local_path, looks_like_path
 from probing.weights_hash import adapter_hash, model_hash, weights_hash
 
 logger = logging.getLogger(__name__)
@@ -39,11 +38,6 @@ HARMLESS_TENSOR = re.compile(
 """Names of tensors that older files hold and no hidden state depends on."""
 
 
-def looks_like_path(source: str) -> bool:
-    """Whether a name can only be a folder's, and no Hub id."""
-    return source.startswith((".", "/", "~", "\\")) or source.count("/") > 1 or os.sep in source[:2]
-
-
 def checkpoint_path(source: str, config: Any) -> str:
     """Folder or Hub id of a checkpoint: of the adapter, where `source` is the base of one."""
     return getattr(config, "adapter", None) or source
@@ -53,7 +47,7 @@ def locate(source: str, what: str) -> str:
     """Returns the folder or Hub id to load.
 
     Raises:
-        UserError: it looks like a path but there is no such folder, or the folder holds no model.
+        UserError: there is no such folder, it holds no model, or it is a Hub id and the Hub cannot be reached.
     """
     path = local_path(source)
     if path.is_dir():
@@ -70,7 +64,7 @@ def locate(source: str, what: str) -> str:
         raise UserError(f"no {what} at {source}: it is a file; give the folder that holds config.json")
     if looks_like_path(source) or "/" not in source:
         raise UserError(f"no such {what}: {source}; give an existing folder or a Hub id such as org/name")
-    offline_where_unreachable()
+    require_hub()
     return source
 
 

@@ -34,8 +34,16 @@ from probing.clean_copy import (
     require_clean,
 )
 from probing.errors import UserError
-from probing.hub import first_line, looks_like_path
-from probing.recipe import ProbeRunRecipe, apply_overrides, dump_recipe, local_path, read_yaml, validate
+from probing.hub import first_line
+from probing.recipe import (
+    ProbeRunRecipe,
+    apply_overrides,
+    dump_recipe,
+    local_path,
+    looks_like_path,
+    read_yaml,
+    validate,
+)
 from probing.run import (
     LOST,
     SPEED_ONLY,

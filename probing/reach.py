@@ -1,14 +1,13 @@
-"""Whether the Hub can be reached, found out once and without hanging."""
+"""Whether the Hub can be reached, without hanging and without changing any setting."""
 
 import functools
-import logging
 import threading
 from collections.abc import Callable
 
-logger = logging.getLogger(__name__)
+from probing.errors import UserError
 
 PATIENCE = 10.0
-"""Seconds that the Hub has to answer before a model is looked for in the cache alone."""
+"""Seconds that the Hub has to answer."""
 
 
 def within(seconds: float, call: Callable[[], str]) -> str | None:
@@ -33,13 +32,18 @@ def ask_hub(seconds: float) -> str:
 
 
 @functools.cache
-def offline_where_unreachable() -> None:
-    """Looks once whether the Hub answers; where not, only the cache is used: no minutes of retries per model."""
+def require_hub() -> None:
+    """Checks that the Hub answers, once; libraries would try again for minutes, for every file.
+
+    Raises:
+        UserError: it does not answer. The next call looks again.
+    """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return
     answer = within(PATIENCE, lambda: ask_hub(PATIENCE)) or f"does not answer within {PATIENCE:.0f} s"
     if answer != "answers":
-        logger.warning("%s %s; models are looked for in the cache alone", constants.ENDPOINT, answer)
-        constants.HF_HUB_OFFLINE = True
+        raise UserError(
+            f"{constants.ENDPOINT} {answer}; check the network, or set HF_HUB_OFFLINE=1 to use downloaded models only"
+        )

@@ -5,6 +5,7 @@ answered with the nearest one that does.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -271,6 +272,11 @@ def cached_repository(source: str) -> str | None:
 def model_name(source: str) -> str:
     """What a checkpoint is called: its repository where it lies in the Hub's cache, else the last part of its path."""
     return cached_repository(source) or source.rstrip("/").rsplit("/", 1)[-1]
+
+
+def looks_like_path(source: str) -> bool:
+    """Whether a name can only be a folder's, and no Hub id."""
+    return source.startswith((".", "/", "~", "\\")) or source.count("/") > 1 or os.sep in source[:2]
 
 
 def local_path(source: str) -> Path:

@@ -1,23 +1,31 @@
-"""Frozen vision teachers: those of the catalogue, a file each, and any other vision encoder."""
+"""Frozen vision teachers: those of the catalogue, a file each, and any other vision encoder.
+
+Torch is imported with the first teacher: the catalogue alone is read by reports, which do without.
+"""
 
 import importlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-
-from probing.dry_run import META, dry_run
 from probing.errors import UserError
 from probing.recipe import TeacherName, TeacherRecipe, apply_overrides, validate
-from probing.teachers import encoder
-from probing.teachers.base import Teacher
 from probing.teachers.catalogue import CATALOGUE
+
+if TYPE_CHECKING:
+    import torch
+
+    from probing.teachers.base import Teacher
 
 __all__ = ["Teacher", "describe_teacher", "load_teacher"]
 
 
-def load_teacher(name: str, recipe: TeacherRecipe, device: torch.device) -> Teacher:
+def __getattr__(name: str) -> Any:
+    if name == "Teacher":
+        return importlib.import_module("probing.teachers.base").Teacher
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def load_teacher(name: str, recipe: TeacherRecipe, device: "torch.device") -> "Teacher":
     """Loads one teacher.
 
     Args:
@@ -29,6 +37,8 @@ def load_teacher(name: str, recipe: TeacherRecipe, device: torch.device) -> Teac
         UserError: there is no such teacher, it is of another class, or it is incomplete.
     """
     if name not in CATALOGUE:
+        from probing.teachers import encoder
+
         return encoder.load(name, recipe, device)
     if recipe.features != "patches" or recipe.trust_remote_code:
         raise UserError(
@@ -49,7 +59,10 @@ def describe_teacher(values: Mapping[str, dict[str, Any]], overrides: Iterable[s
     Raises:
         UserError: as `load_teacher` does, but for faults in the weights.
     """
+    from PIL import Image
     from pydantic import TypeAdapter, ValidationError
+
+    from probing.dry_run import META, dry_run
 
     ((name, fields),) = values.items()
     try:

@@ -1,26 +1,50 @@
-"""A Hub that cannot be reached costs one short look, not minutes of retries for every model."""
+"""A Hub that does not answer costs one short look and one line, and changes nothing for what comes after."""
 
 import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import pytest
+from huggingface_hub import constants
+
+from probing import reach
+from probing.errors import UserError
+from probing.hub import locate
 
 
-def test_an_unreachable_hub_is_told_once_and_the_cache_is_asked(tmp_path):
-    # A port that nothing listens on refuses at once, as a machine without network fails to find the name.
-    online = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    asked = online | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "probing", "inspect", "org/name"], capture_output=True, text=True, cwd=ROOT, env=asked
-    )
-    lines = done.stderr.splitlines()
-    assert done.returncode == 2, done.stderr
-    assert lines[0] == "http://127.0.0.1:9 cannot be reached (ConnectError); models are looked for in the cache alone"
-    assert len(lines) == 2 and lines[1].startswith(
-        "probing: checkpoint org/name cannot be read: there is no such folder"
-    )
-    assert time.monotonic() - start < 60
+@pytest.fixture
+def online(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(reach, "PATIENCE", 0.2)
+    reach.require_hub.cache_clear()
+    yield
+    reach.require_hub.cache_clear()
+
+
+def refused(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # a port that nothing listens on
+
+
+def silent(monkeypatch):
+    monkeypatch.setattr(reach, "ask_hub", lambda seconds: time.sleep(20) or "answers")
+
+
+def broken(monkeypatch):
+    monkeypatch.setattr(reach, "ask_hub", lambda seconds: "answers with status 503")
+
+
+@pytest.mark.parametrize("fault", [refused, silent, broken])
+def test_one_failure_is_one_line_and_does_not_last(monkeypatch, online, fault):
+    before = dict(os.environ)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="set HF_HUB_OFFLINE=1 to use") as caught:
+        fault(patch)
+        locate("org/name", "checkpoint")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not constants.HF_HUB_OFFLINE and dict(os.environ) == before
+    monkeypatch.setattr(reach, "ask_hub", lambda seconds: "answers")
+    assert locate("org/name", "checkpoint") == "org/name"
+
+
+def test_offline_asks_nobody(monkeypatch, online):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(reach, "ask_hub", lambda seconds: pytest.fail("asked"))
+    assert locate("org/name", "checkpoint") == "org/name"
