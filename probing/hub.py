@@ -93,7 +93,8 @@ def identity(source: str, config: Any, device: torch.device | None = None) -> st
 
 
 def _has_tower(source: str) -> bool:
-    return any(name.startswith("model.vision_tower.") for name in tensor_names(source))
+    listed = [name for stem in WEIGHTS for name in _weight_map(source, stem)]  # an index tells without the shards
+    return any(name.startswith("model.vision_tower.") for name in listed or tensor_names(source))
 
 
 def pretrained(
