@@ -164,6 +164,9 @@ def test_published_probes_are_read_alone_and_scored_where_they_were_trained(publ
             (results["layer"] == str(layer)) & (results["metric"] == "cosine") & (results["probe"] == "resampler")
         ]
         assert row[row["protocol"] == "strict"]["value"].item() == pytest.approx(float(own), abs=1e-5)
+    scored = results[(results["metric"] == "cosine") & (results["probe"] == "resampler") & (results["control"] == "no")]
+    layers = scored[(scored["protocol"] == "strict") & (scored["seed"].astype(str) == "0")].set_index("layer")["value"]
+    assert layers["mean"] == pytest.approx(layers[["1", "2", "final"]].mean(), abs=1e-6)  # as many as the LLM has
     write_report([run], run / "report")
     assert "elsewhere; imported" in (run / "report" / "index.html").read_text()
 
@@ -186,3 +189,11 @@ def test_incomplete_published_probes_are_named(published, models, coco, tmp_path
     (folder / index["image_depth_heads.1.projector.latents"]).unlink()
     refused("lacks the shard", depth)
     assert not run.exists()
+
+
+def test_predictors_of_the_original_format_are_refused(tmp_path):
+    """They have other targets and queries than probes, so that their scores would mean something else."""
+    heads = {"image_depth_heads.0.projector.proj_in.weight": torch.zeros(2, 2)}
+    original(tmp_path / "pt", "ola_llama", headers=True, special=16, extra=heads)
+    with pytest.raises(UserError, match="OLA-VLM's own format are not imported"):
+        find_probes(str(tmp_path / "pt"))
