@@ -18,12 +18,12 @@ from transformers.masking_utils import sdpa_mask
 
 from analysis.geometry import attention_share
 from probing.backbones import Backbone, TokenMap
+from probing.backbones.base import IMAGE_KINDS
 
 NAME = "probing_image_share"
 """The attention implementation under which transformers finds `_attend`."""
 KERNEL = "sdpa"
 """The implementation that it stands in for, and calls."""
-IMAGE_KINDS = ("image", "tile", "newline")
 QUERIES = ("last token", "tokens after the image")
 
 

@@ -11,6 +11,7 @@ from probing.backbones import load_backbone, parse_layers
 from probing.dry_run import META, count_flops, dry_run
 from probing.errors import UserError
 from probing.fit import Fit
+from probing.hub import first_line
 from probing.recipe import ProbeRunRecipe
 from probing.schedule import plan_steps, require_enough
 from probing.train import bytes_needed, load_teachers, training_images
@@ -138,7 +139,13 @@ def training_cost(recipe: ProbeRunRecipe, processes: int = 1) -> TrainingCost:
             raise UserError(f"none of the first {len(micros[0])} images could be read; check {images.folder}")
         columns = {column: index for index, column in enumerate(state.columns)}
         before = usage.bytes
-        fit.micro_batch(state, prepared, 1.0, True, columns)
+        try:
+            fit.micro_batch(state, prepared, 1.0, True, columns)
+        except (RuntimeError, NotImplementedError) as error:
+            raise UserError(
+                f"{recipe.backbone.checkpoint} cannot be run on shapes alone, so its cost cannot be counted "
+                f"({first_line(error)}); train without a plan"
+            ) from None
         sums = usage.bytes - before - parameters  # what stays besides the gradients
         if len(micros) == 1:
             state.optimizer.zero_grad(set_to_none=True)

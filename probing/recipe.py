@@ -17,10 +17,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from probing.errors import BROKEN, UserError
 
 DEFAULT_PROMPT = "Describe the image in two lines."
-TOKEN_KINDS = ("system", "image", "tile", "newline", "gen", "depth", "seg", "text", "answer", "padding")
-"""`image` is the whole image; `tile` its enlarged parts and `newline` ends of rows, where a family has them."""
+TOKEN_KINDS = ("system", "cls", "image", "tile", "newline", "gen", "depth", "seg", "text", "answer", "padding")
+"""`image` is the patches of the whole image; `tile` its enlarged parts and `newline` ends of rows, where a family has
+them; `cls` the vision tower's class and register tokens, where the LLM gets them."""
 
-TokenKind = Literal["system", "image", "tile", "newline", "gen", "depth", "seg", "text", "answer"]
+TokenKind = Literal["system", "cls", "image", "tile", "newline", "gen", "depth", "seg", "text", "answer"]
 R = TypeVar("R", bound=BaseModel)
 ELSEWHERE = "elsewhere:"
 """Stands before the name of a folder of another machine, in the recipe of a run that was published."""

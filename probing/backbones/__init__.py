@@ -3,12 +3,15 @@
 from typing import Any
 
 import torch
+from PIL import Image
 
 from probing.adapters import open_adapter
 from probing.backbones import generic, llava, llava_next, llava_onevision, multi_encoder, original
 from probing.backbones.base import FINAL, Backbone, Batch, Identity, Layer, TokenMap, layer_name, parse_layers
+from probing.backbones.llava import SIDE
+from probing.dry_run import META, dry_run
 from probing.errors import UserError
-from probing.hub import checkpoint_path, identity, load_config, loading, locate, read_json
+from probing.hub import checkpoint_path, first_line, identity, load_config, loading, locate, read_json
 from probing.recipe import BackboneRecipe, model_name
 
 __all__ = [
@@ -59,6 +62,8 @@ def _open(recipe: BackboneRecipe) -> tuple[BackboneRecipe, str, Any, Any]:
     else:
         config = load_config(source, "checkpoint", revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
         family = FAMILIES.get(config.model_type)
+    if family is llava and config.vision_config.model_type == "pixtral":  # takes images of any size
+        family = generic
     if family is None:
         family = generic
         if not generic.loads(config):
@@ -120,14 +125,33 @@ def identify(recipe: BackboneRecipe) -> Identity:
 
 
 def describe_checkpoint(recipe: BackboneRecipe) -> dict[str, Any]:
-    """What a checkpoint is, from its configuration, its processor, and names and shapes of its weights.
+    """What a checkpoint is, from its configuration and processor, and names and shapes of its weights.
 
     Raises:
-        UserError: as loading it would, but for numbers in the weights.
+        UserError: it cannot be probed, as far as shapes alone show.
     """
     loadable, source, config, family = _open(recipe)
+    unsure = ""
     with loading(f"checkpoint {source}"):
-        family.load(source, config, loadable, torch.device("meta"), None)
-        found = family.describe(config, family.make_inputs(source, config, loadable))
+        if family is multi_encoder:  # its teachers need not be there
+            inputs = family.make_inputs(source, config, loadable)
+        else:
+            with dry_run():
+                backbone = family.load(source, config, loadable, META, None)
+                unsure = _try(backbone)
+            inputs = backbone.prepare
+        found = family.describe(config, inputs)
+    if unsure:
+        found["not_sure"] = "; ".join(filter(None, (found.get("not_sure"), unsure)))
     base = {"base": source} if hasattr(config, "adapter") else {}
     return {"checkpoint": recipe.checkpoint, **base, **found}
+
+
+def _try(backbone: Backbone) -> str:
+    """Runs a grey image through a checkpoint on shapes alone; says what cannot be tried so."""
+    batch = backbone.prepare([Image.new("RGB", (SIDE, SIDE))]).to(META)
+    try:
+        backbone.stream(batch, [0, backbone.layers, FINAL], lambda layer, state: None)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+        return f"its layers could not be tried without weights ({first_line(error)})"
+    return ""

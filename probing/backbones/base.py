@@ -16,7 +16,7 @@ from probing.recipe import TOKEN_KINDS
 
 Layer = int | str
 FINAL = "final"
-IMAGE_KINDS = ("image", "tile", "newline")
+IMAGE_KINDS = ("cls", "image", "tile", "newline")
 """Kinds of the tokens whose inputs come from the vision tower."""
 PIXELS = ("pixel_", "teacher_pixels.")
 """How inputs begin that hold the image itself."""
@@ -73,11 +73,13 @@ class TokenMap:
         kinds: (B, T) integer codes, indices into `probing.recipe.TOKEN_KINDS`.
         grid: rows and columns of the image tokens of one image.
         tiles: per image rows and columns of its tile tokens, where the family has them.
+        dropped: patches at the beginning of the grid that have no token.
     """
 
     kinds: Tensor
     grid: tuple[int, int]
     tiles: tuple[tuple[int, int], ...] = ()
+    dropped: int = 0
 
     def mask(self, *kinds: str) -> Tensor:
         """(B, T), True where a position is one of the kinds."""
@@ -107,9 +109,13 @@ class TokenMap:
         return states[:, columns], mask[:, columns]
 
     def image_states(self, states: Tensor) -> Tensor:
-        """The states of the image tokens, (B, rows * columns, H), row-major."""
+        """The states of the image tokens, (B, rows * columns, H), row-major.
+
+        Class and register tokens are not among them. A dropped patch gets the state of the first one that is there.
+        """
         rows, columns = self.grid
-        return states[self.mask("image")].view(states.shape[0], rows * columns, states.shape[-1])
+        found = states[self.mask("image")].view(states.shape[0], rows * columns - self.dropped, states.shape[-1])
+        return torch.cat((found[:, :1].expand(-1, self.dropped, -1), found), dim=1) if self.dropped else found
 
 
 def token_name(task: str, number: int) -> str:

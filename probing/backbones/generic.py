@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import probing.compat  # noqa: F401
 from probing.backbones import llava
 from probing.backbones.base import Backbone, Batch, TokenMap, special_ids, token_kinds
+from probing.backbones.llava import SIDE
 from probing.errors import UserError
 from probing.recipe import TOKEN_KINDS, BackboneRecipe
 
-SIDE = 448
-"""Pixels that square images are brought to where a model takes every size and its configuration names none."""
 DECLARED = ("image_seq_length", "mm_tokens_per_image", "num_image_tokens", "image_seq_len")
 """Where configurations and processors say how many tokens one image, or one part of it, becomes."""
 
@@ -72,6 +71,9 @@ class GenericInputs:
         """
         ids, attention = inputs["input_ids"], inputs["attention_mask"]
         kinds = token_kinds(ids, attention, self.image_token_id, special_ids(self.processor.tokenizer))
+        ends = [getattr(self.processor, f"image_{name}_token_id", None) for name in ("break", "end")]  # Pixtral's
+        ends = [number for number in ends if number is not None]
+        kinds[torch.isin(ids, torch.tensor(ends, dtype=ids.dtype)) & (attention == 1)] = TOKEN_KINDS.index("newline")
         grids = [self._place(row, kinds[row], inputs) for row in range(len(ids))]
         if len(set(grids)) > 1:
             raise UserError(
@@ -91,6 +93,11 @@ class GenericInputs:
             grid = rows // merge, columns // merge
             if grid[0] * grid[1] == len(places):
                 return grid
+        if _is_pixtral(self.processor):
+            patch = self.processor.patch_size * self.processor.spatial_merge_size
+            rows, columns = (int(pixels) // patch for pixels in inputs["image_sizes"][row])
+            if rows * columns == len(places):
+                return rows, columns
         whole = self.declared or len(places)
         side = round(whole**0.5)
         if side * side != whole or len(places) % whole:
@@ -107,6 +114,11 @@ class GenericInputs:
             parts = places[whole:] if self.whole == "first" else places[:-whole]
             kinds[parts] = TOKEN_KINDS.index("tile")
         return side, side
+
+
+def _is_pixtral(processor: Any) -> bool:
+    """Whether a processor takes images of any size, with a token at the end of every row of patches."""
+    return hasattr(processor, "image_break_token_id") and hasattr(processor, "spatial_merge_size")
 
 
 def loads(config: Any) -> bool:
@@ -140,7 +152,8 @@ def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> GenericInpu
         (int(n) for c in (config, text_config, processor) for name in DECLARED if (n := getattr(c, name, None))), None
     )
     vision = getattr(config, "vision_config", None)
-    free = hasattr(processor.image_processor, "merge_size")  # every size is taken, and each has a grid of its own
+    # every size is taken, and each has a grid of its own
+    free = hasattr(processor.image_processor, "merge_size") or _is_pixtral(processor)
     side = recipe.image_size or ((getattr(vision, "image_size", None) or SIDE) if free else None)
     return GenericInputs(processor, llava.prompt(processor, recipe), int(token), declared, recipe.whole_image, side)
 
@@ -151,21 +164,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
     model = llava.load_model(source, config, recipe, device)
     if random_seed is not None:
         model = llava.randomised(model, random_seed)
-    _require_parts(model)
     return llava.backbone_of(source, model, recipe, device, inputs)
-
-
-def _require_parts(model: Any) -> None:
-    """Raises UserError where the model's decoder has not as many blocks as configured in a list, or no final norm."""
-    decoder = model.get_decoder()
-    name = next((n for n, module in model.named_modules() if module is decoder), "?")
-    blocks, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
-    count = model.config.get_text_config().num_hidden_layers
-    if not isinstance(blocks, nn.ModuleList) or len(blocks) != count or not isinstance(norm, nn.Module):
-        raise UserError(
-            f"the decoder of {type(model).__name__} ({name}) has not the parts `layers` ({count} blocks) and `norm`; "
-            "this checkpoint needs a file of its own"
-        )
 
 
 def describe(config: Any, inputs: GenericInputs) -> dict[str, Any]:

@@ -9,12 +9,23 @@ from PIL import Image
 
 import probing.compat  # noqa: F401
 from probing.backbones.base import Backbone, Batch, TokenMap, special_ids, token_kinds
+from probing.backbones.decoder import decoder_parts
+from probing.backbones.image_tokens import (
+    ImageFeatures,
+    feature_layer,
+    image_features,
+    match_processor,
+    require_image_token,
+    sides,
+)
 from probing.chat import find_template, render
 from probing.errors import UserError
-from probing.hub import checkpoint_path, first_line, identity, loading, pretrained, require_whole
-from probing.recipe import BackboneRecipe, model_name
+from probing.hub import checkpoint_path, first_line, identity, loading, pretrained, read_json, require_whole
+from probing.recipe import TOKEN_KINDS, BackboneRecipe, model_name
 
 MODEL_TYPES = ("llava", "vipllava")
+SIDE = 448
+"""Pixels of square images where a configuration names no size."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,7 @@ class LlavaInputs:
         image_token_id: id of the placeholder that stands for one image token.
         grid: rows and columns of the image tokens.
         border: colour that images are padded with to a square; None leaves them to the processor.
+        extra: class and register tokens before the grid; negative where the first patches are dropped.
     """
 
     processor: Any
@@ -34,6 +46,7 @@ class LlavaInputs:
     image_token_id: int
     grid: tuple[int, int]
     border: tuple[int, ...] | None = None
+    extra: int = 0
 
     def __call__(self, images: Sequence[Image.Image]) -> Batch:
         """Prepares a batch of RGB images."""
@@ -48,18 +61,28 @@ class LlavaInputs:
         inputs.pop("token_type_ids", None)
         return inputs
 
+    def features(self, inputs: dict[str, Any], row: int) -> int:
+        """Number of features that the model has for one image of a batch."""
+        return self.grid[0] * self.grid[1] + self.extra
+
     def token_map(self, inputs: dict[str, torch.Tensor]) -> TokenMap:
-        """Says what every position of the processor's output is."""
+        """Says what every position of the processor's output is.
+
+        Raises:
+            UserError: an image has not as many tokens as others.
+        """
         ids, attention = inputs["input_ids"], inputs["attention_mask"]
-        rows, columns = self.grid
-        counts = (ids == self.image_token_id).sum(dim=1)
-        if bool((counts != rows * columns).any()):
+        image = ids == self.image_token_id
+        counts = image.sum(dim=1)
+        if bool((counts != self.features(inputs, 0)).any()):
             raise UserError(
-                f"the processor places {counts.tolist()} image tokens where the vision tower gives {rows * columns}; "
-                "mend patch_size or vision_feature_select_strategy in processor_config.json"
+                f"the processor places {counts.tolist()} image tokens where square images have "
+                f"{self.features(inputs, 0)}; set data.view=square"
             )
-        special = special_ids(self.processor.tokenizer)
-        return TokenMap(token_kinds(ids, attention, self.image_token_id, special), self.grid)
+        kinds = token_kinds(ids, attention, self.image_token_id, special_ids(self.processor.tokenizer))
+        if self.extra > 0:
+            kinds[image & (image.cumsum(dim=1) <= self.extra)] = TOKEN_KINDS.index("cls")
+        return TokenMap(kinds, self.grid, dropped=max(0, -self.extra))
 
 
 def _padded(image: Image.Image, border: tuple[int, ...]) -> Image.Image:
@@ -74,21 +97,89 @@ def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs
     """Builds the input side of a checkpoint; needs its processor, not its weights.
 
     Raises:
-        UserError: the processor is missing, or has no chat template that can be used.
+        UserError: the processor is missing, has no chat template that can be used, or counts image tokens otherwise
+            than the model.
     """
-    return inputs_of(open_processor(source, recipe), config, recipe)
+    processor = open_processor(source, recipe)
+    features = fit_processor(processor, source, config, recipe.revision)
+    text = prompt(processor, recipe)
+    return LlavaInputs(processor, text, config.image_token_id, features.grid, extra=features.extra)
 
 
 def inputs_of(processor: Any, config: Any, recipe: BackboneRecipe, pad_to_square: bool = False) -> LlavaInputs:
-    """The input side of a processor."""
+    """The input side of a processor that was made for the tower."""
     border = tuple(int(255 * mean) for mean in processor.image_processor.image_mean) if pad_to_square else None
     return LlavaInputs(processor, prompt(processor, recipe), config.image_token_id, tower_grid(config), border)
 
 
+def tower_features(processor: Any, config: Any) -> tuple[ImageFeatures, tuple[int, int]]:
+    """What the tower gives for a square image or tile, and height and width of its pixels.
+
+    Raises:
+        UserError: the tower cannot take the pixels of the image processor.
+    """
+    side = sides(getattr(config.vision_config, "image_size", None) or SIDE)
+    pixels = processor.image_processor(Image.new("RGB", side[::-1]), return_tensors="pt")["pixel_values"]
+    size = int(pixels.shape[-2]), int(pixels.shape[-1])
+    try:
+        return image_features(config, size), size
+    except UserError:
+        if size == side:
+            raise
+        field = "crop_size" if getattr(processor.image_processor, "do_center_crop", False) else "size"
+        raise UserError(
+            f"the image processor makes {size[0]} x {size[1]} pixels where the vision tower takes {side[0]} x "
+            f"{side[1]}; set its {field} to that"
+        ) from None
+
+
+def fit_processor(processor: Any, source: str, config: Any, revision: str | None) -> ImageFeatures:
+    """Makes a processor place as many image tokens as the model has features; see `require_match`."""
+    features, size = tower_features(processor, config)
+    inputs = LlavaInputs(processor, "", config.image_token_id, features.grid, extra=features.extra)
+    require_match(inputs, source, config, revision, features, size)
+    return features
+
+
+def require_match(
+    inputs: LlavaInputs,
+    source: str,
+    config: Any,
+    revision: str | None,
+    features: ImageFeatures,
+    size: tuple[int, int],
+) -> None:
+    """The check at the door: image tokens of the processor are features of the model.
+
+    Fields that an old folder's processor lacks are filled in.
+
+    Raises:
+        UserError: they are not; names the field that is wrong.
+    """
+    processor = inputs.processor
+    require_image_token(processor, config, read_json(source, "config.json", revision))
+    height, width = size
+    tiled = hasattr(config, "image_grid_pinpoints")
+    shapes = [(width, height)]
+    if tiled:
+        shapes += [(2 * width, height), (width, 3 * height), (2 * width, 2 * height)]
+
+    def counts() -> list[tuple[int, int]]:
+        found = []
+        for shape in shapes:
+            values = processor(images=[Image.new("RGB", shape)], text=[processor.image_token], return_tensors="pt")
+            placed = int((values["input_ids"] == config.image_token_id).sum())
+            found.append((placed, inputs.features(values, 0)))
+        return found
+
+    match_processor(processor, config, features, size, counts, read_json(source, "processor_config.json", revision))
+
+
 def tower_grid(config: Any) -> tuple[int, int]:
     """Rows and columns of the vision tower's features of one square image."""
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    return side, side
+    vision = config.vision_config
+    (height, width), (rows, columns) = sides(vision.image_size), sides(vision.patch_size)
+    return height // rows, width // columns
 
 
 def open_processor(source: str, recipe: BackboneRecipe) -> Any:
@@ -201,14 +292,14 @@ def backbone_of(
     """A loaded model behind the interface, on its device; its decoder is the one that it names itself."""
     if not recipe.device_map and not recipe.quantization_config:
         model = model.to(device)
-    llm = model.get_decoder()
+    blocks, norm = decoder_parts(model)
     return Backbone(
         name=model_name(checkpoint_path(source, model.config)),
         source=checkpoint_path(source, model.config),
         family=family or model.config.model_type,
         core=model.base_model.eval().requires_grad_(False),
-        blocks=llm.layers,
-        norm=llm.norm,
+        blocks=blocks,
+        norm=norm,
         hidden_size=model.config.get_text_config().hidden_size,
         prepare=inputs,
         sha256=identity(source, model.config, device),
@@ -260,10 +351,10 @@ def describe_llm(text: Any) -> dict[str, Any]:
 def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
     """What `probing inspect` shows, from configuration and processor alone."""
     text, vision = config.text_config, config.vision_config
-    image = Image.new("RGB", (vision.image_size, vision.image_size))
-    batch = inputs([image])
+    height, width = sides(getattr(vision, "image_size", None) or SIDE)
+    batch = inputs([Image.new("RGB", (width, height))])
     dtype = getattr(config, "dtype", None)
-    layer = config.vision_feature_layers if config.model_type == "vipllava" else config.vision_feature_layer
+    layer = feature_layer(config)
     width = vision.hidden_size * (1 if isinstance(layer, int) else len(layer))
     return {
         "family": config.model_type,
@@ -271,10 +362,10 @@ def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
         "llm": describe_llm(text),
         "vision_tower": {
             "type": vision.model_type,
-            "layers": vision.num_hidden_layers,
+            "layers": getattr(vision, "num_hidden_layers", "?"),
             "hidden_size": vision.hidden_size,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
+            "image_size": getattr(vision, "image_size", "?"),
+            "patch_size": getattr(vision, "patch_size", "?"),
             "feature_layer": layer,
         },
         "projector": {"type": f"MLP, {config.projector_hidden_act}", "in": width, "out": text.hidden_size},
@@ -283,5 +374,6 @@ def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
         "layers": f"0 to {text.num_hidden_layers}, and final",
         "tokens": {"total": int(batch.tokens.kinds.shape[1]), **batch.tokens.counts()},
         "image_grid": list(inputs.grid),
+        **({"patches_dropped": batch.tokens.dropped} if batch.tokens.dropped else {}),
         **({"tile_grid": list(batch.tokens.tiles[0])} if batch.tokens.tiles else {}),
     }

@@ -15,6 +15,7 @@ from torch import Tensor
 import probing.compat  # noqa: F401
 from probing.backbones import llava
 from probing.backbones.base import Backbone, TokenMap, special_ids, token_kinds
+from probing.backbones.image_tokens import select_strategy
 from probing.backbones.llava import describe as describe
 from probing.errors import UserError
 from probing.hub import read_json
@@ -33,6 +34,10 @@ class TiledInputs(llava.LlavaInputs):
 
     config: Any = None
 
+    def features(self, inputs: dict[str, Any], row: int) -> int:
+        """Number of features that the model has for one image of a batch."""
+        return len(self.packed(inputs["image_sizes"][row]))
+
     def token_map(self, inputs: dict[str, Tensor]) -> TokenMap:
         """Says what every position of the processor's output is."""
         ids = inputs["input_ids"]
@@ -45,7 +50,7 @@ class TiledInputs(llava.LlavaInputs):
             if len(places) != len(packed):
                 raise UserError(
                     f"the processor places {len(places)} image tokens for an image of {size.tolist()} where the model "
-                    f"gives {len(packed)}; mend processor_config.json"
+                    f"has {len(packed)} features; set image_grid_pinpoints and vision_aspect_ratio as in config.json"
                 )
             kinds[row, places] = packed
             rows = int((packed == TOKEN_KINDS.index("newline")).sum())
@@ -147,13 +152,31 @@ def _copy_processor(source: str, raw: dict[str, Any], config: Any, revision: str
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> TiledInputs:
-    """Builds the input side of a checkpoint; see `probing.backbones.llava.make_inputs`."""
-    return inputs_of(open_processor(source, config, recipe), config, recipe)
+def make_inputs(source: str, config: Any, recipe: BackboneRecipe, kind: type[TiledInputs] = TiledInputs) -> TiledInputs:
+    """Builds the input side of a checkpoint; see `probing.backbones.llava.make_inputs`.
+
+    Raises:
+        UserError: as there, and where tiles hold more or less than their patches, which transformers cannot pack.
+    """
+    processor = open_processor(source, config, recipe)
+    features, size = llava.tower_features(processor, config)
+    if features.extra:
+        rows, columns = features.grid
+        other = "full" if features.extra < 0 else "default"
+        raise UserError(
+            f"config.json: vision_feature_select_strategy is {select_strategy(config)}; set it to {other}: tiles have "
+            f"{features.count} features where {rows} x {columns} patches are packed"
+            if select_strategy(config) != other
+            else f"{source}: its vision tower has {features.extra} more tokens than patches, which {config.model_type} "
+            "cannot tile"
+        )
+    inputs = kind(processor, llava.prompt(processor, recipe), config.image_token_id, features.grid, config=config)
+    llava.require_match(inputs, source, config, recipe.revision, features, size)
+    return inputs
 
 
 def inputs_of(processor: Any, config: Any, recipe: BackboneRecipe) -> TiledInputs:
-    """The input side of a processor."""
+    """The input side of a processor that was made for the tower."""
     text, grid = llava.prompt(processor, recipe), llava.tower_grid(config)
     return TiledInputs(processor, text, config.image_token_id, grid, config=config)
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import probing.compat  # noqa: F401
-from probing.backbones import llava
+from probing.backbones import llava, llava_next
 from probing.backbones.base import Backbone
 from probing.backbones.llava import describe as describe
-from probing.backbones.llava_next import TiledInputs, open_processor
+from probing.backbones.llava_next import TiledInputs
 from probing.recipe import BackboneRecipe
 
 MODEL_TYPE = "llava_onevision"
@@ -29,11 +29,9 @@ class OneVisionInputs(TiledInputs):
         )
 
 
-def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> OneVisionInputs:
-    """Builds the input side of a checkpoint; see `probing.backbones.llava.make_inputs`."""
-    processor = open_processor(source, config, recipe)
-    text, grid = llava.prompt(processor, recipe), llava.tower_grid(config)
-    return OneVisionInputs(processor, text, config.image_token_id, grid, config=config)
+def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> TiledInputs:
+    """Builds the input side of a checkpoint; see `probing.backbones.llava_next.make_inputs`."""
+    return llava_next.make_inputs(source, config, recipe, OneVisionInputs)
 
 
 def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device, random_seed: int | None) -> Backbone:

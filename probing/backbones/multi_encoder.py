@@ -24,6 +24,7 @@ from transformers.activations import ACT2FN
 
 from probing.backbones import llava
 from probing.backbones.base import SPECIAL, Backbone, Batch, SpecialEmbeddings, special_ids
+from probing.backbones.decoder import decoder_parts
 from probing.compatibility import describe_processor, first_difference
 from probing.errors import UserError
 from probing.hub import identity, loading, pretrained, require_whole
@@ -321,15 +322,15 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
         encoders = open_encoders(config, inputs.processor.tokenizer, device, None if fresh else Path(source))
     encoders.to(model.dtype).install(model)
     core = Core(model.model, encoders).to(device).eval().requires_grad_(False)
-    llm = model.model.language_model
+    blocks, norm = decoder_parts(model)
     prepare = {name: teacher.prepare for name, teacher in encoders.teachers.items()}
     return Backbone(
         name=model_name(source),
         source=source,
         family=MODEL_TYPE,
         core=core,
-        blocks=llm.layers,
-        norm=llm.norm,
+        blocks=blocks,
+        norm=norm,
         hidden_size=config.text_config.hidden_size,
         prepare=EncoderInputs(inputs, prepare),
         sha256=identity(source, config, device),

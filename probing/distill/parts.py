@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from probing.backbones import multi_encoder, original
 from probing.backbones.base import SPECIAL, parse_layers, special_ids
-from probing.backbones.llava import tower_grid, use_tokenizer_template
+from probing.backbones.decoder import decoder_parts
+from probing.backbones.llava import fit_processor, tower_grid, use_tokenizer_template
 from probing.chat import rendering_moment
 from probing.data.conversations import (
     Conversation,
@@ -152,6 +153,7 @@ def put_together(recipe: DistillRecipe, start: Start, device: torch.device) -> P
             encoders = multi_encoder.open_encoders(config, processor.tokenizer, device, folder)
         encoders.install(model)
         teachers = encoders.teachers
+    fit_processor(processor, source, config, recipe.revision)
     encoder = Encoder(processor, config.image_token_id, recipe.max_length, rendering_moment())
     encoder.require_usable()
     labeller, alignment = None, None
@@ -204,7 +206,7 @@ def _embedding(
         UserError: a teacher cannot be loaded, a layer is not in the LLM, or the checkpoint has other tokens or
             predictors.
     """
-    blocks, width = len(model.model.language_model.layers), model.config.text_config.hidden_size
+    blocks, width = len(decoder_parts(model)[0]), model.config.text_config.hidden_size
     chosen = {name: parse_layers(recipe.layers[name], blocks) for name in recipe.tasks}
     for name, layers in chosen.items():
         if not all(isinstance(layer, int) and layer > 0 for layer in layers):

@@ -11,6 +11,7 @@ import probing.compat  # noqa: F401  # isort: skip
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from probing.backbones.base import SpecialEmbeddings, token_kinds
+from probing.backbones.decoder import decoder_parts
 from probing.backbones.multi_encoder import Encoders
 from probing.distill.losses import embedding_losses
 from probing.distill.notes import Notes
@@ -126,7 +127,7 @@ class Trainee(nn.Module):
             return hook
 
         tasks = self.embedding.tasks if self.embedding is not None else []
-        blocks = self.model.model.language_model.layers
+        blocks, _ = decoder_parts(self.model)
         layers = {layer for task in tasks for layer in task.layers}
         handles = [blocks[layer - 1].register_forward_hook(keep(layer)) for layer in sorted(layers)]
         if self.patches is not None:

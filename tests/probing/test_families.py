@@ -1,5 +1,7 @@
 """Families in transformers' format: states, token maps, batches, random weights, whole runs."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -149,10 +151,38 @@ def test_a_whole_run(checkpoints, models, coco, tmp_path, name, view):
     assert "depth,3,resampler,no,cosine_centred,strict,val2017,0" in evaluate(run.path).read_text()
 
 
-def test_a_processor_that_counts_otherwise_is_named(tmp_path, images):
-    folder = tiny.llava_next(tmp_path / "next")
+@pytest.mark.parametrize(
+    ("name", "field", "value", "right"),
+    [
+        ("vipllava", "vision_feature_select_strategy", "full", "default"),
+        ("llava_next", "num_additional_image_tokens", 2, 1),
+        ("llava_next", "patch_size", 4, 8),
+        ("llava_onevision", "num_image_tokens", 25, 16),
+        ("llava_onevision", "vision_aspect_ratio", "anyres_max_1", "anyres_max_2"),
+    ],
+)
+def test_processor_fields_are_checked_at_the_door(tmp_path, images, name, field, value, right):
+    """A wrong one is named with its right value, an absent one taken from the configuration."""
+    folder = getattr(tiny, name)(tmp_path / name)
+    recipe = BackboneRecipe(checkpoint=str(folder))
+    whole = load_backbone(recipe, CPU).prepare(images).inputs["input_ids"]
     file = folder / "processor_config.json"
-    file.write_text(file.read_text().replace('"num_additional_image_tokens": 1', '"num_additional_image_tokens": 2'))
-    backbone = load_backbone(BackboneRecipe(checkpoint=str(folder)), CPU)
-    with pytest.raises(UserError, match=r"the processor places \d+ image tokens .* where the model gives"):
-        backbone.prepare(images)
+    stated = json.loads(file.read_text())
+    file.write_text(json.dumps(stated | {field: value}))
+    for verb in (describe_checkpoint, lambda recipe: load_backbone(recipe, CPU)):
+        with pytest.raises(UserError, match=f"the processor places .* where the model has .* set {field}={right}$"):
+            verb(recipe)
+    file.write_text(json.dumps({key: own for key, own in stated.items() if key != field}))
+    assert torch.equal(load_backbone(recipe, CPU).prepare(images).inputs["input_ids"], whole)
+
+
+@pytest.mark.parametrize(("name", "right"), [("llava_next", "default"), ("llava_onevision", "full")])
+def test_tiles_that_cannot_be_packed_are_refused(tmp_path, name, right):
+    """Tiles with a class token, or without their first patch: transformers cannot run them either."""
+    folder = getattr(tiny, name)(tmp_path / name)
+    file = folder / "config.json"
+    wrong = {"default": "full", "full": "default"}[right]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vision_feature_select_strategy": wrong}))
+    for verb in (describe_checkpoint, lambda recipe: load_backbone(recipe, CPU)):
+        with pytest.raises(UserError, match=f"vision_feature_select_strategy is {wrong}; set it to {right}"):
+            verb(BackboneRecipe(checkpoint=str(folder)))
