@@ -321,9 +321,9 @@ def test_a_split_without_labelled_patches_is_one_line(checkpoint, tmp_path, faul
         if fault == "sizes":
             pixels = np.asarray(Image.open(file))[:, : 30 - number]
         Image.fromarray(pixels).save(file)
-    arguments = ["align", str(checkpoint), "--data", f"coco:{world}", "--out", str(tmp_path / "run"), "workers=0"]
-    said = CliRunner().invoke(cli, arguments, catch_exceptions=False)
-    assert said.exit_code == 2 and "no patch of val2017 has a label" in said.output
+    with pytest.raises(UserError, match="no patch of val2017 has a label") as caught:
+        align(recipe(checkpoint, world), tmp_path / "run")
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "results.csv").exists()
 
 

@@ -342,7 +342,7 @@ def test_broken_label_maps_are_named_and_the_rest_is_learned_from(recipe, models
     copy = shutil.copytree(world, tmp_path / "world")
     maps = copy / "annotations" / "panoptic_train2017"
     (maps / "000000000003.png").unlink()
-    Image.new("RGB", (20, 48)).save(maps / "000000000004.png")
+    Image.open(maps / "000000000004.png").crop((0, 0, 20, 48)).save(maps / "000000000004.png")
     data = {"conversations": str(copy / "mixed.json"), "image_root": str(copy)}
     run_stage(recipe({"annotations": f"coco:{copy}"}, data=data), tmp_path / "out")
     noted = json.loads((tmp_path / "out" / "training.json").read_text())["unlabelled"]
