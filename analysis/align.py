@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -20,6 +21,7 @@ from analysis.likeness import LEAST, likeness
 from analysis.passes import Resumable, Tally, gather
 from analysis.patch_pictures import draw_pictures
 from analysis.scores import (
+    EMPTY,
     Curve,
     ScoreFile,
     Summary,
@@ -39,6 +41,7 @@ from probing.data.instances import Instances, fitting, read_label_maps
 from probing.data.panoptic import Panoptic
 from probing.data.patch_labels import COVERAGE, patch_labels
 from probing.errors import UserError
+from probing.finite import finite_rows, not_finite_rows, report_not_finite
 from probing.processes import alone
 from probing.provenance import made_of, versions
 from probing.recipe import LayersRecipe, dump_recipe, local_path
@@ -181,6 +184,7 @@ def _measure(
     tally = gather("patches and words", images, recipe.micro_batch, subject.read, whole, resumable, device)
     pooled = {curve: torch.cat(tally.scores.pop(curve)) for curve in list(tally.scores) if curve.metric == POOLED}
     found = tally.file(images.split, settings)
+    report_not_finite(found.left_out(), found.names, len(found.names))
     with disk_errors(out):
         if recipe.pictures:
             centres = {layer: whole.centres[layer] for layer in map(str, layers)}
@@ -230,12 +234,36 @@ def _write_likeness(pooled: dict[Curve, Tensor], whole: ScoreFile, file: Path) -
         logger.warning("layers are compared with tower and teachers over at least %d images, not %d", LEAST, count)
         return
     shares, rows = {}, []
-    for one in likeness(layers, references):
-        if one.shares is not None:
-            shares[one.curve] = one.shares.numpy()
-        if one.jackknife is not None:
-            interval = one.jackknife.interval()
-            rows.append(Summary(one.curve, whole.split, "0", interval, count, distances=one.jackknife))
+    finite = {layer: finite_rows(features) for layer, features in layers.items()}
+    known = torch.stack([finite_rows(features) for features in references.values()]).all(dim=0)
+    sets: dict[tuple[bool, ...], list[str]] = {}  # layers that lack the same images
+    lacking: list[tuple[str, int]] = []
+    for layer, own in finite.items():
+        sets.setdefault(tuple((own & known).tolist()), []).append(layer)
+    for mask, names in sets.items():
+        there = torch.tensor(mask)
+        number = int(there.sum())
+        if number < LEAST:
+            line = "layers %s: %d images with finite states are too few to compare with tower and teachers"
+            logger.warning(line, ", ".join(names), number)
+            lacking += [(name, number) for name in names]
+            continue
+        some = {name: layers[name][there] for name in names}
+        for one in likeness(some, {name: features[there] for name, features in references.items()}, count):
+            if one.shares is not None:
+                shares[one.curve] = np.full(count, np.nan)
+                shares[one.curve][there.numpy()] = one.shares.numpy()
+            if one.jackknife is not None:
+                interval = one.jackknife.interval()
+                rows.append(Summary(one.curve, whole.split, "0", interval, number, distances=one.jackknife))
+    some_layer = rows[0].curve.layer if rows else ""
+    for layer, number in lacking:
+        of_layer = [row for row in rows if row.curve.layer == some_layer]
+        rows += [replace(row, curve=replace(row.curve, layer=layer), interval=EMPTY, n=number, distances=None)
+                 for row in of_layer]  # fmt: skip
+        shares |= {
+            replace(curve, layer=layer): np.full(count, np.nan) for curve in list(shares) if curve.layer == some_layer
+        }
     ScoreFile(shares, whole.names[:count], whole.split, whole.settings).write(file)
     write_summaries(file.with_suffix(".json"), rows)
 
@@ -291,7 +319,8 @@ def _manifest(
     seconds: float,
 ) -> dict[str, Any]:
     skipped: Sequence[Skipped] = (*images.skipped, *(Skipped(*row) for row in found.skipped))
-    patches = int(next(values for curve, values in found.table.items() if curve.metric == "word_retrieval")[:, 1].sum())
+    counts = [values[:, 1] for curve, values in found.table.items() if curve.metric == "word_retrieval"]
+    patches = int(max(np.nansum(values) for values in counts))  # a layer may lack images
     return {
         "kind": "alignment",
         **made_of(checkpoint, recipe.backbone.prompt, teachers),
@@ -307,6 +336,7 @@ def _manifest(
             "labelled_patches": patches,
         },
         "skipped": [vars(skip) for skip in skipped],
+        "not_finite": not_finite_rows(found.left_out(), found.names, found.split, "no"),
         "seconds": seconds,
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -36,6 +36,7 @@ from probing.data.instances import Instances, labels_on
 from probing.data.loader import Prepared, micro_batches
 from probing.data.panoptic import Panoptic
 from probing.data.patch_labels import patch_labels, patch_shares, plain_name, word_numbers
+from probing.finite import finite_rows, zero_others
 from probing.ridge import place_states
 from probing.teachers.base import Teacher
 from probing.words import word_ids, word_vectors
@@ -56,7 +57,7 @@ PURSUITS: dict[str, Callable[[Tensor, Tensor, int], Pursuit]] = {
 POOLED = "pooled"
 """Metric under which pooled features are gathered until they are compared."""
 MEAN = "mean_state"
-"""Metric under which the sample's sum of mean states is kept."""
+"""Metric under which the sample's sum of mean states is kept, and in the last place the number of images."""
 NORMED, BARE = "final norm", "no norm"
 """The two logit lenses: with the final norm before the output embeddings, and without."""
 
@@ -178,33 +179,45 @@ class SamplePass:
         student = prepared.student.to(backbone.device)
         targets = {name: prepared.target(teacher) for name, teacher in subject.teachers.items() if teacher.grid}
 
-        def note(teacher: str, layer: Layer, control: str, metric: str, protocol: str, values: Tensor) -> None:
-            tally.note(Curve(teacher, layer_name(layer), "", control, metric, protocol, 0), values, metric == MEAN)
+        finite = {name: finite_rows(target) for name, target in targets.items()}
+        targets = {name: zero_others(target, finite[name]) for name, target in targets.items()}
+
+        def note(
+            teacher: str, layer: Layer, control: str, metric: str, protocol: str, values: Tensor, ok: Tensor
+        ) -> None:
+            tally.note(Curve(teacher, layer_name(layer), "", control, metric, protocol, 0), values, metric == MEAN, ok)
 
         def visit(layer: Layer, hidden: Tensor) -> None:
             with torch.no_grad():
                 states = student.tokens.image_states(hidden).float()
-                note("tokens", layer, "no", MEAN, "", states.mean(dim=1))
+                ok = finite_rows(states)
+                states = zero_others(states, ok)
+                tally.leave_out("layer", layer_name(layer), ok)
+                note("tokens", layer, "no", MEAN, "", _counted_mean(states), ok)
                 for metric, protocol, values in compression(states):
-                    note("tokens", layer, "no", metric, protocol, values)
+                    note("tokens", layer, "no", metric, protocol, values, ok)
                 for lens, values in self._lens_entropy(layer, states):
-                    note("words", layer, "no", "lens_entropy", lens, values)
+                    note("words", layer, "no", "lens_entropy", lens, values, ok)
                 for control, protocol, values in self._explained(states):
-                    note("words", layer, control, "explained_energy", protocol, values)
+                    note("words", layer, control, "explained_energy", protocol, values, ok)
                 for name, target in targets.items():
                     places = subject.teachers[name].grid
                     placed = place_states(states, student.tokens.grid, places)
                     values = torch.tensor([linear_cka(*pair) for pair in zip(placed, target, strict=True)])
                     protocol = f"unbiased, {target.shape[1]} places of an image"
-                    note(name, layer, "no", "cka_places", protocol, values)
+                    note(name, layer, "no", "cka_places", protocol, values, ok & finite[name].to(ok.device))
 
         with subject.tower(len(prepared.indices)) as seen:
             backbone.stream(student, subject.layers, visit)
         for tokens in seen:
+            ok = finite_rows(tokens)
+            tokens = zero_others(tokens, ok)
             for metric, protocol, values in compression(tokens.float()):
-                note("tokens", TOWER, "no", metric, protocol, values)
+                note("tokens", TOWER, "no", metric, protocol, values, ok)
             if subject.fresh is not None:
-                note("tokens", 0, "random", MEAN, "", subject.fresh(tokens).float().mean(dim=1))
+                states = subject.fresh(tokens).float()
+                ok = ok & finite_rows(states)
+                note("tokens", 0, "random", MEAN, "", _counted_mean(zero_others(states, ok)), ok)
 
     def _lens_entropy(self, layer: Layer, states: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Entropy (B) of the next token that the lenses read off patches, in nats; its bound is in the name."""
@@ -232,9 +245,10 @@ class WholePass:
     def __init__(self, subject: Subject, sample: ScoreFile) -> None:
         self.subject = subject
         device = subject.backbone.device
-        centres = {
-            curve: torch.from_numpy(total / len(sample.names)).to(device) for curve, total in sample.sums.items()
-        }
+        centres = {}
+        for curve, total in sample.sums.items():
+            state, count = torch.from_numpy(total).to(device).split([len(total) - 1, 1])
+            centres[curve] = state / count  # NaN where no image of the sample counts
         self.centres = {curve.layer: centre for curve, centre in centres.items() if curve.control == "no"}
         self.fresh_centre = next((centre for curve, centre in centres.items() if curve.control == "random"), None)
         ids = [word_ids(subject.tokenizer, name) for name in subject.names]
@@ -254,37 +268,50 @@ class WholePass:
         left = ITEMS - len(tally.names) + len(prepared.indices)  # of this batch, those that are compared
 
         def note(
-            teacher: str, layer: str, control: str, metric: str, protocol: str, values: Tensor, seed: int = 0
+            teacher: str,
+            layer: str,
+            control: str,
+            metric: str,
+            protocol: str,
+            values: Tensor,
+            ok: Tensor,
+            seed: int = 0,
         ) -> None:
-            tally.note(Curve(teacher, layer, "", control, metric, protocol, seed), values, summed=False)
+            tally.note(Curve(teacher, layer, "", control, metric, protocol, seed), values, False, ok)
 
         def pool(name: str, layer: str, features: Tensor) -> None:
             if left > 0:
-                note(name, layer, "", POOLED, "", features[:left].float().mean(dim=1))
+                means = features[:left].float().mean(dim=1)
+                note(name, layer, "", POOLED, "", means, finite_rows(means))
 
         def match(layer: str, prefix: str, protocol: str, similar: Tensor, control: str = "no") -> None:
+            ok = finite_rows(similar)
+            similar = zero_others(similar, ok)
             for metric, values in scores(similar, patches, subject.orders[: None if control == "no" else 1]):
                 if prefix == "lens" and metric == "cosine":
                     continue  # logits are none
-                note("words", layer, control, f"{prefix}_{metric}", protocol, values[0])
+                note("words", layer, control, f"{prefix}_{metric}", protocol, values[0], ok)
                 for seed, permuted in enumerate(values[1:]):
-                    note("words", layer, "permuted", f"{prefix}_{metric}", protocol, permuted, seed)
+                    note("words", layer, "permuted", f"{prefix}_{metric}", protocol, permuted, ok, seed)
 
         def visit(layer: Layer, hidden: Tensor) -> None:
             with torch.no_grad():
                 name, states = layer_name(layer), student.tokens.image_states(hidden).float()
+                ok = finite_rows(states)
+                tally.leave_out("layer", name, ok)
                 match(name, "word", "raw", similarity(states, subject.words["raw"]))
                 match(name, "word", "centred", similarity(states - self.centres[name], subject.words["centred"]))
                 for lens, given in subject.lenses(layer, states):
                     match(name, "lens", lens, self._label_logits(given))
-                note("tokens", name, "no", "anisotropy", "", anisotropy(states))
+                note("tokens", name, "no", "anisotropy", "", anisotropy(zero_others(states, ok)), ok)
                 pool("tokens", name, states)
 
         watch = image_shares(backbone, student.tokens) if self.watches else contextlib.nullcontext()
         with subject.tower(len(prepared.indices)) as seen, watch as attended:
             backbone.stream(student, subject.layers, visit)
         for tokens in seen:
-            note("tokens", TOWER, "no", "anisotropy", "", anisotropy(tokens.float()))
+            ok = finite_rows(tokens)
+            note("tokens", TOWER, "no", "anisotropy", "", anisotropy(zero_others(tokens, ok).float()), ok)
             pool(TOWER, "", tokens)
             if subject.fresh is not None and self.fresh_centre is not None and 0 in subject.layers:
                 states = subject.fresh(tokens).float()
@@ -294,8 +321,9 @@ class WholePass:
                 )
         for block, found in attended.found.items() if attended else ():
             for queries, (share, uniform) in found.items() if block in subject.layers else ():
-                note("tokens", str(block), "no", "image_attention", queries, share)
-                note("tokens", str(block), "uniform", "image_attention", queries, uniform)
+                ok = share.isfinite()
+                note("tokens", str(block), "no", "image_attention", queries, share, ok)
+                note("tokens", str(block), "uniform", "image_attention", queries, uniform, ok)
         if left > 0:
             for name, teacher in subject.teachers.items():
                 pool(name, "", prepared.target(teacher))
@@ -326,6 +354,11 @@ def _fresh(projector: nn.Module | None) -> nn.Module | None:
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
     return fresh
+
+
+def _counted_mean(states: Tensor) -> Tensor:
+    """Mean state of each image, and a one that counts it, (B, H + 1); states (B, N, H)."""
+    return torch.nn.functional.pad(states.mean(dim=1), (0, 1), value=1.0)
 
 
 def compression(tokens: Tensor) -> Iterator[tuple[str, str, Tensor]]:

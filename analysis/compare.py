@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 
 from analysis.frechet import Jackknife, is_distance
 from analysis.pooled import Scored, open_runs, read_distances, read_scores, require_alike
-from analysis.scores import AVERAGE, Curve, averages_final, by_seed, is_averaged, over_layers
+from analysis.scores import (
+    AVERAGE,
+    EMPTY,
+    Curve,
+    averages_final,
+    by_seed,
+    finite_images,
+    is_averaged,
+    over_layers,
+)
 from analysis.statistics import Statistic, paired_bootstrap
 from analysis.told import TOLD
 from probing.errors import UserError
@@ -116,11 +125,13 @@ def _differences(
         for curve, pairs in families.items():
             table, statistic = over_layers(curve, [two for _, two in pairs])
             base = over_layers(curve, [one for one, _ in pairs])[0]
-            interval = paired_bootstrap(table, base, statistic, seeds_paired=paired)
+            both = finite_images(table, base)
+            table, base, number = table[:, both], base[:, both], int(both.sum())
+            interval = paired_bootstrap(table, base, statistic, seeds_paired=paired) if number else EMPTY
             place = (curve.teacher, curve.layer, curve.probe, curve.metric, curve.protocol, one.split)
-            numbers = (interval.value, interval.low, interval.high, len(names))
+            numbers = (interval.value, interval.low, interval.high, number)
             seeds = f"{len(table)}, {len(base)}"
-            higher = f"{higher_in(table, base, statistic)} of {len(table)}" if paired else ""
+            higher = f"{higher_in(table, base, statistic)} of {len(table)}" if paired and number else ""
             yield Difference(label, reference_label, *place, *numbers, seeds, higher)
     yield from _distances(reference, runs, reference_label, label, paired)
 
@@ -168,8 +179,11 @@ def _told(row: pd.Series) -> str:
 def statements(table: pd.DataFrame) -> list[str]:
     """One sentence per checkpoint, teacher, probe and metric: the mean over layers, and at how many it is clear.
 
-    What has no probes gets one for each of `TOLD`, behind the projector and over the layers.
+    What has no probes gets one for each of `TOLD`, behind the projector and over the layers. Differences over no image
+    get none but a sentence that names their layers.
     """
+    empty = table[(table["n"] == 0) & (table["layer"] != AVERAGE)]
+    table = table[table["n"] > 0]
     told = table[(table["probe"] == "") & table["layer"].isin(["0", AVERAGE])]
     sentences = [
         _told(row)
@@ -195,4 +209,7 @@ def statements(table: pd.DataFrame) -> list[str]:
             f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}] over {row['n']} images{seeds_told(row)}: {verdict}; of "
             f"{len(layers)} layers {above} clearly higher, {below} clearly lower"
         )
+    for (checkpoint, reference), part in empty.groupby(["checkpoint", "reference"], sort=False):
+        layers = ", ".join(dict.fromkeys(part["layer"]))
+        sentences.append(f"{checkpoint} - {reference}: no image has finite numbers of both at some of: layers {layers}")
     return sentences

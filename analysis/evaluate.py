@@ -33,6 +33,7 @@ from probing.data.coco import ImageList, Skipped
 from probing.data.substitutes import SUBSTITUTES
 from probing.errors import UserError
 from probing.feature_cache import FeatureCache
+from probing.finite import not_finite_rows, report_not_finite
 from probing.processes import alone
 from probing.recipe import ProbeRunRecipe
 from probing.run import Run, disk_errors, members, write_text
@@ -256,12 +257,14 @@ def _score_arm(run: Run, arm: str, jobs: Iterable[Job], workshop: "_Workshop", o
         found = score_arm(run, arm, backbone, scorer, lacking, batch, settings, kept)
         if not found.names:
             raise UserError(f"no image of {scorer.images.split} could be read; check {scorer.images.folder}")
+        report_not_finite(found.left_out(), found.names, len(found.names), arm)
+        rows = not_finite_rows(found.left_out(), found.names, found.split, arm)
         there = read_if_fits(file, settings)
         if there and not found.merge(there):
             logger.warning("%s: other images could be read this time; the scores that were there are replaced", file)
         with disk_errors(run.path):
             found.write(file)
-            _note_skipped(run, [*scorer.images.skipped, *(Skipped(*row) for row in found.skipped)])
+            _note_skipped(run, [*scorer.images.skipped, *(Skipped(*row) for row in found.skipped)], rows)
             pass_state(run, scorer, arm).unlink(missing_ok=True)
     del backbone
     gc.collect()
@@ -370,11 +373,14 @@ def _check_unchanged(
     require_same(run.manifest, now, run.path, "put it back, or train a new run")
 
 
-def _note_skipped(run: Run, skipped: Iterable[Skipped]) -> None:
-    """Adds held-out images that could not be read to the manifest."""
+def _note_skipped(run: Run, skipped: Iterable[Skipped], not_finite: Iterable[dict[str, str]]) -> None:
+    """Adds held-out images that could not be read, or were left out of some layers, to the manifest."""
     manifest = run.manifest
     known = {(s["image"], s["split"]) for s in manifest["skipped"]}
     new = [vars(s) for s in skipped if (s.image, s.split) not in known]
-    if new:
+    there = {tuple(row.values()) for row in manifest.get("not_finite", [])}
+    left_out = [row for row in not_finite if tuple(row.values()) not in there]
+    if new or left_out:
         manifest["skipped"] += new
+        manifest["not_finite"] = manifest.get("not_finite", []) + left_out
         write_text(run.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")

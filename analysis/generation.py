@@ -5,10 +5,12 @@ the images of one curve after the other are painted from them and kept as featur
 """
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +23,13 @@ from analysis.frechet import ENOUGH_IMAGES, Gaussian, Jackknife, kernel_distance
 from analysis.scorers import Reference, Row
 from analysis.scores import (
     AVERAGE,
+    EMPTY,
     Curve,
     ScoreFile,
     Summary,
     averages_final,
     by_seed,
+    finite_images,
     is_averaged,
     pooled,
     write_summaries,
@@ -160,18 +164,20 @@ def score_generation(run: Run, found: ScoreFile, images: ImageList, painter: Pai
             parts = []
             for first in batches:
                 chosen = slice(first, first + painter.batch)
-                parts.append(painter.features(found.table[curve][chosen], seeds[chosen]))
+                parts += _painted(painter, found.table[curve][chosen], seeds[chosen])
                 bar.advance()
                 if interruption.asked:
                     raise Interrupted
+            features = np.concatenate(parts) if parts else np.zeros((0, 1), dtype=np.float32)
             with disk_errors(run.path), whole_file(files[curve]) as temporary:
-                save_file({"features": np.concatenate(parts)}, temporary)
+                save_file({"features": features}, temporary)
     readable = replace(images, names=found.names)
     real, cached = reference_features(painter.extractor, readable)
     logger.info("features of the %d real images: %s", len(real), "from the cache" if cached else "computed and cached")
     if len(real) < ENOUGH_IMAGES:
         logger.warning("%d images: below %d a Fréchet distance is biased upwards", len(real), ENOUGH_IMAGES)
-    rows = summarise(run, {curve: _features(file) for curve, file in files.items()}, real, painter, found)
+    by_curve = {curve: _all_rows(_features(file), found.table[curve]) for curve, file in files.items()}
+    rows = summarise(run, by_curve, real, painter, found)
     file = run.path / "scores" / f"{painter.extractor.metrics[0]}-{found.split}.json"
     with disk_errors(run.path):
         write_summaries(file, rows)
@@ -183,6 +189,19 @@ def _features(file: Path) -> NDArray[np.float32]:
         return load_file(file)["features"]
 
 
+def _painted(painter: Painter, embeds: NDArray[np.float32], seeds: Sequence[int]) -> list[NDArray[np.float32]]:
+    """Features of the images painted from the embeddings that are finite; a list of none where there are none."""
+    rows = np.isfinite(embeds).all(axis=1)
+    return [painter.features(embeds[rows], list(itertools.compress(seeds, rows)))] if rows.any() else []
+
+
+def _all_rows(features: NDArray[np.float32], embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Features with a row for every embedding; NaN where nothing could be painted."""
+    rows = np.full((len(embeds), features.shape[1]), np.nan, dtype=np.float32)
+    rows[np.isfinite(embeds).all(axis=1)] = features
+    return rows
+
+
 def require_images(number: int) -> None:
     """Raises UserError where there are fewer images than a covariance without a part of them needs."""
     if number < FEWEST:
@@ -192,27 +211,42 @@ def require_images(number: int) -> None:
 def summarise(
     run: Run, features: dict[Curve, NDArray[np.float32]], real: NDArray[np.float32], painter: Painter, found: ScoreFile
 ) -> list[Summary]:
-    """Both distances of every curve from the real images."""
+    """Both distances of every curve from the real images, over the images that could be painted in all its layers."""
     reference = Gaussian.of(real)
     frechet, kernel = painter.extractor.metrics
-    images = hashlib.sha256(repr(found.names).encode()).hexdigest()
     rows: list[Summary] = []
-    families: dict[tuple[Curve, str], list[tuple[Jackknife, NDArray[np.float64]]]] = {}
+    families: dict[tuple[Curve, str], list[NDArray[np.float32]]] = {}
+    known: dict[tuple[int, bytes], tuple[Any, Jackknife, NDArray[np.float64]]] = {}
 
-    def note(curve: Curve, seed: str, distances: Jackknife, kernels: NDArray[np.float64]) -> None:
-        place = (found.split, seed)
-        rows.append(Summary(replace(curve, metric=frechet), *place, distances.interval(), len(real), images, distances))
-        rows.append(Summary(replace(curve, metric=kernel), *place, sample_spread(kernels), len(real), images))
+    def distances(stack: NDArray[np.float32], there: NDArray[np.bool_]) -> tuple[Jackknife, NDArray[np.float64]]:
+        key = (id(stack), there.tobytes())
+        if key not in known:
+            own, truth = stack[:, there], real[there]
+            jackknife = Jackknife.of(own, reference if there.all() else Gaussian.of(truth))
+            known[key] = stack, jackknife, np.mean([kernel_distances(one, truth) for one in own], axis=0)
+        return known[key][1:]
+
+    def note(curve: Curve, seed: str, stacks: Sequence[NDArray[np.float32]]) -> None:
+        there, place = finite_images(*stacks), (found.split, seed)
+        number = int(there.sum())
+        images = hashlib.sha256(repr(list(itertools.compress(found.names, there))).encode()).hexdigest()
+        if number < FEWEST:
+            rows.extend(Summary(replace(curve, metric=m), *place, EMPTY, number, images) for m in (frechet, kernel))
+            return
+        jackknives, kernels = zip(*(distances(stack, there) for stack in stacks), strict=True)
+        jackknife = Jackknife.mean(jackknives)
+        interval = jackknife.interval()
+        rows.append(Summary(replace(curve, metric=frechet), *place, interval, number, images, jackknife))
+        spread = sample_spread(np.mean(kernels, axis=0))
+        rows.append(Summary(replace(curve, metric=kernel), *place, spread, number, images))
 
     for curve, scores in by_seed(dict(features)).items():
         for seed, stack in pooled(curve, scores, run.recipe.fit.seeds).items():
-            both = Jackknife.of(stack, reference), np.mean([kernel_distances(one, real) for one in stack], axis=0)
-            note(curve, seed, *both)
+            note(curve, seed, [stack])
             if is_averaged(curve.layer, averages_final(run.manifest)):
-                families.setdefault((replace(curve, layer=AVERAGE), seed), []).append(both)
-    for (curve, seed), members in families.items():
-        distances, kernels = zip(*members, strict=True)
-        note(curve, seed, Jackknife.mean(distances), np.mean(kernels, axis=0))
+                families.setdefault((replace(curve, layer=AVERAGE), seed), []).append(stack)
+    for (curve, seed), stacks in families.items():
+        note(curve, seed, stacks)
     return rows
 
 

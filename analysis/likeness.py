@@ -48,7 +48,9 @@ class Likeness:
     jackknife: Jackknife | None = None
 
 
-def likeness(layers: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> Iterator[Likeness]:
+def likeness(
+    layers: Mapping[str, Tensor], references: Mapping[str, Tensor], whole: int | None = None
+) -> Iterator[Likeness]:
     """Unbiased linear CKA and mutual k-NN of every layer with every reference, and with its images permuted.
 
     A bootstrap would not do: an image drawn twice is its own neighbour. CKA has a delete-a-group jackknife instead.
@@ -56,10 +58,13 @@ def likeness(layers: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> 
     Args:
         layers: by name, (n, H).
         references: by name, (n, D), of the same images.
+        whole: number of images that other layers are compared over, where some are left out of these; it names the
+            protocols, so that all layers have the same.
     """
     n = len(next(iter(layers.values())))
-    k = min(NEIGHBOURS, max(1, n // 4))
-    protocol = f"k = {k} of {n} images, at chance {overlap_at_chance(n, k):.3f}"
+    whole = whole or n
+    k = min(NEIGHBOURS, max(1, whole // 4), n - 1)
+    protocol = f"k = {k} of {whole} images, at chance {overlap_at_chance(whole, k):.3f}"
     order = derangement(n)
     arms = [(name, control, own[order] if control == "permuted" else own)
             for name, own in references.items() for control in ("no", "permuted")]  # fmt: skip
@@ -70,7 +75,7 @@ def likeness(layers: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> 
             curve = Curve(reference, layer, "", control, "mutual_knn", protocol, 0)
             yield Likeness(curve, shares=shared_neighbours(own, others))
     for (layer, reference, control), jackknife in _jackknives(layers, arms).items():
-        curve = Curve(reference, layer, "", control, "cka", f"unbiased, {n} images", 0)
+        curve = Curve(reference, layer, "", control, "cka", f"unbiased, {whole} images", 0)
         yield Likeness(curve, jackknife=jackknife)
 
 

@@ -16,9 +16,11 @@ from analysis.scores import Curve, ScoreFile, read_if_fits
 from probing.backbones import Backbone, Layer, layer_name
 from probing.backbones.base import Batch
 from probing.bank import ProbeBank
+from probing.convergence import NOT_TRAINED
 from probing.data.coco import ImageList, Skipped
 from probing.data.loader import Kept, Prepared, micro_batches
 from probing.data.substitutes import SUBSTITUTES, caption_inputs, substitute
+from probing.finite import finite_rows, zero_others
 from probing.interrupt import Interrupted, Interruption
 from probing.progress import Progress
 from probing.ridge import RidgeReadout, place_states
@@ -84,10 +86,25 @@ class Tally:
     sums: dict[Curve, Tensor] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     skipped: dict[str, Skipped] = field(default_factory=dict)
+    not_finite: dict[str, list[int]] = field(default_factory=dict)
     done: int = 0
 
-    def note(self, curve: Curve, values: Tensor, summed: bool) -> None:
-        """Adds what one batch scored."""
+    def note(self, curve: Curve, values: Tensor, summed: bool, finite: Tensor | None = None) -> None:
+        """Adds what one batch scored.
+
+        Args:
+            curve: what the scores belong to.
+            values: (B, …), per image.
+            summed: whether only their sum is kept.
+            finite: (B), False for images that do not count: their scores are NaN (pictures: 0), and no part of a sum.
+        """
+        if finite is not None and not bool(finite.all()):
+            finite = finite.to(values.device)
+            if summed or values.dtype in (torch.uint8, torch.float16):
+                values = zero_others(values, finite)
+            else:
+                values = values.clone() if values.is_floating_point() else values.double()
+                values[~finite] = torch.nan
         if summed:
             total = values.sum(dim=0)
             self.sums[curve] = self.sums[curve] + total if curve in self.sums else total
@@ -95,12 +112,19 @@ class Tally:
             narrow = {torch.float64: torch.float32, torch.int64: torch.int32}
             self.scores.setdefault(curve, []).append(values.to("cpu", narrow.get(values.dtype, values.dtype)))
 
+    def leave_out(self, kind: str, name: str, finite: Tensor) -> None:
+        """Notes the images of the batch at hand (B) whose features of a `layer` or `teacher` are not finite."""
+        if not bool(finite.all()):
+            first = len(self.names) - len(finite)
+            rows = (first + (~finite).nonzero().flatten().cpu()).tolist()
+            self.not_finite.setdefault(f"{kind} {name}", []).extend(rows)
+
     def file(self, split: str, settings: str) -> ScoreFile:
         """Everything so far, ready to be written."""
         table = {curve: torch.cat(parts).numpy() for curve, parts in self.scores.items()}
         sums = {curve: total.cpu().numpy() for curve, total in self.sums.items()}
         skipped = [[s.image, s.split, s.reason] for s in self.skipped.values()]
-        return ScoreFile(table, self.names, split, settings, sums, self.done, skipped)
+        return ScoreFile(table, self.names, split, settings, sums, self.done, skipped, self.not_finite)
 
     @classmethod
     def resumed(cls, found: ScoreFile, device: torch.device) -> "Tally":
@@ -108,7 +132,7 @@ class Tally:
         scores = {curve: [torch.from_numpy(values)] for curve, values in found.table.items()}
         sums = {curve: torch.from_numpy(total).to(device) for curve, total in found.sums.items()}
         skipped = {row[0]: Skipped(*row) for row in found.skipped}
-        return cls(scores, sums, found.names, skipped, found.done)
+        return cls(scores, sums, found.names, skipped, found.not_finite, found.done)
 
 
 def score_arm(
@@ -244,47 +268,63 @@ class _Predictor:
         ridged = "ridge" in selection.probes and arm in selection.controls and arm not in WITHOUT_RIDGE
         self.ridge = RidgeReadout.load(run.ridge(_trained(arm)), device) if ridged else RidgeReadout({})
         self.means = run.mean_targets(device)
+        rows = [row for row in run.manifest.get("convergence", []) if row["state"] == NOT_TRAINED]
+        self.untrained = {(row["control"], row["teacher"], row["layer"], row["seed"]) for row in rows}
 
     def __call__(self, prepared: Prepared, tally: Tally) -> None:
         """Scores one batch."""
         assert prepared.student is not None
         scorer, seed = self.scorer, self.run.recipe.fit.seeds[0]
         targets = {name: prepared.target(teacher) for name, teacher in scorer.teachers.items()}
+        finite = {name: finite_rows(target) for name, target in targets.items()}
+        targets = {name: zero_others(target, finite[name]) for name, target in targets.items()}
+        for name, rows_of in finite.items():
+            tally.leave_out("teacher", name, rows_of)
         context = scorer.begin(prepared, targets)
         batch = prepared.student.to(self.backbone.device)
 
-        def note(teacher: str, layer: str, probe: str, control: str, seed: int, rows: Iterable[Row]) -> None:
+        def note(place: tuple[str, str, str, str], seed: int, rows: Iterable[Row], counted: Tensor) -> None:
             for metric, protocol, values in rows:
-                curve = Curve(teacher, layer, probe, control, metric, protocol, seed)
-                tally.note(curve, values, summed=metric in scorer.summed)
+                tally.note(Curve(*place, metric, protocol, seed), values, metric in scorer.summed, counted)
+
+        def predicted(teacher: str, layer: str, probe: str, control: str, seed: int, prediction: Tensor) -> None:
+            counted = finite_rows(prediction) & finite[teacher].to(prediction.device)
+            rows = scorer.score(teacher, zero_others(prediction, counted), context)
+            note((teacher, layer, probe, control), seed, rows, counted)
 
         def visit(layer: Layer, hidden: Tensor) -> None:
             with torch.no_grad():
-                self._layer(layer, hidden, batch, context, note)
+                tally.leave_out("layer", layer_name(layer), self._layer(layer, hidden, batch, predicted))
 
         self.backbone.stream(batch, self.selection.layers, visit)
         if self.arm == "no":
             for name, target in targets.items():
-                rows = scorer.score(name, self.means[name].expand_as(target), context)
-                note(name, "", "constant", "mean", seed, rows)
+                predicted(name, "", "constant", "mean", seed, self.means[name].expand_as(target))
             for name, probe, control, rows in scorer.references(targets, context):
-                note(name, "", probe, control, seed, rows)
+                note((name, "", probe, control), seed, rows, finite[name])
 
-    def _layer(self, layer: Layer, hidden: Tensor, batch: Batch, context: Any, note: Any) -> None:
+    def _layer(self, layer: Layer, hidden: Tensor, batch: Batch, predicted: Callable[..., None]) -> Tensor:
+        """Scores one layer; returns which images have finite states there, (B)."""
         scorer, device, where = self.scorer, self.backbone.device, layer_name(layer)
         selected: dict[tuple[str, ...], tuple[Tensor, Tensor | None]] = {}
+        finite = torch.ones(len(hidden), dtype=torch.bool, device=device)
         for control, bank in self.banks.items():
             for key, probe in bank.at(layer):
                 kinds = tuple(bank.keys[key.teacher])
                 if kinds not in selected:
                     selected[kinds] = batch.tokens.select(hidden.to(device).float(), kinds)
-                rows = scorer.score(key.teacher, probe(*selected[kinds]), context)
-                note(key.teacher, where, "resampler", control, key.seed, rows)
+                    finite &= finite_rows(selected[kinds][0])
+                prediction = probe(*selected[kinds])
+                if (_trained(control), key.teacher, where, key.seed) in self.untrained:
+                    prediction = torch.full_like(prediction, torch.nan)
+                predicted(key.teacher, where, "resampler", control, key.seed, prediction)
         if not self.ridge.maps:
-            return
+            return finite
         image_states = batch.tokens.image_states(hidden.to(device))
+        finite &= finite_rows(image_states)
         for teacher, weight, bias in self.ridge.at(layer):
             if teacher in scorer.teachers:
                 placed = place_states(image_states, batch.tokens.grid, scorer.teachers[teacher].grid)
-                rows = scorer.score(teacher, F.linear(placed, weight, bias), context)
-                note(teacher, where, "ridge", self.arm, self.run.recipe.fit.seeds[0], rows)
+                seed = self.run.recipe.fit.seeds[0]
+                predicted(teacher, where, "ridge", self.arm, seed, F.linear(placed, weight, bias))
+        return finite

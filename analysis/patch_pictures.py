@@ -56,6 +56,7 @@ def draw_pictures(subject: Subject, centres: dict[str, Tensor], folder: Path, co
         backbone.stream(student, drawn, visit)
         words, sums = {}, {}
         for layer, state in states.items():
+            state = state.nan_to_num(0, 0, 0)  # drawn as nothing where it is not finite
             nearest = nearest_words(state, atoms, NEAREST).tolist()
             words[layer_name(layer)] = [[tokenizer.decode([token]).strip() for token in row] for row in nearest]
             found = orthogonal_matching_pursuit(state.float(), subject.vocabulary, SUMMED, non_negative=True)
@@ -63,7 +64,8 @@ def draw_pictures(subject: Subject, centres: dict[str, Tensor], folder: Path, co
                 [[tokenizer.decode([token]).strip(), round(part, 3)] for token, part in zip(*row, strict=True) if part]
                 for row in zip(found.atoms.tolist(), found.coefficients.tolist(), strict=True)
             ]
-            own = similarity(state[None] - centres[layer_name(layer)], subject.words["centred"][there])[0]
+            centre = centres[layer_name(layer)].nan_to_num()
+            own = similarity(state[None] - centre, subject.words["centred"][there])[0]
             tensors[f"similarity.{number}.{layer_name(layer)}"] = own.cpu().contiguous()
         picture = square(subject.images.read(number)).resize((SIDE, SIDE))
         tensors[f"photograph.{number}"] = torch.from_numpy(np.array(picture))

@@ -19,6 +19,7 @@ from analysis.frechet import Jackknife
 from analysis.segmentation import mean_iou
 from analysis.statistics import Interval, Statistic, bootstrap, share_mean
 from probing.errors import UserError
+from probing.finite import NotFinite
 from probing.run import Run, reading, whole_file, write_text
 
 COLUMNS = (
@@ -36,6 +37,8 @@ STATISTICS: dict[tuple[str, str], Statistic] = {
 }
 """How a metric and protocol follow from sums over images; the mean, where none is named here."""
 AGAIN = "remove it and evaluate again"
+EMPTY = Interval(math.nan, math.nan, math.nan)
+"""The interval over no image."""
 AVERAGE = "mean"
 """What `results.csv` says in place of a layer for the mean over the probed layers 1 … L, as the paper's Table 8 has.
 Imported probes' mean includes `final`; see `averages_final`."""
@@ -80,6 +83,7 @@ class ScoreFile:
         sums: curves that are kept as one sum over all images.
         done: images gone through, readable or not; an unfinished pass goes on from there.
         skipped: image, split and reason of those that could not be read.
+        not_finite: `layer NAME` or `teacher NAME` → rows of images left out there; their scores are NaN.
     """
 
     table: Table
@@ -89,6 +93,7 @@ class ScoreFile:
     sums: Table = field(default_factory=dict)
     done: int = 0
     skipped: list[list[str]] = field(default_factory=list)
+    not_finite: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path) -> "ScoreFile":
@@ -117,7 +122,16 @@ class ScoreFile:
         if (self.names, self.split, self.settings) != (other.names, other.split, other.settings):
             return False
         self.table, self.sums = other.table | self.table, other.sums | self.sums
+        self.not_finite = other.not_finite | self.not_finite
         return True
+
+    def left_out(self) -> NotFinite:
+        """`not_finite` as masks over the images."""
+        masks: NotFinite = {}
+        for place, rows in self.not_finite.items():
+            kind, _, name = place.partition(" ")
+            masks[kind, name] = np.isin(np.arange(len(self.names)), rows)
+        return masks
 
 
 def read_if_fits(file: Path, settings: str) -> ScoreFile | None:
@@ -227,15 +241,24 @@ def summaries(found: ScoreFile, seeds: Sequence[int], with_final: bool = False) 
     families: dict[tuple[Curve, str], list[NDArray[Any]]] = {}
     for curve, scores in by_seed(found.table).items():
         for seed, stack in pooled(curve, scores, seeds).items():
-            yield Summary(curve, found.split, seed, _interval(curve, [stack]), stack.shape[1])
+            yield Summary(curve, found.split, seed, *_interval(curve, [stack]))
             if is_averaged(curve.layer, with_final):
                 families.setdefault((replace(curve, layer=AVERAGE), seed), []).append(stack)
     for (curve, seed), stacks in families.items():
-        yield Summary(curve, found.split, seed, _interval(curve, stacks), stacks[0].shape[1])
+        yield Summary(curve, found.split, seed, *_interval(curve, stacks))
 
 
-def _interval(curve: Curve, layers: Sequence[NDArray[Any]]) -> Interval:
-    return bootstrap(*over_layers(curve, layers))
+def _interval(curve: Curve, layers: Sequence[NDArray[Any]]) -> tuple[Interval, int]:
+    """The interval over the images that count at every layer, and their number; `EMPTY` where there is none."""
+    table, statistic = over_layers(curve, layers)
+    table = table[:, finite_images(table)]
+    return (bootstrap(table, statistic) if table.shape[1] else EMPTY), table.shape[1]
+
+
+def finite_images(*tables: NDArray[Any]) -> NDArray[np.bool_]:
+    """The images (n) whose scores are finite in all tables (seeds, n, …); the others were left out of some layer."""
+    flags = (np.isfinite(table).reshape(*table.shape[:2], -1) for table in tables)
+    return np.logical_and.reduce([flag.all(axis=(0, 2)) for flag in flags])
 
 
 def over_layers(curve: Curve, layers: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], Statistic]:
@@ -267,13 +290,13 @@ def write_results(run: Run) -> Path:
 
 
 def write_rows(target: Path, checkpoint: str, rows: Iterable[Summary]) -> Path:
-    """Writes a file of results."""
+    """Writes a file of results; a number that does not exist is an empty cell."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in rows:
         place = [checkpoint, *list(vars(row.curve).values())[:-1]]
-        numbers = [f"{x:.8g}" for x in (row.interval.value, row.interval.low, row.interval.high)]
+        numbers = ["" if math.isnan(x) else f"{x:.8g}" for x in vars(row.interval).values()]
         writer.writerow([*place, row.split, row.seed, *numbers, row.n])
     write_text(target, buffer.getvalue())
     return target

@@ -72,6 +72,8 @@ def _mean_over_seeds(values: NDArray[np.float64], seed: int) -> NDArray[np.float
 
 
 def _percentiles(drawn: NDArray[np.float64]) -> tuple[float, float]:
+    if np.isnan(drawn).all():
+        return math.nan, math.nan
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.nanpercentile(drawn, [tail, 100 - tail])
     return float(low), float(high)

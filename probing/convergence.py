@@ -15,14 +15,17 @@ FALLING = 0.01
 STUCK = 0.98
 """A probe whose final loss is above this share of the mean target's has learned no more than the mean."""
 
+NOT_TRAINED = "not trained"
+"""State of a probe that took no step: no loss was finite."""
+
 
 @dataclass(frozen=True)
 class Convergence:
     """How a probe's training ended.
 
     Attributes:
-        state: `flat`, `still falling`, `stuck at the mean`, or `not trained` where no step had a loss; the numbers are
-            NaN then.
+        state: `flat`, `still falling`, `stuck at the mean`, or `not trained` where no step had a finite loss and the
+            numbers are NaN.
         last_loss: mean training loss of the last tenth of the steps.
         mean_loss: loss of the running mean target over the same steps.
         slope_percent: change from the last tenth but one to the last, in percent (negative: falling).
@@ -42,13 +45,13 @@ def judge(losses: NDArray[np.float64], mean_losses: NDArray[np.float64]) -> Conv
     used, or too few to be shuffled.
 
     Args:
-        losses: training loss per step.
+        losses: training loss per step; NaN where the probe took no step.
         mean_losses: the mean target's loss on the same batches.
     """
     counted = np.isfinite(losses) & (losses > 0) & np.isfinite(mean_losses)
     losses, mean_losses = losses[counted], mean_losses[counted]
     if not len(losses):
-        return Convergence("not trained", math.nan, math.nan, math.nan)
+        return Convergence(NOT_TRAINED, math.nan, math.nan, math.nan)
     tenth = max(len(losses) // 10, 1)
     last, before = losses[-tenth:], losses[-2 * tenth : -tenth]
     reference = float(mean_losses[-tenth:].mean())

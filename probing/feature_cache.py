@@ -26,6 +26,7 @@ from probing.compatibility import processor_settings
 from probing.data.coco import ImageList
 from probing.data.loader import micro_batches, no_student, viewed
 from probing.errors import UserError
+from probing.finite import finite_rows
 from probing.progress import Progress
 from probing.recipe import local_path
 from probing.run import disk_errors, require_space, whole_file, write_text
@@ -201,7 +202,7 @@ def _require_same(backbone: Backbone, batch: Batch, features: Tensor) -> None:
     try:
         for given in (batch, batch.with_embedded(features)):
             backbone.stream(given, [backbone.layers], lambda _, state: states.append(state))
-        same = torch.equal(states[0], states[1])
+        same = torch.equal(states[0].nan_to_num(), states[1].nan_to_num())
     except (TypeError, ValueError, KeyError, AttributeError):  # it insists on pixels
         same = False
     if not same:
@@ -318,7 +319,7 @@ def _fill(
 def _features(
     makers: dict[str, Maker], images: ImageList, rows: range, view: str, batch: int, workers: int
 ) -> dict[str, NDArray[Any]]:
-    """The features of one shard; those of an image that cannot be read are not a number."""
+    """The features of one shard: NaN where the image cannot be read, infinite where they are not finite."""
     found = {
         name: torch.full((len(rows), *maker.shape), torch.nan, dtype=getattr(torch, maker.dtype))
         for name, maker in makers.items()
@@ -335,7 +336,9 @@ def _features(
                     f"{maker.name}: one image gives {maker.shape[0]} tokens and another {computed.shape[1]}, and what "
                     "is kept has one shape; set data.view=square, or leave out the cache"
                 )
-            found[name][places] = computed.to("cpu", found[name].dtype)
+            computed = computed.to("cpu", found[name].dtype)
+            finite = finite_rows(computed)[:, None, None]  # not a number says that the image could not be read
+            found[name][places] = computed.masked_fill(~finite, torch.inf)
     return {
         name: (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
         for name, values in found.items()

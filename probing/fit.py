@@ -21,15 +21,18 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from torch import Tensor
 
-from probing.backbones.base import Backbone, Layer
+from probing.backbones.base import Backbone, Layer, layer_name
 from probing.bank import ProbeBank, ProbeKey
 from probing.data.coco import ImageList
 from probing.data.loader import Prepared, micro_batches
 from probing.errors import UserError
 from probing.feature_cache import FeatureCache
+from probing.finite import NotFinite, finite_rows, zero_others
 from probing.fit_state import FitState
+from probing.hub import slow_in_bfloat16
 from probing.interrupt import Interrupted, Interruption
 from probing.processes import add_up_gradients
 from probing.progress import Progress
@@ -58,6 +61,34 @@ def probe_configs(probe: ProbeRecipe, key_width: int, teachers: Mapping[str, Tea
         )
         for name, teacher in teachers.items()
     }
+
+
+@dataclass
+class _Tally:
+    """What micro-batches leave on the device.
+
+    Attributes:
+        sums: (2, columns and teachers), shares of the losses, and how many images count.
+        finite: per micro-batch its images, and (layers and teachers, B), False where one is not finite.
+    """
+
+    sums: Tensor
+    finite: list[tuple[list[int], Tensor]] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, columns: int, dtype: torch.dtype, device: torch.device) -> "_Tally":
+        """Of no micro-batch."""
+        return cls(torch.zeros(2, columns, dtype=dtype, device=device))
+
+    def __iadd__(self, other: "_Tally") -> "_Tally":
+        self.sums += other.sums
+        self.finite += other.finite
+        return self
+
+
+def _norm(parameters: Sequence[Tensor]) -> Tensor:
+    """Norm of a probe's gradient; 0 where it has none."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def _load(file: Path) -> Any:
@@ -120,6 +151,8 @@ class Fit:
             UserError: the disk is full, or the saved state does not fit.
         """
         fit, main = self.recipe.fit, self.accelerator.is_main_process
+        if self._bf16 and slow_in_bfloat16(self.accelerator.device):
+            logger.warning("fit.bf16 is slow on this CPU, which has no bfloat16 instructions; leave it out")
         state = self.start()
         self._resume(state)
         self.accelerator.wait_for_everyone()  # where no step is left, the main process soon clears the state away
@@ -140,7 +173,8 @@ class Fit:
                 state.step += 1
                 state.seconds += time.monotonic() - started
                 told_of.after_step(state.losses, len(steps), state.optimizer.param_groups[0]["lr"])
-                progress.advance(f"mean loss {np.nanmean(row[: len(state.columns)]):.4f}")
+                finite = [loss for loss in row[: len(state.columns)] if math.isfinite(loss)]
+                progress.advance(f"mean loss {np.mean(finite):.4f}" if finite else "no finite loss")
                 stop, due = self._agree(interruption.asked, time.monotonic() - saved >= 60 * fit.save_minutes)
                 if stop or due or state.step == len(steps):
                     self._save(state)
@@ -169,34 +203,64 @@ class Fit:
     def _step(
         self, state: FitState, micros: list[list[int]], batches: Iterator[Prepared], steps: int, gather: bool
     ) -> list[float]:
-        """One optimiser step; returns one loss per column, then the mean targets' losses."""
+        """One optimiser step; returns one loss per column, then the mean targets' losses.
+
+        A loss is the mean over the images that count for its column. Where there is none, or loss or gradient is not
+        finite, the probe takes no step: its weights and moments stay as they are, and the loss is NaN. All of that is
+        decided on the host, from one transfer per step.
+        """
         _, world = self._place
         columns = {column: index for index, column in enumerate(state.columns)}
-        losses = torch.zeros(len(columns) + len(self.teachers), dtype=self._wide, device=self.accelerator.device)
-        share = 1.0 / self._global_batch(micros)
-        seen = 0
+        batch = self._global_batch(micros)
+        tally = _Tally.empty(len(columns) + len(self.teachers), self._wide, self.accelerator.device)
         state.gathered |= gather
         for prepared in itertools.islice(batches, len(micros)):
             state.skipped |= {skip.image: skip for skip in prepared.skipped}
             if prepared.student is not None:
-                weight = len(prepared.indices) * share
-                seen += len(prepared.indices)
-                losses += self.micro_batch(state, prepared, weight, gather, columns)
-        parameters = state.optimizer.param_groups[0]["params"]
+                tally += self.micro_batch(state, prepared, len(prepared.indices) / batch, gather, columns)
         if world > 1:
-            add_up_gradients(parameters, self.accelerator)
-            losses = self.accelerator.reduce(losses, "sum")
-        if not seen and world == 1:
-            return [math.nan] * len(losses)
+            add_up_gradients(state.optimizer.param_groups[0]["params"], self.accelerator)
+            tally.sums = self.accelerator.reduce(tally.sums, "sum")
+        norms = [_norm(own) for own in state.parameters]
+        (losses, counts), norms_found = self._to_host(state, tally, norms)
+        counted = counts > 0
+        losses = np.divide(losses * batch, counts, out=np.full_like(losses, math.nan), where=counted)
         fit = self.recipe.fit
-        if fit.max_grad_norm is not None:
-            for own in state.parameters:
-                torch.nn.utils.clip_grad_norm_(own, fit.max_grad_norm)
+        for index, (own, norm) in enumerate(zip(state.parameters, norms, strict=True)):
+            if not np.isfinite([losses[index], norms_found[index]]).all():
+                losses[index] = math.nan
+                for parameter in own:
+                    parameter.grad = None  # a zero gradient would still decay the weights and move along old moments
+                continue
+            if counts[index] != batch:
+                scale = batch / counts[index]
+                norm = norm * scale
+                torch._foreach_mul_([p.grad for p in own if p.grad is not None], scale)
+            if fit.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(own, fit.max_grad_norm, norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.step, steps, fit.lr, fit.warmup)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         return losses.tolist()
+
+    def _to_host(
+        self, state: FitState, tally: "_Tally", norms: list[Tensor]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Brings losses and counts (2, columns) and gradient norms over, and notes images that are not finite."""
+        flags = [finite.flatten().to(tally.sums.dtype) for _, finite in tally.finite]
+        everything = [tally.sums.flatten(), torch.stack(norms).to(tally.sums.dtype), *flags]
+        sums, norm, found = np.split(
+            torch.cat(everything).cpu().double().numpy(), np.cumsum([tally.sums.numel(), len(norms)])
+        )
+        places = [("layer", layer_name(layer)) for layer in self.layers] + [("teacher", name) for name in self.teachers]
+        for indices, _ in tally.finite:
+            flag, found = np.split(found, [len(places) * len(indices)])
+            for place, row in zip(places, flag.reshape(len(places), -1), strict=True):
+                if not row.all():
+                    images = state.not_finite.setdefault(place, np.zeros(len(self.images), dtype=np.bool_))
+                    images[np.asarray(indices)[row == 0]] = True
+        return sums.reshape(2, -1), norm
 
     def _global_batch(self, micros: list[list[int]]) -> int:
         mine = sum(map(len, micros))
@@ -206,8 +270,11 @@ class Fit:
 
     def micro_batch(
         self, state: FitState, prepared: Prepared, weight: float, gather: bool, columns: dict[tuple[str, ProbeKey], int]
-    ) -> Tensor:
+    ) -> "_Tally":
         """Forward and backward of every probe on one micro-batch.
+
+        An image whose hidden state at a layer is not finite is left out of that layer, and one whose target is not
+        finite of that teacher; both are masked on the device.
 
         Args:
             state: probes and sums; gradients are added to the probes' own.
@@ -217,43 +284,61 @@ class Fit:
             columns: place of each probe in the result.
 
         Returns:
-            Its share of the losses, one per column and then one per teacher, for the mean target so far.
+            Its share of the losses and the images that count, one per column and then one per teacher, for the mean
+            target so far.
         """
         assert prepared.student is not None
         device = self.accelerator.device
         batch = prepared.student.to(self.backbone.device)
-        targets = {name: prepared.target(teacher) for name, teacher in self.teachers.items()}
-        shuffled = {name: target.roll(1, dims=0) for name, target in targets.items()}
-        losses = torch.zeros(len(columns) + len(self.teachers), dtype=self._wide, device=device)
-        for index, (name, target) in enumerate(targets.items()):
-            total, count = state.target_sums.get(name, (torch.zeros_like(target[0], dtype=self._wide), 0))
+        features = {name: prepared.target(teacher).to(device) for name, teacher in self.teachers.items()}
+        finite = {name: finite_rows(feature) for name, feature in features.items()}
+        targets = {name: zero_others(feature, finite[name]) for name, feature in features.items()}
+        wanted = {control: (targets, finite) for control in state.banks}
+        if "shuffled" in state.banks:
+            wanted["shuffled"] = tuple({n: t.roll(1, dims=0) for n, t in one.items()} for one in (targets, finite))
+        tally = _Tally.empty(len(columns) + len(self.teachers), self._wide, device)
+        losses, counts = tally.sums
+        for index, (name, target) in enumerate(targets.items(), start=len(columns)):
+            zero = torch.zeros_like(target[0], dtype=self._wide), torch.zeros((), dtype=torch.long, device=device)
+            total, count = state.target_sums.get(name, zero)
             if gather:
-                total, count = total + target.sum(dim=0, dtype=self._wide), count + len(target)
+                total, count = total + target.sum(dim=0, dtype=self._wide), count + finite[name].sum()
                 state.target_sums[name] = (total, count)
-            mean = (total / max(count, 1)).float().expand_as(target)
-            losses[len(columns) + index] = F.smooth_l1_loss(mean, target) * weight
+            mean = (total / count.clamp(min=1)).float().expand_as(target)
+            losses[index] = F.smooth_l1_loss(zero_others(mean, finite[name]), target) * weight
+            counts[index] = finite[name].sum()
+        rows: list[Tensor] = []
 
         def visit(layer: Layer, hidden: Tensor) -> None:
             states = hidden.to(device=device, dtype=None if self._bf16 else torch.float32)
             keys, mask = batch.tokens.select(states, self.recipe.probe.keys)
+            good = finite_rows(keys)
+            keys = zero_others(keys, good)
+            rows.append(good)
             for control, bank in state.banks.items():
-                wanted = shuffled if control == "shuffled" else targets
                 if control == "shuffled" and len(prepared.indices) < 2:
                     continue  # one image cannot be paired with another
+                own_targets, own_finite = wanted[control]
+                chosen = {name: good & own for name, own in own_finite.items()}
+                numbers = {name: one.sum() for name, one in chosen.items()}
                 for key, probe in bank.at(layer):
                     with self._products():
                         prediction = probe(keys, mask)
-                    loss = F.smooth_l1_loss(prediction.float(), wanted[key.teacher])
+                    target = own_targets[key.teacher]
+                    compared = torch.where(chosen[key.teacher][:, None, None], prediction.float(), target)
+                    loss = F.smooth_l1_loss(compared, target)
                     (loss * weight).backward()
                     losses[columns[control, key]] += loss.detach() * weight
+                    counts[columns[control, key]] += numbers[key.teacher]
             if gather and self.recipe.fit.ridge:
                 image_states = batch.tokens.image_states(hidden).to(device)
                 for name, teacher in self.teachers.items():
                     placed = place_states(image_states, batch.tokens.grid, teacher.grid)
-                    state.ridge[name, layer].add(placed, targets[name])
+                    state.ridge[name, layer].add(placed, targets[name], finite_rows(placed) & finite[name])
 
         self.backbone.stream(batch, self.layers, visit)
-        return losses
+        tally.finite.append((prepared.indices, torch.stack([*rows, *finite.values()])))
+        return tally
 
     @property
     def _bf16(self) -> bool:
@@ -287,6 +372,10 @@ class Fit:
         if self._place[1] == 1:
             return
         state.skipped = {skip.image: skip for skip in gather_object(list(state.skipped.values()))}
+        not_finite: NotFinite = {}
+        for place, images in gather_object(list(state.not_finite.items())):
+            not_finite[place] = images | not_finite.get(place, False)
+        state.not_finite = not_finite
         if not state.gathered:
             return
         state.gathered = False
@@ -298,9 +387,12 @@ class Fit:
             if self.accelerator.is_main_process and sums["n"]:
                 state.ridge[name, layer] = RidgeSums(sums)
         for name, teacher in self.teachers.items():
-            none = (torch.zeros(teacher.shape, dtype=self._wide, device=device), 0)
+            none = (
+                torch.zeros(teacher.shape, dtype=self._wide, device=device),
+                torch.zeros((), dtype=torch.long, device=device),
+            )
             (total, count), (shared, known) = state.target_sums.get(name, none), state.shared_sums.get(name, none)
-            number = known + int(self.accelerator.reduce(torch.tensor(count - known, device=device), "sum"))
+            number = known + self.accelerator.reduce(count - known, "sum")
             total = shared + self.accelerator.reduce(total - shared, "sum")
             if number:
                 state.target_sums[name] = state.shared_sums[name] = (total, number)
@@ -377,4 +469,4 @@ class Fit:
 
     def means(self, state: FitState) -> dict[str, Tensor]:
         """Mean target (N, D) per teacher over the training split, float32."""
-        return {name: (total / count).float().cpu() for name, (total, count) in state.target_sums.items()}
+        return {name: (total / count.clamp(min=1)).float().cpu() for name, (total, count) in state.target_sums.items()}

@@ -14,6 +14,7 @@ from probing.backbones.base import layer_name
 from probing.bank import ProbeBank, ProbeKey
 from probing.data.coco import Skipped
 from probing.errors import UserError
+from probing.finite import NotFinite
 from probing.ridge import RidgeKey, RidgeSums
 
 
@@ -25,13 +26,15 @@ class FitState:
         banks: probes by control (`no` and `shuffled`, or `random`).
         optimizer: one AdamW over all of them.
         step: optimiser steps taken.
-        losses: one row per step; columns as in `columns`, then one per teacher for its running mean target.
+        losses: one row per step; columns as in `columns`, then one per teacher for its running mean target. NaN where a
+            probe took no step, because no image counted or its loss or gradient was not finite.
         ridge: sums of the ridge readout.
         target_sums: per teacher, the sum (N, D) of its targets in float64, and their number: of all processes until the
             last saved state, and of this one since.
         shared_sums: the same as of the last saved state.
         gathered: whether any process may have added to its sums since then; the first pass alone does.
         skipped: images left out.
+        not_finite: images left out of a layer or a teacher.
         seconds: time spent, over all resumptions.
     """
 
@@ -40,10 +43,11 @@ class FitState:
     step: int = 0
     losses: list[list[float]] = field(default_factory=list)
     ridge: dict[RidgeKey, RidgeSums] = field(default_factory=lambda: defaultdict(RidgeSums))
-    target_sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
-    shared_sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    target_sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    shared_sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     gathered: bool = False
     skipped: dict[str, Skipped] = field(default_factory=dict)
+    not_finite: NotFinite = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -69,6 +73,7 @@ class FitState:
             "ridge": [(teacher, layer, sums.sums) for (teacher, layer), sums in self.ridge.items()],
             "target_sums": {name: [total, count] for name, (total, count) in self.target_sums.items()},
             "skipped": [[s.image, s.split, s.reason] for s in self.skipped.values()],
+            "not_finite": [[*place, torch.from_numpy(images)] for place, images in self.not_finite.items()],
             "seconds": self.seconds,
         }
 
@@ -93,9 +98,13 @@ class FitState:
         device = self.parameters[0][0].device
         for teacher, layer, sums in saved["ridge"]:
             self.ridge[teacher, layer] = RidgeSums({name: value.to(device) for name, value in sums.items()})
-        self.target_sums = {name: (total.to(device), count) for name, (total, count) in saved["target_sums"].items()}
+        sums = saved["target_sums"].items()
+        self.target_sums = {
+            name: (total.to(device), torch.as_tensor(count, device=device)) for name, (total, count) in sums
+        }
         self.shared_sums = dict(self.target_sums)
         self.skipped = {row[0]: Skipped(*row) for row in saved["skipped"]}
+        self.not_finite = _not_finite(saved)
         self.seconds = saved["seconds"]
 
     def take_in(self, part: dict[str, Any], teachers: int) -> None:
@@ -118,13 +127,20 @@ class FitState:
                     probe.load_state_dict(saved)
         for teacher, layer, sums in part["ridge"]:
             self.ridge[teacher, layer] = RidgeSums(sums)
-        self.target_sums = {name: (total, count) for name, (total, count) in part["target_sums"].items()}
+        self.target_sums = {
+            name: (total, torch.as_tensor(count)) for name, (total, count) in part["target_sums"].items()
+        }
         self.skipped |= {row[0]: Skipped(*row) for row in part["skipped"]}
+        self.not_finite |= _not_finite(part)
         self.step, self.seconds = part["step"], max(self.seconds, part["seconds"])
 
 
-def summary(state: FitState, teachers: Sequence[str]) -> dict[str, Any]:
-    """What a finished fit leaves for the manifest, as plain values."""
+def _not_finite(saved: dict[str, Any]) -> NotFinite:
+    return {(kind, name): images.numpy() for kind, name, images in saved.get("not_finite", [])}
+
+
+def summary(state: FitState, teachers: Sequence[str], not_finite: list[dict[str, str]]) -> dict[str, Any]:
+    """What a finished fit leaves for the manifest, as plain values; `not_finite` as `not_finite_rows` gives it."""
     table = np.asarray(state.losses, dtype=np.float64)
     means = {name: table[:, len(state.columns) + index].tolist() for index, name in enumerate(teachers)}
     curves = [
@@ -141,6 +157,7 @@ def summary(state: FitState, teachers: Sequence[str]) -> dict[str, Any]:
         "curves": curves,
         "mean_losses": means,
         "skipped": [{"image": s.image, "split": s.split, "reason": s.reason} for s in state.skipped.values()],
+        "not_finite": not_finite,
         "seconds": state.seconds,
         "steps": state.step,
     }

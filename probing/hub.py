@@ -109,7 +109,7 @@ def pretrained(
         source: folder or Hub id.
         config: its configuration; where it has an `adapter`, that folder is merged into the weights of `source`.
         device: `meta`, or where the model will be put by the caller.
-        dtype: as `from_pretrained` takes it.
+        dtype: as `from_pretrained` takes it; `auto` is the checkpoint's own, but for bfloat16 where `slow_in_bfloat16`.
         **kwargs: for `from_pretrained`.
 
     Returns:
@@ -124,9 +124,16 @@ def pretrained(
     adapter, key_mapping = getattr(config, "adapter", None), kwargs.get("key_mapping")
     filled: set[str] = set()
     if device.type != "meta":
+        widen = dtype == "auto" and "quantization_config" not in kwargs and slow_in_bfloat16(device)
+        stated = widen and getattr(config, "dtype", None) == torch.bfloat16
+        if stated:
+            dtype = torch.float32
         model, info = model_class.from_pretrained(
             source, config=config, output_loading_info=True, dtype=dtype, ignore_mismatched_sizes=True, **kwargs
         )
+        if stated or (widen and any(p.dtype == torch.bfloat16 for p in model.parameters())):
+            model = model.float()  # for a configuration that states no type, and the parts that have their own
+            logger.info("%s: float32 in place of bfloat16, which this CPU lacks; backbone.dtype decides", source)
     else:
         if dtype == "auto":
             dtype = config.dtype or torch.float32
@@ -201,6 +208,14 @@ def require_whole(source: str, missing: set[str], unexpected: set[str]) -> None:
         shown = ", ".join(unknown[:3]) + (", …" if len(unknown) > 3 else "")
         logger.warning("%s: %d tensors do not belong to its architecture and are not used: %s",
                        source, len(unknown), shown)  # fmt: skip
+
+
+def slow_in_bfloat16(device: torch.device) -> bool:
+    """Whether it is a CPU without bfloat16 instructions, on which products take some forty times as long as in float32.
+
+    float16 is as slow there and stays: numbers that overflow in it are a property of the checkpoint.
+    """
+    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def load_config(source: str, what: str, trust: str = "backbone.trust_remote_code", **kwargs: Any) -> Any:

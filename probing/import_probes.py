@@ -25,6 +25,7 @@ from probing.data.coco import ImageList, Skipped
 from probing.data.loader import micro_batches, no_student
 from probing.distill.predictors import FOLDER
 from probing.errors import UserError
+from probing.finite import finite_rows
 from probing.hub import locate, read_json, read_tensors
 from probing.processes import alone
 from probing.progress import Progress
@@ -230,19 +231,25 @@ def mean_targets(
 ) -> tuple[dict[str, Tensor], list[Skipped]]:
     """The mean target (N, D) of every teacher over a split, in float32, and the images that could not be read."""
     totals: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
     skipped: list[Skipped] = []
-    count, batch = 0, recipe.fit.micro_batch
+    batch = recipe.fit.micro_batch
     plan = [list(range(first, min(first + batch, len(images)))) for first in range(0, len(images), batch)]
     prepare = {name: teacher.prepare for name, teacher in teachers.items()}
     batches = micro_batches(images, plan, no_student, prepare, recipe.data.view, recipe.fit.workers, device)
     with Progress("mean targets", len(plan), unit="batches") as bar:
         for prepared in batches:
             skipped += prepared.skipped
-            count += len(prepared.indices)
             for name, pixels in prepared.pixels.items():
-                total = teachers[name].target(pixels).sum(dim=0, dtype=torch.float64)
+                target = teachers[name].target(pixels)
+                target = target[finite_rows(target)]
+                total = target.sum(dim=0, dtype=torch.float64)
                 totals[name] = totals[name] + total if name in totals else total
+                counts[name] = counts.get(name, 0) + len(target)
             bar.advance()
-    if not count:
+    if not totals:
         raise UserError(f"no image of {images.split} could be read; check {images.folder}")
-    return {name: (total / count).float().cpu().contiguous() for name, total in totals.items()}, skipped
+    for name, count in counts.items():
+        if not count:
+            raise UserError(f"teacher {name} gives no finite features of {images.split}; check its weights")
+    return {name: (total / counts[name]).float().cpu().contiguous() for name, total in totals.items()}, skipped

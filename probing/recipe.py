@@ -58,7 +58,7 @@ class BackboneRecipe(Strict):
     """OLA-VLM's special tokens after the image: `auto` keeps them where the checkpoint has them, `on` insists, `off`
     leaves them out of the prompt."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Numbers the checkpoint is loaded in."""
+    """Numbers the checkpoint is loaded in; `auto` is its own type, but float32 for bfloat16 on a CPU without it."""
     device_map: str | None = None
     """Passed to transformers, for checkpoints larger than one device."""
     quantization_config: dict[str, Any] | None = None

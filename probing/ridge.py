@@ -17,6 +17,7 @@ from torch import Tensor
 
 from probing.backbones.base import FINAL, Layer, layer_name
 from probing.bank import LAYER_CONVENTION
+from probing.finite import zero_others
 from probing.run import reading
 
 RidgeKey = tuple[str, Layer]
@@ -52,12 +53,14 @@ class RidgeSums:
 
     sums: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, states: Tensor, target: Tensor) -> None:
-        """Adds a batch: states (B, N, H) at the places of the target (B, N, D)."""
+    def add(self, states: Tensor, target: Tensor, chosen: Tensor) -> None:
+        """Adds a batch: states (B, N, H) at the places of the target (B, N, D), of the images chosen (B), bool."""
         if states.device.type == "mps":  # has no float64
-            states, target = states.cpu(), target.cpu()
+            states, target, chosen = states.cpu(), target.cpu(), chosen.cpu()
+        number = chosen.sum().double() * states.shape[1]
+        states, target = zero_others(states, chosen), zero_others(target, chosen)
         x, y = states.flatten(0, 1).double(), target.flatten(0, 1).double()
-        new = {"xx": x.T @ x, "xy": x.T @ y, "x": x.sum(0), "y": y.sum(0), "n": x.new_tensor(float(len(x)))}
+        new = {"xx": x.T @ x, "xy": x.T @ y, "x": x.sum(0), "y": y.sum(0), "n": number}
         for name, value in new.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
@@ -65,7 +68,8 @@ class RidgeSums:
     def of_nothing(cls, width: int, target_width: int, device: torch.device) -> "RidgeSums":
         """The sums of no images: zeros of the right shapes."""
         sums = cls()
-        sums.add(torch.zeros(1, 0, width, device=device), torch.zeros(1, 0, target_width, device=device))
+        states, target = (torch.zeros(1, 0, w, device=device) for w in (width, target_width))
+        sums.add(states, target, torch.ones(1, dtype=torch.bool, device=device))
         return sums
 
     def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
@@ -75,9 +79,11 @@ class RidgeSums:
             penalty: multiple of the mean eigenvalue of the states' covariance.
 
         Returns:
-            weight (D, H) and bias (D), float32: prediction = states @ weight.T + bias.
+            weight (D, H) and bias (D), float32: prediction = states @ weight.T + bias. Without any image both are NaN.
         """
         xx, xy, x, y, n = (self.sums[name] for name in ("xx", "xy", "x", "y", "n"))
+        if not n:
+            return torch.full_like(xy.T, torch.nan).float(), torch.full_like(y, torch.nan).float()
         mean_x, mean_y = x / n, y / n
         covariance = xx / n - torch.outer(mean_x, mean_x)
         cross = xy / n - torch.outer(mean_x, mean_y)

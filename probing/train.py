@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from probing.backbones import Backbone, Identity, Layer, load_backbone, parse_layers
 from probing.chat import rendering_at
 from probing.compatibility import describe_inputs, recorded_moment, require_same, to_record, vocabulary
-from probing.convergence import judge
+from probing.convergence import NOT_TRAINED, judge
 from probing.data.coco import ImageList, list_images
 from probing.data.loader import TOWER
 from probing.errors import UserError
 from probing.feature_cache import FeatureCache, open_caches, teacher_maker, tower_maker
+from probing.finite import not_finite_rows, report_not_finite
 from probing.fit import Fit, probe_configs
 from probing.fit_state import summary
 from probing.processes import others_alive, spread_layers, together
@@ -231,7 +232,9 @@ def _train_arm(
         if arm == "no":
             with whole_file(run.means) as file:
                 save_file(fit.means(state), file)
-        write_text(summary_file(run, arm), json.dumps(summary(state, list(teachers))))
+        report_not_finite(state.not_finite, images.names, len(images) - len(state.skipped), arm)
+        left_out = not_finite_rows(state.not_finite, images.names, images.split, arm)
+        write_text(summary_file(run, arm), json.dumps(summary(state, list(teachers), left_out)))
 
 
 def recorded_inputs(run: Run) -> dict[str, Any] | None:
@@ -298,7 +301,9 @@ def _finish(run: Run, arms: list[str], provenance: dict[str, Any], train: ImageL
             lines += [f"{','.join(map(str, place))},{step},{loss:.6g}" for step, loss in enumerate(curve["losses"])]
             verdict = judge(np.asarray(curve["losses"]), np.asarray(one["mean_losses"][curve["teacher"]]))
             names = ("control", "teacher", "layer", "seed")
-            convergence.append({**dict(zip(names, place, strict=True)), **vars(verdict)})
+            numbers = {name: None if value != value else value for name, value in vars(verdict).items()}
+            not_taken = int(np.isnan(curve["losses"]).sum())
+            convergence.append({**dict(zip(names, place, strict=True)), **numbers, "steps_not_taken": not_taken})
     write_text(run.path / "learning_curves.csv", "\n".join(lines) + "\n")
     skipped = {(s["image"], s["split"]): s for one in summaries for s in one["skipped"]}
     skipped |= {(s.image, s.split): vars(s) for images in (train, held_out) for s in images.skipped}
@@ -306,8 +311,21 @@ def _finish(run: Run, arms: list[str], provenance: dict[str, Any], train: ImageL
     trained = {"epochs": fit.epochs, "batch_size": fit.batch_size, "seeds": fit.seeds, "lr": fit.lr}
     trained["steps"] = summaries[0]["steps"]
     seconds = sum(one["seconds"] for one in summaries)
-    write_manifest(run, provenance, trained, convergence, list(skipped.values()), seconds)
+    not_finite = [row for one in summaries for row in one.get("not_finite", [])]
+    _report_steps_not_taken(convergence)
+    write_manifest(run, provenance, trained, convergence, list(skipped.values()), seconds, not_finite)
     shutil.rmtree(run.path / "state", ignore_errors=True)
+
+
+def _report_steps_not_taken(convergence: list[dict[str, Any]]) -> None:
+    """Logs how many probes skipped steps because nothing finite was there to learn from."""
+    some = [row for row in convergence if row["steps_not_taken"] and row["state"] != NOT_TRAINED]
+    if some:
+        worst = max(some, key=lambda row: row["steps_not_taken"])
+        logger.warning(
+            "%d of %d probes skipped steps without a finite loss and gradient; most at %s, layer %s: %d",
+            len(some), len(convergence), worst["teacher"], worst["layer"], worst["steps_not_taken"],
+        )  # fmt: skip
 
 
 def write_manifest(
@@ -317,6 +335,7 @@ def write_manifest(
     convergence: list[dict[str, Any]],
     skipped: list[dict[str, str]],
     seconds: float,
+    not_finite: Sequence[dict[str, str]] = (),
 ) -> None:
     """Writes the manifest, by which a run is finished.
 
@@ -327,12 +346,14 @@ def write_manifest(
         convergence: a row per probe, see `probing.convergence`.
         skipped: image, split and reason of images left out.
         seconds: that the training took.
+        not_finite: images left out of some layers or teachers, see `probing.finite.not_finite_rows`.
     """
     manifest = {
         **provenance,
         "fit": trained,
         "convergence": convergence,
         "skipped": skipped,
+        "not_finite": list(not_finite),
         "seconds": seconds,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -110,7 +110,7 @@ class AlignmentResults:
     place: int = 0
 
     def curve(self, metric: str, control: str = "no", protocol: str = "", teacher: str = "") -> pd.DataFrame:
-        """One curve in the order of the layers, the tower first; empty where this was not measured.
+        """One curve in the order of the layers, the tower first, without layers at which no image counts.
 
         Args:
             metric: as in `results.csv`.
@@ -119,7 +119,7 @@ class AlignmentResults:
             teacher: what the layers are compared with.
         """
         r = self.results
-        chosen = r[(r["metric"] == metric) & (r["control"] == control) & (r["layer"] != AVERAGE)]
+        chosen = r[(r["metric"] == metric) & (r["control"] == control) & (r["layer"] != AVERAGE) & r["value"].notna()]
         chosen = chosen[chosen["protocol"].str.startswith(protocol)]
         if teacher:
             chosen = chosen[chosen["teacher"] == teacher]
@@ -231,7 +231,7 @@ def difference_table(differences: pd.DataFrame) -> dict[str, Any]:
 
 
 def _difference(row: pd.Series) -> dict[str, Any]:
-    text = f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+    text = f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]" if row["n"] else "no finite number"
     return {"text": text, "beyond": bool(row["ci_low"] > 0 or row["ci_high"] < 0), "seeds": str(row["higher"])}
 
 
@@ -342,7 +342,7 @@ def sentences(run: AlignmentResults) -> list[str]:
     if len(curve):
         best = curve.loc[curve["value"].idxmax()]
         chance = _row(chances, best["layer"])
-        assert chance is not None
+        assert chance is not None  # the same images
         doubt = _doubt(best, chance)
         found.append(
             f"Through the logit lens the right label is likeliest for at most {_percent(best)} of the labelled patches "

@@ -9,6 +9,13 @@ from reports.results import RunResults, teacher_title
 
 METRIC, PROTOCOL = "cosine_centred", "strict"
 
+STATES = {
+    "still falling": "more steps would raise them",
+    "stuck at the mean": "their score says nothing about the layer",
+    "not trained": "no image had a finite loss, so they have no score",
+}
+"""How a training may end besides flat, and what that means."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -33,6 +40,8 @@ def _apart(one: pd.Series, two: pd.Series) -> str:
 def teacher_finding(run: RunResults, teacher: str) -> Finding:
     """Best layer, trend, margin over the controls, and the ridge readout beside it."""
     curve = run.curve(teacher, "resampler", "no", METRIC, PROTOCOL)
+    if curve.empty:
+        return Finding(run.label, teacher, ["No layer has a finite number."])
     best = curve.loc[curve["value"].idxmax()]
     over = f"{int(best['n'])} images" + (f" and {run.manifest['runs']} runs" if "runs" in run.manifest else "")
     sentences = [f"Read best at layer {best['layer']}: centred cosine {_number(best)}, over {over}."]
@@ -86,7 +95,7 @@ def random_control(run: RunResults) -> list[str]:
     for teacher in run.teachers:
         trained = run.curve(teacher, "resampler", "no", METRIC, PROTOCOL)
         random = run.curve(teacher, "resampler", "random", METRIC, PROTOCOL)
-        if random.empty:
+        if trained.empty or random.empty:
             continue
         best, other = (curve.loc[curve["value"].idxmax()] for curve in (trained, random))
         title = teacher_title(teacher)
@@ -114,16 +123,24 @@ def random_control(run: RunResults) -> list[str]:
     return sentences
 
 
-MEANINGS = {
-    "still falling": "more steps would raise them",
-    "stuck at the mean": "their score says nothing about the layer",
-    "not trained": "no step had a loss",
-}
-"""What a state of `probing.convergence` says about a probe's score."""
+def _left_out(run: RunResults) -> list[str]:
+    """How many images of each split were left out of which layers or teachers: their numbers are not finite."""
+    rows = pd.DataFrame(run.manifest.get("not_finite", []))
+    if rows.empty:
+        return []
+    sentences = []
+    for (split, control, layers, teachers), part in rows.groupby(["split", "control", "layers", "teachers"]):
+        where = [f"layers {layers}"] * bool(layers) + [f"the teachers {teachers}"] * bool(teachers)
+        weights = " with random weights" if control == "random" else ""
+        sentences.append(
+            f"{part['image'].nunique()} images of {split}{weights} are not finite at {' and '.join(where)}, and are "
+            "left out there; the manifest names them."
+        )
+    return sentences
 
 
 def convergence(run: RunResults) -> list[str]:
-    """Which probes had not finished learning, and which never left the mean target."""
+    """Which probes had not finished learning, which never left the mean target, and what was left out on the way."""
     rows = pd.DataFrame(run.manifest["convergence"])
     if rows.empty:
         return ["Not known: these probes were trained elsewhere, and imported."]
@@ -132,7 +149,7 @@ def convergence(run: RunResults) -> list[str]:
         part = rows[rows["control"] == control]
         if part.empty:
             continue
-        for state, meaning in MEANINGS.items():
+        for state, meaning in STATES.items():
             bad = part[part["state"] == state]
             if len(bad):
                 where = "; ".join(
@@ -146,6 +163,7 @@ def convergence(run: RunResults) -> list[str]:
             sentences.append(f"The loss of all {len(part)} probes {name} was flat when training ended.")
     return [
         *sentences,
+        *_left_out(run),
         "Flat is not finished: the learning rate falls to zero at the end, whatever the loss. Whether more steps would "
         "raise a curve, only training with more steps tells.",
     ]

@@ -273,7 +273,7 @@ def _legend(lines: Sequence[Series], own: bool) -> list[dict[str, Any]]:
 
 
 def _cell(row: pd.Series) -> str:
-    return f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+    return f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]" if row["n"] else "no finite number"
 
 
 def _table(run: RunResults, teacher: str, metric: str, protocol: str) -> dict[str, Any]:
@@ -281,7 +281,7 @@ def _table(run: RunResults, teacher: str, metric: str, protocol: str) -> dict[st
     columns: dict[str, dict[str, str]] = {}
     layers: list[str] = []
     for title, (probe, control) in COLUMNS.items():
-        curve = run.curve(teacher, probe, control, metric, protocol)
+        curve = run.curve(teacher, probe, control, metric, protocol, with_empty=True)
         if len(curve):
             columns[title] = {row["layer"]: _cell(row) for _, row in curve.iterrows()}
             layers = layers or list(curve["layer"])
@@ -344,7 +344,9 @@ def _means(frame: pd.DataFrame) -> list[list[str]]:
             teacher_title(row["teacher"]),
             PROBES.get(row["probe"], row["probe"]),
             metric_label(row["metric"], row["protocol"]),
-            f"{row['value']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]".replace("-", "−"),
+            f"{row['value']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]".replace("-", "−")
+            if row["n"]
+            else "no finite number",
             str(row["n"]),
         ]
         for row in sorted(rows, key=lambda row: order[row["metric"], row["protocol"]])

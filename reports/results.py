@@ -99,25 +99,29 @@ class RunResults:
             chosen = chosen[chosen["seed"] == "all"]
         return chosen[["layer", "value", "ci_low", "ci_high", "n"]]
 
-    def curve(self, teacher: str, probe: str, control: str, metric: str, protocol: str) -> pd.DataFrame:
+    def curve(
+        self, teacher: str, probe: str, control: str, metric: str, protocol: str, with_empty: bool = False
+    ) -> pd.DataFrame:
         """One curve, in the order of the layers, pooled over seeds where there were several.
 
         Returns:
-            Columns layer, value, ci_low, ci_high, n; empty where this was not run.
+            Columns layer, value, ci_low, ci_high, n; empty where this was not run. Layers at which no image counts have
+            no value; they are left out unless `with_empty`.
         """
         rows = self._rows(teacher, probe, control, metric, protocol)
-        rows = rows[rows["layer"] != AVERAGE]
+        rows = rows[(rows["layer"] != AVERAGE) & (rows["value"].notna() | with_empty)]
         return rows.iloc[rows["layer"].map(layer_rank).argsort(kind="stable")]
 
     def average(self, teacher: str, probe: str, control: str, metric: str, protocol: str) -> pd.Series | None:
         """The mean over the probed layers 1 … L, with its interval; None where this was not run."""
         rows = self._rows(teacher, probe, control, metric, protocol)
-        rows = rows[rows["layer"] == AVERAGE]
+        rows = rows[(rows["layer"] == AVERAGE) & rows["value"].notna()]
         return rows.iloc[0] if len(rows) else None
 
     def reference(self, teacher: str, probe: str, control: str, metric: str, protocol: str) -> pd.Series | None:
         """A row that belongs to no layer, such as the mean target; None where this was not run."""
         rows = self._rows(teacher, probe, control, metric, protocol)
+        rows = rows[rows["value"].notna()]
         return rows.iloc[0] if len(rows) else None
 
     def mean_target(self, teacher: str, metric: str, protocol: str) -> float | None:
@@ -185,8 +189,9 @@ def unique_labels(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
 def read_results(file: Path) -> pd.DataFrame:
     """Reads a `results.csv`; raises UserError where the file is something else."""
     text, numbers = dict.fromkeys(PLACE, str), dict.fromkeys(("value", "ci_low", "ci_high"), float)
+    absent = {name: ["", "nan", "NaN"] for name in numbers}  # over no image; in the other columns both are text
     with reading(file, "remove it and evaluate again"):
-        results = pd.read_csv(file, dtype=text | numbers, keep_default_na=False)
+        results = pd.read_csv(file, dtype=text | numbers, keep_default_na=False, na_values=absent)
         lacking = [name for name in (*text, *numbers, "n") if name not in results]
         if lacking:
             raise ValueError(f"there is no column {lacking[0]}")
@@ -209,5 +214,6 @@ def _manifest(runs: Sequence[Path]) -> dict[str, Any]:
     manifests = [read_json(run / "manifest.json", LOST) for run in runs]
     if len(runs) == 1:
         return manifests[0]
-    noticed = {key: [row for one in manifests for row in one[key]] for key in ("convergence", "skipped")}
+    keys = ("convergence", "skipped", "not_finite")
+    noticed = {key: [row for one in manifests for row in one.get(key, [])] for key in keys}
     return {**manifests[0], **noticed, "seconds": sum(one["seconds"] for one in manifests), "runs": len(runs)}

@@ -100,13 +100,14 @@ class TokenMap:
 
         Returns:
             The states (B, T', H) and the mask (B, T') of valid positions; the mask is None where all are valid, which
-            is the rule when every sequence of the batch has the same layout.
+            is the rule when every sequence of the batch has the same layout. Positions that are not valid are zero.
         """
         mask = self.mask(*kinds)
         if bool((mask == mask[:1]).all()):
             return (states if bool(mask[0].all()) else states[:, mask[0]]), None
         columns = mask.any(dim=0)
-        return states[:, columns], mask[:, columns]
+        mask = mask[:, columns]
+        return states[:, columns].masked_fill(~mask[..., None], 0), mask
 
     def image_states(self, states: Tensor) -> Tensor:
         """The states of the image tokens, (B, rows * columns, H), row-major.

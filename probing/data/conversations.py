@@ -280,6 +280,7 @@ def collate(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
             batch["target_rows"] = torch.tensor(with_target)
             chosen: list[dict[str, Any]] = [good[row][kind] for row in with_target]
             batch[kind] = {name: torch.stack([one[name] for one in chosen]) for name in chosen[0]}
+    batch["names"] = [sample["name"] for sample in good if "name" in sample]
     return batch | {kind: names for kind, names in notes.items() if names}
 
 
@@ -396,4 +397,4 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if self.patches is not None and "pixel_values" in sample:
             shown = list(zip(conversation.images, sizes, strict=True))[: len(sample["pixel_values"])]
             sample = sample | _patch_labels(self.patches, shown)
-        return sample | ({"cut": called} if "cut" in sample else {})
+        return sample | {"name": called} | ({"cut": called} if "cut" in sample else {})

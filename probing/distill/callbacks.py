@@ -89,10 +89,10 @@ class Bar(TrainerCallback):
 
 
 class Losses(TrainerCallback):
-    """Stops before a step that a loss which is not finite would spoil.
+    """Stops before a step that a loss or gradient which is not finite would spoil.
 
     Raises:
-        UserError: naming the loss and the step; the last saved state stays.
+        UserError: naming the loss, its samples and the step; the last saved state stays.
     """
 
     def __init__(self, trainee: Trainee) -> None:
@@ -103,8 +103,8 @@ class Losses(TrainerCallback):
         bad = self.trainee.not_finite()
         if bad:
             raise UserError(
-                f"the loss {bad} is not finite at step {state.global_step + 1}; nothing of this step was taken over. "
-                "Lower lr, or look at the data; the same command goes on from the last saved state"
+                f"{bad} is not finite at step {state.global_step + 1}, which was not taken; lower lr, or leave out "
+                "these samples"
             )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

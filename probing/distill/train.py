@@ -89,6 +89,12 @@ class StageTrainer(Trainer):
             attach_pairs(batches, self.trainee.patches.least, device, self.args.world_size)
         return batches, items
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Hands the norm of the gradient, which the Trainer computes in every step, to the check before the step."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.trainee.gradient_norm = norm.item() if isinstance(norm, torch.Tensor) else norm
+        return norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every named loss since the last log."""
         if "loss" in logs:

@@ -1,6 +1,7 @@
 """The model of a stage: a LLaVA, and what is trained beside it."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,10 @@ TRAINED_PARTS = {
     "ift": ("multi_modal_projector", "language_model", "lm_head"),
 }
 """Parts of the LLaVA that each stage trains (OLA-VLM, sec. 5.1)."""
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 class Trainee(nn.Module):
@@ -86,6 +91,8 @@ class Trainee(nn.Module):
         # The Trainer asks for this name, and ties weights again where exactly these are missing from a saved state.
         self._keys_to_ignore_on_save = [n for n, _ in self.named_parameters(remove_duplicate=False) if n not in once]
         self.step_losses: dict[str, Tensor] = {}
+        self.step_parts: list[tuple[list[str], Tensor]] = []
+        self.gradient_norm: float | None = None
         self.logged: dict[str, Tensor] = {}
         self.steps_logged = 0
 
@@ -193,6 +200,7 @@ class Trainee(nn.Module):
     def forward(
         self,
         labels: Tensor,
+        names: list[str] | None = None,
         skipped: list[str] | None = None,
         cut: list[str] | None = None,
         unlabelled: list[str] | None = None,
@@ -206,6 +214,7 @@ class Trainee(nn.Module):
 
         Args:
             labels: (B, T), ignored positions -100.
+            names: of the samples.
             skipped: samples of this micro-batch that were left out.
             cut: samples of this micro-batch that were too long.
             unlabelled: images of this micro-batch whose annotations cannot be used.
@@ -223,6 +232,7 @@ class Trainee(nn.Module):
         named = self.losses(labels, num_items_in_batch, inputs, targets, patches)
         for name, (_, value) in named.items():
             self.step_losses[name] = self.step_losses.get(name, 0.0) + value.detach().float()
+        self.step_parts.append((names or [], torch.stack([value.detach().float() for _, value in named.values()])))
         loss = torch.stack([weight * value for weight, value in named.values()]).sum()
         # Every trained part takes part in every backward pass: without it a stage that trains nothing else has no
         # gradient at all, and several processes would wait for each other's.
@@ -239,16 +249,20 @@ class Trainee(nn.Module):
         return {"loss": loss}
 
     def not_finite(self) -> str:
-        """Name of a loss of this step that is not finite, or an empty string."""
-        if not self.step_losses or bool(torch.isfinite(torch.stack(list(self.step_losses.values()))).all()):
-            return ""
-        return next(name for name, value in self.step_losses.items() if not bool(torch.isfinite(value)))
+        """Names the loss or gradient of this step that is not finite, and its samples; empty where all are."""
+        if self.step_losses and not bool(torch.isfinite(torch.stack(list(self.step_losses.values()))).all()):
+            name = next(name for name, value in self.step_losses.items() if not bool(torch.isfinite(value)))
+            bad = [sample for names, values in self.step_parts for sample in names if not bool(values.isfinite().all())]
+            return f"the loss {name} of {_few(bad)}" if bad else f"the loss {name}"
+        if self.gradient_norm is not None and not math.isfinite(self.gradient_norm):
+            return f"the gradient of {_few([sample for names, _ in self.step_parts for sample in names])}"
+        return ""
 
     def finish_step(self) -> None:
         """Adds the losses of a step to those that are logged next."""
         for name, value in self.step_losses.items():
             self.logged[name] = self.logged.get(name, 0.0) + value
-        self.step_losses, self.steps_logged = {}, self.steps_logged + 1
+        self.step_losses, self.step_parts, self.steps_logged = {}, [], self.steps_logged + 1
 
     def take_logged(self) -> dict[str, Tensor]:
         """Mean of every loss over the steps since the last call, this process's part of it."""

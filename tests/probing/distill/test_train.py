@@ -1,11 +1,13 @@
 import datetime
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -411,3 +413,43 @@ def test_a_stage_over_midnight_writes_the_date_it_began(models, recipe, tmp_path
     whole, cut, later = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "cut", "later"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert not all(torch.equal(whole[name], later[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("values", "norm", "said"),
+    [
+        ((1.0, 2.0), 3.0, ""),
+        ((1.0, math.nan), 3.0, "the loss next_token of c, d"),
+        ((math.inf, 1.0), 3.0, "the loss next_token of a, b"),
+        ((1.0, 2.0), math.inf, "the gradient of a, b, c, d"),
+        ((1.0, 2.0), math.nan, "the gradient of a, b, c, d"),
+        ((1.0, 2.0), None, ""),
+    ],
+)
+def test_what_is_not_finite_is_named_with_its_samples(values, norm, said):
+    parts = [(names, torch.tensor([value])) for names, value in zip((["a", "b"], ["c", "d"]), values, strict=True)]
+    losses = {"next_token": torch.tensor(sum(values))}
+    step = SimpleNamespace(step_losses=losses, step_parts=parts, gradient_norm=norm)
+    assert Trainee.not_finite(step) == said
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_stage_stops_before_a_step_that_is_not_finite(recipe, tmp_path, monkeypatch, what):
+    """In its second step, by one sample of a loss, or by a gradient alone."""
+    forward, calls = Trainee.forward, []
+
+    def spoiled(self, *args, **kwargs):
+        calls.append(kwargs["names"])
+        found = forward(self, *args, **kwargs)
+        if len(calls) == 2 and what == "loss":
+            self.step_losses["next_token"] = torch.tensor(math.nan)
+            self.step_parts[-1] = (kwargs["names"], torch.tensor([math.nan]))
+        if len(calls) == 2 and what == "gradient":
+            parameter = next(p for p in self.parameters() if p.requires_grad)
+            parameter.register_hook(lambda gradient: gradient * math.inf)
+        return found
+
+    monkeypatch.setattr(Trainee, "forward", spoiled)
+    with pytest.raises(UserError, match=f"the {what}.*of conversation .*is not finite at step 2"):
+        run_stage(recipe(batch_size=1, micro_batch=1), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
