@@ -107,6 +107,8 @@ def _align(recipe: AlignRecipe, out: Path, recorded: dict[str, Any] | None, devi
     rows = [row for file in files.values() if file.exists() for row in summaries(ScoreFile.read(file), [0])]
     rows += [row for file in (out / "scores").glob("*.json") for row in read_summaries(file)]
     with disk_errors(out):
+        for name in ("sample", "alignment"):  # of a process killed before it removed them
+            (out / "state" / f"{name}.safetensors").unlink(missing_ok=True)
         return write_rows(out / "results.csv", checkpoint.name, rows)
 
 

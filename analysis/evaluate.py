@@ -246,6 +246,7 @@ def _score_arm(run: Run, arm: str, jobs: Iterable[Job], workshop: "_Workshop", o
             due.append((scorer, lacking, settings, file))
         elif chosen.controls:
             logger.info("%s is there already; remove it to score again", file)
+            pass_state(run, scorer, arm).unlink(missing_ok=True)  # of a process killed before it removed it
     if not due:
         return
     backbone = arm_backbone(run.recipe, arm, workshop.device)

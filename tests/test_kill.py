@@ -1,16 +1,14 @@
-"""Whenever a command is killed, and however often, going on gives what an undisturbed run gives, bit for bit."""
+"""Whichever change to its files a command is killed before, resuming gives what an undisturbed run gives."""
 
 import json
-import math
 import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
-import time
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,9 @@ from probing.data.toyworld.layout import write_world
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
-KILLS = 20
+KILLS = 6
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+"""Python's audit events, besides files that are opened to be written."""
 PRELOAD = (
     *("probing.train", "probing.distill.train", "analysis.evaluate", "analysis.align", "torch.utils.tensorboard"),
     *("transformers.models.auto", "transformers.models.auto.tokenization_auto", "transformers.models.llava"),
@@ -47,8 +47,8 @@ def warm() -> Iterator[ForkServerContext]:
         yield context
 
 
-def command(arguments: list[str], log: Path) -> None:
-    """`python -m probing …`, with what it says in a file."""
+def command(arguments: list[str], log: Path, moment: int, counted: Path) -> None:
+    """`python -m probing …`, with what it says in a file; killed before its change number `moment` to any file."""
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -57,51 +57,51 @@ def command(arguments: list[str], log: Path) -> None:
     torch.set_num_threads(1)
     align.SAVE_MINUTES = 0.0  # the others' recipes say so
     sys.argv = ["probing", *arguments]
+    changes = 0
+
+    def count(event: str, values: tuple[object, ...]) -> None:
+        nonlocal changes
+        written = event == "open" and isinstance(values[2], int) and values[2] & (os.O_WRONLY | os.O_RDWR)
+        if (written or event in CHANGES) and str(values[0]).startswith(str(log.parent)):
+            changes += 1
+            if changes == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
     main()
+    counted.write_text(str(changes))
 
 
 class Killer:
-    """Runs a command again and again, and kills it at random moments."""
+    """Runs a command again and again, and kills it before changes to its files that are drawn by chance.
+
+    Attributes:
+        changes: files that the command creates, renames or removes when nobody disturbs it.
+    """
 
     def __init__(self, context: ForkServerContext, folder: Path, seed: int) -> None:
-        self.context, self.log, self.random = context, folder / "log.txt", random.Random(seed)
-        self.kills = self.survived = 0
-        self.seconds = math.inf
+        self.context, self.folder, self.random = context, folder, random.Random(seed)
+        self.kills = self.survived = self.changes = 0
 
-    def _start(self, arguments: list[object]) -> BaseProcess:
-        process = self.context.Process(target=command, args=(list(map(str, arguments)), self.log))
+    def _start(self, arguments: list[object], moment: int = 0) -> int | None:
+        """Runs the command; returns its exit code, negative where it was killed."""
+        log, counted = self.folder / "log.txt", self.folder / "changes.txt"
+        process = self.context.Process(target=command, args=(list(map(str, arguments)), log, moment, counted))
         process.start()
-        return process
-
-    def finish(self, arguments: list[object]) -> float:
-        """Lets the command run to its end; returns the seconds that it took."""
-        started = time.monotonic()
-        process = self._start(arguments)
         process.join()
-        assert process.exitcode == 0, self.log.read_text()
-        return time.monotonic() - started
+        assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
+        return process.exitcode
 
-    def survive(self, arguments: list[object], seconds: float) -> None:
-        """Kills the command, and starts it again, until it is done or there were kills enough.
+    def finish(self, arguments: list[object]) -> None:
+        """Lets the command run to its end."""
+        assert self._start(arguments) == 0
+        self.changes = self.changes or int((self.folder / "changes.txt").read_text())
 
-        Args:
-            arguments: of the command.
-            seconds: that it takes undisturbed. Where that was measured while the machine was busier, hardly a kill
-                would come in time; so it is measured again whenever the command goes from its beginning to its end.
-        """
-        self.seconds = min(self.seconds, seconds)
-        before = self.kills
+    def survive(self, arguments: list[object]) -> None:
+        """Kills the command, and starts it again, until it is done or there were kills enough."""
         while self.kills < KILLS:
-            started = time.monotonic()
-            process = self._start(arguments)
-            process.join(self.random.uniform(0, self.seconds))
-            if process.exitcode is not None:
-                assert process.exitcode == 0, self.log.read_text()
-                if self.kills == before:
-                    self.seconds = min(self.seconds, time.monotonic() - started)
+            if self._start(arguments, self.random.randint(1, self.changes)) == 0:
                 break
-            process.kill()  # SIGKILL; the command has no processes of its own
-            process.join()
             self.kills += 1
         else:
             self.finish(arguments)
@@ -145,19 +145,20 @@ def recipe(models, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(warm, recipe, tmp_path_factory) -> tuple[Path, float]:
-    """A run that nobody disturbed, and the seconds that it took."""
+def whole(warm, recipe, tmp_path_factory) -> tuple[Path, int]:
+    """A run that nobody disturbed, and the number of its changes to files."""
     folder = tmp_path_factory.mktemp("whole")
     killer = Killer(warm, folder, 0)
-    killer.finish(["train", "--recipe", recipe, "--out", folder / "first"])  # the next one finds files in memory
-    return folder / "run", killer.finish(["train", "--recipe", recipe, "--out", folder / "run"])
+    killer.finish(["train", "--recipe", recipe, "--out", folder / "run"])
+    return folder / "run", killer.changes
 
 
 def test_train(warm, recipe, whole, tmp_path):
-    run, seconds = whole
+    run, changes = whole
     killer, expected = Killer(warm, tmp_path, 1), contents(run)
+    killer.changes = changes
     for out in killer.outs(tmp_path):
-        killer.survive(["train", "--recipe", recipe, "--out", out], seconds)
+        killer.survive(["train", "--recipe", recipe, "--out", out])
         assert contents(out) == expected
 
 
@@ -165,12 +166,12 @@ def test_evaluate(warm, whole, tmp_path):
     controls = [f"--control={control}" for control in ("no", "shuffled", "random", "blank")]
     shutil.copytree(whole[0], tmp_path / "whole")
     killer = Killer(warm, tmp_path, 2)
-    seconds = killer.finish(["evaluate", tmp_path / "whole", *controls])
+    killer.finish(["evaluate", tmp_path / "whole", *controls])
     expected = contents(tmp_path / "whole")
     assert "000000000017.jpg" in expected["manifest.json"].decode()
     for out in killer.outs(tmp_path):
         shutil.copytree(whole[0], out)
-        killer.survive(["evaluate", out, *controls], seconds)
+        killer.survive(["evaluate", out, *controls])
         found = contents(out)
         for name in [name for name in found if Path(name).name.startswith(".")]:
             del found[name]  # it may be another process's, for an hour
@@ -182,12 +183,11 @@ def test_align(warm, models, tmp_path):
     teachers = [f"--teacher={name}={models[name]}" for name in ("depth", "gen")]
     arguments = ["align", models["llava"], f"--data=coco:{world}", *teachers, "micro_batch=1", "workers=0", "sample=3"]
     killer = Killer(warm, tmp_path, 4)
-    killer.finish([*arguments, "--out", tmp_path / "first"])
-    seconds = killer.finish([*arguments, "--out", tmp_path / "whole"])
+    killer.finish([*arguments, "--out", tmp_path / "whole"])
     expected = contents(tmp_path / "whole")
     assert {"scores/alignment-val2017.safetensors", "pictures/patches.safetensors"} <= expected.keys()
     for out in killer.outs(tmp_path / "outs"):
-        killer.survive([*arguments, "--out", out], seconds)
+        killer.survive([*arguments, "--out", out])
         assert contents(out) == expected
 
 
@@ -204,11 +204,10 @@ def test_distill(warm, models, tmp_path):
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     killer, arguments = Killer(warm, tmp_path, 3), ["distill", tmp_path / "recipe.yaml", "--out"]
-    killer.finish([*arguments, tmp_path / "first"])
-    seconds = killer.finish([*arguments, tmp_path / "whole"])
+    killer.finish([*arguments, tmp_path / "whole"])
     expected = contents(tmp_path / "whole")
     assert "3.png" in expected["training.json"].decode()
     for out in killer.outs(tmp_path / "outs"):
-        killer.survive([*arguments, out], seconds)
+        killer.survive([*arguments, out])
         assert contents(out) == expected
     assert {path.name for path in (tmp_path / "outs").iterdir()} == set(map(str, range(killer.survived)))
