@@ -8,6 +8,7 @@ from PIL import Image
 from probing.adapters import open_adapter
 from probing.backbones import generic, llava, llava_next, llava_onevision, multi_encoder, original
 from probing.backbones.base import FINAL, Backbone, Batch, Identity, Layer, TokenMap, layer_name, parse_layers
+from probing.backbones.image_tokens import CANNOT_RUN
 from probing.backbones.llava import SIDE
 from probing.dry_run import META, dry_run
 from probing.errors import UserError
@@ -152,6 +153,6 @@ def _try(backbone: Backbone) -> str:
     batch = backbone.prepare([Image.new("RGB", (SIDE, SIDE))]).to(META)
     try:
         backbone.stream(batch, [0, backbone.layers, FINAL], lambda layer, state: None)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+    except CANNOT_RUN as error:
         return f"its layers could not be tried without weights ({first_line(error)})"
     return ""

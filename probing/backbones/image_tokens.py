@@ -1,5 +1,6 @@
 """How many tokens one image becomes, on both sides of a LLaVA: features of its tower, placeholders of its processor."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping
@@ -11,6 +12,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import probing.compat  # noqa: F401
 from probing.errors import UserError
+
+CANNOT_RUN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+"""What models raise that cannot take their inputs."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def image_features(config: Any, size: tuple[int, int]) -> ImageFeatures:
 
 
 def _count_features(config: Any, size: tuple[int, int]) -> int:
-    from transformers import LlamaConfig, LlavaConfig, LlavaModel
+    from transformers import LlamaConfig, LlavaConfig
 
     vision, layer = copy.deepcopy(config.vision_config), feature_layer(config)
     chosen = [layer] if isinstance(layer, int) else layer
@@ -89,17 +93,25 @@ def _count_features(config: Any, size: tuple[int, int]) -> int:
         vision_config=vision, text_config=llm, vision_feature_layer=chosen[0] if isinstance(layer, int) else chosen,
         vision_feature_select_strategy=select_strategy(config),
     )  # fmt: skip
+    pixels = getattr(vision, "num_channels", 3), *size
     try:
-        with _disable_current_modes(), torch.device("meta"), torch.no_grad():
-            model = LlavaModel(half).eval()
-            pixels = torch.zeros(1, getattr(vision, "num_channels", 3), *size)
-            return int(model.get_image_features(pixels).pooler_output[0].shape[0])
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+        with contextlib.suppress(*CANNOT_RUN):
+            return _count_on(half, pixels, "meta")
+        return _count_on(half, pixels, "cpu")  # some towers look at numbers
+    except CANNOT_RUN as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
             f"config.json: transformers cannot run this vision tower with vision_feature_layer={layer} on "
             f"{size[0]} x {size[1]} pixels ({reason})"
         ) from None
+
+
+def _count_on(config: Any, pixels: tuple[int, ...], device: str) -> int:
+    from transformers import LlavaModel
+
+    with _disable_current_modes(), torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model = LlavaModel(config).eval()
+        return int(model.get_image_features(torch.zeros(1, *pixels)).pooler_output[0].shape[0])
 
 
 def match_processor(

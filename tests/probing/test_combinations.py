@@ -25,6 +25,7 @@ TOWERS = {  # configuration, and tokens before the patches
     "clip": (lambda: hf.CLIPVisionConfig(**VIT), 1),
     "siglip": (lambda: hf.SiglipVisionConfig(**VIT, vision_use_head=False), 0),
     "dinov2_registers": (lambda: hf.Dinov2WithRegistersConfig(**VIT, num_register_tokens=4), 5),
+    "idefics3": (lambda: hf.Idefics3VisionConfig(**VIT), 0),  # cannot be run on shapes alone
     "deit": (lambda: hf.DeiTConfig(**VIT), 2),
     "swin": (
         lambda: hf.SwinConfig(
