@@ -3,6 +3,7 @@
 Numbers are kept per image, and `results.csv` summarises them as it does those of probes.
 """
 
+import itertools
 import json
 import logging
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -235,39 +237,44 @@ def _write_likeness(pooled: dict[Curve, Tensor], whole: ScoreFile, file: Path) -
     if count < LEAST:
         logger.warning("layers are compared with tower and teachers over at least %d images, not %d", LEAST, count)
         return
-    shares, rows = {}, []
-    finite = {layer: finite_rows(features) for layer, features in layers.items()}
-    known = torch.stack([finite_rows(features) for features in references.values()]).all(dim=0)
-    sets: dict[tuple[bool, ...], list[str]] = {}  # layers that lack the same images
-    lacking: list[tuple[str, int]] = []
-    for layer, own in finite.items():
-        sets.setdefault(tuple((own & known).tolist()), []).append(layer)
-    for mask, names in sets.items():
-        there = torch.tensor(mask)
+    shares: dict[Curve, NDArray[np.float64]] = {}
+    rows: list[Summary] = []
+    lacking: list[tuple[str, str, int]] = []
+    for (some, own), (others, known) in itertools.product(_by_images(layers), _by_images(references)):
+        there = own & known
         number = int(there.sum())
         if number < LEAST:
-            line = "layers %s: %d images with finite states are too few to compare with tower and teachers"
-            logger.warning(line, ", ".join(names), number)
-            lacking += [(name, number) for name in names]
+            lacking += [(layer, reference, number) for layer, reference in itertools.product(some, others)]
             continue
-        some = {name: layers[name][there] for name in names}
-        for one in likeness(some, {name: features[there] for name, features in references.items()}, count):
+        chosen = ({name: features[name][there] for name in names} for names, features in
+                  ((some, layers), (others, references)))  # fmt: skip
+        for one in likeness(*chosen, count):
             if one.shares is not None:
                 shares[one.curve] = np.full(count, np.nan)
                 shares[one.curve][there.numpy()] = one.shares.numpy()
             if one.jackknife is not None:
                 interval = one.jackknife.interval()
                 rows.append(Summary(one.curve, whole.split, "0", interval, number, distances=one.jackknife))
-    some_layer = rows[0].curve.layer if rows else ""
-    for layer, number in lacking:
-        of_layer = [row for row in rows if row.curve.layer == some_layer]
+    if lacking:
+        line = "layers %s: too few images with finite states to compare with %s"
+        names = (", ".join(dict.fromkeys(own)) for own in list(zip(*lacking, strict=True))[:2])
+        logger.warning(line, *names)
+    for layer, reference, number in lacking:  # empty rows as those of a layer that was compared
+        alike = [row for row in rows if row.curve.teacher == reference]
         rows += [replace(row, curve=replace(row.curve, layer=layer), interval=EMPTY, n=number, distances=None)
-                 for row in of_layer]  # fmt: skip
-        shares |= {
-            replace(curve, layer=layer): np.full(count, np.nan) for curve in list(shares) if curve.layer == some_layer
-        }
+                 for row in alike if row.curve.layer == alike[0].curve.layer]  # fmt: skip
+        for curve in {replace(curve, layer=layer) for curve in shares if curve.teacher == reference}:
+            shares.setdefault(curve, np.full(count, np.nan))
     ScoreFile(shares, whole.names[:count], whole.split, whole.settings).write(file)
     write_summaries(file.with_suffix(".json"), rows)
+
+
+def _by_images(features: dict[str, Tensor]) -> list[tuple[list[str], Tensor]]:
+    """Names of those whose features (n, H) are finite for the same images, and for which, (n) bool."""
+    sets: dict[tuple[bool, ...], list[str]] = {}
+    for name, own in features.items():
+        sets.setdefault(tuple(finite_rows(own).tolist()), []).append(name)
+    return [(names, torch.tensor(mask)) for mask, names in sets.items()]
 
 
 def _annotated(images: ImageList, maps: Panoptic | Instances, limit: int | None) -> ImageList:

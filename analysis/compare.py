@@ -1,6 +1,7 @@
 """`probing compare`: paired differences between checkpoints that were probed alike."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -143,11 +144,17 @@ def _distances(
     theirs, ours = read_distances(reference), read_distances(runs)
     for curve in (curve for curve in theirs if curve in ours and curve.layer and curve.control == "no"):
         one, two = theirs[curve], ours[curve]
+        place = (curve.teacher, curve.layer, curve.probe, curve.metric, curve.protocol, one[0].split)
+        if any(row.n != one[0].n or math.isnan(row.interval.value) for row in (*one, *two)):
+            # One lacks images at this layer, and a jackknife leaves out the same images of both or tells nothing.
+            seeds = f"{len(two)}, {len(one)}"
+            numbers = (EMPTY.value, EMPTY.low, EMPTY.high, 0)
+            yield Difference(label, reference_label, *place, *numbers, seeds, "")
+            continue
         if one[0].distances is None or one[0].images != two[0].images:
             continue
         base, own = (Jackknife.of_seeds([row.distances for row in rows if row.distances]) for rows in (one, two))
         interval = own.interval_above(base, seeds_paired=paired)
-        place = (curve.teacher, curve.layer, curve.probe, curve.metric, curve.protocol, one[0].split)
         numbers = (interval.value, interval.low, interval.high, one[0].n)
         higher = f"{int((own.whole > base.whole).sum())} of {len(own.whole)}" if paired else ""
         yield Difference(label, reference_label, *place, *numbers, f"{len(own.whole)}, {len(base.whole)}", higher)
