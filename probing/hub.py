@@ -29,7 +29,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 """The file that makes a folder an adapter of peft."""
 ADAPTER_TENSOR = re.compile(
     r"\.lora_|\.base_layer\.|\.modules_to_save\.|\.(ia3|hada|lokr|oft|boft|hra|vera_lambda|vblora)_|"
-    r"^base_model\.model\.|\.adapters?\.|prompt_encoder\."
+    r"^base_model\.model\.|\.adapters?\."
 )
 """Names of tensors of an adapter that was not merged."""
 HARMLESS_TENSOR = re.compile(

@@ -142,7 +142,8 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
     """
     require_tracker(recipe.fit.report_to)
     accelerator = together()
-    moment = [recorded_moment(recorded_inputs(Run(out, recipe)))]
+    with disk_errors(out):
+        moment = [recorded_moment(recorded_inputs(Run(out, recipe)))]
     broadcast_object_list(moment)  # else processes that start around midnight would render other prompts
     with rendering_at(moment[0]):
         return _train(recipe, out, accelerator)

@@ -187,7 +187,7 @@ def test_distances_are_between_the_images_that_count():
         painted = rng.normal(size=(9, 3)).astype(np.float32)
         painted[list(lacking)] = math.nan
         features[Curve("gen", layer, "resampler", "no", "embedding", "strict", 0)] = painted
-    run = SimpleNamespace(recipe=SimpleNamespace(fit=SimpleNamespace(seeds=[0])))
+    run = SimpleNamespace(recipe=SimpleNamespace(fit=SimpleNamespace(seeds=[0])), manifest={})
     painter = SimpleNamespace(extractor=SimpleNamespace(metrics=("fid", "kid")))
 
     def summarised(layers):

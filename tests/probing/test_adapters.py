@@ -12,7 +12,6 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from probing.backbones import describe_checkpoint, identify, load_backbone
 from probing.errors import UserError
-from probing.hub import load_config, loaded_files
 from probing.recipe import BackboneRecipe
 from tests import tiny
 from tests.original import original
@@ -160,10 +159,6 @@ def test_the_identity_covers_adapter_and_base(base, tmp_path):
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
     found.append(sha256())
     assert len(set(found)) == len(found)
-    config = load_config(str(base), "checkpoint")
-    config.adapter = str(tmp_path / "adapter")
-    names = [file.name for file in loaded_files(str(base), config)]
-    assert names == ["model.safetensors", "adapter_model.safetensors", "adapter_config.json"]
 
 
 def adapter_without_base(base, folder):

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import signal
 import struct
 
 import numpy as np
@@ -15,10 +16,10 @@ from analysis.scores import Curve, ScoreFile, read_if_fits, read_summaries
 from probing.backbones import load_backbone
 from probing.bank import ProbeBank
 from probing.errors import UserError
+from probing.fit import Fit
 from probing.hub import read_tensors
 from probing.recipe import BackboneRecipe, ProbeRunRecipe
 from probing.resampler import ResamplerConfig
-from probing.run import Run
 from probing.train import train
 from tests.hostile import DEEP, Payload, damaged, fuzz, junk, one_line
 
@@ -162,7 +163,7 @@ def test_shards_lie_beside_their_index(models, tmp_path, place):
         list(read_tensors(str(folder), ""))
 
 
-def test_no_pickle_runs_code(models, recipe_values, tmp_path):
+def test_no_pickle_runs_code(models, recipe_values, tmp_path, monkeypatch):
     canary, evil = tmp_path / "it ran", tmp_path / "evil.pt"
     torch.save({"a": torch.ones(1), "step": Payload(canary)}, evil)
     torch.load(evil, weights_only=False)
@@ -179,8 +180,11 @@ def test_no_pickle_runs_code(models, recipe_values, tmp_path):
     with pytest.raises(UserError):
         inception(evil, CPU)
     recipe = ProbeRunRecipe.model_validate(recipe_values | {"layers": "1", "controls": []})
-    state = Run.create(tmp_path / "run", recipe).path / "state" / "no" / "state.pt"
-    state.parent.mkdir(parents=True)
+    state = tmp_path / "run" / "state" / "no" / "state.pt"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Fit, "run", lambda fit: signal.raise_signal(signal.SIGINT))
+        train(recipe, tmp_path / "run")
+    state.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(evil, state)
     with pytest.raises(UserError, match=r"may run code.*; remove .* to train from the start"):
         train(recipe, tmp_path / "run")
