@@ -246,9 +246,9 @@ def _write_likeness(pooled: dict[Curve, Tensor], whole: ScoreFile, file: Path) -
         if number < LEAST:
             lacking += [(layer, reference, number) for layer, reference in itertools.product(some, others)]
             continue
-        chosen = ({name: features[name][there] for name in names} for names, features in
-                  ((some, layers), (others, references)))  # fmt: skip
-        for one in likeness(*chosen, count):
+        left = {name: layers[name][there] for name in some}
+        right = {name: references[name][there] for name in others}
+        for one in likeness(left, right, count):
             if one.shares is not None:
                 shares[one.curve] = np.full(count, np.nan)
                 shares[one.curve][there.numpy()] = one.shares.numpy()

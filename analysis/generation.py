@@ -191,8 +191,8 @@ def _features(file: Path) -> NDArray[np.float32]:
 
 def _painted(painter: Painter, embeds: NDArray[np.float32], seeds: Sequence[int]) -> list[NDArray[np.float32]]:
     """Features of the images painted from the embeddings that are finite; a list of none where there are none."""
-    rows = np.isfinite(embeds).all(axis=1)
-    return [painter.features(embeds[rows], list(itertools.compress(seeds, rows)))] if rows.any() else []
+    rows = np.flatnonzero(np.isfinite(embeds).all(axis=1))
+    return [painter.features(embeds[rows], [seeds[row] for row in rows.tolist()])] if len(rows) else []
 
 
 def _all_rows(features: NDArray[np.float32], embeds: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -295,7 +295,8 @@ class Fit:
         targets = {name: zero_others(feature, finite[name]) for name, feature in features.items()}
         wanted = {control: (targets, finite) for control in state.banks}
         if "shuffled" in state.banks:
-            wanted["shuffled"] = tuple({n: t.roll(1, dims=0) for n, t in one.items()} for one in (targets, finite))
+            rolled = [{n: t.roll(1, dims=0) for n, t in one.items()} for one in (targets, finite)]
+            wanted["shuffled"] = (rolled[0], rolled[1])
         tally = _Tally.empty(len(columns) + len(self.teachers), self._wide, device)
         losses, counts = tally.sums
         for index, (name, target) in enumerate(targets.items(), start=len(columns)):

@@ -376,7 +376,7 @@ def test_a_token_that_is_no_patch_is_refused(recipe, models, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"vision_feature_select_strategy": "full"}))
     with pytest.raises(
         UserError,
-        match="17 image tokens where the model has 16 features.*select_strategy=default",
+        match=r"17 image tokens where the model has 16 features.*select_strategy=default",
     ):
         run_stage(recipe(checkpoint=str(tmp_path / "model")), tmp_path / "out")
 
