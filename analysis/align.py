@@ -37,7 +37,14 @@ from analysis.scores import (
 from probing import __version__
 from probing.backbones import Identity, count_blocks, identify, layer_name, load_backbone, parse_layers
 from probing.chat import rendering_at
-from probing.compatibility import describe_inputs, recorded_moment, require_same, to_record
+from probing.compatibility import (
+    describe_inputs,
+    inputs_file,
+    recorded_inputs,
+    recorded_moment,
+    require_same,
+    to_record,
+)
 from probing.data.coco import ImageList, Skipped, image_size, list_images
 from probing.data.instances import Instances, fitting, read_label_maps
 from probing.data.panoptic import Panoptic
@@ -48,7 +55,7 @@ from probing.processes import alone
 from probing.provenance import made_of, versions
 from probing.recipe import LayersRecipe, dump_recipe, local_path
 from probing.rehearsal import teacher_names
-from probing.run import LOST, disk_errors, left_overs, read_json, remove_left_overs, write_text
+from probing.run import disk_errors, left_overs, remove_left_overs, write_text
 from probing.teachers import load_teacher
 from probing.teachers.base import Teacher
 
@@ -89,7 +96,7 @@ def align(recipe: AlignRecipe, out: Path) -> Path:
     """
     device = alone("align").device
     _require_free(out, recipe)
-    recorded = _recorded(out)
+    recorded = recorded_inputs(out, any((*(out / "state").glob("*.safetensors"), *(out / "scores").glob("*"))))
     with rendering_at(recorded_moment(recorded)):
         return _align(recipe, out, recorded, device)
 
@@ -198,7 +205,7 @@ def _measure(
         write_text(out / "manifest.json", json.dumps({**manifest, **recorded}, indent=2) + "\n")
         found.write(files["alignment"])  # last: where it is there, nothing else is missing
         resumable.file.unlink(missing_ok=True)
-        _inputs_file(out).unlink(missing_ok=True)
+        inputs_file(out).unlink(missing_ok=True)
 
 
 def _require_labels(subject: Subject) -> None:
@@ -289,26 +296,13 @@ def _annotated(images: ImageList, maps: Panoptic | Instances, limit: int | None)
     return fitting(replace(images, names=names[:limit], skipped=images.skipped + skipped), maps)
 
 
-def _inputs_file(out: Path) -> Path:
-    return out / "state" / "inputs.json"
-
-
-def _recorded(out: Path) -> dict[str, Any] | None:
-    """What a run recorded about its inputs when it began; None where it has not begun."""
-    for file in (out / "manifest.json", _inputs_file(out)):
-        if file.exists():
-            return read_json(file, LOST)
-    begun = (out / "state").glob("*.safetensors"), (out / "scores").glob("*")
-    return {} if any(True for files in begun for _ in files) else None  # begun by an older version
-
-
 def _claim(out: Path, recipe: AlignRecipe, recorded: dict[str, Any]) -> None:
     """Writes recipe and inputs into a folder."""
     with disk_errors(out):
         remove_left_overs(left_overs(out))
         write_text(out / "recipe.yaml", dump_recipe(recipe))
         if not (out / "manifest.json").exists():
-            write_text(_inputs_file(out), json.dumps(recorded))
+            write_text(inputs_file(out), json.dumps(recorded))
 
 
 def _require_free(out: Path, recipe: AlignRecipe) -> None:

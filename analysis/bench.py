@@ -21,7 +21,15 @@ from probing import __version__
 from probing.backbones import Identity, identify, load_backbone
 from probing.backbones.answers import ask, sample_conversation
 from probing.chat import rendering_at
-from probing.compatibility import describe_inputs, recorded_moment, require_same, to_record, vocabulary
+from probing.compatibility import (
+    describe_inputs,
+    inputs_file,
+    recorded_inputs,
+    recorded_moment,
+    require_same,
+    to_record,
+    vocabulary,
+)
 from probing.data.benchmarks import BENCHMARKS, Question, digest, read_questions
 from probing.data.coco import Skipped, read_image
 from probing.errors import UserError
@@ -90,7 +98,7 @@ def bench(recipe: BenchRecipe, out: Path) -> Path:
     if len(questions) != known.size:
         logger.warning("%d questions; %s as it is published has %d", len(questions), known.title, known.size)
     _require_free(out, recipe)
-    recorded = _recorded(out)
+    recorded = recorded_inputs(out, (out / "state" / "answers.jsonl").exists())
     with rendering_at(recorded_moment(recorded)):
         return _bench(recipe, out, questions, recorded)
 
@@ -117,7 +125,7 @@ def _bench(recipe: BenchRecipe, out: Path, questions: Sequence[Question], record
             manifest = _manifest(recipe, checkpoint, questions, answered, skipped, time.monotonic() - started)
             write_text(out / "manifest.json", json.dumps({**manifest, **to_record(inputs)}, indent=2) + "\n")
             state.unlink(missing_ok=True)
-            _inputs_file(out).unlink(missing_ok=True)
+            inputs_file(out).unlink(missing_ok=True)
     with reading(answers, LOST):
         answered = read_answers(answers)
         left_out = read_json(out / "manifest.json", LOST).get("skipped", [])
@@ -142,18 +150,6 @@ def judged(benchmark: str, question: Question, said: tuple[str, str]) -> Answere
     return Answered(question.name, question.groups, image, text, read, list(question.answers), worth, guess)
 
 
-def _inputs_file(out: Path) -> Path:
-    return out / "state" / "inputs.json"
-
-
-def _recorded(out: Path) -> dict[str, Any] | None:
-    """What a run recorded about its inputs when it began; None where it has not begun."""
-    for file in (out / "manifest.json", _inputs_file(out)):
-        if file.exists():
-            return read_json(file, LOST)
-    return {} if (out / "state" / "answers.jsonl").exists() else None  # begun by an older version
-
-
 def _require_free(out: Path, recipe: BenchRecipe) -> None:
     """Raises UserError where another run is in a folder."""
     there = out / "recipe.yaml"
@@ -169,7 +165,7 @@ def _claim(out: Path, recipe: BenchRecipe, recorded: dict[str, Any]) -> None:
         remove_left_overs(out.rglob(".*.tmp"))
         write_text(out / "recipe.yaml", dump_recipe(recipe))
         if not (out / "manifest.json").exists():
-            write_text(_inputs_file(out), json.dumps(recorded))
+            write_text(inputs_file(out), json.dumps(recorded))
 
 
 def _ask_all(

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -13,8 +13,12 @@ from safetensors.torch import save_file
 
 from probing.backbones.base import FINAL, Layer, layer_name
 from probing.errors import UserError
+from probing.recipe import ProbeRecipe
 from probing.resampler import Resampler, ResamplerConfig
 from probing.run import reading
+
+if TYPE_CHECKING:
+    from probing.teachers import Teacher
 
 LOST = "put it back, or train the probes anew"
 LAYER_CONVENTION = (
@@ -41,6 +45,22 @@ def _initial_seed(key: ProbeKey) -> int:
     """A seed of its own for every probe, so that training more probes changes none of them."""
     text = f"{key.seed}/{key.teacher}/{layer_name(key.layer)}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def probe_configs(probe: ProbeRecipe, key_width: int, teachers: Mapping[str, "Teacher"]) -> dict[str, ResamplerConfig]:
+    """Returns the sizes of one layer's probes, by teacher; `key_width` is that of the hidden states."""
+    return {
+        name: ResamplerConfig(
+            key_width=key_width,
+            queries=teacher.shape[0],
+            width=teacher.shape[1],
+            output_width=teacher.shape[1],
+            heads=probe.heads,
+            dim_head=probe.dim_head,
+            ff_mult=probe.ff_mult,
+        )
+        for name, teacher in teachers.items()
+    }
 
 
 @dataclass

@@ -17,11 +17,6 @@ from probing.errors import UserError
 from probing.interrupt import exit_interrupted, raise_on_signals
 
 TEACHERS = ("depth", "seg", "gen")
-SPIN_COUNT = "1000"
-"""Turns of the loop in which a compute thread waits for the others before it sleeps.
-
-OpenMP's default of 300,000 takes the time that the others need, where something else runs on the machine.
-"""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -35,8 +30,6 @@ def cli(quiet: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported
     level = logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for package in ("probing", "analysis", "reports"):

@@ -15,6 +15,7 @@ from PIL import Image
 from probing.chat import rendering_moment
 from probing.data.coco import square
 from probing.errors import UserError
+from probing.run import LOST, read_json
 from probing.weights_hash import configuration, settings, weights_hash
 
 if TYPE_CHECKING:
@@ -68,6 +69,24 @@ def to_record(inputs: Inputs) -> dict[str, Any]:
     """What a run writes down about its inputs: themselves, and the moment that its chat template was rendered at."""
     moment = rendering_moment()
     return {"rendered_at": moment.isoformat() if moment else None, "inputs": dict(inputs)}
+
+
+def inputs_file(run: Path) -> Path:
+    """Where an unfinished run records its inputs; a finished one has them in its manifest."""
+    return run / "state" / "inputs.json"
+
+
+def recorded_inputs(run: Path, begun: bool) -> dict[str, Any] | None:
+    """What a run recorded about its inputs; None for one that has not begun, nothing where an older version began it.
+
+    Args:
+        run: its folder.
+        begun: whether the folder holds results, finished or not.
+    """
+    for file in (run / "manifest.json", inputs_file(run)):
+        if file.exists():
+            return read_json(file, LOST)
+    return {} if begun else None
 
 
 def recorded_moment(recorded: Mapping[str, Any] | None) -> datetime.datetime:

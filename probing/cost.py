@@ -96,6 +96,10 @@ class TrainingCost:
         return self.backbone + self.teachers + self.probes + self.sums + self.step
 
 
+class CostUnknown(UserError):
+    """A checkpoint that can be trained on, but not run on shapes alone."""
+
+
 def short(number: float, unit: str) -> str:
     """Three digits and a prefix: 16.8 TFLOP."""
     for prefix in ("", "k", "M", "G", "T", "P"):
@@ -115,6 +119,7 @@ def training_cost(recipe: ProbeRunRecipe, processes: int = 1) -> TrainingCost:
         processes: that share the images.
 
     Raises:
+        CostUnknown: training works, and the checkpoint cannot be run on shapes alone.
         UserError: as training would, but for faults in the weights.
     """
     recipe = recipe.model_copy(deep=True)
@@ -142,7 +147,7 @@ def training_cost(recipe: ProbeRunRecipe, processes: int = 1) -> TrainingCost:
         try:
             fit.micro_batch(state, prepared, 1.0, True, columns)
         except (RuntimeError, NotImplementedError) as error:
-            raise UserError(
+            raise CostUnknown(
                 f"{recipe.backbone.checkpoint} cannot be run on shapes alone, so its cost cannot be counted "
                 f"({first_line(error)}); train without a plan"
             ) from None

@@ -1,13 +1,19 @@
-"""What the command line sets before any library is imported: text as UTF-8, and a home folder."""
+"""What the command line sets before any library is imported: text as UTF-8, how threads wait, and a home folder."""
 
 import os
 import sys
 
 from probing.user_cache import home_folder, temporary_home
 
+SPIN_COUNT = "3000"
+"""Turns of the loop in which a compute thread waits for the others before it sleeps.
+
+OpenMP's default of 300,000 takes the time that the others need, where something else runs on the machine.
+"""
+
 
 def prepare_environment() -> None:
-    """Starts Python again in UTF-8 mode where the locale is another, and gives a process without home one.
+    """Starts Python again in UTF-8 mode where the locale is another, and sets `SPIN_COUNT` and a missing home.
 
     Libraries written in Rust read paths as UTF-8 in any locale, so other paths do not reach them unchanged.
     """
@@ -17,6 +23,8 @@ def prepare_environment() -> None:
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")  # PYTHONIOENCODING may still ask for ASCII
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported
     if home_folder() is None:
         # Libraries would cache in a folder called "~" of the working directory, or ask for the user's name and fail.
         home = temporary_home()

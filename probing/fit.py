@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probing.backbones.base import Backbone, Layer, layer_name
-from probing.bank import ProbeBank, ProbeKey
+from probing.bank import ProbeBank, ProbeKey, probe_configs
 from probing.data.coco import ImageList
 from probing.data.loader import Prepared, micro_batches
 from probing.errors import UserError
@@ -36,8 +36,7 @@ from probing.hub import slow_in_bfloat16
 from probing.interrupt import Interrupted, Interruption
 from probing.processes import add_up_gradients
 from probing.progress import Progress
-from probing.recipe import ProbeRecipe, ProbeRunRecipe
-from probing.resampler import ResamplerConfig
+from probing.recipe import ProbeRunRecipe
 from probing.ridge import RidgeReadout, RidgeSums, place_states
 from probing.run import disk_errors, reading, whole_file
 from probing.schedule import learning_rate, plan_steps, require_enough
@@ -45,22 +44,6 @@ from probing.teachers import Teacher
 from probing.tracking import curve_names, curves
 
 logger = logging.getLogger(__name__)
-
-
-def probe_configs(probe: ProbeRecipe, key_width: int, teachers: Mapping[str, Teacher]) -> dict[str, ResamplerConfig]:
-    """Returns the sizes of one layer's probes, by teacher; `key_width` is that of the hidden states."""
-    return {
-        name: ResamplerConfig(
-            key_width=key_width,
-            queries=teacher.shape[0],
-            width=teacher.shape[1],
-            output_width=teacher.shape[1],
-            heads=probe.heads,
-            dim_head=probe.dim_head,
-            ff_mult=probe.ff_mult,
-        )
-        for name, teacher in teachers.items()
-    }
 
 
 @dataclass
@@ -87,8 +70,9 @@ class _Tally:
 
 
 def _norm(parameters: Sequence[Tensor]) -> Tensor:
-    """Norm of a probe's gradient; 0 where it has none."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """Norm of a probe's gradient, on the probe's device; 0 where it has none."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=parameters[0].device)
 
 
 def _load(file: Path) -> Any:

@@ -19,7 +19,7 @@ import probing.compat  # noqa: F401
 from probing.errors import BROKEN, UserError
 from probing.reach import require_hub
 from probing.recipe import local_path, looks_like_path
-from probing.weights_hash import adapter_hash, model_hash, weights_hash
+from probing.weights_hash import digest, files_hash, model_hash, settings, weights_hash
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ def identity(source: str, config: Any, device: torch.device | None = None) -> st
     """
     if device is not None and device.type == "meta":
         return "no weights"
+    from probing import adapters
+
     path = Path(source)
     own = f"commit:{getattr(config, '_commit_hash', None)}"
     if path.is_dir():
@@ -88,8 +90,10 @@ def identity(source: str, config: Any, device: torch.device | None = None) -> st
         tower = local_path(str(getattr(config, "tower", "")))  # a folder apart, in LLaVA's original format
         if getattr(config, "tower", None) and tower.is_dir() and not _has_tower(source):
             own += f", vision tower {weights_hash(tower)}"
-    adapter = getattr(config, "adapter", None)
-    return f"{own}, adapter {adapter_hash(Path(adapter))}" if adapter else own
+    if adapter := getattr(config, "adapter", None):
+        configuration = settings(read_json(adapter, ADAPTER_CONFIG))  # holds the scale of its part in the weights
+        own += f", adapter {digest([files_hash(adapters.files_of(Path(adapter))), configuration])}"
+    return own
 
 
 def _has_tower(source: str) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from probing.backbones import count_blocks, layer_name, parse_layers
-from probing.cost import Devices, training_cost
+from probing.cost import CostUnknown, Devices, training_cost
 from probing.hub import locate
 from probing.processes import started
 from probing.recipe import LayersRecipe, ProbeRunRecipe
@@ -22,11 +22,15 @@ def rehearse_training(recipe: ProbeRunRecipe, out: Path) -> list[str]:
     """
     train, held_out = training_images(recipe.data), held_out_images(recipe.data)
     layers = parse_layers(recipe.layers, count_blocks(recipe.backbone))
-    cost = training_cost(recipe, started())
+    try:
+        cost = training_cost(recipe, started())
+        disk, costs = cost.disk, cost.lines(Devices(started()))
+    except CostUnknown as error:
+        disk, costs = 0, [str(error)]
     begun = Run.is_begun(out, recipe)
     finished = (out / "manifest.json").exists()
     if not finished:
-        require_space(out, cost.disk)
+        require_space(out, disk)
     steps = count_steps(len(train), recipe.fit)
     arms = ARMS if "random" in recipe.controls else ARMS[:1]
     controls, seeds = ["mean target", *recipe.controls], recipe.fit.seeds
@@ -40,7 +44,7 @@ def rehearse_training(recipe: ProbeRunRecipe, out: Path) -> list[str]:
         f"teachers: {teacher_names(recipe)}",
         f"controls: {', '.join(controls)}; seeds: {', '.join(map(str, seeds))}",
         f"steps: {steps:,} of {recipe.fit.batch_size} images for {' and '.join(map(arm_name, arms))}",
-        *cost.lines(Devices(started())),
+        *costs,
     ]
 
 

@@ -16,15 +16,24 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 
 from probing.backbones import Backbone, Identity, Layer, load_backbone, parse_layers
+from probing.bank import probe_configs
 from probing.chat import rendering_at
-from probing.compatibility import describe_inputs, recorded_moment, require_same, to_record, vocabulary
+from probing.compatibility import (
+    describe_inputs,
+    inputs_file,
+    recorded_inputs,
+    recorded_moment,
+    require_same,
+    to_record,
+    vocabulary,
+)
 from probing.convergence import NOT_TRAINED, judge
 from probing.data.coco import ImageList, list_images
 from probing.data.loader import TOWER
 from probing.errors import UserError
 from probing.feature_cache import FeatureCache, open_caches, teacher_maker, tower_maker
 from probing.finite import not_finite_rows, report_not_finite
-from probing.fit import Fit, probe_configs
+from probing.fit import Fit
 from probing.fit_state import summary
 from probing.processes import others_alive, spread_layers, together
 from probing.provenance import made_of, versions
@@ -143,7 +152,7 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
     require_tracker(recipe.fit.report_to)
     accelerator = together()
     with disk_errors(out):
-        moment = [recorded_moment(recorded_inputs(Run(out, recipe)))]
+        moment = [recorded_moment(_recorded(out))]
     broadcast_object_list(moment)  # else processes that start around midnight would render other prompts
     with rendering_at(moment[0]):
         return _train(recipe, out, accelerator)
@@ -223,7 +232,7 @@ def _train_arm(
     if fit.spread:
         state = fit.whole(layers, state.step)
     with disk_errors(run.path):
-        made = {name: value for name, value in provenance.items() if name != "inputs"}
+        made = {name: value for name, value in provenance.items() if name not in ("inputs", "rendered_at")}
         for control, bank in state.banks.items():
             with whole_folder(run.probes(control)) as folder:
                 bank.save(folder, {"control": control, **made})
@@ -238,14 +247,8 @@ def _train_arm(
         write_text(summary_file(run, arm), json.dumps(summary(state, list(teachers), left_out)))
 
 
-def recorded_inputs(run: Run) -> dict[str, Any] | None:
-    """What a run recorded about its inputs when it began; None where it has not begun."""
-    state = run.path / "state" / "inputs.json"
-    if run.finished:
-        return run.manifest
-    if state.exists():
-        return read_json(state, f"remove {state.parent} to train from the start")
-    return {} if any(state.parent.glob("*/*")) else None  # begun by an older version
+def _recorded(out: Path) -> dict[str, Any] | None:
+    return recorded_inputs(out, any((out / "state").glob("*/*")))
 
 
 def _check_same_inputs(run: Run, provenance: dict[str, Any], accelerator: Accelerator) -> None:
@@ -256,12 +259,12 @@ def _check_same_inputs(run: Run, provenance: dict[str, Any], accelerator: Accele
     """
     scoring = ("held-out images", "tokenizer's vocabulary")  # of no effect before the probes are scored
     now = {name: value for name, value in provenance["inputs"].items() if name not in scoring}
-    if (recorded := recorded_inputs(run)) is not None:
+    if (recorded := _recorded(run.path)) is not None:
         require_same(recorded, now, run.path, "put it back or choose another --out")
     elif accelerator.is_main_process:
         with disk_errors(run.path):
             written = {"rendered_at": provenance["rendered_at"], "inputs": now}
-            write_text(run.path / "state" / "inputs.json", json.dumps(written))
+            write_text(inputs_file(run.path), json.dumps(written))
 
 
 def provenance_of(

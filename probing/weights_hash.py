@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,15 @@ PREFERENCE = (
     "pytorch_model.bin.index.json",
 )
 """Weights as transformers looks for them: the first that exists is loaded, and the others are not."""
-ADAPTER = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "non_lora_trainables.bin",
-    "mm_projector.bin",
+NO_EFFECT = (
+    "transformers_version",
+    "_name_or_path",
+    "_commit_hash",
+    "architectures",
+    "use_cache",
+    "label2id",
+    "base_model_name_or_path",
 )
-"""Files of an adapter, loaded on top of the base model's weights; the configuration holds the scale."""
-NO_EFFECT = ("transformers_version", "_name_or_path", "_commit_hash", "architectures", "use_cache", "label2id")
 """Fields of a configuration that cannot move a number."""
 OVERRIDDEN = (
     "do_sample", "num_beams", "repetition_penalty", "temperature", "top_p", "top_k", "max_new_tokens", "max_length",
@@ -59,19 +60,19 @@ def loaded_weights(folder: Path) -> list[Path]:
 
 def weights_hash(folder: Path) -> str:
     """Hashes the weight files that are loaded from a folder."""
-    return _digest([file_hash(file) for file in loaded_weights(folder)])
+    return files_hash(loaded_weights(folder))
 
 
-def adapter_hash(folder: Path) -> str:
-    """Hashes the files of an adapter."""
-    return _digest([file_hash(folder / name) for name in ADAPTER if (folder / name).is_file()])
+def files_hash(files: Sequence[Path]) -> str:
+    """Hashes the contents of some files, in their order."""
+    return digest([file_hash(file) for file in files])
 
 
 def model_hash(folder: Path) -> str:
     """Hashes all that is loaded from a model folder, its own code included; how JSON is laid out does not count."""
     config = _read_json(folder / "config.json")
     code = [file_hash(file) for file in sorted(folder.glob("*.py"))] if "auto_map" in config else []
-    return _digest([weights_hash(folder), configuration(folder), code])
+    return digest([weights_hash(folder), configuration(folder), code])
 
 
 def configuration(folder: Path) -> dict[str, str]:
@@ -96,7 +97,7 @@ def settings(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
             flat |= settings(value, f"{name}.")
         else:
             text = json.dumps(_plain(value), sort_keys=True, default=str)
-            flat[name] = text if len(text) <= SHOWN and "/" not in text else f"#{_digest(text)[:12]}"
+            flat[name] = text if len(text) <= SHOWN and "/" not in text else f"#{digest(text)[:12]}"
     return dict(sorted(flat.items()))
 
 
@@ -162,5 +163,6 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Hashes a value of JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -123,7 +123,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: value for name, value in files.items() if not name.startswith(("runs/", "tensorboard/"))}
 
 
-TIMED = ("log", "final_loss")
+TIMED = ("rendered_at", "log", "final_loss")
 """Of a stage; the log has a line every few steps that this process took, with seconds."""
 
 

@@ -139,8 +139,11 @@ def test_a_projector_alone_is_loaded_on_its_base(tmp_path, name):
         save_file(projector, folder / name)
     shutil.copytree(tmp_path / "base", tmp_path / "merged")
     save_file(tensors | projector, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
-    found = states_of(BackboneRecipe(checkpoint=str(folder)))
-    assert_same_states(found, states_of(BackboneRecipe(checkpoint=str(tmp_path / "merged"))))
+    recipe = BackboneRecipe(checkpoint=str(folder))
+    assert_same_states(states_of(recipe), states_of(BackboneRecipe(checkpoint=str(tmp_path / "merged"))))
+    before, other = identify(recipe).sha256, {n: 2 * t for n, t in projector.items()}
+    (torch.save if name.endswith("bin") else save_file)(other, folder / name)
+    assert identify(recipe).sha256 != before
 
 
 def test_the_identity_covers_adapter_and_base(base, tmp_path):

@@ -13,7 +13,8 @@ from probing.backbones import describe_checkpoint, load_backbone
 from probing.backbones.base import FINAL, Batch
 from probing.backbones.decoder import decoder_parts
 from probing.errors import UserError
-from probing.recipe import BackboneRecipe
+from probing.recipe import BackboneRecipe, ProbeRunRecipe
+from probing.rehearsal import rehearse_training
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -235,6 +236,16 @@ def test_any_llm_inside(tmp_path, body):
     found = describe_checkpoint(BackboneRecipe(checkpoint=str(tmp_path)))
     assert ("not_sure" in found) == (body == "Mixtral")  # cannot be run in float32 on shapes alone
     assert found["llm"]["layers"] == 3 and found["llm"]["hidden_size"] == 32
+
+
+@pytest.mark.parametrize(("tower", "body"), [("clip", "GPTJ"), ("clip", "Mixtral")])
+def test_dry_run_accepts_what_needs_numbers(tmp_path, recipe_values, tower, body):
+    kind, values, _, _ = BODIES[body]
+    llava(tmp_path / "llava", tower=tower, text=getattr(hf, f"{kind}Config")(**values))
+    backbone = recipe_values["backbone"] | {"checkpoint": str(tmp_path / "llava"), "dtype": "float32"}
+    recipe = ProbeRunRecipe.model_validate(recipe_values | {"backbone": backbone})
+    lines = rehearse_training(recipe, tmp_path / "run")
+    assert any("cost cannot be counted" in line for line in lines) and any(line.startswith("steps:") for line in lines)
 
 
 @pytest.mark.parametrize(("part", "message"), [("layers", "no list of 3 decoder blocks"), ("norm", "no final norm")])

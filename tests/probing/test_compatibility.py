@@ -406,13 +406,3 @@ def test_files_are_those_that_transformers_loads(tmp_path, there, loaded):
     assert [file.name for file in weights_hash.loaded_weights(tmp_path)] == loaded
     files, _ = _get_resolved_checkpoint_files(str(tmp_path), None, None, None, None, False)
     assert [Path(file).name for file in files] == loaded
-
-
-@pytest.mark.parametrize("name", weights_hash.ADAPTER)
-def test_adapter_hash_covers_every_loaded_file(tmp_path, name):
-    (tmp_path / name).write_text("{}")
-    before = weights_hash.adapter_hash(tmp_path)
-    (tmp_path / "README.md").write_text("notes")
-    assert weights_hash.adapter_hash(tmp_path) == before
-    (tmp_path / name).write_text('{"lora_alpha": 8}')
-    assert weights_hash.adapter_hash(tmp_path) != before

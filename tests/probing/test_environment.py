@@ -20,7 +20,7 @@ from analysis.features import Extractor, reference_features
 from probing import user_cache
 from probing.cli import cli
 from probing.data.coco import ImageList
-from probing.environment import prepare_environment
+from probing.environment import SPIN_COUNT, prepare_environment
 from probing.errors import UserError
 from probing.run import disk_errors
 
@@ -126,6 +126,21 @@ def test_the_folder_that_cannot_be_written_is_named(tmp_path, number, name, said
         disk_errors(tmp_path / "out"),
     ):
         raise OSError(number, os.strerror(number), str(file))
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_spin_count_is_set_unless_the_user_decides(monkeypatch, own, expected):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONUTF8", "1")
+    prepare_environment()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
 
 
 def test_text_files_are_opened_as_utf8():
