@@ -21,7 +21,7 @@ from probing.data.toyworld.layout import write_world
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
-KILLS = 2
+KILLS = 6
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 """Python's audit events, besides files that are opened to be written."""
 PRELOAD = (

@@ -134,13 +134,13 @@ def test_the_folder_that_cannot_be_written_is_named(tmp_path, number, name, said
 )
 def test_spin_count_is_set_unless_the_user_decides(monkeypatch, own, expected):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what is set below is undone
+        monkeypatch.delenv(name)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONUTF8", "1")
     prepare_environment()
     assert os.environ.get("GOMP_SPINCOUNT") == expected
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
 
 
 def test_text_files_are_opened_as_utf8():
