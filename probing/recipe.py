@@ -5,7 +5,6 @@ answered with the nearest one that does.
 """
 
 import difflib
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from probing.errors import BROKEN, UserError
+from probing.utils.errors import BROKEN, UserError
+from probing.utils.paths import ELSEWHERE, local_path
 
 DEFAULT_PROMPT = "Describe the image in two lines."
 TOKEN_KINDS = ("system", "cls", "image", "tile", "newline", "gen", "depth", "seg", "text", "answer", "padding")
@@ -23,8 +23,6 @@ them; `cls` the vision tower's class and register tokens, where the LLM gets the
 
 TokenKind = Literal["system", "cls", "image", "tile", "newline", "gen", "depth", "seg", "text", "answer"]
 R = TypeVar("R", bound=BaseModel)
-ELSEWHERE = "elsewhere:"
-"""Stands before the name of a folder of another machine, in the recipe of a run that was published."""
 NO_YAML = (yaml.YAMLError, *BROKEN)
 """What the YAML reader raises; a date of the 13th month is a ValueError, for instance."""
 
@@ -273,32 +271,6 @@ def cached_repository(source: str) -> str | None:
 def model_name(source: str) -> str:
     """What a checkpoint is called: its repository where it lies in the Hub's cache, else the last part of its path."""
     return cached_repository(source) or source.rstrip("/").rsplit("/", 1)[-1]
-
-
-def looks_like_path(source: str) -> bool:
-    """Whether a name can only be a folder's, and no Hub id."""
-    return source.startswith((".", "/", "~", "\\")) or source.count("/") > 1 or os.sep in source[:2]
-
-
-def local_path(source: str) -> Path:
-    """A path as a user types it.
-
-    Raises:
-        UserError: no file can be called that, or it is in the home of a user that there is not, or on another machine.
-    """
-    if source.startswith(ELSEWHERE):
-        raise UserError(
-            f"{source!r}: the recipe comes from another machine, and does not say where its "
-            f"{source.removeprefix(ELSEWHERE)!r} lies on this one; write the folder into the recipe, or give it as "
-            "KEY=VALUE, such as backbone.checkpoint=DIR, data.path=coco:DIR or teachers.depth.id=DIR"
-        )
-    try:
-        path = Path(source).expanduser()
-        path.exists()
-    except (OSError, RuntimeError, ValueError) as error:
-        shown = source if len(source) < 80 else source[:80] + " …"
-        raise UserError(f"{shown!r} is no path ({getattr(error, 'strerror', None) or error}); mend it") from None
-    return path
 
 
 def _fields_of(model: type[BaseModel], location: Iterable[str | int]) -> list[str]:

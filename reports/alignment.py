@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from analysis.told import TOLD
-from probing.errors import UserError
-from probing.run import LOST, members, read_json, reading
-from reports.curves import LAYER
+from analysis.headline_metrics import TOLD
+from probing.runs.directory import members
+from probing.utils.errors import UserError
+from probing.utils.files import LOST, read_json, reading
+from reports.charts import LAYER
 from reports.plots import Line, Plot, named_plot, table_line
 from reports.results import AVERAGE, FINAL, in_order, read_results, teacher_title, unique_labels
 from reports.styles import SCREEN, marker, tone

@@ -10,16 +10,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.metrics import ACCURACY
-from analysis.rank_correlation import FEW, LEAST, RankCorrelation, rank_correlation
-from probing.data.benchmarks import BENCHMARKS, part_label, title
-from probing.errors import UserError
-from probing.run import LOST, members, read_json
-from reports.curves import PROBES
-from reports.embed import picture
-from reports.findings import METRIC, PROTOCOL
+from analysis.benchmarks.rank_correlation import FEW, LEAST, RankCorrelation, rank_correlation
+from analysis.benchmarks.tasks import BENCHMARKS, part_label, title
+from analysis.evaluation.registry import ACCURACY
+from probing.runs.directory import members
+from probing.utils.errors import UserError
+from probing.utils.files import LOST, read_json
+from reports.charts import PROBES
+from reports.images import picture
 from reports.results import RunResults, load_runs, metric_label, read_results, teacher_title, unique_labels
 from reports.styles import DOUBLE, LIGHT, PAPER, SCREEN, SINGLE, marker, tone
+from reports.summary import METRIC, PROTOCOL
 
 MIDDLE = (0.25, 0.75)
 """The layers over which a checkpoint's quality is averaged, as shares of its depth."""

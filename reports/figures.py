@@ -8,12 +8,12 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from probing.run import whole_file
-from reports.curves import column_figure, difference_figure, layer_figure, shown_probes, teachers_of
+from probing.utils.files import whole_file
+from reports.charts import column_figure, difference_figure, layer_figure, shown_probes, teachers_of
 from reports.differences import against, measures_of, references
-from reports.findings import METRIC, PROTOCOL
 from reports.results import RunResults
 from reports.styles import PAPER, SCREEN
+from reports.summary import METRIC, PROTOCOL
 
 Style = Literal["screen", "paper"]
 """`screen`: PNG, SVG and PDF. `paper`: SVG and PDF, 3.25 or 6.75 inches wide, in letters of 7 points."""

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from probing.run import reading
+from probing.utils.files import reading
 from reports.results import layer_rank
 from reports.styles import SCREEN
 

@@ -8,15 +8,16 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from analysis.metrics import ACCURACY
-from probing.errors import UserError
-from probing.run import disk_errors, is_alignment, is_benchmark, members, whole_file, write_text
+from analysis.evaluation.registry import ACCURACY
+from probing.runs.directory import is_alignment, is_benchmark, members
+from probing.utils.errors import UserError
+from probing.utils.files import disk_errors, whole_file, write_text
 from reports.alignment import AlignmentResults, difference_table, load_alignments
+from reports.alignment_chapter import chapter, chapter_plots
 from reports.benchmarks import BenchmarkResults, load_benchmarks, quality_figure
 from reports.benchmarks import Chapter as Benchmarks
 from reports.benchmarks import chapter as benchmark_chapter
-from reports.chapter import chapter, chapter_plots
-from reports.curves import (
+from reports.charts import (
     MEAN_LABEL,
     OWN_LABEL,
     PROBES,
@@ -31,24 +32,14 @@ from reports.curves import (
     teachers_of,
 )
 from reports.differences import against, measures_of, references
-from reports.embed import picture
 from reports.figures import Style, having, measures, save, slug, write_curves, write_differences
-from reports.findings import METRIC, PROTOCOL, convergence, random_control, teacher_finding
 from reports.grids import grid_figure, read_grids
-from reports.plots import (
-    Line,
-    figure,
-    layer_plot,
-    legend_entry,
-    marker_definitions,
-    named_plot,
-    svg,
-    table_line,
-    tones,
-)
+from reports.images import picture
+from reports.plots import Line, figure, layer_plot, legend_entry, marker_definitions, named_plot, svg, table_line, tones
 from reports.results import AVERAGE, TITLES, RunResults, layer_rank, load_runs, metric_label, teacher_title
 from reports.strips import viewers
 from reports.styles import marker, places, tone
+from reports.summary import METRIC, PROTOCOL, convergence, random_control, teacher_finding
 from reports.tables import decoded_table
 
 COLUMNS = {

@@ -12,8 +12,8 @@ import pandas as pd
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from analysis.frechet import is_distance
-from reports.curves import (
+from analysis.evaluation.metrics.frechet import is_distance
+from reports.charts import (
     LAYER,
     MEAN_LABEL,
     OWN_LABEL,

@@ -7,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.frechet import is_distance
-from probing.errors import UserError
-from probing.run import LOST, is_alignment, is_benchmark, members, read_json, reading
+from analysis.evaluation.metrics.frechet import is_distance
+from probing.runs.directory import is_alignment, is_benchmark, members
+from probing.utils.errors import UserError
+from probing.utils.files import LOST, read_json, reading
 
 TEACHERS = ("depth", "seg", "gen")
 TITLES = {"depth": "Depth", "seg": "Segmentation", "gen": "Generation"}

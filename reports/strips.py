@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 from PIL import Image
 
-from reports.curves import PROBES
+from reports.charts import PROBES
 from reports.grids import DEPTH_COLOURS, MOST_ROWS, OTHER, Grid, class_colours, class_name, spread
 from reports.results import RunResults, layer_rank, teacher_title
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.frechet import ENOUGH_IMAGES, is_distance
-from reports.curves import PROBES
+from analysis.evaluation.metrics.frechet import ENOUGH_IMAGES, is_distance
+from reports.charts import PROBES
 from reports.results import RunResults, best_layer, metric_label
 
 CONTROLS = {"no": "", "random": ", random weights"}

@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 import torch
 
-import probing.compat  # noqa: F401
-from tests import tiny
+import probing.utils.torchvision_shim  # noqa: F401
+from tests.helpers import tiny
 
 torch.set_num_threads(1)  # tests run in several processes
 

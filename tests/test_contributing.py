@@ -22,19 +22,20 @@ from transformers import (
     TimmWrapperConfig,
 )
 
-import analysis
-import probing.backbones
+import analysis.evaluation.metrics
+import probing.models
 import probing.teachers
-from analysis.metrics import PROTOCOLS
-from probing.backbones import FAMILIES, load_backbone
+from analysis.evaluation.registry import PROTOCOLS
 from probing.cli import cli
-from probing.data.coco import list_images, square
+from probing.data.coco import list_images
+from probing.models import FAMILIES, load_backbone
+from probing.probes.ridge import RidgeReadout, place_states
 from probing.recipe import TeacherRecipe
-from probing.ridge import RidgeReadout, place_states
-from probing.run import Run
+from probing.runs.directory import Run
 from probing.teachers import load_teacher
-from probing.teachers.catalogue import CATALOGUE, Entry
-from tests import tiny
+from probing.teachers.registry import CATALOGUE, Entry
+from probing.utils.images import square
+from tests.helpers import tiny
 
 GUIDE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
@@ -104,8 +105,8 @@ def test_a_teacher_a_family_and_a_metric_are_a_file_and_a_line_each(monkeypatch,
         monkeypatch.setitem(registry, name, None)
     for heading, package, name, names in (
         ("A teacher", probing.teachers, "semantic", {"CATALOGUE": CATALOGUE, "Entry": Entry}),
-        ("A checkpoint family", probing.backbones, "fast_vlm", {"FAMILIES": FAMILIES}),
-        ("A metric", analysis, "explained", {"PROTOCOLS": PROTOCOLS}),
+        ("A checkpoint family", probing.models, "fast_vlm", {"FAMILIES": FAMILIES}),
+        ("A metric", analysis.evaluation.metrics, "explained", {"PROTOCOLS": PROTOCOLS}),
     ):
         file, line = blocks(heading)
         assert len(ast.parse(line).body) == 1

@@ -22,18 +22,18 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-import probing.compat  # noqa: F401
-from analysis.compare import compare
-from analysis.compare_answers import compare_answers
-from probing.backbones import load_backbone
+import probing.utils.torchvision_shim  # noqa: F401
+from analysis.benchmarks.compare import compare_answers
+from analysis.evaluation.compare import compare
 from probing.cli import cli
-from probing.data.toyworld.cvbench import write_cvbench
-from probing.data.toyworld.layout import write_world
-from probing.data.toyworld.make import ASSETS
-from probing.data.toyworld.scenes import generate
+from probing.models import load_backbone
 from probing.recipe import BackboneRecipe
-from tests import tiny
-from tests.original import original
+from probing.toyworld.cvbench import write_cvbench
+from probing.toyworld.layout import write_world
+from probing.toyworld.models import ASSETS
+from probing.toyworld.scenes import generate
+from tests.helpers import tiny
+from tests.helpers.original import original
 
 GOLDEN = Path(__file__).parent / "golden"
 NUMBERS = ["value", "ci_low", "ci_high", "n", "chance"]

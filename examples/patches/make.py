@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-import probing.compat  # noqa: F401
-from probing.data.toyworld.make import Sizes, checkpoints, make_checkpoints, make_study
+import probing.utils.torchvision_shim  # noqa: F401
+from probing.toyworld.models import Sizes, checkpoints, make_checkpoints, make_study
 
 
 def arms(models: Path) -> dict[str, dict[str, Any]]:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import click
 
-import probing.compat  # noqa: F401
-from probing.data.toyworld.llava import answer_accuracy
-from probing.data.toyworld.make import Sizes, checkpoints, make_checkpoints, make_study
-from probing.run import write_text
+import probing.utils.torchvision_shim  # noqa: F401
+from probing.toyworld.llava import answer_accuracy
+from probing.toyworld.models import Sizes, checkpoints, make_checkpoints, make_study
+from probing.utils.files import write_text
 
 QUESTIONS = 2000
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from probing.data.toyworld.make import Sizes, make_models, write_assets
+from probing.toyworld.models import Sizes, make_models, write_assets
 
 
 @click.command()

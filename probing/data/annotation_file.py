@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from probing.errors import BROKEN, UserError
+from probing.utils.errors import BROKEN, UserError
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from probing.data.annotation_file import Key, Size, key_order, read_annotation_file
 from probing.data.image_modes import to_rgb
-from probing.errors import UserError
+from probing.utils.errors import UserError
+from probing.utils.images import square as square  # the view that most images are read in
 
 logger = logging.getLogger(__name__)
 
@@ -282,9 +283,3 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
-
-
-def square(image: Image.Image, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
-    """Squashes an image to a square of its longer side, so that no processor crops it and all grids line up."""
-    side = max(image.size)
-    return image if image.width == image.height else image.resize((side, side), resample)

@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from probing.chat import TAG, render, rendering_at
 from probing.data.annotation_file import relative_name
-from probing.data.coco import is_file, read_image, square
-from probing.data.loader import Kept
+from probing.data.coco import is_file, read_image
+from probing.data.dataloader import Kept
 from probing.data.patch_words import PatchWords
-from probing.errors import BROKEN, UserError
-from probing.interrupt import ignore_signals
+from probing.models.chat_templates import TAG, render, rendering_at
+from probing.utils.errors import BROKEN, UserError
+from probing.utils.images import square
+from probing.utils.interrupt import ignore_signals
 
 logger = logging.getLogger(__name__)
 

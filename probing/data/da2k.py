@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from probing.data.annotation_file import Faults, relative_name
-from probing.errors import BROKEN, UserError
+from probing.utils.errors import BROKEN, UserError
 
 Point = tuple[int, int]
 

@@ -15,7 +15,7 @@ from pycocotools import mask as rle
 from probing.data.annotation_file import Fault, Faults, Size, read_annotation_file
 from probing.data.coco import ImageList, Skipped, image_size, same_shape
 from probing.data.panoptic import UNLABELED, Panoptic, class_of, read_classes, read_panoptic, require_few
-from probing.errors import BROKEN, UserError
+from probing.utils.errors import BROKEN, UserError
 
 logger = logging.getLogger(__name__)
 

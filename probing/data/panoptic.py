@@ -11,7 +11,7 @@ from PIL import Image
 
 from probing.data.annotation_file import Fault, Faults, Key, as_key, key_order, read_annotation_file
 from probing.data.coco import open_image
-from probing.errors import BROKEN, UserError
+from probing.utils.errors import BROKEN, UserError
 
 UNLABELED = 255
 """Label of pixels that belong to no segment."""

@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from probing.data.annotation_file import Size
-from probing.data.coco import find_turned, image_size, square
+from probing.data.coco import find_turned, image_size
 from probing.data.instances import Instances, labels_on, read_label_maps
 from probing.data.panoptic import UNLABELED, Panoptic
 from probing.data.patch_labels import patch_labels, patch_shares, plain_name, word_numbers
-from probing.errors import UserError
+from probing.utils.errors import UserError
+from probing.utils.images import square
 
 KINDS = ("panoptic", "instances")
 

@@ -7,9 +7,9 @@ import importlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from probing.errors import UserError
 from probing.recipe import TeacherName, TeacherRecipe, apply_overrides, validate
-from probing.teachers.catalogue import CATALOGUE
+from probing.teachers.registry import CATALOGUE
+from probing.utils.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +37,9 @@ def load_teacher(name: str, recipe: TeacherRecipe, device: "torch.device") -> "T
         UserError: there is no such teacher, it is of another class, or it is incomplete.
     """
     if name not in CATALOGUE:
-        from probing.teachers import encoder
+        from probing.teachers import vision_encoder
 
-        return encoder.load(name, recipe, device)
+        return vision_encoder.load(name, recipe, device)
     if recipe.features != "patches" or recipe.trust_remote_code:
         raise UserError(
             f"teachers.{name} has a target of its own, without features or trust_remote_code; leave them out, or give "
@@ -62,7 +62,7 @@ def describe_teacher(values: Mapping[str, dict[str, Any]], overrides: Iterable[s
     from PIL import Image
     from pydantic import TypeAdapter, ValidationError
 
-    from probing.dry_run import META, dry_run
+    from probing.utils.meta_device import META, dry_run
 
     ((name, fields),) = values.items()
     try:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import probing.compat  # noqa: F401
-from probing.errors import UserError
-from probing.hub import first_line, identity, load_config, loading, locate, pretrained
+import probing.utils.torchvision_shim  # noqa: F401
 from probing.recipe import TeacherRecipe
+from probing.utils.errors import UserError, first_line
+from probing.utils.pretrained import identity, load_config, loading, locate, pretrained
 
 PAPER_GRID = 24
 """Side of the spatial targets in the paper (576 tokens); finer teachers are brought down to it by default."""

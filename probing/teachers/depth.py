@@ -7,7 +7,7 @@ from torch import Tensor
 
 from probing.recipe import TeacherRecipe
 from probing.teachers.base import PAPER_GRID, Teacher, finish, load_model, open_teacher, square_pixels
-from probing.teachers.catalogue import CATALOGUE
+from probing.teachers.registry import CATALOGUE
 
 
 def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:

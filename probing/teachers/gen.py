@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from probing.errors import UserError
-from probing.hub import first_line, locate
 from probing.recipe import TeacherRecipe
 from probing.teachers.base import Pixels, Teacher, finish, load_model, open_teacher
-from probing.teachers.catalogue import CATALOGUE
+from probing.teachers.registry import CATALOGUE
+from probing.utils.errors import UserError, first_line
+from probing.utils.pretrained import locate
 
 STEPS, GUIDANCE = 25, 10.0
 """Steps of the paper's decoding (OLA-VLM, arXiv:2412.09585), and the pipeline's own default guidance."""

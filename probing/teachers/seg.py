@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probing.errors import UserError
-from probing.hub import first_line, locate
 from probing.recipe import TeacherRecipe
 from probing.teachers.base import PAPER_GRID, Teacher, finish, load_model, on_grid, open_teacher, square_pixels
-from probing.teachers.catalogue import CATALOGUE
+from probing.teachers.registry import CATALOGUE
+from probing.utils.errors import UserError, first_line
+from probing.utils.pretrained import locate
 
 TASK = "the task is semantic"
 

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-import probing.compat  # noqa: F401
-from analysis.align import AlignRecipe, align
-from probing.backbones import load_backbone, parse_layers
+import probing.utils.torchvision_shim  # noqa: F401
+from analysis.alignment.run import AlignRecipe, align
 from probing.data.coco import list_images
-from probing.data.loader import micro_batches
-from probing.data.toyworld.layout import write_world
-from probing.data.toyworld.make import ASSETS
-from tests import tiny
+from probing.data.dataloader import micro_batches
+from probing.models import load_backbone, parse_layers
+from probing.toyworld.layout import write_world
+from probing.toyworld.models import ASSETS
+from tests.helpers import tiny
 
 
 def bare(recipe: AlignRecipe) -> float:

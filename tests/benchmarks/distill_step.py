@@ -16,18 +16,18 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import probing.compat  # noqa: F401  # isort: skip
+import probing.utils.torchvision_shim  # noqa: F401  # isort: skip
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from probing.data.conversations import Conversation, ConversationDataset, Encoder, collate
-from probing.distill.predictors import EmbeddingPredictors, Task
-from probing.distill.targets import attach_targets
-from probing.distill.tokens import add_special_tokens
-from probing.distill.trainee import Trainee
+from probing.distillation.model import Trainee
+from probing.distillation.predictors import EmbeddingPredictors, Task
+from probing.distillation.special_tokens import add_special_tokens
+from probing.distillation.teacher_targets import attach_targets
 from probing.recipe import TeacherRecipe
 from probing.teachers import load_teacher
-from tests import tiny
 from tests.benchmarks.timing import best_in_turns
+from tests.helpers import tiny
 
 BATCH, BLOCKS, HIDDEN = 16, 16, 256
 

@@ -26,15 +26,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-import probing.compat  # noqa: F401
-from probing.data.loader import Prepared, micro_batches
-from probing.fit import Fit
+import probing.utils.torchvision_shim  # noqa: F401
+from probing.data.dataloader import Prepared, micro_batches
 from probing.recipe import ProbeRunRecipe
-from probing.schedule import plan_steps
-from probing.train import arm_backbone, load_teachers, training_images
-from tests import tiny
+from probing.training.run import arm_backbone, load_teachers, training_images
+from probing.training.schedule import plan_steps
+from probing.training.trainer import Fit
 from tests.benchmarks.sizes import SIZES
 from tests.benchmarks.timing import best_in_turns
+from tests.helpers import tiny
 
 BATCH = {"toy": 16, "middle": 4, "deep": 32}
 BOUND, GROWTH = 1.15, 1.3

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-import probing.backbones.llava
+import probing.models.llava
 import probing.teachers.base
-from probing.cost import training_cost
-from probing.data.loader import micro_batches
-from probing.fit import Fit
+from analysis.planning.probe_training import training_cost
+from probing.data.dataloader import micro_batches
 from probing.recipe import ProbeRunRecipe
-from probing.schedule import plan_steps
-from probing.train import arm_backbone, load_teachers, training_images
-from tests import full_size, tiny
+from probing.training.run import arm_backbone, load_teachers, training_images
+from probing.training.schedule import plan_steps
+from probing.training.trainer import Fit
+from tests.helpers import full_size, tiny
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def random_weights() -> Iterator[None]:
         with device:
             return build(config, dtype=dtype), set(), set()
 
-    modules: list[Any] = [probing.backbones.llava, probing.teachers.base]
+    modules: list[Any] = [probing.models.llava, probing.teachers.base]
     real = [module.pretrained for module in modules]
     for module in modules:
         module.pretrained = fresh

@@ -21,14 +21,14 @@ from pathlib import Path
 
 import psutil
 
-import probing.compat  # noqa: F401
-from probing.cost import TrainingCost, training_cost
-from probing.distill.cost import StageCost, stage_cost
-from probing.distill.recipe import DistillRecipe
-from probing.distill.train import run_stage
+import probing.utils.torchvision_shim  # noqa: F401
+from analysis.planning.distillation import StageCost, stage_cost
+from analysis.planning.probe_training import TrainingCost, training_cost
+from probing.distillation.recipe import DistillRecipe
+from probing.distillation.trainer import run_stage
 from probing.recipe import ProbeRunRecipe
-from probing.train import train
-from tests import tiny
+from probing.training.run import train
+from tests.helpers import tiny
 
 MB = 2**20
 PARTS = ["backbone", "teachers", "probes", "sums", "step"]

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch.func import functional_call, stack_module_state, vmap
 from torch.profiler import ProfilerActivity, profile
 
-from probing.data.loader import micro_batches
-from probing.resampler import Resampler
-from probing.schedule import plan_steps
+from probing.data.dataloader import micro_batches
+from probing.probes.resampler import Resampler
+from probing.training.schedule import plan_steps
 from tests.benchmarks.fit_step import BATCH, make_fit
 from tests.benchmarks.sizes import SIZES
 from tests.benchmarks.timing import best_in_turns

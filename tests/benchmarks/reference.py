@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import AutoModelForImageTextToText
 
-from probing.data.coco import square
-from probing.fit import Fit
 from probing.recipe import ProbeRunRecipe
-from probing.schedule import plan_steps
 from probing.teachers import depth
-from probing.train import arm_backbone, caches_of, load_teachers, tower_cache_of, training_images
+from probing.training.run import arm_backbone, caches_of, load_teachers, tower_cache_of, training_images
+from probing.training.schedule import plan_steps
+from probing.training.trainer import Fit
+from probing.utils.images import square
 from tests.benchmarks.sizes import SIZES
 from tests.benchmarks.timing import best_in_turns
 

@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from probing.recipe import ProbeRunRecipe
-from probing.train import train
+from probing.training.run import train
 from tests.benchmarks.sizes import SIZES
 
 SCENES, TIMES = 128, (1, 2, 4, 8)

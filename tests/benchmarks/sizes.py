@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-import probing.compat  # noqa: F401  # isort: skip
+import probing.utils.torchvision_shim  # noqa: F401  # isort: skip
 from transformers import (
     CLIPVisionModelWithProjection,
     DepthAnythingForDepthEstimation,
@@ -13,9 +13,9 @@ from transformers import (
     OneFormerForUniversalSegmentation,
 )
 
-from probing.data.toyworld.layout import write_world
-from probing.data.toyworld.make import ASSETS
-from tests import tiny
+from probing.toyworld.layout import write_world
+from probing.toyworld.models import ASSETS
+from tests.helpers import tiny
 
 PROMPT = "Describe this picture in words."
 

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from probing.cli import cli
-from probing.distill.recipe import DistillRecipe
+from probing.distillation.recipe import DistillRecipe
 from probing.recipe import ProbeRunRecipe, load_recipe, read_yaml
 
 ROOT = Path(__file__).parents[2]

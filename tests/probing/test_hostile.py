@@ -13,18 +13,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from analysis.align import AlignRecipe
-from probing.backbones.base import parse_layers
+from analysis.alignment.run import AlignRecipe
 from probing.data.coco import FORMATS, image_size, list_images, read_image
 from probing.data.conversations import read_conversations, require_some_image
 from probing.data.da2k import read_pairs
+from probing.data.input_controls import read_captions
 from probing.data.instances import read_label_maps
 from probing.data.patch_labels import plain_name
-from probing.data.substitutes import read_captions
-from probing.distill.recipe import DistillRecipe
-from probing.errors import UserError
+from probing.distillation.recipe import DistillRecipe
+from probing.models.base import parse_layers
 from probing.recipe import ProbeRunRecipe, apply_overrides, dump_recipe, load_recipe
-from tests.hostile import DEEP, damaged, fuzz, one_line
+from probing.utils.errors import UserError
+from tests.helpers.hostile import DEEP, damaged, fuzz, one_line
 
 # annotations
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 
-from analysis.features import inception
-from analysis.scores import Curve, ScoreFile, read_if_fits, read_summaries
-from probing.backbones import load_backbone
-from probing.bank import ProbeBank
-from probing.errors import UserError
-from probing.fit import Fit
-from probing.hub import read_tensors
+from analysis.evaluation.metrics.image_features import inception
+from analysis.evaluation.scores import Curve, ScoreFile, read_if_fits, read_summaries
+from probing.models import load_backbone
+from probing.probes.bank import ProbeBank
+from probing.probes.resampler import ResamplerConfig
 from probing.recipe import BackboneRecipe, ProbeRunRecipe
-from probing.resampler import ResamplerConfig
-from probing.train import train
-from tests.hostile import DEEP, Payload, damaged, fuzz, junk, one_line
+from probing.training.run import train
+from probing.training.trainer import Fit
+from probing.utils.errors import UserError
+from probing.utils.pretrained import read_tensors
+from tests.helpers.hostile import DEEP, Payload, damaged, fuzz, junk, one_line
 
 CPU = torch.device("cpu")
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from probing.errors import UserError
 from probing.recipe import ProbeRunRecipe, apply_overrides, dump_recipe, load_recipe, parse_scalar, validate
+from probing.utils.errors import UserError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from probing.errors import UserError
+from probing.utils.errors import UserError
 from reports.benchmarks import accuracy_table, load_benchmarks, not_alike, panels, quality_figure
 from reports.page import write_report
 from reports.results import load_runs
-from tests.reports.made import COLUMNS, make_run
+from tests.helpers.report_runs import COLUMNS, make_run
 
 ACCURACY = [0.41, 0.52, 0.5, 0.63, 0.7]
 LIFTS = [0.0, 0.02, 0.05, 0.03, 0.09]
@@ -162,5 +162,5 @@ def test_other_questions_are_not_called_by_the_benchmarks_name(tmp_path):
 
 
 def test_reports_of_benchmarks_need_no_torch():
-    code = "import sys, reports.benchmarks, analysis.rank_correlation; sys.exit('torch' in sys.modules)"
+    code = "import sys, reports.benchmarks, analysis.benchmarks.rank_correlation; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

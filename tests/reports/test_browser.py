@@ -5,8 +5,8 @@ import json
 import pytest
 
 from reports.page import load, render
-from tests.reports.browser import visit
-from tests.reports.made import decode, make_differences, make_run, wide_pictures
+from tests.helpers.browser import visit
+from tests.helpers.report_runs import decode, make_differences, make_run, wide_pictures
 
 HOSTILE = (
     'x\'"><img src=x onerror="window.hit=1"><script>window.hit=1</script></script>${window.hit=1}`\\u003c</style>*/;}'

@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
-from reports.curves import final_place, layer_ticks
+from reports.charts import final_place, layer_ticks
 from reports.differences import against, references
 from reports.page import load, render, write_report
 from reports.plots import WIDTH, nice_ticks
 from reports.results import read_results
-from tests.reports.made import add_rows, make_differences, make_run, wide_pictures
+from tests.helpers.report_runs import add_rows, make_differences, make_run, wide_pictures
 
 
 class Parsed(HTMLParser):

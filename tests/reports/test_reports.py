@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probing.errors import UserError
-from reports.curves import draw_panel, layer_figure, legend_handles, series
-from reports.findings import convergence, random_control, teacher_finding
+from probing.utils.errors import UserError
+from reports.charts import draw_panel, layer_figure, legend_handles, series
 from reports.grids import grid_figure, read_grids
 from reports.page import write_report
 from reports.results import load_runs
+from reports.summary import convergence, random_control, teacher_finding
 from reports.tables import decoded_table
-from tests.reports.made import decode, make_run, pictures
+from tests.helpers.report_runs import decode, make_run, pictures
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from matplotlib.colors import to_rgb
 
 import reports
 from probing.cli import cli
-from reports.curves import column_figure, difference_figure, layer_figure
+from reports.charts import column_figure, difference_figure, layer_figure
 from reports.differences import against
 from reports.page import load, render
 from reports.styles import CHECKPOINTS, DARK, DOUBLE, LIGHT, MARKERS, SINGLE, marker, places, tone
-from tests.reports.made import make_differences, make_run
+from tests.helpers.report_runs import make_differences, make_run
 from tests.reports.test_page import Parsed
 
 # Machado, Oliveira & Fernandes (2009), severity 1, on linear RGB.

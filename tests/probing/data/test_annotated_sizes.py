@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from analysis.align_passes import Annotator
-from analysis.scorers import DepthPairs
+from analysis.alignment.forward_pass import Annotator
+from analysis.evaluation.metrics.depth_pairs import DepthPairs
 from probing.data.coco import find_turned, list_images, read_image, same_shape
 from probing.data.instances import LabelledImages, fitting, labels_on, read_label_maps
 from probing.data.patch_words import PatchWords, read_annotations
-from probing.errors import UserError
-from tests import tiny
+from probing.utils.errors import UserError
+from tests.helpers import tiny
 
 STORED_BY = {  # what a camera writes, so that the orientation turns it back
     1: None,

@@ -9,10 +9,10 @@ from PIL import Image
 
 from probing.data.coco import list_images
 from probing.data.da2k import Pair, read_pairs
+from probing.data.input_controls import read_captions
 from probing.data.instances import read_instances
 from probing.data.panoptic import UNLABELED, read_panoptic
-from probing.data.substitutes import read_captions
-from probing.errors import UserError
+from probing.utils.errors import UserError
 
 LEFT, RIGHT = [0, 0, 4, 0, 4, 4, 0, 4], [4, 0, 8, 0, 8, 4, 4, 4]
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 5, "name": "dog"}]

@@ -3,9 +3,10 @@ import json
 import pytest
 from PIL import Image
 
-from probing.data.coco import list_images, square
-from probing.errors import UserError
-from tests import tiny
+from probing.data.coco import list_images
+from probing.utils.errors import UserError
+from probing.utils.images import square
+from tests.helpers import tiny
 
 
 @pytest.fixture

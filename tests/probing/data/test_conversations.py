@@ -14,7 +14,7 @@ from probing.data.conversations import (
     read_conversations,
     require_some_image,
 )
-from probing.errors import UserError
+from probing.utils.errors import UserError
 
 LLAMA3 = (
     "{% for message in messages %}<|start|>{{ message['role'] }}<|end|>\n\n"

@@ -9,9 +9,9 @@ from PIL import Image
 
 from probing.data.da2k import Pair, read_pairs
 from probing.data.panoptic import UNLABELED, read_panoptic
-from probing.data.toyworld.layout import write_world
-from probing.data.toyworld.scenes import generate
-from probing.errors import UserError
+from probing.toyworld.layout import write_world
+from probing.toyworld.scenes import generate
+from probing.utils.errors import UserError
 
 REAL_COCO = Path(__file__).parents[4] / "shared" / "data" / "coco"
 

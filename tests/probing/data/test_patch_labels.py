@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from probing.data.instances import Instances, read_instances, read_label_maps
 from probing.data.panoptic import UNLABELED
 from probing.data.patch_labels import patch_labels, patch_shares, plain_name
-from probing.errors import UserError
+from probing.utils.errors import UserError
 
 REAL_COCO = Path(__file__).parents[4] / "shared" / "data" / "coco"
 

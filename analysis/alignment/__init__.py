@@ -1,0 +1,1 @@
+"""What the projector discards, and whether patches match words."""

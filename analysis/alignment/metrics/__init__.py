@@ -1,0 +1,1 @@
+"""Measures of projector and patch alignment."""

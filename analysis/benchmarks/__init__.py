@@ -1,0 +1,1 @@
+"""VQA benchmarks: questions, answers, accuracy."""

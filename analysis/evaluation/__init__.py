@@ -1,0 +1,1 @@
+"""Scores of probes on held-out images."""

@@ -1,0 +1,192 @@
+"""Features of whole images, between whose distributions FID, KID and their like are measured."""
+
+import contextlib
+import hashlib
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from probing.data.coco import ImageList
+from probing.teachers.base import Pixels, load_model
+from probing.utils.cache_dir import VARIABLE, cache_folder
+from probing.utils.errors import UserError, first_line
+from probing.utils.files import disk_errors, reading, whole_file
+from probing.utils.images import square
+from probing.utils.pretrained import identity, load_config, locate
+from probing.utils.progress import Progress
+
+INCEPTION_SIDE = 256
+"""Side to which images are brought before Inception, which then resizes to its own 299 pixels."""
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A frozen network and how images go into it.
+
+    Attributes:
+        name: `fid` and `kid` are Inception's names of the two distances; others are `frechet_<name>`, `kernel_<name>`.
+        side: side in pixels of the images it is given.
+        encode: images (B, side, side, 3), uint8 → features (B, D).
+        identity: hash of the weights.
+    """
+
+    name: str
+    side: int
+    encode: Callable[[NDArray[np.uint8]], Tensor]
+    identity: str
+
+    @property
+    def metrics(self) -> tuple[str, str]:
+        """Names of the Fréchet and of the kernel distance between these features."""
+        return ("fid", "kid") if self.name == "inception" else (f"frechet_{self.name}", f"kernel_{self.name}")
+
+    @torch.no_grad()
+    def features(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Features (B, D) of square images of any size, brought to `side` with Lanczos' filter."""
+        size = (self.side, self.side)
+        small = [np.asarray(i if i.size == size else i.resize(size, Image.Resampling.LANCZOS)) for i in images]
+        return self.encode(np.stack(small)).float().cpu().numpy()
+
+
+def inception(weights: Path | None, device: torch.device) -> Extractor:
+    """pytorch-fid's Inception: the features that FID is defined with (arXiv:1706.08500).
+
+    Args:
+        weights: its file `pt_inception-2015-12-05-6726825d.pth`; by default it is downloaded once by torch.hub.
+        device: where to put it.
+
+    Raises:
+        UserError: pytorch-fid is not installed, or the weights cannot be had or are others.
+    """
+    try:
+        from pytorch_fid import inception as reference
+    except ImportError:
+        raise UserError(
+            "fid needs pytorch-fid, which is not installed; type: pip install 'mllm-probing[decode]'"
+        ) from None
+    try:
+        with _read_from(reference, weights):
+            model = reference.InceptionV3().eval().to(device)
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        where = f"cannot be read from {weights}" if weights else "cannot be downloaded"
+        raise UserError(
+            f"Inception's weights {where} ({first_line(error)}); give --inception-weights FILE, a copy of "
+            f"{reference.FID_WEIGHTS_URL}"
+        ) from None
+
+    def encode(images: NDArray[np.uint8]) -> Tensor:
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).float() / 255
+        return model(pixels)[0].flatten(1)
+
+    return Extractor("inception", INCEPTION_SIDE, encode, _identity(model))
+
+
+def inception_file() -> Path | None:
+    """Where torch.hub keeps pytorch-fid's weights, if it has downloaded them."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+    return file if file.is_file() else None
+
+
+@contextlib.contextmanager
+def _read_from(reference: Any, weights: Path | None) -> Iterator[None]:
+    """Lets pytorch-fid read its weights from a file: it has no option for one."""
+    download = reference.load_state_dict_from_url
+    if weights is not None:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        reference.load_state_dict_from_url = lambda *_, **__: state
+    try:
+        yield
+    finally:
+        reference.load_state_dict_from_url = download
+
+
+def _identity(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def classifier(source: str, device: torch.device) -> Extractor:
+    """Pooled features of any image classifier of transformers; named after its folder, never FID.
+
+    Args:
+        source: folder or Hub id.
+        device: where to put it.
+
+    Raises:
+        UserError: there is no such model, or it has no pooled features.
+    """
+    from transformers import AutoImageProcessor, AutoModel
+
+    place = locate(source, "feature extractor")
+    config = load_config(place, "feature extractor")
+    try:
+        processor = AutoImageProcessor.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise UserError(f"feature extractor {source} has no preprocessing: {first_line(error)}") from None
+    model = load_model(AutoModel, place, config, "feature extractor", device)
+    prepare = Pixels(processor)
+    side = prepare([Image.new("RGB", (512, 512))]).shape[-1]
+
+    def encode(images: NDArray[np.uint8]) -> Tensor:
+        return model(prepare(list(images)).to(device)).pooler_output.flatten(1)
+
+    try:
+        with torch.no_grad():
+            encode(np.zeros((1, side, side, 3), dtype=np.uint8))
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        raise UserError(
+            f"{source} ({type(model).__name__}) gives no pooled features of images; give an image classifier"
+        ) from None
+    name = "".join(c if c.isalnum() else "_" for c in Path(source).name.lower())
+    return Extractor(name, side, encode, identity(place, None))
+
+
+def reference_features(extractor: Extractor, images: ImageList) -> tuple[NDArray[np.float32], bool]:
+    """Features (n, D) of real images, as the teachers see them: squashed to a square.
+
+    They are computed once and kept in the cache folder, under a hash of the network and of the images' paths, sizes
+    and dates.
+
+    Returns:
+        The features, and whether they were in the cache.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    file = reference_file(extractor, images)
+    if file.exists():
+        with reading(file, "remove it"):
+            return load_file(file)["features"], True
+    parts = []
+    steps = range(0, len(images), BATCH)
+    with Progress(f"{extractor.name} features of {images.split}", len(steps), unit="batches") as bar:
+        for first in steps:
+            indices = range(first, min(first + BATCH, len(images)))
+            parts.append(extractor.features([square(images.read(index)) for index in indices]))
+            bar.advance()
+    features = np.concatenate(parts)
+    with disk_errors(file, f"set {VARIABLE} to another folder"), whole_file(file) as temporary:
+        save_file({"features": features}, temporary)
+    return features, False
+
+
+def reference_file(extractor: Extractor, images: ImageList) -> Path:
+    """Where the features of real images are cached."""
+    digest = hashlib.sha256(f"{extractor.identity} {extractor.side}".encode())
+    for name in images.names:
+        path = (images.folder / name).resolve()
+        state = path.stat()
+        digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return cache_folder() / "references" / f"{digest.hexdigest()[:32]}.safetensors"

@@ -1,0 +1,149 @@
+"""Which token is what: system prompt, image, special tokens, text, answer, padding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probing.recipe import TOKEN_KINDS
+
+IMAGE_KINDS = ("cls", "image", "tile", "newline")
+"""Kinds of the tokens whose inputs come from the vision tower."""
+SPECIAL = ("gen", "depth", "seg")
+"""Tasks that special tokens may stand for."""
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Which positions of a batch of sequences are what.
+
+    Attributes:
+        kinds: (B, T) integer codes, indices into `probing.recipe.TOKEN_KINDS`.
+        grid: rows and columns of the image tokens of one image.
+        tiles: per image rows and columns of its tile tokens, where the family has them.
+        dropped: patches at the beginning of the grid that have no token.
+    """
+
+    kinds: Tensor
+    grid: tuple[int, int]
+    tiles: tuple[tuple[int, int], ...] = ()
+    dropped: int = 0
+
+    def mask(self, *kinds: str) -> Tensor:
+        """(B, T), True where a position is one of the kinds."""
+        codes = torch.tensor([TOKEN_KINDS.index(kind) for kind in kinds], device=self.kinds.device)
+        return torch.isin(self.kinds, codes)
+
+    def counts(self) -> dict[str, int]:
+        """Positions of each kind in the first sequence, absent kinds left out."""
+        codes, numbers = self.kinds[0].unique(return_counts=True)
+        return {TOKEN_KINDS[int(code)]: int(number) for code, number in zip(codes, numbers, strict=True)}
+
+    def select(self, states: Tensor, kinds: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Keeps the positions of some kinds.
+
+        Args:
+            states: (B, T, H).
+            kinds: kinds to keep.
+
+        Returns:
+            The states (B, T', H) and the mask (B, T') of valid positions; the mask is None where all are valid, which
+            is the rule when every sequence of the batch has the same layout. Positions that are not valid are zero.
+        """
+        mask = self.mask(*kinds)
+        if bool((mask == mask[:1]).all()):
+            return (states if bool(mask[0].all()) else states[:, mask[0]]), None
+        columns = mask.any(dim=0)
+        mask = mask[:, columns]
+        return states[:, columns].masked_fill(~mask[..., None], 0), mask
+
+    def image_states(self, states: Tensor) -> Tensor:
+        """The states of the image tokens, (B, rows * columns, H), row-major.
+
+        Class and register tokens are not among them. A dropped patch gets the state of the first one that is there.
+        """
+        rows, columns = self.grid
+        found = states[self.mask("image")].view(states.shape[0], rows * columns - self.dropped, states.shape[-1])
+        return torch.cat((found[:, :1].expand(-1, self.dropped, -1), found), dim=1) if self.dropped else found
+
+
+def token_name(task: str, number: int) -> str:
+    """How a special token is written."""
+    return f"<{task}_{number}>"
+
+
+def special_ids(tokenizer: Any, tasks: Sequence[str] = SPECIAL) -> dict[str, list[int]]:
+    """Ids of each task's special tokens, in order; tasks without any are left out."""
+    found: dict[str, list[int]] = {}
+    vocabulary = tokenizer.get_added_vocab()
+    for task in tasks:
+        number = 0
+        while token_name(task, number) in vocabulary:
+            found.setdefault(task, []).append(vocabulary[token_name(task, number)])
+            number += 1
+    return found
+
+
+class SpecialEmbeddings(nn.Module):
+    """Puts embeddings of its own in the place of special tokens, by a hook on the embedding table.
+
+    Attributes:
+        ids: (tokens), ids of the special tokens.
+    """
+
+    ids: Tensor
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("ids", torch.tensor(list(ids)), persistent=False)
+
+    def place(self, inputs: Tensor, embedded: Tensor, special: Tensor) -> Tensor:
+        """Replaces rows of embedded input ids.
+
+        Args:
+            inputs: (B, T) ids.
+            embedded: (B, T, H).
+            special: (tokens, H), in the order of `ids`, or (B, tokens, H) where every sample has its own.
+        """
+        match = inputs[..., None] == self.ids
+        which = match.int().argmax(dim=-1)
+        if special.dim() == 2:
+            chosen = special[which]
+        else:
+            chosen = special.gather(1, which[..., None].expand(-1, -1, special.shape[-1]))
+        return torch.where(match.any(dim=-1, keepdim=True), chosen.to(embedded.dtype), embedded)
+
+
+def token_kinds(
+    ids: Tensor,
+    attention: Tensor,
+    image_id: int,
+    special: dict[str, list[int]] | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Says what each position of a batch is.
+
+    Args:
+        ids: (B, T) input ids.
+        attention: (B, T), 0 for padding.
+        image_id: id of the placeholder of one image token.
+        special: ids of the special tokens of each task.
+        labels: (B, T), -100 where nothing is supervised; supervised positions are the answer.
+
+    Returns:
+        (B, T) indices into `probing.recipe.TOKEN_KINDS`. What precedes the first image counts as system prompt; in a
+        sequence without image nothing does.
+    """
+    code = {kind: index for index, kind in enumerate(TOKEN_KINDS)}
+    image = ids == image_id
+    kinds = torch.full_like(ids, code["text"])
+    kinds[(image.cumsum(dim=1) == 0) & image.any(dim=1, keepdim=True)] = code["system"]
+    if labels is not None:
+        kinds[labels != -100] = code["answer"]
+    kinds[image] = code["image"]
+    for kind, numbers in (special or {}).items():
+        kinds[torch.isin(ids, torch.tensor(numbers, device=ids.device))] = code[kind]
+    kinds[attention == 0] = code["padding"]
+    return kinds

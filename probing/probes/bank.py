@@ -1,0 +1,203 @@
+"""The probes of a run: build, save, load."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from probing.models.base import FINAL, Layer, layer_name
+from probing.probes.resampler import Resampler, ResamplerConfig
+from probing.recipe import ProbeRecipe
+from probing.utils.errors import UserError
+from probing.utils.files import reading
+
+if TYPE_CHECKING:
+    from probing.teachers import Teacher
+
+LOST = "put it back, or train the probes anew"
+LAYER_CONVENTION = (
+    "0 = embedded input sequence; k = after decoder block k, before any final norm; final = after the final norm"
+)
+"""What a bank's layer numbers mean; one that says otherwise is refused."""
+
+
+@dataclass(frozen=True, order=True)
+class ProbeKey:
+    """Which probe: a teacher, a layer, a seed."""
+
+    teacher: str
+    layer: Layer
+    seed: int
+
+    @property
+    def prefix(self) -> str:
+        """Prefix of its tensors in a file."""
+        return f"seed_{self.seed}.layer_{layer_name(self.layer)}."
+
+
+def _initial_seed(key: ProbeKey) -> int:
+    """A seed of its own for every probe, so that training more probes changes none of them."""
+    text = f"{key.seed}/{key.teacher}/{layer_name(key.layer)}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def probe_configs(probe: ProbeRecipe, key_width: int, teachers: Mapping[str, "Teacher"]) -> dict[str, ResamplerConfig]:
+    """Returns the sizes of one layer's probes, by teacher; `key_width` is that of the hidden states."""
+    return {
+        name: ResamplerConfig(
+            key_width=key_width,
+            queries=teacher.shape[0],
+            width=teacher.shape[1],
+            output_width=teacher.shape[1],
+            heads=probe.heads,
+            dim_head=probe.dim_head,
+            ff_mult=probe.ff_mult,
+        )
+        for name, teacher in teachers.items()
+    }
+
+
+@dataclass
+class ProbeBank:
+    """Probes of all (teacher, layer, seed) of one arm of a run.
+
+    Attributes:
+        probes: the probes.
+        keys: per teacher the kinds of tokens that its probes read.
+    """
+
+    probes: dict[ProbeKey, Resampler]
+    keys: dict[str, list[str]]
+
+    @classmethod
+    def build(
+        cls,
+        configs: dict[str, ResamplerConfig],
+        layers: Iterable[Layer],
+        seeds: Iterable[int],
+        keys: Sequence[str],
+        device: torch.device,
+    ) -> "ProbeBank":
+        """Fresh probes, one resampler per teacher, layer and seed, which all read the same kinds of tokens."""
+        layers, seeds, probes = list(layers), list(seeds), {}
+        for teacher, config in configs.items():
+            for layer in layers:
+                for seed in seeds:
+                    key = ProbeKey(teacher, layer, seed)
+                    with torch.random.fork_rng(devices=[]):
+                        torch.manual_seed(_initial_seed(key))
+                        probes[key] = Resampler(config).to(device)
+        return cls(probes, {teacher: list(keys) for teacher in configs})
+
+    def at(self, layer: Layer) -> Iterator[tuple[ProbeKey, Resampler]]:
+        """The probes of one layer."""
+        return ((key, probe) for key, probe in self.probes.items() if key.layer == layer)
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Parameters of all probes, in a fixed order."""
+        for probe in self.probes.values():
+            yield from probe.parameters()
+
+    def save(self, folder: Path, provenance: dict[str, Any]) -> None:
+        """Writes `<teacher>/config.json` and `<teacher>/model.safetensors` below a folder."""
+        for teacher in dict.fromkeys(key.teacher for key in self.probes):
+            chosen = {key: probe for key, probe in self.probes.items() if key.teacher == teacher}
+            config = {
+                "probe": "perceiver-resampler",
+                "resampler": next(iter(chosen.values())).config.to_dict(),
+                "layers": list(dict.fromkeys(layer_name(key.layer) for key in chosen)),
+                "seeds": list(dict.fromkeys(key.seed for key in chosen)),
+                "keys": self.keys[teacher],
+                "tensor_prefix": "seed_{seed}.layer_{layer}.",
+                "layer_convention": LAYER_CONVENTION,
+                **provenance,
+                "teacher": provenance.get("teachers", {}).get(teacher, teacher),
+            }
+            config.pop("teachers", None)
+            (folder / teacher).mkdir(parents=True, exist_ok=True)
+            tensors = {
+                key.prefix + name: tensor.detach().cpu().contiguous()
+                for key, probe in chosen.items()
+                for name, tensor in probe.state_dict().items()
+            }
+            save_file(tensors, folder / teacher / "model.safetensors", metadata={"format": "pt"})
+            (folder / teacher / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(
+        cls, folder: Path, device: torch.device, teachers: Iterable[str] | None = None, layers: str | None = None
+    ) -> "ProbeBank":
+        """Reads probes, only those asked for.
+
+        Args:
+            folder: written by `save`.
+            device: where to put them.
+            teachers: names; by default every sub-folder.
+            layers: comma-separated layer names, of which every teacher must have one; by default all.
+
+        Raises:
+            UserError: a teacher is not in the folder, or has none of the layers.
+        """
+        probes: dict[ProbeKey, Resampler] = {}
+        keys: dict[str, list[str]] = {}
+        for teacher in teachers if teachers is not None else bank_teachers(folder):
+            config = bank_config(folder, teacher)
+            keys[teacher] = config["keys"]
+            wanted = config["layers"] if layers is None else layers.split(",")
+            chosen = [layer for layer in wanted if layer in config["layers"]]
+            if not chosen:
+                raise UserError(f"{folder / teacher} has no layer {layers}; it has {', '.join(config['layers'])}")
+            weights = folder / teacher / "model.safetensors"
+            with reading(weights, LOST), safe_open(weights, framework="pt") as file:
+                for text in chosen:
+                    for seed in config["seeds"]:
+                        key = ProbeKey(teacher, text if text == FINAL else int(text), seed)
+                        probe = Resampler(ResamplerConfig(**config["resampler"]))
+                        state = {name: file.get_tensor(key.prefix + name) for name in probe.state_dict()}
+                        probe.load_state_dict(state)
+                        probes[key] = probe.to(device).eval().requires_grad_(False)
+        return cls(probes, keys)
+
+
+def bank_teachers(folder: Path) -> list[str]:
+    """Teachers that a folder has probes of."""
+    return sorted(path.parent.name for path in folder.glob("*/config.json"))
+
+
+def bank_layers(folder: Path) -> dict[str, list[str]]:
+    """Names of the layers that each teacher's probes are of; those of one run need not have the same."""
+    return {teacher: bank_config(folder, teacher)["layers"] for teacher in bank_teachers(folder)}
+
+
+def bank_config(folder: Path, teacher: str) -> dict[str, Any]:
+    """What a bank says of the probes of one teacher.
+
+    Raises:
+        UserError: it has none, or counts layers otherwise.
+    """
+    try:
+        config = json.loads((folder / teacher / "config.json").read_text(encoding="utf-8"))
+        missing = {"resampler", "layers", "seeds", "keys", "layer_convention"} - config.keys()
+    except FileNotFoundError:
+        raise UserError(f"no probes for {teacher!r} in {folder}; train them with: probing train") from None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise UserError(f"{folder / teacher / 'config.json'} is no JSON object that can be read; {LOST}") from None
+    if missing:
+        raise UserError(
+            f"{folder / teacher / 'config.json'} is no probe bank's: {', '.join(sorted(missing))} is missing"
+        )
+    if config["layer_convention"] != LAYER_CONVENTION:
+        raise UserError(
+            f"{folder / teacher / 'config.json'} counts layers otherwise ({config['layer_convention']!r}); the probes "
+            f"that can be read here count: {LAYER_CONVENTION}"
+        )
+    for name, kind in (("resampler", dict), ("layers", list), ("seeds", list), ("keys", list)):
+        if not isinstance(config[name], kind):
+            raise UserError(f"{folder / teacher / 'config.json'} is no probe bank's: {name} is {config[name]!r}")
+    return dict(config)

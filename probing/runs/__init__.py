@@ -1,0 +1,1 @@
+"""Run directories: their files, manifest, and comparison."""

@@ -1,0 +1,196 @@
+"""Makes the toy world's LLaVA: a tower trained by captioning, a language model that has read, then PT and IFT."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import probing.utils.torchvision_shim  # noqa: F401
+from probing.data.coco import read_image
+from probing.distillation.recipe import DistillRecipe
+from probing.distillation.trainer import run_stage
+from probing.models import load_backbone
+from probing.models.generate import ask
+from probing.recipe import BackboneRecipe
+from probing.toyworld.language import CHAT_TEMPLATE, KINDS, caption, make_tokenizer
+from probing.toyworld.scenes import SIZE, Scenes, batches
+from probing.toyworld.teachers import PATCH, grid_positions, image_processor, pixels, train_loop
+from probing.utils.files import whole_folder
+
+logger = logging.getLogger(__name__)
+
+CHOICES = ("size", "side", "nearer")
+"""Kinds of questions that name two possible answers: guessing scores one half."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long each part is trained, in optimiser steps."""
+
+    tower: int = 900
+    text: int = 300
+    pt: int = 250
+    ift: int = 900
+
+
+def build(layers: int, width: int, seed: int) -> tuple[Any, Any]:
+    """An untrained LLaVA of the real classes, and its processor."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE,
+            patch_size=PATCH,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, pad_token_id=0, bos_token_id=2,
+            eos_token_id=3,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(SIZE // PATCH) ** 2, vision_feature_layer=-1,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    grid_positions(model.model.vision_tower.embeddings)
+    processor = LlavaProcessor(
+        image_processor=image_processor(), tokenizer=tokenizer, patch_size=PATCH, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+    return model, processor
+
+
+def train_tower(scenes: Scenes, steps: int, seed: int = 0) -> Any:
+    """A CLIP vision tower, trained by captioning through a small language model that is then thrown away.
+
+    Captioning gives patch tokens that say what is where (Tschannen et al., 2023, arXiv:2306.07915); a contrastive loss
+    on so few scenes gives hardly any.
+    """
+    model, processor = build(layers=2, width=96, seed=seed)
+    tokenizer = processor.tokenizer
+    places = (SIZE // PATCH) ** 2
+    tag = model.config.image_token_id
+
+    def loss_of(batch: Scenes) -> torch.Tensor:
+        said = [caption(batch, index) + "</s>" for index in range(len(batch))]
+        ids = tokenizer(said, return_tensors="pt", padding=True)["input_ids"]
+        inputs = torch.cat([torch.full((len(batch), places), tag), ids], dim=1)
+        labels = inputs.masked_fill((inputs == tag) | (inputs == 0), -100)
+        attention = (inputs != 0).long()
+        return model(input_ids=inputs, attention_mask=attention, pixel_values=pixels(batch), labels=labels).loss
+
+    train_loop("vision tower", model.parameters(), batches(scenes, 64, steps, seed), loss_of, steps, 2e-3)
+    return model.model.vision_tower.eval()
+
+
+def make_tower(scenes: Scenes, folder: Path, steps: int, seed: int = 0) -> Path:
+    """Makes the vision tower that all checkpoints share; one that is there is kept."""
+    if not (folder / "config.json").exists():
+        with whole_folder(folder) as part:
+            train_tower(scenes, steps, seed).save_pretrained(part)
+    return folder
+
+
+def make_reader(
+    world: Path, tower: Path, folder: Path, schedule: Schedule, layers: int = 6, width: int = 128, seed: int = 0
+) -> Path:
+    """Makes what all checkpoints start from: a language model that has read, with the tower and a fresh projector.
+
+    Args:
+        world: written by `write_world`, for the texts.
+        tower: made by `make_tower`.
+        folder: gets `untrained/` and `text/`, each a LLaVA folder; the last is the result.
+        schedule: steps.
+        layers: decoder blocks of the LLM.
+        width: its hidden size.
+        seed: of language model, projector and the order of the texts.
+    """
+    from transformers import CLIPVisionModel
+
+    start = folder / "untrained"
+    if not (start / "config.json").exists():
+        model, processor = build(layers, width, seed + 1)
+        model.model.vision_tower = CLIPVisionModel.from_pretrained(tower)
+        with whole_folder(start) as part:
+            model.save_pretrained(part)
+            processor.save_pretrained(part)
+    return _stage(world, "text.json", start, folder / "text", "ift", schedule.text, 2e-3, seed)
+
+
+def make_llava(
+    world: Path, reader: Path, folder: Path, schedule: Schedule, seed: int = 0, beside: dict[str, Any] | None = None
+) -> Path:
+    """Trains stages pt and ift.
+
+    Args:
+        world: written by `write_world`, for the conversations.
+        reader: made by `make_reader`.
+        folder: gets `pt/` and `ift/`, each a LLaVA folder; the last is the result.
+        schedule: steps.
+        seed: of the order of the conversations and of what is fresh.
+        beside: further fields of stage pt's recipe: `embedding` or `encoders`.
+    """
+    projected = _stage(world, "pt.json", reader, folder / "pt", "pt", schedule.pt, 2e-3, seed, beside)
+    return _stage(world, "ift.json", projected, folder / "ift", "ift", schedule.ift, 1e-3, seed)
+
+
+def _stage(
+    world: Path, file: str, source: Path, out: Path, kind: str, steps: int, lr: float, seed: int,
+    beside: dict[str, Any] | None = None,
+) -> Path:  # fmt: skip
+    recipe = {
+        "checkpoint": str(source), "stage": kind, "max_steps": steps, "lr": lr, "batch_size": 32, "micro_batch": 32,
+        "data": {"conversations": str(world / file), "image_root": str(world)}, "workers": 1, "warmup": 0.05,
+        "save_steps": 10_000, "seed": seed,
+        "trainer": {"report_to": "none"}, **(beside or {}),
+    }  # fmt: skip
+    logger.info("%s, %s", out.parent.name, out.name)
+    return run_stage(DistillRecipe.model_validate(recipe), out)
+
+
+def answer_accuracy(
+    checkpoint: Path, world: Path, split: str = "val2017", limit: int = 600
+) -> dict[str, dict[str, float]]:
+    """Greedy one-word answers to questions about held-out scenes.
+
+    Args:
+        checkpoint: LLaVA folder, with several encoders or not.
+        world: written by `write_world`.
+        split: of which scenes.
+        limit: take only the first so many questions.
+
+    Returns:
+        Per kind of question, and for all: accuracy, what guessing scores (the commonest answer, or one half where the
+        question names two), and the number of questions.
+    """
+    recipe = BackboneRecipe(checkpoint=str(checkpoint), dtype="float32")
+    backbone = load_backbone(recipe, torch.device("cpu"), with_head=True)
+    lines = (world / f"questions_{split}.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
+    asked = [json.loads(line) for line in lines]
+    right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    answers: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for first in range(0, len(asked), 64):
+        part = asked[first : first + 64]
+        images = [read_image(world / question["image"]) for question in part]
+        said = ask(backbone, recipe, images, [question["question"] for question in part], most=1)
+        for question, word in zip(part, said, strict=True):
+            right[question["kind"]].append(word == question["answer"])
+            answers[question["kind"]].append(question["answer"])
+    found = {}
+    for kind in (kind for kind in KINDS if right[kind]):
+        commonest = max(answers[kind].count(a) for a in set(answers[kind])) / len(answers[kind])
+        found[kind] = {
+            "accuracy": sum(right[kind]) / len(right[kind]),
+            "chance": 0.5 if kind in CHOICES else commonest,
+            "n": len(right[kind]),
+        }
+    total = sum(row["n"] for row in found.values())
+    found["all"] = {
+        name: sum(row[name] * row["n"] for row in found.values()) / total for name in ("accuracy", "chance")
+    } | {"n": total}
+    return found

@@ -1,0 +1,163 @@
+"""Everything that changes while probes are trained, and how it is saved."""
+
+import functools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from probing.data.coco import Skipped
+from probing.models.base import layer_name
+from probing.models.finite import NotFinite
+from probing.probes.bank import ProbeBank, ProbeKey
+from probing.probes.ridge import RidgeKey, RidgeSums
+from probing.utils.errors import UserError
+
+
+@dataclass
+class FitState:
+    """Everything that changes while probes are trained.
+
+    Attributes:
+        banks: probes by control (`no` and `shuffled`, or `random`).
+        optimizer: one AdamW over all of them.
+        step: optimiser steps taken.
+        losses: one row per step; columns as in `columns`, then one per teacher for its running mean target. NaN where a
+            probe took no step, because no image counted or its loss or gradient was not finite.
+        ridge: sums of the ridge readout.
+        target_sums: per teacher, the sum (N, D) of its targets in float64, and their number: of all processes until the
+            last saved state, and of this one since.
+        shared_sums: the same as of the last saved state.
+        gathered: whether any process may have added to its sums since then; the first pass alone does.
+        skipped: images left out.
+        not_finite: images left out of a layer or a teacher.
+        seconds: time spent, over all resumptions.
+    """
+
+    banks: dict[str, ProbeBank]
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    losses: list[list[float]] = field(default_factory=list)
+    ridge: dict[RidgeKey, RidgeSums] = field(default_factory=lambda: defaultdict(RidgeSums))
+    target_sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    shared_sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    gathered: bool = False
+    skipped: dict[str, Skipped] = field(default_factory=dict)
+    not_finite: NotFinite = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def columns(self) -> list[tuple[str, ProbeKey]]:
+        """The probes, in the order of the loss columns."""
+        return [(control, key) for control, bank in self.banks.items() for key in bank.probes]
+
+    @functools.cached_property
+    def parameters(self) -> list[list[nn.Parameter]]:
+        """Of each probe; collected once, because modules are slow to walk through."""
+        return [list(probe.parameters()) for bank in self.banks.values() for probe in bank.probes.values()]
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values and tensors, for `torch.save`."""
+        return {
+            "banks": {
+                c: {k.teacher + "/" + k.prefix: p.state_dict() for k, p in b.probes.items()}
+                for c, b in self.banks.items()
+            },
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "ridge": [(teacher, layer, sums.sums) for (teacher, layer), sums in self.ridge.items()],
+            "target_sums": {name: [total, count] for name, (total, count) in self.target_sums.items()},
+            "skipped": [[s.image, s.split, s.reason] for s in self.skipped.values()],
+            "not_finite": [[*place, torch.from_numpy(images)] for place, images in self.not_finite.items()],
+            "seconds": self.seconds,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over saved values.
+
+        Raises:
+            UserError: the saved probes have other shapes, because checkpoint or teacher changed meanwhile.
+        """
+        for control, bank in self.banks.items():
+            for key, probe in bank.probes.items():
+                try:
+                    probe.load_state_dict(saved["banks"][control][key.teacher + "/" + key.prefix])
+                except (RuntimeError, KeyError):
+                    raise UserError(
+                        f"the saved state of this run has another shape for teacher {key.teacher!r}, layer "
+                        f"{key.layer}: checkpoint or teacher changed since; put them back or choose another --out"
+                    ) from None
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step = saved["step"]
+        self.losses = saved["losses"].tolist()
+        device = self.parameters[0][0].device
+        for teacher, layer, sums in saved["ridge"]:
+            self.ridge[teacher, layer] = RidgeSums({name: value.to(device) for name, value in sums.items()})
+        sums = saved["target_sums"].items()
+        self.target_sums = {
+            name: (total.to(device), torch.as_tensor(count, device=device)) for name, (total, count) in sums
+        }
+        self.shared_sums = dict(self.target_sums)
+        self.skipped = {row[0]: Skipped(*row) for row in saved["skipped"]}
+        self.not_finite = _not_finite(saved)
+        self.seconds = saved["seconds"]
+
+    def take_in(self, part: dict[str, Any], teachers: int) -> None:
+        """Takes over the end of a training of some of these probes, of which other processes trained the rest.
+
+        Args:
+            part: saved values.
+            teachers: their number.
+        """
+        names = [(control, name) for control, probes in part["banks"].items() for name in probes]
+        columns = {(control, key.teacher + "/" + key.prefix): n for n, (control, key) in enumerate(self.columns)}
+        table = part["losses"].numpy()
+        losses = np.asarray(self.losses) if self.losses else np.full((len(table), len(columns) + teachers), np.nan)
+        losses[:, [columns[name] for name in names]] = table[:, : len(names)]
+        losses[:, len(columns) :] = table[:, len(names) :]
+        self.losses = losses.tolist()
+        for control, bank in self.banks.items():
+            for key, probe in bank.probes.items():
+                if saved := part["banks"][control].get(key.teacher + "/" + key.prefix):
+                    probe.load_state_dict(saved)
+        for teacher, layer, sums in part["ridge"]:
+            self.ridge[teacher, layer] = RidgeSums(sums)
+        self.target_sums = {
+            name: (total, torch.as_tensor(count)) for name, (total, count) in part["target_sums"].items()
+        }
+        self.skipped |= {row[0]: Skipped(*row) for row in part["skipped"]}
+        self.not_finite |= _not_finite(part)
+        self.step, self.seconds = part["step"], max(self.seconds, part["seconds"])
+
+
+def _not_finite(saved: dict[str, Any]) -> NotFinite:
+    return {(kind, name): images.numpy() for kind, name, images in saved.get("not_finite", [])}
+
+
+def summary(state: FitState, teachers: Sequence[str], not_finite: list[dict[str, str]]) -> dict[str, Any]:
+    """What a finished fit leaves for the manifest, as plain values; `not_finite` as `not_finite_rows` gives it."""
+    table = np.asarray(state.losses, dtype=np.float64)
+    means = {name: table[:, len(state.columns) + index].tolist() for index, name in enumerate(teachers)}
+    curves = [
+        {
+            "control": control,
+            "teacher": key.teacher,
+            "layer": layer_name(key.layer),
+            "seed": key.seed,
+            "losses": table[:, index].tolist(),
+        }
+        for index, (control, key) in enumerate(state.columns)
+    ]
+    return {
+        "curves": curves,
+        "mean_losses": means,
+        "skipped": [{"image": s.image, "split": s.split, "reason": s.reason} for s in state.skipped.values()],
+        "not_finite": not_finite,
+        "seconds": state.seconds,
+        "steps": state.step,
+    }

@@ -1,0 +1,1 @@
+"""Files, interruption, loading, processes, errors, progress."""

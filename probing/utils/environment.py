@@ -1,0 +1,33 @@
+"""What the command line sets before any library is imported: text as UTF-8, how threads wait, and a home folder."""
+
+import os
+import sys
+
+from probing.utils.cache_dir import home_folder, temporary_home
+
+SPIN_COUNT = "3000"
+"""Turns of the loop in which a compute thread waits for the others before it sleeps.
+
+OpenMP's default of 300,000 takes the time that the others need, where something else runs on the machine.
+"""
+
+
+def prepare_environment() -> None:
+    """Starts Python again in UTF-8 mode where the locale is another, and sets `SPIN_COUNT` and a missing home.
+
+    Libraries written in Rust read paths as UTF-8 in any locale, so other paths do not reach them unchanged.
+    """
+    if sys.getfilesystemencoding().lower() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")  # PYTHONIOENCODING may still ask for ASCII
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported
+    if home_folder() is None:
+        # Libraries would cache in a folder called "~" of the working directory, or ask for the user's name and fail.
+        home = temporary_home()
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ["HOME"] = str(home)
+        os.environ.setdefault("USER", home.name)

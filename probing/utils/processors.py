@@ -1,0 +1,79 @@
+"""Describes image processors and tokenizers by what they give, and compares them."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from probing.utils.images import square
+from probing.utils.weights_hash import settings
+
+Inputs = Mapping[str, Any]
+"""What numbers depend on, each under the user's word for it."""
+SIZES = ((640, 480), (96, 128))
+"""Width and height of the images by which image processors are compared."""
+
+
+def describe_processor(prepare: Any, view: str) -> dict[str, Any]:
+    """Describes a teacher's preprocessing by its settings and by what it makes of some images."""
+    pixels = [prepare([image]) for image in _images(view)]
+    return {"settings": processor_settings(prepare), "pixels": _hash(pixels)}
+
+
+def first_difference(then: Inputs, now: Inputs) -> str:
+    """Names the first input of `now` that is another one in `then`, with its field where it has some; empty if none."""
+    for name, value in now.items():
+        before = then.get(name)
+        if before == value:
+            continue
+        if isinstance(value, dict) and isinstance(before, dict):
+            if "pixels" in value:
+                if before.get("settings") == value["settings"] or before.get("pixels") == value["pixels"]:
+                    continue  # another library computes other last bits, or names its defaults differently
+                before, value = before.get("settings") or {}, value["settings"]
+            fields = {key: (before.get(key, "absent"), value.get(key, "absent")) for key in {**before, **value}}
+            key, pair = next((key, pair) for key, pair in fields.items() if pair[0] != pair[1])
+            return f"{name} ({_both(key, *pair)})"
+        if name.endswith("shape"):
+            return f"{name} ({_both('', before, value)})"
+        return name
+    return ""
+
+
+def processor_settings(prepare: Any) -> dict[str, str]:
+    """Settings of the image processor in a checkpoint's or teacher's input side."""
+    prepare = getattr(prepare, "inputs", prepare)
+    processor = getattr(prepare, "processor", None)
+    processor = getattr(processor, "image_processor", processor)
+    own = {name: getattr(prepare, name) for name in ("border", "side") if getattr(prepare, name, None) is not None}
+    values = processor.to_dict() if processor is not None else {"processor": repr(prepare)}
+    return settings({name: value for name, value in values.items() if value is not None} | own)
+
+
+def _images(view: str) -> list[Image.Image]:
+    """Images with fine and coarse detail, the same on every machine."""
+    images = [_pattern(width, height) for width, height in SIZES]
+    return [square(image) for image in images] if view == "square" else images
+
+
+def _pattern(width: int, height: int) -> Image.Image:
+    x, y = torch.arange(width)[None, :, None], torch.arange(height)[:, None, None]
+    c = torch.arange(3)
+    values = (x * (3 + c) + y * (5 - c) + 64 * ((x // 9 + y // 7) % 2) + 96 * c) % 256
+    return Image.fromarray(values.to(torch.uint8).numpy())
+
+
+def _hash(tensors: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        values = torch.as_tensor(tensor)
+        digest.update(f"{tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _both(key: str, before: Any, now: Any) -> str:
+    shown = f"{key}: " if key else ""
+    return f"{shown}{before} then, {now} now"

@@ -1,0 +1,338 @@
+"""`probing align` on a tiny LLaVA over a tiny world: numbers against plain loops, the page, bad input."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from analysis.alignment.forward_pass import Annotator
+from analysis.alignment.metrics.similarity import linear_cka, neighbour_overlap
+from analysis.alignment.metrics.sparse_codes import orthogonal_matching_pursuit
+from analysis.alignment.metrics.spectrum import von_neumann_entropy
+from analysis.alignment.run import AlignRecipe, align
+from analysis.evaluation.compare import compare
+from analysis.planning.dry_run import rehearse_alignment
+from probing.cli import cli
+from probing.data.coco import list_images
+from probing.data.panoptic import read_panoptic
+from probing.data.patch_labels import patch_labels, plain_name
+from probing.models import load_backbone
+from probing.models.word_embeddings import word_ids, word_vectors
+from probing.recipe import dump_recipe
+from probing.runs.directory import Run
+from probing.teachers import load_teacher
+from probing.toyworld.layout import write_world
+from probing.utils.errors import UserError
+from probing.utils.images import square
+from reports.page import write_report
+from reports.results import load_runs
+from tests.helpers import tiny
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("align") / "world", 2, 6, seed=4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.llava(tmp_path_factory.mktemp("align") / "llava", layers=3, hidden=32, image=48)
+
+
+def recipe(checkpoint, world, **values):
+    backbone, data = {"checkpoint": str(checkpoint)}, {"path": f"coco:{world}"} | values.pop("data", {})
+    return AlignRecipe.model_validate({"backbone": backbone, "data": data, "workers": 0, **values})
+
+
+def read(path):
+    return pd.read_csv(path, dtype={"layer": str}, keep_default_na=False)
+
+
+def test_numbers_are_those_of_plain_loops(checkpoint, world, tmp_path):
+    """From the command line to the table; patch by patch, with labels counted from pixels."""
+    out = tmp_path / "run"
+    arguments = ["align", str(checkpoint), "--data", f"coco:{world}", "--out", str(out), "micro_batch=4", "workers=0"]
+    said = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert f"next: probing report {out}" in said.output
+    results = read(out / "results.csv")
+    maps, images = read_panoptic(world, "val2017"), list_images(world, "val2017")
+    settings = recipe(checkpoint, world)
+    backbone = load_backbone(settings.backbone, torch.device("cpu"))
+    tokenizer, table = backbone.prepare.processor.tokenizer, backbone.words.weight.detach()
+    words = []
+    for name in maps.names:
+        ids = [i for i in tokenizer(f"a {name}", add_special_tokens=False).input_ids if tokenizer.decode([i]).strip()]
+        words.append(table[ids[len(tokenizer("a", add_special_tokens=False).input_ids) :]].mean(0))
+    words = torch.stack(words)
+    cosines, right, entropies, tower = [], [], [], []
+    for index in range(len(images)):
+        labels = maps.labels(images.names[index])
+        side = len(labels) // 6
+        states, tokens = backbone.hidden_states([images.read(index)], "2")
+        patches = tokens.image_states(states[2])[0]
+        entropies.append(float(von_neumann_entropy(patches)))
+        for number, patch in enumerate(patches):
+            row, column = divmod(number, 6)
+            part = labels[row * side : (row + 1) * side, column * side : (column + 1) * side]
+            kind, counts = np.unique(part, return_counts=True)
+            if counts.max() / part.size >= 0.5 and kind[counts.argmax()] < len(words):
+                near = F.cosine_similarity(patch[None], words)
+                cosines.append(float(near[kind[counts.argmax()]]))
+                right.append(int(near.argmax()) == kind[counts.argmax()])
+        pixels = backbone.prepare([images.read(index)]).inputs["pixel_values"]
+        features = backbone.core.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        tower.append(float(von_neumann_entropy(features)))
+
+    def value(metric, layer, control="no", **rest):
+        chosen = results[(results["metric"] == metric) & (results["layer"] == layer) & (results["control"] == control)]
+        for name, wanted in rest.items():
+            chosen = chosen[chosen[name] == wanted]
+        return chosen["value"].item()
+
+    assert value("word_cosine", "2", protocol="raw") == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert value("word_retrieval", "2", protocol="raw") == pytest.approx(np.mean(right), abs=1e-6)
+    assert value("von_neumann_entropy", "2") == pytest.approx(np.mean(entropies), abs=1e-5)
+    assert value("von_neumann_entropy", "tower") == pytest.approx(np.mean(tower), abs=1e-5)
+    assert set(results["control"]) == {"no", "permuted", "random", "uniform"}
+    entropy = results[results["metric"] == "von_neumann_entropy"]["protocol"]
+    assert entropy.str.contains("36 tokens, at most").all()
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["data"]["labelled_patches"] == len(cosines)
+
+
+def test_the_dear_measures_are_those_of_plain_loops(checkpoint, models, tmp_path):
+    """Lens, attention, sums of words and likeness, against logits and attention that the model gives by itself."""
+    world = write_world(tmp_path / "world", 2, 16, seed=5)
+    settings = recipe(
+        checkpoint,
+        world,
+        layers="0,2,3,final",
+        micro_batch=4,
+        sample=5,
+        teachers={name: {"id": str(models[name])} for name in ("depth", "gen")},
+    )
+    results = read(align(settings, tmp_path / "run"))
+    backbone = load_backbone(settings.backbone, torch.device("cpu"))
+    images = list_images(world, "val2017")
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, attn_implementation="eager").eval()
+    teachers = {name: load_teacher(name, settings.teachers[name], torch.device("cpu")) for name in settings.teachers}
+    order = torch.randperm(36, generator=torch.Generator().manual_seed(0))
+    pooled = {name: [] for name in ("2", "tower", "depth", "gen")}
+    lens, energy, attention, uniform, places, right = [], [], [], [], [], []
+    annotate = Annotator(read_panoptic(world, "val2017"), (6, 6))
+    ids = [word_ids(backbone.prepare.processor.tokenizer, word) for word in annotate.words]
+    for index in range(16):
+        image = square(images.read(index))
+        batch = backbone.prepare([image])
+        with torch.no_grad():
+            out = model(**batch.inputs, output_hidden_states=True, output_attentions=True)
+        shown = batch.tokens.mask("image")[0]
+        states = out.hidden_states[2][0, shown]
+        pooled["2"].append(states.mean(0))
+        tower = model.model.vision_tower(batch.inputs["pixel_values"], output_hidden_states=True)
+        pooled["tower"].append(tower.hidden_states[-2][0, 1:].mean(0))
+        targets = {name: teacher.target(teacher.prepare([image]))[0] for name, teacher in teachers.items()}
+        for name, target in targets.items():
+            pooled[name].append(target.mean(0))
+        logits = model.lm_head(model.model.language_model.norm(states))
+        likeliest = torch.stack([logits[:, own].amax(dim=1) for own in ids], dim=1).argmax(dim=1).numpy()
+        labels = patch_labels(annotate(images.names[index]).numpy())
+        right += (likeliest == labels)[labels >= 0].tolist()
+        attention.append(float(out.attentions[1][0, :, -1, shown].sum(-1).mean()))
+        uniform.append(int(shown.sum()) / len(shown))
+        if index < 5:
+            chances = model.lm_head(model.model.language_model.norm(states[order[:32]])).softmax(-1)
+            lens.append(float(-(chances * chances.log()).sum(-1).mean().detach()))
+            found = orthogonal_matching_pursuit(states[order[:2]].detach(), backbone.words.weight.detach(), 4)
+            energy.append(float(found.energy[:, -1].mean()))
+            grid = teachers["depth"].grid
+            plane = F.interpolate(states.T.view(1, -1, 6, 6), size=grid, mode="bilinear").flatten(2)[0].T
+            places.append(linear_cka(plane.detach(), targets["depth"]))
+    pooled = {name: torch.stack(rows).detach() for name, rows in pooled.items()}
+
+    def value(teacher, metric, protocol, control="no"):
+        own = (results["layer"] == "2") & (results["teacher"] == teacher) & (results["control"] == control)
+        own &= (results["metric"] == metric) & results["protocol"].str.startswith(protocol)
+        return results[own]["value"].item()
+
+    assert value("words", "lens_entropy", "final norm") == pytest.approx(np.mean(lens), abs=1e-5)
+    assert value("words", "lens_retrieval", "final norm") == pytest.approx(np.mean(right), abs=1e-6)
+    assert value("words", "explained_energy", "orthogonal, 4 words") == pytest.approx(np.mean(energy), abs=1e-5)
+    assert value("tokens", "image_attention", "last token") == pytest.approx(np.mean(attention), abs=1e-5)
+    assert value("tokens", "image_attention", "last token", "uniform") == pytest.approx(np.mean(uniform), abs=1e-6)
+    assert value("depth", "cka_places", "unbiased") == pytest.approx(np.mean(places), abs=1e-5)
+    for name in ("tower", "depth", "gen"):
+        assert value(name, "cka", "unbiased") == pytest.approx(linear_cka(pooled["2"], pooled[name]), abs=1e-4)
+        overlap = float(neighbour_overlap(pooled["2"], pooled[name], 4).mean())
+        assert value(name, "mutual_knn", "k = 4 of 16 images, at chance 0.267") == pytest.approx(overlap, abs=0.02)
+    assert set(results[results["metric"] == "lens_entropy"].query("layer == 'final'")["protocol"].str[:10]) == {
+        "final norm"
+    }
+    both = results[(results["metric"] == "lens_retrieval") & (results["protocol"] == "final norm")]
+    both = both[both["control"] == "no"].set_index("layer")["value"]
+    assert both["3"] == both["final"]  # the state after the last block, normed, is the final state
+
+
+def test_the_page_has_the_chapter_and_a_second_call_measures_nothing(checkpoint, world, tmp_path, monkeypatch):
+    settings = recipe(checkpoint, world, layers="0,3", pictures=1)
+    results = align(settings, tmp_path / "run")
+    before = results.read_text()
+    monkeypatch.setattr("analysis.alignment.run.gather", None)
+    assert align(settings, tmp_path / "run").read_text() == before
+    page = write_report([tmp_path / "run"], tmp_path / "report").read_text()
+    assert "Patches and words" in page and "Nearest word of each patch, layer 3" in page
+    assert (tmp_path / "report" / "figures" / "word_retrieval_centred.svg").exists()
+    with pytest.raises(UserError, match="has no probes to compare"):
+        load_runs([tmp_path / "run"])
+    with pytest.raises(UserError, match="has no probes; its page: probing report"):
+        Run.open(tmp_path / "run")
+    with pytest.raises(UserError, match="holds another run"):
+        align(recipe(checkpoint, world, layers="0", pictures=1), tmp_path / "run")
+
+
+def test_runs_of_seeds_are_pooled_and_compared(world, tmp_path):
+    """Two checkpoints of two seeds each: the differences are those of the pooled numbers, and the page says them."""
+    for arm in ("one", "two"):
+        for seed in (0, 1):
+            checkpoint = tiny.llava(tmp_path / "models" / f"{arm}{seed}", image=48, seed=seed + 2 * (arm == "two"))
+            align(recipe(checkpoint, world, layers="0,3", pictures=0, sample=3), tmp_path / arm / f"seed_{seed}")
+        said = CliRunner().invoke(cli, ["evaluate", str(tmp_path / arm)], catch_exceptions=False)
+        assert said.exit_code == 0
+    arms = [str(tmp_path / arm) for arm in ("one", "two")]
+    said = CliRunner().invoke(cli, ["compare", *arms, "--out", str(tmp_path / "out")], catch_exceptions=False)
+    assert "word_retrieval (centred), layer 0: two - one = " in said.output and "2 pairs of seeds" in said.output
+    table = read(tmp_path / "out" / "differences.csv").query("metric == 'word_miou' and protocol == 'raw'")
+    found = {row["layer"]: row["value"] for _, row in table.iterrows()}
+    pooled = [read(tmp_path / arm / "results.csv") for arm in ("one", "two")]
+    pooled = [p.query("metric == 'word_miou' and protocol == 'raw' and control == 'no'") for p in pooled]
+    pooled = [p.set_index("layer")["value"] for p in pooled]
+    singles = [read(tmp_path / "two" / f"seed_{seed}" / "results.csv") for seed in (0, 1)]
+    singles = [s.query("metric == 'word_miou' and protocol == 'raw' and control == 'no'") for s in singles]
+    assert pooled[1]["3"] == pytest.approx(np.mean([s.set_index("layer")["value"]["3"] for s in singles]), abs=1e-6)
+    for layer in ("0", "3", "mean"):
+        assert found[layer] == pytest.approx(pooled[1][layer] - pooled[0][layer], abs=1e-6)
+    permuted = read(tmp_path / "two" / "results.csv").query("control == 'permuted' and metric == 'word_miou'")
+    assert set(permuted["seed"]) == {"all"}
+    page = (tmp_path / "out" / "index.html").read_text()
+    clear = read(tmp_path / "out" / "differences.csv").query("(ci_low > 0 or ci_high < 0) and layer in ('0', 'mean')")
+    for _, row in clear[clear["metric"] == "word_cosine"].query("protocol == 'centred'").iterrows():
+        assert f"<b>{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]</b>" in page
+    assert "Paired differences" in page and page.count("<b>+") + page.count("<b>-") <= len(clear)
+    assert set(read(tmp_path / "out" / "results.csv")["checkpoint"]) == {"one", "two"}
+    with pytest.raises(UserError, match="differ in coverage"):
+        align(recipe(checkpoint, world, layers="0,3", pictures=0, sample=3, coverage=0.9), tmp_path / "other")
+        compare([tmp_path / "one" / "seed_0", tmp_path / "other"], ["a", "b"])
+
+
+def test_patches_that_say_their_words_are_found(checkpoint, world, tmp_path, monkeypatch):
+    """Image tokens replaced by the words of what they show: every patch is right, and permuted labels are not."""
+    settings = recipe(checkpoint, world, layers="0", pictures=0, micro_batch=6)
+    backbone = load_backbone(settings.backbone, torch.device("cpu"), with_head=True)
+    maps, images = read_panoptic(world, "val2017"), list_images(world, "val2017")
+    shares = torch.stack([Annotator(maps, (6, 6))(name) for name in images.names])
+    words = word_vectors(backbone.prepare.processor.tokenizer, backbone.words.weight, map(plain_name, maps.names))
+    backbone.projector.register_forward_hook(lambda module, args, out: words[shares.argmax(-1)][: len(out)].detach())
+    monkeypatch.setattr("analysis.alignment.run.load_backbone", lambda *args, **kwargs: backbone)
+    results = read(align(settings, tmp_path / "run"))
+    found = results[(results["metric"] == "word_retrieval") & (results["protocol"] == "raw")].set_index("control")
+    assert found.loc["no", "value"] == 1 and found.loc["permuted", "value"] == 0
+    cosine = results[(results["metric"] == "word_cosine") & (results["protocol"] == "raw")].set_index("control")
+    assert cosine.loc["no", "value"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_dry_run_says_what_would_be_done(checkpoint, world, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["align", str(checkpoint), "--data", f"coco:{world}", "--out", str(out), "--dry-run"]
+    done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    images = len(list_images(world, "val2017"))
+    assert f"pass over all: {images} images (new)" in done.stdout and not out.exists()
+    with pytest.raises(UserError, match="layer 99 is out of range"):
+        rehearse_alignment(recipe(checkpoint, world, layers="99"), out)
+    (out / "state").mkdir(parents=True)
+    (out / "state" / "sample.safetensors").write_bytes(b"")
+    (out / "recipe.yaml").write_text(dump_recipe(recipe(checkpoint, world)))
+    assert any("begun, goes on" in line for line in rehearse_alignment(recipe(checkpoint, world), out))
+    with pytest.raises(UserError, match="holds another run"):
+        rehearse_alignment(recipe(checkpoint, world, coverage=0.9), out)
+
+
+def test_what_cannot_be_measured_is_said(checkpoint, world, coco, tmp_path):
+    with pytest.raises(UserError, match="line up with annotations on squares alone"):
+        align(recipe(checkpoint, world, data={"view": "own"}), tmp_path / "run")
+    with pytest.raises(UserError, match="neither panoptic_val2017"):
+        align(recipe(checkpoint, coco), tmp_path / "run")
+    whole = json.loads((world / "annotations" / "panoptic_val2017.json").read_text())
+    other = tmp_path / "other"
+    (other / "annotations" / "panoptic_val2017").mkdir(parents=True)
+    (other / "val2017").symlink_to(world / "val2017")
+    (other / "annotations" / "panoptic_val2017.json").write_text(json.dumps(whole | {"annotations": []}))
+    with pytest.raises(UserError, match="none of the 6 images of val2017 is annotated"):
+        align(recipe(checkpoint, other), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tiles_are_measured_behind_the_projector_alone(world, tmp_path, caplog):
+    """Image tokens are those of the whole image; before the projector there are other numbers of patches."""
+    checkpoint = tiny.llava_next(tmp_path / "next")
+    results = read(align(recipe(checkpoint, world, pictures=1), tmp_path / "run"))
+    assert "nothing is measured before it" in caplog.text
+    assert set(results["layer"]) == {"0", "1", "2", "3", "mean"}
+    assert "random" not in set(results[results["metric"].str.startswith("word")]["control"])
+
+
+def test_a_run_that_died_while_it_was_written_is_made_whole(checkpoint, world, tmp_path, monkeypatch):
+    """Scores come last: where they are there, neither pictures nor manifest are missing."""
+    settings = recipe(checkpoint, world, layers="0", pictures=1)
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("analysis.alignment.run._manifest", die)
+        with pytest.raises(KeyboardInterrupt):
+            align(settings, tmp_path / "run")
+    align(settings, tmp_path / "run")
+    assert (tmp_path / "run" / "manifest.json").exists() and (tmp_path / "run" / "pictures" / "patches.json").exists()
+
+
+def test_classes_with_one_name_are_one_word(world):
+    """COCO has a wall of bricks and other walls; where two are called the same, they are the same label."""
+    maps = read_panoptic(world, "val2017")
+    name = next(iter(maps.segments))
+    apart, merged = Annotator(maps, (6, 6)), dataclasses.replace(maps, names=["thing"] * len(maps.names))
+    together = Annotator(merged, (6, 6))
+    assert together.words == ["thing"]
+    torch.testing.assert_close(together(name)[:, 0], apart(name).sum(dim=1))
+
+
+@pytest.mark.parametrize("fault", ["ids", "coverage", "sizes"])
+def test_a_split_without_labelled_patches_is_one_line(checkpoint, tmp_path, fault):
+    """Ids that no segment has, classes that cover too little of every patch, maps of another size."""
+    world = write_world(tmp_path / "world", 2, 3, seed=6)
+    for number, file in enumerate(sorted((world / "annotations" / "panoptic_val2017").iterdir())):
+        pixels = np.zeros((48, 48, 3), np.uint8) + np.uint8(240)
+        if fault == "coverage":
+            pixels[::3, ::3] = np.asarray(Image.open(file))[::3, ::3]
+        if fault == "sizes":
+            pixels = np.asarray(Image.open(file))[:, : 30 - number]
+        Image.fromarray(pixels).save(file)
+    with pytest.raises(UserError, match="no patch of val2017 has a label") as caught:
+        align(recipe(checkpoint, world), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "results.csv").exists()
+
+
+def test_one_broken_label_map_costs_one_image(checkpoint, tmp_path):
+    world = write_world(tmp_path / "world", 2, 4, seed=6)
+    first, *_ = sorted((world / "annotations" / "panoptic_val2017").iterdir())
+    first.write_bytes(b"no picture")
+    align(recipe(checkpoint, world, pictures=0), tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert [skip["image"] for skip in manifest["skipped"]] == [first.name] and manifest["data"]["eval_images"] == 3

@@ -1,0 +1,110 @@
+"""Near and far of depth teachers: relative ones give disparity, metric ones metres."""
+
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import DepthAnythingForDepthEstimation
+
+from analysis.evaluation.metrics.depth_pairs import DepthPairs
+from analysis.evaluation.pictures import draw_depth
+from analysis.evaluation.run import warn_if_upside_down
+from analysis.evaluation.scores import Curve, ScoreFile, score_file
+from probing.recipe import TeacherRecipe
+from probing.teachers import depth, describe_teacher, load_teacher
+from probing.toyworld.layout import write_world
+from probing.toyworld.models import ASSETS
+from tests.helpers import tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"), 2, 8, seed=4)
+
+
+@pytest.fixture(scope="module")
+def metric(tmp_path_factory):
+    """The toy world's teacher with its last layer negated, so that it gives metres."""
+    folder = tmp_path_factory.mktemp("metric")
+    model = DepthAnythingForDepthEstimation.from_pretrained(
+        ASSETS / "depth", depth_estimation_type="metric", max_depth=20
+    )
+    with torch.no_grad():
+        for tensor in model.head.conv3.parameters():
+            tensor.neg_()
+    model.save_pretrained(folder)
+    for file in (ASSETS / "depth").glob("*processor*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def own_scores(teacher, world) -> dict[str, float]:
+    """DA-2K accuracy of a teacher's own answer, of its decoded target, and of the image row."""
+    scorer = DepthPairs.of(world / "da2k", {"depth": teacher}, None)
+    images = [scorer.images.read(index) for index in range(len(scorer.images.names))]
+    prepared = SimpleNamespace(indices=range(len(images)), pixels={"depth": teacher.prepare(images)})
+    targets = {"depth": teacher.target(prepared.pixels["depth"])}
+    found = {}
+    for _, probe, _, rows in scorer.references(targets, scorer.begin(prepared, targets)):
+        ((_, _, counts),) = rows
+        found[probe] = float(counts[:, 0].sum() / counts[:, 1].sum())
+    return found
+
+
+def test_metric_and_relative_teachers_score_alike(world, metric):
+    """Metres are a falling function of the relative teacher's values, which order the same pairs."""
+    relative = own_scores(load_teacher("depth", TeacherRecipe(id=str(ASSETS / "depth")), CPU), world)
+    metres = own_scores(load_teacher("depth", TeacherRecipe(id=str(metric)), CPU), world)
+    assert metres["image_row"] == relative["image_row"]
+    for row in ("teacher", "target"):
+        assert relative[row] > 0.8 and metres[row] == pytest.approx(relative[row], abs=0.05)
+
+
+def test_metric_maps_are_transformers_negative_metres(metric):
+    teacher = load_teacher("depth", TeacherRecipe(id=str(metric)), CPU)
+    pixels = teacher.prepare([Image.effect_noise((60, 60), 50).convert("RGB")])
+    reference = DepthAnythingForDepthEstimation.from_pretrained(metric).eval()
+    with torch.no_grad():
+        metres = reference(pixels).predicted_depth
+        maps = reference.backbone(pixels).feature_maps
+        decoded = reference.head(reference.neck([maps[-1]] * 4, *teacher.grid), *teacher.grid)
+    assert float(metres.min()) > 0
+    torch.testing.assert_close(depth.predict(teacher, pixels), -metres)
+    torch.testing.assert_close(depth.decode(teacher, teacher.target(pixels)), -decoded)
+    picture = draw_depth(teacher, metres.shape[-1])(teacher.target(pixels), None)
+    assert int(picture.flatten().argmax()) == int(decoded.half().flatten().argmin())  # near is bright
+
+
+def test_scores_of_another_direction_are_not_reused(world, models, tmp_path):
+    own = {"depth": load_teacher("depth", TeacherRecipe(id=str(models["depth"])), CPU)}
+    before = DepthPairs.of(world / "da2k", own, None).settings()
+    own["depth"].model.config.depth_estimation_type = "metric"
+    assert DepthPairs.of(world / "da2k", own, None).settings() != before
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.1, True), (0.5, False), (0.9, False)])
+def test_a_teacher_below_chance_is_named(share, warned, tmp_path, caplog):
+    right = np.random.default_rng(0).binomial(5, share, 40)
+    scores = np.stack([right, np.full(40, 5)], axis=1).astype(float)
+    curves = {Curve("depth", "", "teacher", "teacher", "da2k", "strict", 0): scores}
+    curves[Curve("depth", "1", "resampler", "no", "da2k", "strict", 0)] = 0 * scores  # of a probe that is no fault
+    file = score_file(tmp_path, "scores/da2k", "da2k")
+    ScoreFile(curves, [str(k) for k in range(40)], "da2k", "").write(file)
+    with caplog.at_level(logging.WARNING):
+        warn_if_upside_down(tmp_path)
+    assert ["near and far look swapped" in record.message for record in caplog.records] == [True] * warned
+
+
+@pytest.mark.parametrize(("kind", "said"), [("relative", "nearer"), ("metric", "farther")])
+def test_the_direction_of_a_teacher_is_shown(kind, said, tmp_path):
+    folder = tiny.depth_teacher(tmp_path / "depth")
+    config = folder / "config.json"
+    config.write_text(
+        config.read_text().replace('"depth_estimation_type": "relative"', f'"depth_estimation_type": "{kind}"')
+    )
+    assert said in describe_teacher({"depth": {"id": str(folder)}})["depth"]

@@ -1,0 +1,131 @@
+"""From embeddings to distances, through the real unCLIP pipeline and Inception, both tiny or random."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from analysis.evaluation.metrics.frechet import Gaussian, frechet_distance
+from analysis.evaluation.metrics.generated_images import image_seeds
+from analysis.evaluation.metrics.image_features import inception
+from analysis.evaluation.run import Options, evaluate
+from analysis.evaluation.scores import Curve, ScoreFile, score_file
+from probing.data.coco import list_images
+from probing.recipe import ProbeRunRecipe, TeacherRecipe, validate
+from probing.teachers import load_teacher
+from probing.teachers.gen import GenDecoder
+from probing.training.run import train
+from probing.utils.errors import UserError
+from probing.utils.images import square
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def evaluated(models, unclip, coco, inception_file, tmp_path_factory):
+    values = {
+        "backbone": {"checkpoint": str(models["llava"])},
+        "data": {"path": f"coco:{coco}"},
+        "teachers": {"gen": {"id": str(unclip)}},
+        "layers": "0,2",
+        "fit": {"epochs": 1, "batch_size": 6, "micro_batch": 3, "workers": 0},
+    }
+    run = train(validate(ProbeRunRecipe, values, "test"), tmp_path_factory.mktemp("generation") / "run")
+    evaluate(run.path, options(inception_file))
+    return run.path
+
+
+def options(inception_file, **values):
+    common = {"inception_weights": inception_file, "steps": 2, "guidance": 2.0, "pictures": 2}
+    return Options(metrics=("fid",), **common | values)
+
+
+def results(run):
+    return pd.read_csv(run / "results.csv", dtype={"layer": str}, keep_default_na=False)
+
+
+def test_every_curve_has_both_distances_and_only_the_checkpoints_resampler(evaluated):
+    found = results(evaluated)
+    assert set(found["metric"]) == {"fid", "kid"} and set(found["n"]) == {6}
+    for metric in ("fid", "kid"):
+        places = set(map(tuple, found.loc[found["metric"] == metric, ["layer", "probe", "control"]].values))
+        layers = {(layer, "resampler", "no") for layer in ("0", "2", "mean")}
+        assert places == layers | {("", "constant", "mean"), ("", "target", "teacher")}
+
+
+def test_the_teachers_own_row_is_computed_by_hand(evaluated, unclip, coco, inception_file):
+    """Target embedding, painted, seen by Inception, and the closed form, each called directly."""
+    recipe = TeacherRecipe(id=str(unclip))
+    teacher = load_teacher("gen", recipe, CPU)
+    images = list_images(coco, "val2017")
+    pictures = [square(images.read(index)) for index in range(6)]
+    embeds = teacher.target(teacher.prepare(pictures))[:, 0]
+    decoder, extractor = GenDecoder.load(teacher, recipe, 2, 2.0), inception(inception_file, CPU)
+    painted = np.concatenate(
+        [decoder.decode(embeds[i : i + 1], image_seeds(images.names)[i : i + 1]) for i in range(6)]
+    )
+    fake = extractor.features([Image.fromarray(one) for one in painted])
+    expected = frechet_distance(Gaussian.of(fake), Gaussian.of(extractor.features(pictures)))
+    found = results(evaluated).query("metric == 'fid' and probe == 'target'")["value"].item()
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_probe_that_puts_out_the_target_scores_the_teachers_row(evaluated, inception_file, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated, run)
+    file = score_file(run, "embeddings/gen", "val2017")
+    found = ScoreFile.read(file)
+    target = found.table[Curve("gen", "", "target", "teacher", "embedding", "strict", 0)]
+    found.table[Curve("gen", "2", "resampler", "no", "embedding", "strict", 0)] = target
+    found.write(file)
+    evaluate(run, options(inception_file))
+    table = results(run).query("metric == 'fid'").set_index(["layer", "probe"])[["value", "ci_low", "ci_high"]]
+    assert table.loc[("2", "resampler")].equals(table.loc[("", "target")])
+    assert not table.loc[("0", "resampler")].equals(table.loc[("", "target")])
+
+
+def test_nothing_is_painted_twice(evaluated, inception_file, monkeypatch, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated, run)
+    before = (run / "results.csv").read_text()
+
+    def refuse(*_):
+        raise AssertionError("painted again")
+
+    monkeypatch.setattr(GenDecoder, "decode", refuse)
+    evaluate(run, options(inception_file))
+    assert (run / "results.csv").read_text() == before
+    with pytest.raises(AssertionError, match="painted again"):
+        evaluate(run, options(inception_file, steps=3))
+
+
+def test_too_few_images_for_a_distance(evaluated, inception_file):
+    with pytest.raises(UserError, match="at least 4 images, not 3"):
+        evaluate(evaluated, options(inception_file, images=3))
+
+
+def test_features_and_pictures_are_kept(evaluated):
+    files = list((evaluated / "generated").glob("inception-*/*.safetensors"))
+    assert len(files) == 4 and all(load_file(file)["features"].shape == (6, 2048) for file in files)
+    pictures = ScoreFile.read(score_file(evaluated, "pictures/gen", "val2017"))
+    kinds = {(c.layer, c.probe) for c in pictures.table}
+    assert {("", "photograph"), ("", "target"), ("0", "resampler"), ("2", "ridge")} <= kinds
+    assert all(p.shape == (2, 32, 32, 3) and p.dtype == np.uint8 for p in pictures.table.values())
+
+
+def test_an_encoder_alone_cannot_paint(evaluated, models, unclip, coco, inception_file, tmp_path):
+    values = {
+        "backbone": {"checkpoint": str(models["llava"])},
+        "data": {"path": f"coco:{coco}"},
+        "teachers": {"gen": {"id": str(models["gen"])}},
+        "layers": "0",
+        "fit": {"epochs": 1, "batch_size": 6, "micro_batch": 3, "workers": 0},
+    }
+    run = train(validate(ProbeRunRecipe, values, "test"), tmp_path / "run")
+    with pytest.raises(UserError, match="image encoder without decoder"):
+        evaluate(run.path, options(inception_file))
+    assert not (run.path / "results.csv").exists()

@@ -1,0 +1,120 @@
+"""What lies in examples/cluster: its files are read by who will read them, and its job survives being stopped."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from click.testing import CliRunner
+
+from probing.cli import cli
+from probing.distillation.recipe import DistillRecipe
+from probing.recipe import ProbeRunRecipe, dump_recipe, load_recipe
+from tests.helpers import full_size
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "examples/cluster"
+PLANS = re.findall(r"^probing plan (.*)$", (CLUSTER / "README.md").read_text(), re.MULTILINE)
+STANDINS = {
+    "probe": ["backbone.checkpoint=standins/ola", *(f"teachers.{t}.id=standins/{t}" for t in ("depth", "seg", "gen"))],
+    "ola_pt": [f"embedding.teachers.{t}.id=standins/{t}" for t in ("depth", "seg", "gen")],
+    "ift": ["checkpoint=checkpoints/llava-untrained"],
+}
+
+
+@pytest.mark.parametrize("file", sorted(CLUSTER.glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_reads_its_configurations(file):
+    config = load_config_from_file(str(file))
+    machines = 2 if "sixteen" in file.stem else 1
+    assert config.num_machines == machines
+    assert config.num_processes == (1 if "one" in file.stem else 8 * machines)
+    assert config.mixed_precision == "no"
+    assert ("fsdp" in file.stem) == (config.distributed_type == "FSDP") == bool(config.fsdp_config)
+
+
+def test_the_job_is_bash():
+    assert subprocess.run(["bash", "-n", str(CLUSTER / "job.sh")]).returncode == 0
+
+
+@pytest.mark.parametrize("command", PLANS)
+def test_recipes_of_the_page_are_valid_and_keep_their_batch(command):
+    recipe, *rest = shlex.split(command)
+    devices = int(rest[rest.index("--devices") + 1]) if "--devices" in rest else 1
+    overrides = [word for word in rest if "=" in word]
+    if "probe" in recipe:
+        assert load_recipe(ProbeRunRecipe, ROOT / recipe, overrides).fit.batch_size == 256
+        return
+    stage = load_recipe(DistillRecipe, ROOT / recipe, overrides)
+    micro, accumulated = stage.cut_up(devices)
+    assert micro * accumulated * devices == {"pt": 256, "ift": 128}[stage.stage]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(STANDINS))
+def test_the_page_says_what_plan_says(tmp_path, monkeypatch, kind):
+    """With few of the images: work in all and time differ, work per image and memory do not."""
+    full_size.make(tmp_path, share=3e-3)
+    monkeypatch.chdir(tmp_path)
+    recipe, *rest = shlex.split(next(plan for plan in PLANS if f"/{kind}" in plan))
+    done = CliRunner().invoke(cli, ["plan", str(ROOT / recipe), *rest, *STANDINS[kind]], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    if kind == "probe":
+        page = (CLUSTER / "README.md").read_text()
+        for figure in (r"x ([\d.]+ TFLOP)", r"memory of a device: ([\d.]+ GB)"):
+            assert re.search(figure, done.output)[1] in page, done.output
+
+
+@pytest.mark.slow
+def test_a_stopped_job_saves_asks_for_its_place_and_goes_on(recipe_values, tmp_path):
+    """Two processes; USR1 reaches everything, as SLURM sends it."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "srun").write_text('#!/bin/bash\nshift\nexec "$@"\n')
+    (tools / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\necho localhost\n')
+    (tools / "accelerate").write_text(f'#!/bin/bash\nshift\nexec {sys.executable} -m accelerate.commands.launch "$@"\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    config = yaml.safe_load((CLUSTER / "eight_gpus.yaml").read_text()) | {"num_processes": 2, "use_cpu": True}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(config))
+    recipe_values["fit"] |= {"epochs": 300, "save_minutes": 0, "workers": 1}
+    recipe_values["teachers"] = {"gen": recipe_values["teachers"]["gen"]}
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(ProbeRunRecipe.model_validate(recipe_values)))
+    env = dict(os.environ, PATH=f"{tools}:{os.environ['PATH']}", OMP_NUM_THREADS="1", SLURM_JOB_ID="7")
+    command = ["bash", str(CLUSTER / "job.sh"), str(tmp_path / "two.yaml"), "train"]
+    command += ["--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]
+
+    def start():
+        return subprocess.Popen(
+            command, env=env, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            text=True,
+        )  # fmt: skip
+
+    def stop(job):
+        """What the job said from now to its end; pytest would leave out the middle of it."""
+        os.killpg(job.pid, signal.SIGUSR1)
+        said = job.communicate(timeout=120)[1]
+        assert job.returncode == 130, said
+        return said
+
+    job = start()
+    while not (tmp_path / "run/state/no/state.pt").exists():
+        assert job.poll() is None, job.stderr.read()
+        time.sleep(0.1)
+    said = stop(job)
+    assert "interrupted; resume with the same" in said, said
+    assert "requeue 7" in (tmp_path / "asked").read_text()
+    assert not (tmp_path / "run/manifest.json").exists()
+
+    job = start()
+    said = []
+    while "going on from step" not in "".join(said[-1:]):
+        said.append(job.stderr.readline())
+        assert said[-1], "".join(said)
+    stop(job)

@@ -1,0 +1,357 @@
+"""Embedding losses, special tokens and predictors, on tiny models."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from probing.data.conversations import ConversationDataset, Encoder, collate, read_conversations
+from probing.distillation.losses import embedding_losses, unit_rows
+from probing.distillation.model import Trainee
+from probing.distillation.predictors import EmbeddingPredictors, Task
+from probing.distillation.recipe import DistillRecipe
+from probing.distillation.special_tokens import add_special_tokens
+from probing.distillation.teacher_targets import attach_targets
+from probing.distillation.trainer import run_stage
+from probing.models import describe_checkpoint, load_backbone
+from probing.models.token_map import special_ids, token_kinds
+from probing.probes.bank import ProbeBank, ProbeKey
+from probing.recipe import TOKEN_KINDS, BackboneRecipe, TeacherRecipe, dump_recipe
+from probing.teachers import load_teacher
+from probing.utils.errors import UserError
+from tests.helpers import tiny
+
+CPU = torch.device("cpu")
+
+
+def teacher_of(models, name):
+    """With a number of target tokens that four divides."""
+    return TeacherRecipe(id=str(models[name]), grid=2 if name == "seg" else None)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twelve conversations about coarse images; the first has no image."""
+    root = tiny.conversations(tmp_path_factory.mktemp("distill"), 12)
+    return {"conversations": str(root / "data.json"), "image_root": str(root)}
+
+
+@pytest.fixture
+def recipe(models, data):
+    def make(embedding=None, **changes):
+        common = {"batch_size": 6, "micro_batch": 3, "workers": 0, "lr": 1e-3, "stage": "pt"}
+        trainer = {"report_to": "none", "use_cpu": True, "logging_steps": 1}
+        teachers = {name: teacher_of(models, name).model_dump() for name in ("depth", "seg", "gen")}
+        layers = {"depth": "1,3", "seg": "2", "gen": "2,3"}
+        section = {"teachers": teachers, "layers": layers, "seek": 4, "heads": 2, "dim_head": 8} | (embedding or {})
+        values = {"checkpoint": str(models["llava"]), "data": data, "trainer": trainer} | common | changes
+        return DistillRecipe.model_validate({"embedding": section} | values)
+
+    return make
+
+
+def log_of(folder):
+    return json.loads((folder / "training.json").read_text())["log"]
+
+
+def test_losses_equal_a_plain_loop_in_double_precision():
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = torch.randn(2, 5, 3, 4, generator=generator).double()
+    scale = torch.tensor(2.0)
+    smooth = contrast = 0.0
+    for i in range(5):
+        for p, t in zip(prediction[i].flatten().tolist(), target[i].flatten().tolist(), strict=True):
+            smooth += 0.5 * (p - t) ** 2 if abs(p - t) < 1 else abs(p - t) - 0.5
+        cosines = []
+        for j in range(5):
+            a, b = prediction[i].flatten(), target[j].flatten()
+            cosines.append(float((a * b).sum() / (a.square().sum().sqrt() * b.square().sum().sqrt())))
+        powers = [math.exp(math.exp(2.0) * c) for c in cosines]
+        contrast -= math.log(powers[i] / sum(powers))
+    parts = [
+        embedding_losses(prediction[r].float(), target[r].float(), unit_rows(target), torch.arange(5)[r], scale, 5)
+        for r in (slice(0, 2), slice(2, 5), slice(5, 5))
+    ]
+    assert float(sum(p[0] for p in parts)) == pytest.approx(smooth / (5 * 12), rel=1e-5)
+    assert float(sum(p[1] for p in parts)) == pytest.approx(contrast / 5, rel=1e-5)
+
+
+def test_targets_are_the_same_however_a_batch_is_cut_up(models):
+    teacher = load_teacher("gen", TeacherRecipe(id=str(models["gen"])), CPU)
+    pixels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+    def batches(*sizes):
+        made, start = [], 0
+        for size in sizes:
+            rows = {"target_rows": torch.arange(size), "teacher_pixels": {"gen": pixels[start : start + size]}}
+            made.append(rows if size else {})
+            start += size
+        attach_targets(made, {"gen": teacher}, world=1)
+        return [batch.get("targets") for batch in made]
+
+    (whole,) = batches(5)
+    cut = batches(2, 0, 3)
+    assert cut[1] is None and cut[2]["own"].tolist() == [2, 3, 4] and cut[0]["images"] == whole["images"] == 5
+    assert torch.allclose(cut[0]["others"]["gen"], whole["others"]["gen"], atol=1e-6)
+
+
+def test_special_tokens_follow_every_image_and_have_their_kind(models):
+    processor = AutoProcessor.from_pretrained(models["llava"])
+    model = AutoModelForImageTextToText.from_pretrained(models["llava"])
+    ids = add_special_tokens(processor, model, ["gen", "depth"], 2)
+    assert add_special_tokens(processor, model, ["gen", "depth"], 2) == ids  # they are there
+    with pytest.raises(UserError, match="has special tokens already"):
+        add_special_tokens(processor, model, ["gen", "depth"], 3)
+    text = {"type": "text", "text": "and this"}
+    content = [{"type": "text", "text": "look"}, {"type": "image"}, text, {"type": "image"}]
+    rendered = processor.apply_chat_template([{"role": "user", "content": content}])
+    images = [Image.new("RGB", (32, 32))] * 2
+    inputs = processor(images=images, text=[rendered], return_tensors="pt")
+    kinds = token_kinds(inputs["input_ids"], inputs["attention_mask"], model.config.image_token_id, ids)[0]
+    names = [TOKEN_KINDS[k] for k in kinds.tolist()]
+    runs = [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
+    assert runs == ["system", "image", "gen", "depth", "text", "image", "gen", "depth", "text"]
+    assert names.count("image") == 32 and names.count("gen") == 4
+    assert model(**inputs).logits.shape[-1] == len(processor.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("stage", "embedding", "parts"),
+    [
+        ("pt", True, {"multi_modal_projector", "embedding.queries", "embedding.scales", "embedding.predictors"}),
+        (
+            "ift",
+            True,
+            {"multi_modal_projector", "language_model", "lm_head", "embedding.scales", "embedding.predictors"},
+        ),
+        ("pt", False, {"multi_modal_projector"}),
+        ("vpt", False, {"vision_tower", "multi_modal_projector", "language_model", "lm_head"}),
+        ("ift", False, {"multi_modal_projector", "language_model", "lm_head"}),
+    ],
+)
+def test_gradients_reach_what_the_stage_trains_and_nothing_else(models, data, stage, embedding, parts):
+    processor = AutoProcessor.from_pretrained(models["llava"])
+    model = AutoModelForImageTextToText.from_pretrained(models["llava"])
+    teachers = {name: load_teacher(name, teacher_of(models, name), CPU) for name in ("gen", "depth", "seg")}
+    tasks = [Task(name, (1, 3), 0.5, teacher.shape) for name, teacher in teachers.items()] if embedding else []
+    ids = add_special_tokens(processor, model, ["gen", "depth", "seg"], 4)
+    predictors = EmbeddingPredictors(tasks, 32, 4, ["system", "image", "special", "text"]) if embedding else None
+    trainee = Trainee(model, stage, None, predictors, 0.3, ids, train_special=stage == "pt").train()
+    encoder = Encoder(processor, model.config.image_token_id, 4096)
+    prepare = {name: teacher.prepare for name, teacher in teachers.items()} if embedding else {}
+    samples = ConversationDataset(
+        read_conversations(Path(data["conversations"])), Path(data["image_root"]), encoder, True, prepare
+    )
+    batch = collate([samples[index] for index in range(4)], processor.tokenizer.pad_token_id)
+    if embedding:
+        attach_targets([batch], teachers, world=1)
+        assert batch["targets"]["rows"].tolist() == [1, 2, 3]
+    batch.pop("skipped", None)
+    trainee(**batch)["loss"].backward()
+    all_parts = ("vision_tower", "multi_modal_projector", "language_model", "lm_head", "special")
+    all_parts += tuple(f"embedding.{name}" for name in ("queries", "scales", "predictors"))
+
+    def part(name):
+        return next(p for p in all_parts if p in name)
+
+    trained = {part(name) for name, parameter in trainee.named_parameters() if parameter.requires_grad}
+    special = {"special"} if stage == "pt" and not embedding else set()
+    assert trained == parts | special
+    for name, parameter in trainee.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter.grad is None, name
+        elif part(name) != "vision_tower":  # layers behind the one that is read get none
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    if stage == "vpt":
+        assert model.model.vision_tower.embeddings.patch_embedding.weight.grad.abs().sum() > 0
+
+
+def test_a_stage_writes_an_ordinary_folder_with_tokens_and_predictors(recipe, models, data, tmp_path):
+    run_stage(recipe(epochs=2), tmp_path / "pt")
+    found = describe_checkpoint(BackboneRecipe(checkpoint=str(tmp_path / "pt")))
+    assert {name: found["tokens"][name] for name in ("image", "gen", "depth", "seg")} == {
+        "image": 16,
+        "gen": 4,
+        "depth": 4,
+        "seg": 4,
+    }
+    backbone = load_backbone(BackboneRecipe(checkpoint=str(tmp_path / "pt"), dtype="float32"), CPU)
+    images = [Image.open(Path(data["image_root"]) / f"{k}.png").convert("RGB") for k in (1, 2)]
+    states, tokens = backbone.hidden_states(images, "0,2")
+    saved = load_file(tmp_path / "pt" / "predictors" / "queries.safetensors")
+    pooled = saved["queries.depth"].unflatten(0, (4, -1)).mean(1)
+    assert torch.allclose(states[0][0][tokens.mask("depth")[0]], pooled, atol=1e-6)
+    assert torch.allclose(states[0][0][tokens.mask("gen")[0]], saved["queries.gen"], atol=1e-6)
+    # The bank predicts what the predictor does, from latents of its own.
+    tasks = [Task("seg", (2,), 0.5, tuple(load_teacher("seg", teacher_of(models, "seg"), CPU).shape))]
+    predictors = EmbeddingPredictors(tasks, 32, 4, ["system", "image", "special", "text"], 2, 8)
+    predictors.load(tmp_path / "pt" / "predictors")
+    direct = predictors.predict(tasks[0], 2, states[2], tokens.kinds)
+    bank = ProbeBank.load(tmp_path / "pt" / "predictors", CPU, ["seg"])
+    keys, mask = tokens.select(states[2], ["system", "image", "seg", "text"])
+    assert torch.allclose(bank.probes[ProbeKey("seg", 2, 0)](keys, mask), direct, atol=1e-5)
+    named = {name for row in log_of(tmp_path / "pt") for name in row if name.startswith("loss/")}
+    assert {"loss/next_token", "loss/depth.3.smooth_l1", "loss/gen.2.contrast", "loss/seg.2.smooth_l1"} <= named
+    assert len(named) == 1 + 2 * 5
+
+
+def test_special_tokens_stay_frozen_beside_an_llm_that_learns(recipe, tmp_path):
+    run_stage(recipe(), tmp_path / "pt")
+    embedded = "model.language_model.embed_tokens.weight"
+    for learn in (None, True):
+        out = tmp_path / f"ift-{learn}"
+        changes = {"train_special_tokens": learn} if learn else {}
+        run_stage(
+            recipe(checkpoint=str(tmp_path / "pt"), stage="ift", **changes).model_copy(update={"embedding": None}), out
+        )
+        before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "pt", out))
+        name = next(n for n in before if n.endswith("embed_tokens.weight"))
+        ids = special_ids(AutoProcessor.from_pretrained(out).tokenizer)
+        rows = [number for numbers in ids.values() for number in numbers]
+        assert len(rows) == 12 and torch.equal(before[name][rows], after[name][rows]) == (not learn), embedded
+        others = [k for k in range(len(before[name])) if k not in rows]
+        assert not torch.equal(before[name][others], after[name][others])
+
+
+def test_losses_in_two_stages_go_on_from_the_same_queries(recipe, tmp_path):
+    """Table 4: losses in pt and ift; in ift the tokens stay, the predictors learn on."""
+    run_stage(recipe(), tmp_path / "pt")
+    run_stage(recipe(checkpoint=str(tmp_path / "pt"), stage="ift"), tmp_path / "ift")
+    one, two = (load_file(tmp_path / name / "predictors" / "queries.safetensors") for name in ("pt", "ift"))
+    assert all(torch.equal(one[name], two[name]) for name in one if name.startswith("queries"))
+    assert any(not torch.equal(one[name], two[name]) for name in one if name.startswith("scale"))
+    run_stage(
+        recipe(checkpoint=str(tmp_path / "pt"), stage="ift").model_copy(update={"embedding": None}), tmp_path / "b"
+    )
+    with pytest.raises(UserError, match="not the predictors whose queries they are"):
+        run_stage(recipe(checkpoint=str(tmp_path / "b"), stage="ift"), tmp_path / "c")
+
+
+def test_all_weights_zero_is_the_baseline(recipe, tmp_path):
+    nothing = {"weights": {"depth": 0, "seg": 0, "gen": 0}}
+    run_stage(recipe(nothing), tmp_path / "zero")
+    run_stage(recipe().model_copy(update={"embedding": None}), tmp_path / "plain")
+    zero, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("zero", "plain"))
+    assert zero.keys() == plain.keys() and all(torch.equal(zero[name], plain[name]) for name in zero)
+    assert not (tmp_path / "zero" / "predictors").exists()
+
+
+def test_killed_again_and_again_a_stage_ends_in_the_same_weights(recipe, tmp_path):
+    """SIGKILL to the whole process group, from the command line, each time a new state has been saved."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe(max_steps=6, save_steps=2)))
+
+    def start(out):
+        command = [sys.executable, "-m", "probing", "distill", str(file), "--out", str(out)]
+        log = (tmp_path / "log").open("w")
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    assert start(tmp_path / "whole").wait() == 0, (tmp_path / "log").read_text()
+    for state in (2, 4):
+        process = start(tmp_path / "cut")
+        # The folder alone: the kill may come while the state is still being written.
+        while not (tmp_path / "cut.training" / f"checkpoint-{state}").exists() and process.poll() is None:
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+        assert not (tmp_path / "cut").exists()
+    assert start(tmp_path / "cut").wait() == 0, (tmp_path / "log").read_text()
+    for name in ("model.safetensors", "predictors/queries.safetensors", "predictors/seg/model.safetensors"):
+        whole, cut = (load_file(tmp_path / folder / name) for folder in ("whole", "cut"))
+        assert all(torch.equal(whole[key], cut[key]) for key in whole), name
+
+
+def test_without_special_tokens_predictors_have_latents_of_their_own(recipe, tmp_path):
+    run_stage(recipe({"seek": 0, "contrastive": 0}), tmp_path / "out")
+    assert not special_ids(AutoProcessor.from_pretrained(tmp_path / "out").tokenizer)
+    assert ProbeBank.load(tmp_path / "out" / "predictors", CPU).probes.keys() >= {ProbeKey("depth", 3, 0)}
+    assert not any("contrast" in name for row in log_of(tmp_path / "out") for name in row)
+
+
+def test_micro_batches_and_processes_change_no_loss(recipe, tmp_path):
+    """One process with micro-batches of six, of two, and two processes: the same losses up to rounding."""
+    small = {"batch_size": 6, "max_steps": 3}
+    run_stage(recipe(micro_batch=6, **small), tmp_path / "whole")
+    run_stage(recipe(micro_batch=2, **small), tmp_path / "cut")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe(micro_batch=3, **small)))
+    environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "probing"]
+    done = subprocess.run(
+        [*launch, "distill", str(file), "--out", str(tmp_path / "two")],
+        env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    logs = {name: [row for row in log_of(tmp_path / name) if "loss" in row] for name in ("whole", "cut", "two")}
+    for name in ("cut", "two"):
+        assert len(logs[name]) == 3
+        for one, other in zip(logs["whole"], logs[name], strict=True):
+            for key in (k for k in one if k.startswith("loss/")):
+                assert other[key] == pytest.approx(one[key], rel=2e-3, abs=2e-4), (name, key)
+
+
+def test_predictors_learn_what_the_mean_target_does_not_say(recipe, models, data, tmp_path):
+    """Cosine with each image's own target, at the selected layers, before and after training on these images."""
+    run_stage(recipe({"seek": 1}, max_steps=60, lr=1e-2, batch_size=12, micro_batch=12), tmp_path / "out")
+    backbone = load_backbone(BackboneRecipe(checkpoint=str(tmp_path / "out"), dtype="float32", prompt="Which?"), CPU)
+    images = [Image.open(Path(data["image_root"]) / f"{k}.png").convert("RGB") for k in range(1, 12)]
+    bank = ProbeBank.load(tmp_path / "out" / "predictors", CPU)
+    for key, probe in bank.probes.items():
+        teacher = load_teacher(key.teacher, teacher_of(models, key.teacher), CPU)
+        target = teacher.target(teacher.prepare(images))
+        states, tokens = backbone.hidden_states(images, str(key.layer))
+        found = probe(*tokens.select(states[key.layer], ["system", "image", key.teacher, "text"]))
+        mean = target.mean(0, keepdim=True)
+        centred = torch.cosine_similarity((found - mean).flatten(1), (target - mean).flatten(1)).mean()
+        assert centred > 0.3, (key, centred)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "changes", "message"),
+    [
+        ({"layers": {"depth": "4", "seg": "2", "gen": "2"}}, {}, "layer 4 is out of range"),
+        ({"layers": {"depth": "0", "seg": "2", "gen": "2"}}, {}, "give decoder blocks, 1 to 3"),
+        ({"seek": 5}, {}, "seek = 5 does not divide the 16 queries of depth"),
+        ({}, {"lr": 1e30, "max_steps": 5}, "is not finite at step"),
+    ],
+)
+def test_bad_input(recipe, tmp_path, embedding, changes, message):
+    with pytest.raises(UserError, match=message):
+        run_stage(recipe(embedding, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_that_contradict_themselves(recipe):
+    for embedding, message in (
+        ({"order": ["gen", "depth"]}, "order must name every task"),
+        ({"layers": {"depth": "1"}}, "layers does not name those of gen"),
+        ({"keys": []}, "at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipe(embedding)
+
+
+@pytest.mark.parametrize("view", ["own", "square"])
+def test_kept_features_give_the_losses_of_computed_ones(recipe, tmp_path, view):
+    """And a stage that was begun without them may go on with them."""
+    computed, kept = recipe(view=view), recipe(view=view, target_cache=str(tmp_path / "cache"))
+    assert not kept.difference(computed)
+    logs = [log_of(run_stage(one, tmp_path / name)) for one, name in ((computed, "computed"), (kept, "kept"))]
+    for one, two in zip(*logs, strict=True):
+        for name in (name for name in one if name.startswith("loss")):
+            assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-5)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("computed", "kept"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+    assert {folder.name.split("-")[0] for folder in (tmp_path / "cache").iterdir()} == {"depth", "seg", "gen"}

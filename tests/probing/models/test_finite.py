@@ -1,0 +1,272 @@
+"""Images whose hidden states or targets are not finite, and steps whose gradients are not."""
+
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from probing.data.coco import list_images
+from probing.models import load_backbone
+from probing.models.base import Backbone
+from probing.models.finite import finite_rows, layer_ranges, not_finite_rows, report_not_finite
+from probing.probes.bank import ProbeBank, ProbeKey
+from probing.probes.resampler import ResamplerConfig
+from probing.recipe import BackboneRecipe, ProbeRunRecipe
+from probing.training.convergence import NOT_TRAINED, judge
+from probing.training.run import arm_backbone, load_teachers, train, training_images
+from probing.training.schedule import plan_steps
+from probing.training.trainer import Fit
+from probing.utils import pretrained
+from probing.utils.images import square
+from tests.helpers import tiny
+from tests.helpers.poison import poison_states, poison_targets
+
+CPU = torch.device("cpu")
+BAD = 4
+"""Index of the image that is not finite."""
+
+
+@pytest.fixture
+def fitted(recipe_values, tmp_path):
+    """Runs a fit, perhaps without some of the images; returns its final state and the Fit."""
+
+    def run(name, without=(), layers=(1, 2), controls=("no",), teachers=("gen",), prepare=None, **changes):
+        fields = {"epochs": 1, "batch_size": 12, "micro_batch": 5} | changes
+        values = dict(recipe_values, fit=recipe_values["fit"] | fields)
+        values["teachers"] = {teacher: values["teachers"][teacher] for teacher in teachers}
+        recipe = ProbeRunRecipe.model_validate(values)
+        images = training_images(recipe.data)
+        images.names = [image for index, image in enumerate(images.names) if index not in without]
+        backbone, loaded = arm_backbone(recipe, "no", CPU), load_teachers(recipe, CPU)
+        place = Accelerator(cpu=True)
+        fit = Fit(recipe, backbone, loaded, images, list(layers), list(controls), tmp_path / name, place)
+        if prepare:
+            prepare(fit)
+        return fit.run(), fit
+
+    return run
+
+
+@pytest.fixture
+def images(coco):
+    """The training images."""
+    return list_images(coco, "train2017")
+
+
+def same(one, two):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_bad_state_costs_its_layer_that_image_alone(fitted, images, monkeypatch, value):
+    """The layer learns what it learns where the image does not exist; the other layer learns from all images."""
+    clean, _ = fitted("clean")
+    without, _ = fitted("without", without=[BAD])
+    poison_states(monkeypatch, images, {2: [BAD]}, value)
+    state, fit = fitted("bad")
+    one, two = ProbeKey("gen", 1, 0), ProbeKey("gen", 2, 0)
+    assert same(state.banks["no"].probes[one], clean.banks["no"].probes[one])
+    assert state.losses[0][1] == pytest.approx(without.losses[0][1], rel=1e-5)
+    for found, expected in zip(*(one.banks["no"].probes[two].parameters() for one in (state, without)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+    for layer, reference in ((1, clean), (2, without)):
+        for name, total in reference.ridge["gen", layer].sums.items():
+            torch.testing.assert_close(state.ridge["gen", layer].sums[name], total, rtol=1e-5, atol=1e-5)
+    assert {place: np.flatnonzero(bad).tolist() for place, bad in state.not_finite.items()} == {("layer", "2"): [BAD]}
+    rows = not_finite_rows(state.not_finite, fit.images.names, "train2017", "no")
+    assert [(row["image"], row["layers"], row["teachers"]) for row in rows] == [(fit.images.names[BAD], "2", "")]
+
+
+def test_a_bad_target_costs_its_teacher_that_image_alone(fitted, images, monkeypatch):
+    clean, _ = fitted("clean", teachers=("gen", "depth"))
+    without, _ = fitted("without", without=[BAD], teachers=("gen", "depth"))
+
+    poison_targets(monkeypatch, "gen", images, [BAD])
+    state, fit = fitted("bad", teachers=("gen", "depth"))
+    for column, (control, key) in enumerate(state.columns):
+        reference = without if key.teacher == "gen" else clean
+        assert state.losses[0][column] == pytest.approx(reference.losses[0][column], rel=1e-5), key
+        if key.teacher == "depth":
+            assert same(state.banks[control].probes[key], clean.banks[control].probes[key])
+    torch.testing.assert_close(fit.means(state)["gen"], fit.means(without)["gen"])
+    torch.testing.assert_close(
+        state.ridge["gen", 2].sums["xy"], without.ridge["gen", 2].sums["xy"], rtol=1e-5, atol=1e-5
+    )
+    assert list(state.not_finite) == [("teacher", "gen")]
+
+
+@pytest.mark.parametrize("what", ["state", "target"])
+def test_shuffled_pairs_lose_the_pair_of_the_bad_image(fitted, images, monkeypatch, what):
+    if what == "state":
+        poison_states(monkeypatch, images, {1: [BAD]})
+    else:
+        poison_targets(monkeypatch, "gen", images, [BAD])
+    state, fit = fitted("bad", layers=(1,), controls=("shuffled",), micro_batch=12)
+    monkeypatch.undo()
+    (order,) = plan_steps(12, fit.recipe.fit)[0]
+    pictures = [square(fit.images.read(index)) for index in order]
+    states, _ = arm_backbone(fit.recipe, "no", CPU).hidden_states(pictures, "1")
+    teacher = load_teachers(fit.recipe, CPU)["gen"]
+    target = teacher.target(teacher.prepare(pictures))
+    bank = ProbeBank.build({"gen": ResamplerConfig(32, 1, 12, 12)}, [1], [0], ["image"], CPU)
+    predicted = bank.probes[ProbeKey("gen", 1, 0)](states[1])
+    pairs = [(row, (row - 1) % 12) for row in range(12)]
+    kept = [pair for pair in pairs if order[pair[what == "target"]] != BAD]
+    losses = [F.smooth_l1_loss(predicted[row], target[other]).item() for row, other in kept]
+    assert len(losses) == 11 and state.losses[0][0] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_a_layer_without_any_finite_image_is_not_trained(fitted, images, monkeypatch):
+    clean, _ = fitted("clean")
+    poison_states(monkeypatch, images, {2: range(12)})
+    state, fit = fitted("bad")
+    one, two = ProbeKey("gen", 1, 0), ProbeKey("gen", 2, 0)
+    assert same(state.banks["no"].probes[one], clean.banks["no"].probes[one])
+    assert same(state.banks["no"].probes[two], fit.start().banks["no"].probes[two])
+    losses = np.array(state.losses)
+    assert np.isnan(losses[:, 1]).all() and np.isfinite(np.delete(losses, 1, axis=1)).all()
+    assert judge(losses[:, 1], losses[:, 2]).state == NOT_TRAINED
+    assert all(part.isnan().all() for part in fit.readout(state).maps["gen", 2])
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_a_bad_gradient_never_reaches_the_optimiser(fitted, clip):
+    """In the second of four steps, of one probe: that step is not taken, and nothing else notices."""
+    hurt, seen = ProbeKey("gen", 1, 0), {}
+
+    def prepare(fit):
+        step = Fit._step
+
+        def stepped(state, *rest, **more):
+            parameter = state.parameters[0][0]
+            handle = None
+            if state.step == 1:
+                handle = parameter.register_hook(lambda gradient: gradient * math.nan)
+                seen["before"] = [p.detach().clone() for p in state.parameters[0]]
+                seen["moment"] = state.optimizer.state[parameter]["exp_avg"].clone()
+            row = step(fit, state, *rest, **more)
+            if handle:
+                handle.remove()
+                unchanged = zip(seen["before"], state.parameters[0], strict=True)
+                seen["unchanged"] = all(torch.equal(a, b) for a, b in unchanged)
+                seen["moments kept"] = torch.equal(seen["moment"], state.optimizer.state[parameter]["exp_avg"])
+            return row
+
+        fit._step = stepped
+
+    fields = {"epochs": 2, "batch_size": 6, "micro_batch": 6, "max_grad_norm": clip}
+    clean, _ = fitted("clean", **fields)
+    state, _ = fitted("hurt", prepare=prepare, **fields)
+    assert seen["unchanged"] and seen["moments kept"]
+    assert np.isnan(state.losses)[:, 0].tolist() == [False, True, False, False]
+    assert all(p.isfinite().all() for p in state.banks["no"].probes[hurt].parameters())
+    assert same(state.banks["no"].probes[ProbeKey("gen", 2, 0)], clean.banks["no"].probes[ProbeKey("gen", 2, 0)])
+
+
+def test_bad_images_are_remembered_over_an_interruption(fitted, images, monkeypatch):
+    poison_states(monkeypatch, images, {2: [BAD]})
+    fields = {"epochs": 2, "batch_size": 6, "micro_batch": 3, "save_minutes": 0}
+    whole, _ = fitted("whole", **fields)
+
+    class StopError(Exception):
+        pass
+
+    def prepare(fit):
+        step = Fit._step
+
+        def stopped(state, *rest, **more):
+            if state.step == 3:
+                raise StopError
+            return step(fit, state, *rest, **more)
+
+        fit._step = stopped
+
+    with pytest.raises(StopError):
+        fitted("cut", prepare=prepare, **fields)
+    cut, _ = fitted("cut", **fields)
+    assert cut.losses == whole.losses
+    assert {place: bad.tolist() for place, bad in cut.not_finite.items()} == {
+        place: bad.tolist() for place, bad in whole.not_finite.items()
+    }
+    assert all(same(cut.banks["no"].probes[key], probe) for key, probe in whole.banks["no"].probes.items())
+
+
+def test_a_run_names_what_it_left_out(images, recipe_values, tmp_path, monkeypatch, caplog):
+    recipe_values["fit"] |= {"ridge": True}
+    recipe_values["controls"] = ["random"]
+    recipe_values["teachers"].pop("seg")
+    recipe_values["layers"] = "1,2,3,final"
+    recipe = ProbeRunRecipe.model_validate(recipe_values)
+    poison_states(monkeypatch, images, {2: [BAD], 3: range(12), "final": range(12)})
+    with caplog.at_level(logging.WARNING):
+        run = train(recipe, tmp_path / "run")
+    name = images.names[BAD]
+    said = [record.getMessage() for record in caplog.records if record.name == "probing.models.finite"]
+    assert [line.split(",")[0] for line in said] == [
+        "layer 2: 1 of 12 images left out",
+        "layers 3",
+        "layer 2 (random): 1 of 12 images left out",
+        "layers 3",
+    ]
+    assert name in said[0] and "no image has finite hidden states" in said[1]
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    rows = {(row["image"], row["control"]): row["layers"] for row in manifest["not_finite"]}
+    assert len(rows) == 24 and rows[name, "no"] == rows[name, "random"] == "2-3,final"
+    assert sum(layers == "3,final" for layers in rows.values()) == 22
+    states = {(row["control"], row["layer"]): row for row in manifest["convergence"]}
+    for (_, layer), row in states.items():
+        assert (row["state"] == NOT_TRAINED) == (row["last_loss"] is None) == (layer in ("3", "final"))
+        assert row["steps_not_taken"] == (4 if layer in ("3", "final") else 0)
+    assert "NaN" not in (run.path / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_rows_are_judged_by_every_number(dtype, value):
+    values = torch.full((4, 3, 5), torch.finfo(dtype).max, dtype=dtype)
+    values[1, 2, 4] = value
+    values[3, 0, 0] = value
+    assert finite_rows(values).tolist() == [True, False, True, False]
+    assert finite_rows(values.transpose(1, 2)).tolist() == [True, False, True, False]
+
+
+def test_layers_are_named_as_they_are_selected():
+    assert layer_ranges(["final", "3", "2", "7", "4", "0"]) == "0,2-4,7,final" and layer_ranges([]) == ""
+
+
+def test_teachers_without_finite_features_are_named(caplog):
+    masks = {("teacher", "gen"): np.array([True, True]), ("teacher", "depth"): np.array([False, True])}
+    report_not_finite(masks, ["a.jpg", "b.jpg"], 2)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("teacher gen: no image has finite features")
+    assert second == "teacher depth: 1 of 2 images left out, their features are not finite, first b.jpg"
+
+
+@pytest.mark.parametrize("slow", [True, False])
+@pytest.mark.parametrize("asked", ["auto", "bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32", "bfloat16, unstated"])
+def test_bfloat16_is_avoided_where_a_cpu_lacks_it(tmp_path, monkeypatch, caplog, slow, asked, stored):
+    """Under `auto` alone, whether the configuration states the type or the weights show it."""
+    from transformers import LlavaForConditionalGeneration
+
+    folder, dtype = tiny.llava(tmp_path / "llava", layers=1), stored.split(",")[0]
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model.save_pretrained(folder)
+    if stored.endswith("unstated"):
+        config = json.loads((folder / "config.json").read_text())
+        for part in (config, config["text_config"], config["vision_config"]):
+            part.pop("dtype", None)
+        (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(pretrained, "slow_in_bfloat16", lambda device: slow)
+    with caplog.at_level(logging.INFO):
+        backbone = load_backbone(BackboneRecipe(checkpoint=str(folder), dtype=asked), CPU)
+    widened = asked == "auto" and slow and dtype == "bfloat16"
+    expected = "float32" if widened else dtype if asked == "auto" else asked
+    assert {parameter.dtype for parameter in backbone.core.parameters()} == {getattr(torch, expected)}
+    assert sum("float32 in place of bfloat16" in record.getMessage() for record in caplog.records) == widened
+    assert isinstance(backbone, Backbone)

@@ -1,0 +1,122 @@
+"""The models that ship with the package are what they are said to be."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from analysis.evaluation.metrics.frechet import Gaussian, frechet_distance
+from analysis.evaluation.metrics.image_features import classifier
+from probing.cli import cli
+from probing.data.coco import list_images
+from probing.recipe import TeacherRecipe
+from probing.teachers import load_teacher
+from probing.teachers.gen import GenDecoder
+from probing.toyworld import models
+from probing.toyworld.demo import demo_recipe
+from probing.toyworld.layout import write_world
+from probing.toyworld.llava import Schedule, answer_accuracy
+from probing.toyworld.models import ASSETS, SHIPPED, Sizes, make_models, write_assets
+from probing.toyworld.unclip import GUIDANCE, STEPS
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A world whose scenes none of the models has seen."""
+    return write_world(tmp_path_factory.mktemp("toy") / "world", 4, 120, seed=777)
+
+
+def test_they_are_small():
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 13e6
+    text = "".join(path.read_text() for path in ASSETS.rglob("*.json"))
+    assert '"/' not in text  # no path of the machine they were made on
+
+
+@pytest.mark.parametrize("name", ["depth", "seg", "gen"])
+def test_teachers_load_by_path_and_their_targets_say_something_about_the_image(name, world):
+    AutoImageProcessor.from_pretrained(ASSETS / name, subfolder="feature_extractor" if name == "gen" else "")
+    teacher = load_teacher(name, TeacherRecipe(id=str(ASSETS / name)), torch.device("cpu"))
+    assert teacher.grid == (None if name == "gen" else (6, 6))
+    images = list_images(world, "val2017")
+    target = teacher.target(teacher.prepare([images.read(index) for index in range(60)]))
+    assert target.var(dim=0).mean() / target.square().mean() > 0.15  # not all mean
+
+
+def test_the_unclip_paints_the_scene_it_is_given(world):
+    """An image painted from an embedding is closer to its own scene than to others, in pixels and in the encoder."""
+    recipe = TeacherRecipe(id=str(ASSETS / "gen"))
+    teacher = load_teacher("gen", recipe, torch.device("cpu"))
+    images = list_images(world, "val2017")
+    embeds = teacher.target(teacher.prepare([images.read(index) for index in range(40)]))[:, 0]
+    painted = GenDecoder.load(teacher, recipe, STEPS, GUIDANCE).decode(embeds, range(40))
+    true = np.stack([np.asarray(images.read(index)) for index in range(40)])
+    error = ((painted[:, None].astype(float) - true[None]) ** 2).mean((2, 3, 4))
+    assert (error.argmin(1) == np.arange(40)).mean() > 0.3
+    again = teacher.target(teacher.prepare([Image.fromarray(one) for one in painted]))[:, 0]
+    near = F.normalize(again, dim=-1) @ F.normalize(embeds, dim=-1).T
+    assert (near.argmax(1) == torch.arange(40)).float().mean() > 0.3
+
+
+def test_the_classifier_tells_real_scenes_from_noise(world):
+    images = list_images(world, "val2017")
+    extractor = classifier(str(ASSETS / "toy"), torch.device("cpu"))
+    assert extractor.metrics == ("frechet_toy", "kernel_toy") and extractor.side == 48
+    real = extractor.features([images.read(index) for index in range(120)])
+    noise = np.random.default_rng(0).integers(0, 255, (60, 48, 48, 3), dtype=np.uint8)
+    other = extractor.features([Image.fromarray(one) for one in noise])
+    halves, far = (frechet_distance(Gaussian.of(real[:60]), Gaussian.of(x)) for x in (real[60:], other))
+    assert far > 5 * halves
+
+
+def test_the_llava_answers_clearly_above_chance(world):
+    found = answer_accuracy(ASSETS / "llava", world, limit=500)["all"]
+    error = (found["chance"] * (1 - found["chance"]) / found["n"]) ** 0.5
+    assert found["accuracy"] > found["chance"] + 5 * error
+
+
+def test_the_demos_recipe_probes_every_layer(tmp_path):
+    recipe = demo_recipe(ASSETS, tmp_path)
+    assert recipe.layers == "all" and recipe.controls == ["random", "shuffled"]
+    assert list(recipe.teachers) == ["depth", "seg", "gen"]
+
+
+def test_checkpoints_of_another_study_are_added_to_those_there(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(models, "make_reader", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(models, "make_llava", lambda world, reader, folder, *_: made.append(folder.name))
+    monkeypatch.setattr(models, "answer_accuracy", lambda *_: {"all": {"n": len(made)}})
+    own = models.checkpoints(tmp_path)
+    first = models.make_checkpoints(tmp_path, Schedule(), 0)
+    more = models.make_checkpoints(tmp_path, Schedule(), 0, {"patch": {"patches": {}}, "llava": own["llava"]})
+    assert made == [*own, "patch"] and list(first) == list(own) and list(more) == ["patch", "llava"]
+    assert more["llava"] == first["llava"] and models.make_checkpoints(tmp_path, Schedule(), 0) == first
+    assert len(made) == len(own) + 1
+
+
+@pytest.mark.slow
+def test_everything_can_be_made_from_nothing(tmp_path):
+    """The whole way of `--preset full` and of the shipped models, with too few steps to be any good."""
+    few = Sizes(
+        teacher_scenes=200, held_out=200, train=40, val=20, depth_steps=3, seg_steps=3, gen_steps=3,
+        unclip_steps=(3, 3), classifier_steps=3, llava=Schedule(3, 2, 2, 2),
+    )  # fmt: skip
+    quality = make_models(tmp_path / "models", few)
+    assert set(quality) == {*SHIPPED, "multi"} and quality["llava"]["all"]["n"] > 20
+    assert write_assets(tmp_path / "models", tmp_path / "assets") < 13
+    again = make_models(tmp_path / "models", few)
+    assert again == quality == json.loads((tmp_path / "assets" / "quality.json").read_text())
+
+
+@pytest.mark.parametrize(("asked", "browser"), [([], True), (["--open"], True), (["--open"], False)])
+def test_the_page_opens_in_the_browser_where_it_is_asked_for(tmp_path, monkeypatch, asked, browser):
+    opened = []
+    monkeypatch.setattr("probing.toyworld.demo.run_demo", lambda preset, out: out / "report" / "index.html")
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or browser)
+    done = CliRunner().invoke(cli, ["demo", "--out", str(tmp_path / "a b"), *asked], catch_exceptions=False)
+    assert done.exit_code == 0 and opened == [f"file://{tmp_path}/a%20b/report/index.html"] * len(asked)
+    assert ("no browser was found" in done.stderr) == (not browser)

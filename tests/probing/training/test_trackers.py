@@ -1,0 +1,102 @@
+"""What a training tells TensorBoard, and that telling changes nothing."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from probing.recipe import ProbeRunRecipe, validate
+from probing.training import trackers
+from probing.training import trainer as fitting
+from probing.training.run import train
+from probing.training.schedule import learning_rate
+from probing.training.trackers import EVERY
+from probing.utils.errors import UserError
+from probing.utils.interrupt import Interrupted
+
+
+def told(folder) -> dict[str, dict[int, float]]:
+    read = EventAccumulator(str(folder))
+    read.Reload()
+    return {tag: {event.step: event.value for event in read.Scalars(tag)} for tag in read.Tags()["scalars"]}
+
+
+def recipe(values, **changes):
+    values["fit"] |= {"epochs": 11, "batch_size": 6, **changes}
+    values["controls"] = ["shuffled", "random"]
+    return validate(ProbeRunRecipe, values, "test")
+
+
+def test_curves_are_means_of_the_learning_curves(recipe_values, tmp_path):
+    run = train(recipe(recipe_values), tmp_path / "run")
+    curves = told(run.path / "tensorboard" / "no")
+    every = [f"{t}/{c}{g}" for t in ("depth", "seg", "gen") for c in ("", "shuffled_") for g in GROUPS]
+    assert set(curves) == {*every, "lr", *(f"{t}/mean_target" for t in ("depth", "seg", "gen"))}
+    table = pd.read_csv(run.path / "learning_curves.csv")
+    steps = table["step"].max() + 1
+    for name, control, layers in (("depth/layers_0-1", "no", ["0", "1"]), ("seg/shuffled_layer_3", "shuffled", ["3"])):
+        teacher = name.partition("/")[0]
+        chosen = table[(table["teacher"] == teacher) & (table["control"] == control)]
+        chosen = chosen[chosen["layer"].astype(str).isin(layers)]
+        wanted = {}
+        for first in range(0, steps, EVERY):
+            last = min(first + EVERY, steps)
+            wanted[last] = chosen[chosen["step"].between(first, last - 1)]["loss"].mean()
+        assert list(curves[name]) == list(wanted)
+        np.testing.assert_allclose(list(curves[name].values()), list(wanted.values()), rtol=1e-4)
+    assert curves["lr"][EVERY] == pytest.approx(learning_rate(EVERY - 1, steps, 1e-3, 0.03), rel=1e-5)
+    assert set(told(run.path / "tensorboard" / "random")) == {
+        *(f"{t}/random_{g}" for t in ("depth", "seg", "gen") for g in GROUPS), "lr",
+        *(f"{t}/mean_target" for t in ("depth", "seg", "gen")),
+    }  # fmt: skip
+
+
+GROUPS = ("layers_0-1", "layer_2", "layer_3")
+
+
+def test_telling_changes_nothing_and_none_is_silent(recipe_values, tmp_path):
+    loud = train(recipe(recipe_values), tmp_path / "loud")
+    mute = train(recipe(recipe_values, report_to="none"), tmp_path / "mute")
+    assert not (mute.path / "tensorboard").exists()
+    for file in (
+        "probes/depth/model.safetensors",
+        "controls/random/probes/gen/model.safetensors",
+        "learning_curves.csv",
+    ):
+        assert (loud.path / file).read_bytes() == (mute.path / file).read_bytes(), file
+
+
+def test_an_interrupted_training_tells_every_step_once(recipe_values, tmp_path, monkeypatch):
+    values = recipe(recipe_values)
+    agree, calls = fitting.Fit._agree, []
+
+    def stop_at_13(self, *flags):
+        calls.append(1)
+        return [len(calls) == 13, False] if len(calls) <= 13 else agree(self, *flags)
+
+    monkeypatch.setattr(fitting.Fit, "_agree", stop_at_13)
+    with pytest.raises(Interrupted):
+        train(values, tmp_path / "run")
+    run = train(values, tmp_path / "run")
+    curves = told(run.path / "tensorboard" / "no")
+    assert list(curves["lr"]) == [10, 20, 22]
+
+
+@pytest.mark.parametrize(("name", "said"), [("tensorbord", "there are none, aim"), ("aim", "is not installed")])
+def test_unknown_trackers_are_named_before_anything_is_written(recipe_values, tmp_path, name, said):
+    with pytest.raises(UserError, match=said):
+        train(recipe(recipe_values, report_to=name), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_does_not_start_is_one_line(recipe_values, tmp_path, monkeypatch):
+    class NotLoggedIn:
+        requires_logging_directory = False
+
+        def __init__(self, name):
+            raise RuntimeError("no API key\nTraceback of the library")
+
+    monkeypatch.setitem(trackers.LOGGER_TYPE_TO_CLASS, "wandb", NotLoggedIn)
+    monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["wandb"])
+    with pytest.raises(UserError, match=r"wandb does not start: no API key; .* fit.report_to=none"):
+        train(recipe(recipe_values, report_to="wandb"), tmp_path / "run")

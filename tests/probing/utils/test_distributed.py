@@ -1,0 +1,153 @@
+"""Processes that were started together work together, or say that they cannot."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from probing.recipe import ProbeRunRecipe, dump_recipe
+from probing.training.run import train
+from probing.training.schedule import plan_steps
+from probing.utils.distributed import LOST, alone, others_alive, together
+from probing.utils.errors import UserError
+from tests.helpers import tiny
+
+ROOT = Path(__file__).parents[3]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+SAY = """
+import sys, torch
+from probing.utils.distributed import together
+place = together()
+sum = place.reduce(torch.ones(1, device=place.device), "sum")
+sys.stdout.write(f"process {place.process_index} of {int(sum)}\\n")
+"""
+
+STOPPED = """
+import os, signal, time
+from probing import cli; from probing.training import trainer
+step, resume = trainer.Fit._step, fit.Fit._resume
+def stopped(self, state, *rest, **more):
+    if state.step == int(os.environ["STOP"]) and self.accelerator.process_index == 1:
+        signal.raise_signal(signal.SIGTERM)
+    return step(self, state, *rest, **more)
+def late(self, state):
+    time.sleep(3 * self.accelerator.process_index)
+    resume(self, state)
+trainer.Fit._step, fit.Fit._resume = stopped, late
+cli.main()
+"""
+
+
+def test_a_launcher_need_not_say_that_there_is_no_gpu(tmp_path):
+    """Accelerate's variable for it is set by `accelerate launch` for a single process alone."""
+    (tmp_path / "say.py").write_text(SAY)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*LAUNCH, str(tmp_path / "say.py")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["process 0 of 2", "process 1 of 2"]
+
+
+def test_one_that_finds_itself_alone_touches_nothing(monkeypatch):
+    together()  # of this process, which nobody launched
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started, and accelerate joins 1"):
+        together()
+
+
+def test_commands_that_are_one_process_refuse_more(monkeypatch):
+    assert alone("evaluate").num_processes == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="probing evaluate runs as one process, and 2 were started"):
+        alone("evaluate")
+
+
+@pytest.mark.parametrize("said", [f"[gloo/transport/tcp/pair.cc:547] {words}" for words in LOST])
+def test_one_that_is_left_alone_says_so(monkeypatch, said):
+    with pytest.raises(RuntimeError, match="gloo"), others_alive():
+        raise RuntimeError(said)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="another process of this run ended"), others_alive():
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="shapes"), others_alive():
+        raise RuntimeError("shapes do not fit")
+
+
+def two_processes(folder, out, stop=-1, *overrides):
+    """`probing train` of the recipe in a folder; the second process is asked to stop before a step."""
+    (folder / "stopped.py").write_text(STOPPED)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "STOP": str(stop)}
+    command = [*LAUNCH, str(folder / "stopped.py"), "train", "--recipe", str(folder / "recipe.yaml")]
+    command += ["--out", str(folder / out), *overrides]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_layers_spread_over_processes_give_the_bytes_of_one(recipe_values, tmp_path):
+    """With all controls and two seeds, stopped in the midst and in the last step.
+
+    A state that was saved otherwise, or by a process that was killed, is not mistaken for one.
+    """
+    recipe_values["fit"] |= {"epochs": 2, "save_minutes": 0, "seeds": [0, 1]}
+    recipe_values["controls"] = ["shuffled", "random"]
+    recipe = ProbeRunRecipe.model_validate(recipe_values)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    for stop in (2, 3):
+        said = two_processes(tmp_path, "spread", stop, "fit.spread=layers").stderr
+        assert f"saved the training state at step {stop + 1}" in said, said
+        assert "interrupted; resume with the same" in said, said
+    (tmp_path / "spread/state/no/state_1_of_2.9.pt").write_bytes(b"killed before the other had saved")
+    refused = two_processes(tmp_path, "spread", -1, "fit.spread=images")
+    assert "saved by another number of processes, or with another fit.spread" in refused.stderr, refused.stderr
+    done = two_processes(tmp_path, "spread", -1, "fit.spread=layers")
+    assert done.returncode == 0 and "going on from step 4" in done.stderr, done.stderr
+    one = train(recipe, tmp_path / "one")
+    files = [f.relative_to(one.path) for f in one.path.rglob("*") if f.suffix in (".safetensors", ".csv")]
+    assert len(files) > 15
+    for file in files:
+        assert (tmp_path / "spread" / file).read_bytes() == (one.path / file).read_bytes(), file
+    manifests = [json.loads((tmp_path / out / "manifest.json").read_text()) for out in ("spread", "one")]
+    assert manifests[0]["convergence"] == manifests[1]["convergence"]
+
+
+@pytest.mark.slow
+def test_one_that_was_asked_stops_all_and_they_go_on_with_what_they_knew(recipe_values, tmp_path):
+    """In the first pass, after it, and in the last step, when nothing is left but the main process's work.
+
+    The other one can read no image until the first state is saved, and is late to look at it.
+    """
+    data = tiny.coco(tmp_path / "coco")
+    recipe_values["data"] = {"path": f"coco:{data}"}
+    recipe_values["fit"] |= {"epochs": 4, "save_minutes": 0}
+    del recipe_values["teachers"]["seg"]
+    recipe = ProbeRunRecipe.model_validate(recipe_values)
+    names = sorted(file.name for file in (data / "train2017").iterdir())
+    for micro in plan_steps(len(names), recipe.fit, 1, 2)[0]:
+        for index in micro:
+            (data / "train2017" / names[index]).write_bytes(b"broken")
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+
+    whole = two_processes(tmp_path, "whole")
+    assert whole.returncode == 0, whole.stderr
+    for stop in (0, 3, 7):
+        said = two_processes(tmp_path, "cut", stop).stderr
+        assert f"saved the training state at step {stop + 1}" in said, said
+        assert "interrupted; resume with the same" in said and "Traceback (most recent" not in said.split("E1")[0], said
+    last = two_processes(tmp_path, "cut")
+    assert last.returncode == 0, last.stderr
+    for file in ("probes/depth/model.safetensors", "ridge/gen/model.safetensors", "mean_targets.safetensors"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    manifests = [json.loads((tmp_path / out / "manifest.json").read_text()) for out in ("whole", "cut")]
+    assert manifests[0]["convergence"] == manifests[1]["convergence"]
+    assert len(manifests[0]["skipped"]) == 3
+
+    train(recipe, tmp_path / "one")
+    one = json.loads((tmp_path / "one" / "manifest.json").read_text())
+    for found, expected in zip(manifests[0]["convergence"], one["convergence"], strict=True):
+        assert found["mean_loss"] == pytest.approx(expected["mean_loss"], rel=1e-5)
+    means = [load_file(tmp_path / out / "mean_targets.safetensors") for out in ("whole", "one")]
+    assert all((means[0][name] - means[1][name]).abs().max() < 1e-6 for name in means[1])
