@@ -1,16 +1,16 @@
-"""Which measures of `probing align` are told where checkpoints are compared.
+"""Metrics of `probing align` that a comparison of checkpoints shows first.
 
-Apart from `compare`, because the page has the same ones, and does without torch.
+Separate from `compare`, because the page has the same ones, and does without torch.
 """
 
-TOLD = {
+HEADLINE_METRICS = {
     ("word_cosine", "centred"): "cosine with the label's word, centred",
     ("word_retrieval", "centred"): "nearest word is the label's, centred",
     ("word_miou", "centred"): "mIoU of the nearest words, centred",
     ("lens_retrieval", "final norm"): "label of the largest logit is right",
     ("lens_miou", "final norm"): "mIoU of largest logits",
-    ("explained_energy", "orthogonal, 4"): "explained by 4 words",
-    ("von_neumann_entropy", ""): "von Neumann entropy (nats)",
-    ("effective_rank", ""): "effective rank, centred",
+    ("explained_energy_4", "orthogonal"): "explained by 4 words",
+    ("von_neumann_entropy", "uncentred"): "von Neumann entropy (nats)",
+    ("effective_rank", "centred"): "effective rank, centred",
 }
-"""Metric and beginning of the protocol, and the words for it; `differences.csv` has the rest."""
+"""Metric and variant, and its label; `differences.csv` has the rest."""

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from analysis.headline_metrics import TOLD
+from analysis.headline_metrics import HEADLINE_METRICS
 from probing.runs.directory import members
 from probing.utils.errors import UserError
 from probing.utils.files import LOST, read_json, reading
@@ -22,6 +22,8 @@ from reports.plots import Line, Plot, named_plot, table_line
 from reports.results import AVERAGE, FINAL, in_order, read_results, teacher_title, unique_labels
 from reports.styles import SCREEN, marker, tone
 
+ATOMS = (1, 2, 4, 8)
+"""Numbers of words that a patch is composed of."""
 TOWER = "tower"
 """What `results.csv` calls the tokens before the projector."""
 
@@ -34,7 +36,7 @@ class Measure:
         name: of the figure's file.
         metric: as in `results.csv`.
         label: of the vertical axis.
-        protocol: its beginning, where the metric has several.
+        variant: of the metric, where it has several.
         teacher: what layers are compared with, where that is what the metric does.
         control: the control that is drawn dotted.
         chance: its name in the legend.
@@ -43,7 +45,7 @@ class Measure:
     name: str
     metric: str
     label: str
-    protocol: str = ""
+    variant: str = ""
     teacher: str = ""
     control: str = ""
     chance: str = ""
@@ -110,18 +112,19 @@ class AlignmentResults:
     manifest: dict[str, Any]
     place: int = 0
 
-    def curve(self, metric: str, control: str = "no", protocol: str = "", teacher: str = "") -> pd.DataFrame:
+    def curve(self, metric: str, control: str = "none", variant: str = "", teacher: str = "") -> pd.DataFrame:
         """One curve in the order of the layers, the tower first, without layers at which no image counts.
 
         Args:
             metric: as in `results.csv`.
             control: likewise.
-            protocol: how it begins.
+            variant: any, if empty.
             teacher: what the layers are compared with.
         """
         r = self.results
         chosen = r[(r["metric"] == metric) & (r["control"] == control) & (r["layer"] != AVERAGE) & r["value"].notna()]
-        chosen = chosen[chosen["protocol"].str.startswith(protocol)]
+        if variant:
+            chosen = chosen[chosen["variant"] == variant]
         if teacher:
             chosen = chosen[chosen["teacher"] == teacher]
         if "all" in set(chosen["seed"]):
@@ -165,14 +168,14 @@ def measure_plot(runs: Sequence[AlignmentResults], measure: Measure) -> Plot:
     lines: list[tuple[Line, Sequence[str]]] = []
     for run in reversed(runs):  # what is drawn last lies on top, and stands first in the legend
         suffix = "" if len(runs) == 1 else f", {run.label}"
-        fresh = run.curve(m.metric, "random", m.protocol, m.teacher)
+        fresh = run.curve(m.metric, "random", m.variant, m.teacher)
         if len(fresh) and m.control == "permuted":
             name = f"random projector{suffix}"
             lines.append((table_line(name, "ink", "-", "x", fresh.iloc[:1], thin=True), ["0"]))
         if m.control:
-            chance = run.curve(m.metric, m.control, m.protocol, m.teacher)
+            chance = run.curve(m.metric, m.control, m.variant, m.teacher)
             lines.append((table_line(f"{m.chance}{suffix}", "grey", ":", "", chance, thin=True), list(chance["layer"])))
-        curve = run.curve(m.metric, "no", m.protocol, m.teacher)
+        curve = run.curve(m.metric, "none", m.variant, m.teacher)
         own = table_line(run.label, tone(run.place), "-", marker(run.place), curve)
         lines.append((own, list(curve["layer"])))
     return named_plot(m.label, [line for line in lines if line[1]], xlabel=LAYER, zero=not m.control)
@@ -197,12 +200,11 @@ def sums_plot(runs: Sequence[AlignmentResults], pursuit: str, layer: str) -> Plo
     lines, counts = [], set()
     for run in reversed(runs):  # as in `measure_plot`
         suffix = "" if len(runs) == 1 else f", {run.label}"
-        for control in ("random", "no"):
-            rows = run.curve("explained_energy", control, pursuit)
+        for control in ("random", "none"):
+            curves = [run.curve(f"explained_energy_{count}", control, pursuit).assign(count=count) for count in ATOMS]
+            rows = pd.concat(curves)
             rows = rows[rows["layer"] == layer]
-            count = rows["protocol"].str.extract(r", (\d+) word")[0].astype(int)
-            rows = rows.assign(count=count).sort_values("count")
-            if control == "no":
+            if control == "none":
                 line = table_line(run.label, tone(run.place), "-", marker(run.place), rows)
             else:
                 line = table_line(f"random vectors{suffix}", "grey", ":", "", rows, thin=True)
@@ -219,8 +221,8 @@ def difference_table(differences: pd.DataFrame) -> dict[str, Any]:
     d = d[d["reference"] == (d["reference"].iloc[0] if len(d) else "")]
     names = list(dict.fromkeys(d["checkpoint"]))
     rows = []
-    for (metric, protocol), label in TOLD.items():
-        chosen = d[(d["metric"] == metric) & d["protocol"].str.startswith(protocol)]
+    for (metric, variant), label in HEADLINE_METRICS.items():
+        chosen = d[(d["metric"] == metric) & (d["variant"] == variant)]
         for layer in ("0", AVERAGE):
             part = chosen[chosen["layer"] == layer].set_index("checkpoint")
             if len(part):
@@ -321,13 +323,13 @@ def sentences(run: AlignmentResults) -> list[str]:
             f"The von Neumann entropy of an image's tokens is {change}: {after['value']:.2f} nats, "
             f"{tower['value']:.2f} before it."
         )
-    kept, chance = (_row(run.curve("mutual_knn", control, teacher=TOWER), "0") for control in ("no", "permuted"))
+    kept, chance = (_row(run.curve("mutual_knn", control, teacher=TOWER), "0") for control in ("none", "permuted"))
     if kept is not None and chance is not None:
         found.append(
             f"Of an image's nearest images before the projector {_percent(kept)} are its nearest behind it too, by "
             f"chance {_percent(chance)}."
         )
-    own, chance = (_row(run.curve("word_retrieval", control, "centred"), "0") for control in ("no", "permuted"))
+    own, chance = (_row(run.curve("word_retrieval", control, "centred"), "0") for control in ("none", "permuted"))
     if own is not None and chance is not None:
         found.append(
             f"Behind the projector the nearest of the labels' words is the right one for {_percent(own)} of "
@@ -335,11 +337,11 @@ def sentences(run: AlignmentResults) -> list[str]:
             + (_doubt(own, chance) or "patches say the words for what they show")
             + "."
         )
-        curve = run.curve("word_retrieval", "no", "centred")
+        curve = run.curve("word_retrieval", "none", "centred")
         best = curve.loc[curve["value"].idxmax()]
         if best["layer"] != "0" and not _doubt(own, chance):
             found.append(f"The share is largest at layer {best['layer']}: {_percent(best)}.")
-    curve, chances = (run.curve("lens_retrieval", control, "final norm") for control in ("no", "permuted"))
+    curve, chances = (run.curve("lens_retrieval", control, "final norm") for control in ("none", "permuted"))
     if len(curve):
         best = curve.loc[curve["value"].idxmax()]
         chance = _row(chances, best["layer"])
@@ -349,7 +351,9 @@ def sentences(run: AlignmentResults) -> list[str]:
             f"Through the logit lens the right label is likeliest for at most {_percent(best)} of the labelled patches "
             f"(layer {best['layer']}; labels permuted {_percent(chance)}){f': {doubt}' if doubt else ''}."
         )
-    whole, chance = (_row(run.curve("explained_energy", control, "orthogonal, 8"), "0") for control in ("no", "random"))
+    whole, chance = (
+        _row(run.curve("explained_energy_8", control, "orthogonal"), "0") for control in ("none", "random")
+    )
     if whole is not None and chance is not None:
         how = "more" if whole["ci_low"] > chance["ci_high"] else "less" if whole["ci_high"] < chance["ci_low"] else ""
         found.append(

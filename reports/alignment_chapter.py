@@ -24,7 +24,7 @@ from reports.alignment import (
 from reports.images import picture
 from reports.plots import Plot, legend_of, svg
 
-EXPLAINED = Measure("explained_by_layer", "explained_energy", "explained by 4 words", "orthogonal, 4", control="random",
+EXPLAINED = Measure("explained_by_layer", "explained_energy_4", "explained by 4 words", "orthogonal", control="random",
                     chance="random vectors")  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def _parts(runs: Sequence[AlignmentResults]) -> Iterator[tuple[str, str, list[tu
     """Title, text, and the plots with the names of their files."""
 
     def plots(measures: Sequence[Measure]) -> list[tuple[Plot, str]]:
-        there = [m for m in measures if any(len(run.curve(m.metric, "no", m.protocol, m.teacher)) for run in runs)]
+        there = [m for m in measures if any(len(run.curve(m.metric, "none", m.variant, m.teacher)) for run in runs)]
         return [(measure_plot(runs, m), m.name) for m in there]
 
     yield (
@@ -45,7 +45,7 @@ def _parts(runs: Sequence[AlignmentResults]) -> Iterator[tuple[str, str, list[tu
         yield f"Patches and their words, {text}", "Dotted: with labels permuted.", plots(words)
     lens = "What the LLM would say next if a patch were its last state. Dotted: labels permuted."
     yield "Logit lens", lens, plots(LENS)
-    first = next((layer for run in runs for layer in run.curve("explained_energy")["layer"]), "")
+    first = next((layer for run in runs for layer in run.curve("explained_energy_4")["layer"]), "")
     by_layer = plots([EXPLAINED])
     by_count = [(sums_plot(runs, name, first), f"explained_{name.replace(' ', '_')}") for name in SUMS if by_layer]
     yield (

@@ -1,5 +1,6 @@
 """The chapter on benchmarks: accuracies, and representation quality against accuracy, after Fig. 2 of OLA-VLM."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,16 +48,16 @@ class BenchmarkResults:
         """Which one."""
         return str(self.manifest["benchmark"])
 
-    def row(self, protocol: str, metric: str = ACCURACY, control: str = "no") -> pd.Series | None:
-        """One number; None where it is not there."""
+    def row(self, part: str, metric: str = ACCURACY) -> pd.Series | None:
+        """Returns the row of one part of the benchmark; None where it has none."""
         r = self.results
-        found = r[(r["protocol"] == protocol) & (r["metric"] == metric) & (r["control"] == control)]
-        return found.iloc[0] if len(found) else None
+        rows = r[(r["variant"] == part) & (r["metric"] == metric)]
+        return rows.iloc[0] if len(rows) else None
 
     @property
-    def protocols(self) -> list[str]:
-        """Of its accuracies, the overall one first."""
-        return list(dict.fromkeys(self.results.loc[self.results["metric"] == ACCURACY, "protocol"]))
+    def parts(self) -> list[str]:
+        """Parts of the benchmark that have an accuracy, the whole one first."""
+        return list(dict.fromkeys(self.results.loc[self.results["metric"] == ACCURACY, "variant"]))
 
 
 def load_benchmarks(paths: Sequence[Path]) -> list[BenchmarkResults]:
@@ -110,14 +111,14 @@ def _title(runs: Sequence[BenchmarkResults], benchmark: str) -> str:
 def accuracy_table(runs: Sequence[BenchmarkResults], benchmark: str) -> dict[str, Any]:
     """Accuracies of one benchmark: a row per part, a column per checkpoint, and one for guessing."""
     there = [run for run in runs if run.benchmark == benchmark]
-    protocols = list(dict.fromkeys(protocol for run in there for protocol in run.protocols))
-    guesses = any(run.row(protocol, control="guess") is not None for run in there for protocol in protocols)
+    parts = list(dict.fromkeys(part for run in there for part in run.parts))
+    table = {part: [run.row(part) for run in there] for part in parts}
+    chances = {part: next((r["chance"] for r in row if r is not None), math.nan) for part, row in table.items()}
+    guesses = not all(map(math.isnan, chances.values()))
     rows = []
-    for protocol in protocols:
-        cells = [_cell(run.row(protocol)) for run in there]
-        guess = next((row for run in there if (row := run.row(protocol, control="guess")) is not None), None)
-        extra = ["" if guess is None else f"{guess['value']:.3f}"] if guesses else []
-        rows.append([part_label(protocol), *cells, *extra])
+    for part, found in table.items():
+        extra = ["" if math.isnan(chances[part]) else f"{chances[part]:.3f}"] if guesses else []
+        rows.append([part_label(part), *map(_cell, found), *extra])
     head = ["part", *(run.label for run in there), *(["guessing"] if guesses else [])]
     return {"title": _title(runs, benchmark), "head": head, "rows": rows, "notes": _notes(there)}
 
@@ -133,13 +134,13 @@ def answer_differences(differences: pd.DataFrame | None, benchmark: str) -> list
     return [
         [
             f"{row['checkpoint']} − {row['reference']}",
-            part_label(row["protocol"]),
+            part_label(row["variant"]),
             f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]".replace("-", "−")
             + (f" · higher in {row['higher']}" if row["higher"] else ""),
             str(row["n"]),
         ]
         for _, row in differences.iterrows()
-        if row["protocol"].split("/")[0] == benchmark
+        if row["protocol"] == benchmark
     ]
 
 
@@ -209,7 +210,7 @@ def same_checkpoint(manifest: dict[str, Any]) -> str:
 
 def quality(run: RunResults, teacher: str, probe: str) -> tuple[float, str] | None:
     """Mean centred cosine over the probed layers in the middle of a checkpoint, and which they are; None without."""
-    curve = run.curve(teacher, probe, "no", METRIC, PROTOCOL)
+    curve = run.curve(teacher, probe, "none", METRIC, PROTOCOL)
     low, high = (share * run.depth for share in MIDDLE)
     chosen = curve[[layer.isdecimal() and low <= int(layer) <= high for layer in curve["layer"]]]
     return (float(chosen["value"].mean()), " ".join(chosen["layer"])) if len(chosen) else None
@@ -232,7 +233,7 @@ def panels(probed: Sequence[RunResults], asked: Sequence[BenchmarkResults]) -> l
             for teacher in dict.fromkeys(name for run in probed for name in run.teachers):
                 rows = []
                 for run, answered in both:
-                    read, row = quality(run, teacher, probe), answered.row(benchmark)
+                    read, row = quality(run, teacher, probe), answered.row("")
                     if read is not None and row is not None:
                         place = {"checkpoint": run.label, "layers": read[1], "quality": read[0]}
                         rows.append(place | {name: float(row[name]) for name in ("value", "ci_low", "ci_high")})

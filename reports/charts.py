@@ -36,7 +36,7 @@ class Series:
 
 def series(runs: Sequence[RunResults]) -> list[Series]:
     """The lines of every panel, checkpoints first; the same checkpoint has the same colour everywhere."""
-    lines = [Series(run.label, run, "no", tone(run.place), "-", marker(run.place)) for run in runs]
+    lines = [Series(run.label, run, "none", tone(run.place), "-", marker(run.place)) for run in runs]
     alone = len(runs) == 1
     for run in runs:
         ran = set(run.results["control"])
@@ -97,7 +97,7 @@ def draw_panel(
         style: dict[str, Any] = {
             "color": colour,
             "linestyle": line.dash,
-            "linewidth": full if line.control == "no" else 0.72 * full,
+            "linewidth": full if line.control == "none" else 0.72 * full,
             "marker": line.marker or None,
         }
         for part in (curve[curve["layer"] != FINAL], curve[curve["layer"] == FINAL]):
@@ -257,7 +257,7 @@ def learning_figure(run: RunResults) -> Figure:
         row = figure.subplots(1, len(run.teachers), squeeze=False)[0]
         colours = mpl.colormaps["viridis"]
         for axes, teacher in zip(row, run.teachers, strict=True):
-            chosen = run.curves[(run.curves["control"] == "no") & (run.curves["teacher"] == teacher)]
+            chosen = run.curves[(run.curves["control"] == "none") & (run.curves["teacher"] == teacher)]
             for (layer, _), curve in chosen.groupby(["layer", "seed"]):
                 place = 1.0 if layer == FINAL else float(layer) / max(run.depth, 1)
                 ordered = curve.sort_values("step")

@@ -59,7 +59,7 @@ def write_curves(runs: Sequence[RunResults], out: Path, style: Style) -> None:
         if style == "paper":
             for teacher in teachers_of(there, metric, protocol):
                 for probe in shown_probes(there):
-                    if any(len(run.curve(teacher, probe, "no", metric, protocol)) for run in there):
+                    if any(len(run.curve(teacher, probe, "none", metric, protocol)) for run in there):
                         figure = column_figure(there, teacher, probe, metric, protocol)
                         save(figure, out, f"{stem}_{teacher}_{probe}", style)
 

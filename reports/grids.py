@@ -64,14 +64,14 @@ def read_grids(run: Path) -> list[Grid]:
             found: dict[tuple[str, str], dict[str, tuple[int, NDArray[Any]]]] = {}
             with reading(file, "remove it and evaluate again"), safe_open(file, framework="np") as stored:
                 for key in stored.keys():  # noqa: SIM118
-                    _, layer, probe, control, _, _, seed = key.partition(":")[2].split("/")
+                    _, layer, probe, control, _, _, _, seed = key.partition(":")[2].split("/")
                     layers = found.setdefault((probe, control), {})
                     if layer not in layers or int(seed) < layers[layer][0]:
                         layers[layer] = (int(seed), stored.get_tensor(key))
             classes = file.with_name("classes.json")
             names = json.loads(classes.read_text(encoding="utf-8")) if teacher == "seg" and classes.exists() else []
             for probe in ("resampler", "ridge"):
-                rows = found.get((probe, "no"), {})
+                rows = found.get((probe, "none"), {})
                 pictures = {layer: rows[layer][1] for layer in sorted(rows, key=layer_rank)}
                 if pictures:
                     photographs, own = (found[kind, "teacher"][""][1] for kind in ("photograph", "target"))

@@ -78,7 +78,7 @@ def write_card(folder: Path, repo: str, licence: str = OPEN_LICENCE) -> None:
         {"name": name, "place": _place(teacher["id"]), **{key: teacher[key] for key in ("class", "shape", "sha256")}}
         for name, teacher in manifest["teachers"].items()
     ]
-    first = run.curve(run.teachers[0], "resampler", "no", *measures[0], with_empty=True)
+    first = run.curve(run.teachers[0], "resampler", "none", *measures[0], with_empty=True)
     text = _template().render(
         name=_escaped(manifest["checkpoint"]["name"]),
         repo=repo,
@@ -146,13 +146,13 @@ def _table(run: RunResults, metric: str, protocol: str) -> dict[str, Any]:
     rows = []
     for teacher in run.teachers_of(metric, protocol):
         for probe, name in PROBES.items():
-            curve = run.curve(teacher, probe, "no", metric, protocol)
+            curve = run.curve(teacher, probe, "none", metric, protocol)
             if curve.empty:
                 continue
             best = best_layer(curve, metric)
             zero = curve[curve["layer"] == "0"]
             controls = [run.curve(teacher, probe, control, metric, protocol) for control in ("random", "shuffled")]
-            cells = [best, zero.iloc[0] if len(zero) else None, run.average(teacher, probe, "no", metric, protocol)]
+            cells = [best, zero.iloc[0] if len(zero) else None, run.average(teacher, probe, "none", metric, protocol)]
             cells += [best_layer(one, metric) if len(one) else None for one in controls]
             outside = [run.mean_target(teacher, metric, protocol), run.own_feature(teacher, metric, protocol)]
             rows.append(
@@ -235,7 +235,7 @@ def _evaluation(run: RunResults, recipe: dict[str, Any], metric: str, rows: pd.D
     usual = ["resampler"] if generated or not recipe["fit"]["ridge"] else list(PROBES)
     if set(probes) != set(usual):
         line += "".join(f" --probe {probe}" for probe in probes)
-    if set(controls) != ({"no"} if generated else {"no", *recipe["controls"]}):
+    if set(controls) != ({"none"} if generated else {"none", *recipe["controls"]}):
         line += "".join(f" --control {control}" for control in controls)
     # A flattened cosine is a protocol of its own; where one is missing, it was not asked for.
     protocols = set(rows["protocol"])

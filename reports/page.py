@@ -43,11 +43,11 @@ from reports.summary import METRIC, PROTOCOL, convergence, random_control, teach
 from reports.tables import decoded_table
 
 COLUMNS = {
-    "resampler": ("resampler", "no"),
+    "resampler": ("resampler", "none"),
     "resampler, shuffled pairs": ("resampler", "shuffled"),
     "resampler, random weights": ("resampler", "random"),
     **{f"resampler, {name}": ("resampler", control) for control, (name, _) in SHOWN.items()},
-    "ridge": ("ridge", "no"),
+    "ridge": ("ridge", "none"),
     "ridge, random weights": ("ridge", "random"),
     **{f"ridge, {name}": ("ridge", control) for control, (name, _) in SHOWN.items()},
 }
@@ -258,7 +258,7 @@ def _sections(runs: Sequence[RunResults]) -> list[dict[str, Any]]:
 
 
 def _legend(lines: Sequence[Series], own: bool) -> list[dict[str, Any]]:
-    entries = [legend_entry(x.label, x.tone, x.dash, x.marker, x.control != "no") for x in lines]
+    entries = [legend_entry(x.label, x.tone, x.dash, x.marker, x.control != "none") for x in lines]
     entries.append(legend_entry(MEAN_LABEL, "grey", "-.", "", True))
     return [*entries, legend_entry(OWN_LABEL, "ink", "-", "", True)] if own else entries
 

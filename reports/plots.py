@@ -101,7 +101,7 @@ def layer_plot(lines: Sequence[Series], teacher: str, probe: str, metric: str, p
             continue
         x = [final if layer == FINAL else float(layer) for layer in curve["layer"]]
         labels |= dict(zip(x, curve["layer"], strict=True))
-        drawn.append(_line(line.label, line.tone, line.dash, line.marker, x, curve, thin=line.control != "no"))
+        drawn.append(_line(line.label, line.tone, line.dash, line.marker, x, curve, thin=line.control != "none"))
     mean, own = levels([line.run for line in lines], teacher, metric, protocol)
     references = [] if mean is None else [(MEAN_LABEL, "grey", "-.", mean)]
     references += [] if own is None else [(OWN_LABEL, "ink", "-", own)]

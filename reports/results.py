@@ -27,8 +27,8 @@ METRIC_LABELS = {
     ("fid", "strict"): "FID",
     ("kid", "strict"): "KID",
 }
-PLACE = ("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "split", "seed")
-"""Columns of `results.csv` that say what a number is of."""
+KEYS = ("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "variant", "split", "seed")
+"""Columns of `results.csv` that identify a number."""
 FRECHET, KERNEL = "frechet_", "kernel_"
 
 
@@ -189,7 +189,7 @@ def unique_labels(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
 
 def read_results(file: Path) -> pd.DataFrame:
     """Reads a `results.csv`; raises UserError where the file is something else."""
-    text, numbers = dict.fromkeys(PLACE, str), dict.fromkeys(("value", "ci_low", "ci_high"), float)
+    text, numbers = dict.fromkeys(KEYS, str), dict.fromkeys(("value", "ci_low", "ci_high", "chance"), float)
     absent = {name: ["", "nan", "NaN"] for name in numbers}  # over no image; in the other columns both are text
     with reading(file, "remove it and evaluate again"):
         results = pd.read_csv(file, dtype=text | numbers, keep_default_na=False, na_values=absent)

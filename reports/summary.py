@@ -39,7 +39,7 @@ def _apart(one: pd.Series, two: pd.Series) -> str:
 
 def teacher_finding(run: RunResults, teacher: str) -> Finding:
     """Best layer, trend, margin over the controls, and the ridge readout beside it."""
-    curve = run.curve(teacher, "resampler", "no", METRIC, PROTOCOL)
+    curve = run.curve(teacher, "resampler", "none", METRIC, PROTOCOL)
     if curve.empty:
         return Finding(run.label, teacher, ["No layer has a finite number."])
     best = curve.loc[curve["value"].idxmax()]
@@ -54,7 +54,7 @@ def teacher_finding(run: RunResults, teacher: str) -> Finding:
         else:
             change = f"ends where it began ({first['value']:.3f} and {last['value']:.3f}; the intervals overlap)"
         sentences.append(f"From layer {first['layer']} to layer {last['layer']} it {change}.")
-    raw = run.curve(teacher, "resampler", "no", "cosine", PROTOCOL)
+    raw = run.curve(teacher, "resampler", "none", "cosine", PROTOCOL)
     mean = run.mean_target(teacher, "cosine", PROTOCOL)
     if len(raw) and mean is not None:
         below = raw[raw["ci_low"] <= mean]
@@ -78,7 +78,7 @@ def teacher_finding(run: RunResults, teacher: str) -> Finding:
                 f"When the checkpoint is {name}, the same probe at layer {best['layer']} scores {_number(left)}: what "
                 "is missing came from the picture."
             )
-    ridge = run.curve(teacher, "ridge", "no", METRIC, PROTOCOL)
+    ridge = run.curve(teacher, "ridge", "none", METRIC, PROTOCOL)
     if len(ridge):
         top = ridge.loc[ridge["value"].idxmax()]
         text = f"The ridge readout, which needs no training, is best at layer {top['layer']} with {_number(top)}"
@@ -93,7 +93,7 @@ def random_control(run: RunResults) -> list[str]:
     """What the random-weights control does, per teacher; never silent."""
     sentences = []
     for teacher in run.teachers:
-        trained = run.curve(teacher, "resampler", "no", METRIC, PROTOCOL)
+        trained = run.curve(teacher, "resampler", "none", METRIC, PROTOCOL)
         random = run.curve(teacher, "resampler", "random", METRIC, PROTOCOL)
         if trained.empty or random.empty:
             continue
@@ -145,7 +145,7 @@ def convergence(run: RunResults) -> list[str]:
     if rows.empty:
         return ["Not known: these probes were trained elsewhere, and imported."]
     sentences = []
-    for control, name in (("no", "of the checkpoint"), ("random", "of the random-weights control")):
+    for control, name in (("none", "of the checkpoint"), ("random", "of the random-weights control")):
         part = rows[rows["control"] == control]
         if part.empty:
             continue

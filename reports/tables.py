@@ -9,7 +9,7 @@ from analysis.evaluation.metrics.frechet import ENOUGH_IMAGES, is_distance
 from reports.charts import PROBES
 from reports.results import RunResults, best_layer, metric_label
 
-CONTROLS = {"no": "", "random": ", random weights"}
+CONTROLS = {"none": "", "random": ", random weights"}
 REFERENCES = (
     ("floor: mean target", "constant", "mean"),
     ("image row alone", "image_row", "baseline"),

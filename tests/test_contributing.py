@@ -139,7 +139,7 @@ def _ridge_by_hand(run, folder, coco, own):
     backbone = load_backbone(run.recipe.backbone, cpu)
     model = FastVlmForConditionalGeneration.from_pretrained(run.recipe.backbone.checkpoint).eval()
     assert backbone.family == "fast_vlm"
-    weight, bias = RidgeReadout.load(run.ridge("no"), cpu).maps["semantic", 2]
+    weight, bias = RidgeReadout.load(run.ridge("none"), cpu).maps["semantic", 2]
     mean = run.mean_targets(cpu)["semantic"]
     images, shares = list_images(coco, "val2017", None), []
     for index in range(len(images)):
@@ -155,5 +155,5 @@ def _ridge_by_hand(run, folder, coco, own):
             for state, t, m in zip(placed, target, mean, strict=True)
         ]
         shares.append(1 - float(sum(e for e, _ in errors) / sum(w for _, w in errors)))
-    found = own[(own["probe"] == "ridge") & (own["layer"] == "2") & (own["control"] == "no")]["value"].item()
+    found = own[(own["probe"] == "ridge") & (own["layer"] == "2") & (own["control"] == "none")]["value"].item()
     assert found == pytest.approx(np.mean(shares), abs=1e-3)

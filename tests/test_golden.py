@@ -61,12 +61,12 @@ def run_verbs(folder: Path) -> dict[str, pd.DataFrame]:
             "--out", run, float32, "fit.epochs=1", "fit.batch_size=4", "fit.micro_batch=4", "fit.lr=0.003",
             "fit.workers=0", "fit.report_to=none",
         )  # fmt: skip
-        _invoke("evaluate", run, "--metric=cosine", "--micro-batch=8", "--control=no", "--control=shuffled",
+        _invoke("evaluate", run, "--metric=cosine", "--micro-batch=8", "--control=none", "--control=shuffled",
                 "--control=random", "--control=blank")  # fmt: skip
         _invoke(
             "evaluate", run, "--metric=da2k", "--metric=miou", "--metric=frechet", "--da2k", world / "da2k",
             "--extractor", ASSETS / "toy", "--steps=2", "--guidance=2", "--layers=6", "--images=8", "--micro-batch=8",
-            "--control=no", "--pictures=0",
+            "--control=none", "--pictures=0",
         )  # fmt: skip
         _invoke(
             "align", checkpoint, "--data", data, teachers[0], "--layers=0,3,6", "--out", folder / "align" / name,
@@ -119,7 +119,10 @@ def by_key(table: pd.DataFrame) -> dict[str, list[float]]:
         for _, row in table.iterrows()
     }
     assert len(rows) == len(table), "two rows have the same key"
-    return {key: [float(number) for number in row] for key, row in sorted(rows.items())}
+    return {
+        key: [float(number or "nan") if isinstance(number, str) else float(number) for number in row]
+        for key, row in sorted(rows.items())
+    }
 
 
 def assert_same(found: dict[str, list[float]], name: str) -> None:

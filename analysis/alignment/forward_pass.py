@@ -23,12 +23,11 @@ from analysis.alignment.metrics.sparse_codes import Pursuit, matching_pursuit, o
 from analysis.alignment.metrics.spectrum import (
     effective_rank,
     effective_rank_singular,
-    entropy_bound,
     matrix_entropy,
     von_neumann_entropy,
 )
 from analysis.evaluation.forward_pass import Tally
-from analysis.evaluation.scores import Curve, ScoreFile
+from analysis.evaluation.scores import ScoreFile, ScoreKey
 from probing.data.annotation_file import Size
 from probing.data.coco import ImageList
 from probing.data.dataloader import Prepared, micro_batches
@@ -170,7 +169,7 @@ class SamplePass:
         rows, columns = subject.annotate.grid
         order = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(0))
         self.lens_patches, self.pursued = order[:LENS_PATCHES], order[:PURSUED_PATCHES]
-        self.atoms = {"no": subject.vocabulary, "random": random_atoms(subject.vocabulary, 0)}
+        self.atoms = {"none": subject.vocabulary, "random": random_atoms(subject.vocabulary, 0)}
 
     def __call__(self, prepared: Prepared, tally: Tally) -> None:
         """Measures one batch."""
@@ -183,9 +182,10 @@ class SamplePass:
         targets = {name: zero_others(target, finite[name]) for name, target in targets.items()}
 
         def note(
-            teacher: str, layer: Layer, control: str, metric: str, protocol: str, values: Tensor, ok: Tensor
+            teacher: str, layer: Layer, control: str, metric: str, variant: str, values: Tensor, ok: Tensor
         ) -> None:
-            tally.note(Curve(teacher, layer_name(layer), "", control, metric, protocol, 0), values, metric == MEAN, ok)
+            key = ScoreKey(teacher, layer_name(layer), "", control, metric, variant=variant)
+            tally.note(key, values, metric == MEAN, ok)
 
         def visit(layer: Layer, hidden: Tensor) -> None:
             with torch.no_grad():
@@ -193,42 +193,40 @@ class SamplePass:
                 ok = finite_rows(states)
                 states = zero_others(states, ok)
                 tally.leave_out("layer", layer_name(layer), ok)
-                note("tokens", layer, "no", MEAN, "", _counted_mean(states), ok)
-                for metric, protocol, values in compression(states):
-                    note("tokens", layer, "no", metric, protocol, values, ok)
+                note("tokens", layer, "none", MEAN, "", _counted_mean(states), ok)
+                for metric, variant, values in compression(states):
+                    note("tokens", layer, "none", metric, variant, values, ok)
                 for lens, values in self._lens_entropy(layer, states):
-                    note("words", layer, "no", "lens_entropy", lens, values, ok)
-                for control, protocol, values in self._explained(states):
-                    note("words", layer, control, "explained_energy", protocol, values, ok)
+                    note("words", layer, "none", "lens_entropy", lens, values, ok)
+                for control, metric, pursuit, values in self._explained(states):
+                    note("words", layer, control, metric, pursuit, values, ok)
                 for name, target in targets.items():
                     places = subject.teachers[name].grid
                     placed = place_states(states, student.tokens.grid, places)
                     values = torch.tensor([linear_cka(*pair) for pair in zip(placed, target, strict=True)])
-                    protocol = f"unbiased, {target.shape[1]} places of an image"
-                    note(name, layer, "no", "cka_places", protocol, values, ok & finite[name].to(ok.device))
+                    note(name, layer, "none", "cka_places", "", values, ok & finite[name].to(ok.device))
 
         with subject.tower(len(prepared.indices)) as seen:
             backbone.stream(student, subject.layers, visit)
         for tokens in seen:
             ok = finite_rows(tokens)
             tokens = zero_others(tokens, ok)
-            for metric, protocol, values in compression(tokens.float()):
-                note("tokens", TOWER, "no", metric, protocol, values, ok)
+            for metric, variant, values in compression(tokens.float()):
+                note("tokens", TOWER, "none", metric, variant, values, ok)
             if subject.fresh is not None:
                 states = subject.fresh(tokens).float()
                 ok = ok & finite_rows(states)
                 note("tokens", 0, "random", MEAN, "", _counted_mean(zero_others(states, ok)), ok)
 
     def _lens_entropy(self, layer: Layer, states: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Entropy (B) of the next token that the lenses read off patches, in nats; its bound is in the name."""
+        """Entropy (B) of the next token that the lenses read off patches, in nats."""
         for lens, given in self.subject.lenses(layer, states[:, self.lens_patches]):
             logits = cast(nn.Module, self.subject.backbone.head)(given).float()
             cap = _softcap(self.subject.backbone)
             chances = (cap * torch.tanh(logits / cap) if cap else logits).log_softmax(dim=-1)
-            most = f"at most {np.log(logits.shape[-1]):.2f}"
-            yield f"{lens}, {most}", -(chances.exp() * chances).sum(dim=-1).mean(dim=1)
+            yield lens, -(chances.exp() * chances).sum(dim=-1).mean(dim=1)
 
-    def _explained(self, states: Tensor) -> Iterator[tuple[str, str, Tensor]]:
+    def _explained(self, states: Tensor) -> Iterator[tuple[str, str, str, Tensor]]:
         """Share of a patch's squared length that few words explain, and few random vectors, (B)."""
         vectors = states[:, self.pursued]
         steps = min(ATOMS[-1], vectors.shape[-1], len(self.subject.vocabulary))
@@ -236,7 +234,7 @@ class SamplePass:
             for name, pursue in PURSUITS.items():
                 energy = pursue(vectors.flatten(0, 1), atoms, steps).energy.unflatten(0, vectors.shape[:2])
                 for count in (count for count in ATOMS if count <= steps):
-                    yield control, f"{name}, {count} word{'s' * (count > 1)}", energy[..., count - 1].mean(dim=1)
+                    yield control, f"explained_energy_{count}", name, energy[..., count - 1].mean(dim=1)
 
 
 class WholePass:
@@ -249,7 +247,7 @@ class WholePass:
         for curve, total in sample.sums.items():
             state, count = torch.from_numpy(total).to(device).split([len(total) - 1, 1])
             centres[curve] = state / count  # NaN where no image of the sample counts
-        self.centres = {curve.layer: centre for curve, centre in centres.items() if curve.control == "no"}
+        self.centres = {curve.layer: centre for curve, centre in centres.items() if curve.control == "none"}
         self.fresh_centre = next((centre for curve, centre in centres.items() if curve.control == "random"), None)
         ids = [word_ids(subject.tokenizer, name) for name in subject.names]
         self.label_ids = torch.tensor(sorted({number for word in ids for number in word}), device=device)
@@ -272,27 +270,27 @@ class WholePass:
             layer: str,
             control: str,
             metric: str,
-            protocol: str,
+            variant: str,
             values: Tensor,
             ok: Tensor,
             seed: int = 0,
         ) -> None:
-            tally.note(Curve(teacher, layer, "", control, metric, protocol, seed), values, False, ok)
+            tally.note(ScoreKey(teacher, layer, "", control, metric, "", variant, seed), values, False, ok)
 
         def pool(name: str, layer: str, features: Tensor) -> None:
             if left > 0:
                 means = features[:left].float().mean(dim=1)
                 note(name, layer, "", POOLED, "", means, finite_rows(means))
 
-        def match(layer: str, prefix: str, protocol: str, similar: Tensor, control: str = "no") -> None:
+        def match(layer: str, prefix: str, variant: str, similar: Tensor, control: str = "none") -> None:
             ok = finite_rows(similar)
             similar = zero_others(similar, ok)
-            for metric, values in scores(similar, patches, subject.orders[: None if control == "no" else 1]):
+            for metric, values in scores(similar, patches, subject.orders[: None if control == "none" else 1]):
                 if prefix == "lens" and metric == "cosine":
                     continue  # logits are none
-                note("words", layer, control, f"{prefix}_{metric}", protocol, values[0], ok)
+                note("words", layer, control, f"{prefix}_{metric}", variant, values[0], ok)
                 for seed, permuted in enumerate(values[1:]):
-                    note("words", layer, "permuted", f"{prefix}_{metric}", protocol, permuted, ok, seed)
+                    note("words", layer, "permuted", f"{prefix}_{metric}", variant, permuted, ok, seed)
 
         def visit(layer: Layer, hidden: Tensor) -> None:
             with torch.no_grad():
@@ -303,7 +301,7 @@ class WholePass:
                 match(name, "word", "centred", similarity(states - self.centres[name], subject.words["centred"]))
                 for lens, given in subject.lenses(layer, states):
                     match(name, "lens", lens, self._label_logits(given))
-                note("tokens", name, "no", "anisotropy", "", anisotropy(zero_others(states, ok)), ok)
+                note("tokens", name, "none", "anisotropy", "", anisotropy(zero_others(states, ok)), ok)
                 pool("tokens", name, states)
 
         watch = image_shares(backbone, student.tokens) if self.watches else contextlib.nullcontext()
@@ -311,7 +309,7 @@ class WholePass:
             backbone.stream(student, subject.layers, visit)
         for tokens in seen:
             ok = finite_rows(tokens)
-            note("tokens", TOWER, "no", "anisotropy", "", anisotropy(zero_others(tokens, ok).float()), ok)
+            note("tokens", TOWER, "none", "anisotropy", "", anisotropy(zero_others(tokens, ok).float()), ok)
             pool(TOWER, "", tokens)
             if subject.fresh is not None and self.fresh_centre is not None and 0 in subject.layers:
                 states = subject.fresh(tokens).float()
@@ -322,7 +320,7 @@ class WholePass:
         for block, found in attended.found.items() if attended else ():
             for queries, (share, uniform) in found.items() if block in subject.layers else ():
                 ok = share.isfinite()
-                note("tokens", str(block), "no", "image_attention", queries, share, ok)
+                note("tokens", str(block), "none", "image_attention", queries, share, ok)
                 note("tokens", str(block), "uniform", "image_attention", queries, uniform, ok)
         if left > 0:
             for name, teacher in subject.teachers.items():
@@ -368,13 +366,9 @@ def compression(tokens: Tensor) -> Iterator[tuple[str, str, Tensor]]:
         tokens: (B, N, d).
 
     Yields:
-        Metric, variant with N and bound, and a number per image (B).
+        Metric, variant, and a number per image (B).
     """
-    number, width = tokens.shape[-2:]
-    bound, centred = entropy_bound(number, width), entropy_bound(number, width, is_centred=True)
-    yield "von_neumann_entropy", f"uncentred, {number} tokens, at most {bound:.3f}", von_neumann_entropy(tokens)
-    yield "matrix_entropy", f"order 2, uncentred, {number} tokens, at most {bound:.3f}", matrix_entropy(tokens, 2.0)
-    most = f"{number} tokens, at most {torch.tensor(centred).exp():.1f}"
-    yield "effective_rank", f"centred, {most}", effective_rank(tokens)
-    most = f"{number} tokens, at most {torch.tensor(bound).exp():.1f}"
-    yield "effective_rank_singular", f"singular values, uncentred, {most}", effective_rank_singular(tokens)
+    yield "von_neumann_entropy", "uncentred", von_neumann_entropy(tokens)
+    yield "matrix_entropy", "uncentred", matrix_entropy(tokens, 2.0)
+    yield "effective_rank", "centred", effective_rank(tokens)
+    yield "effective_rank_singular", "uncentred", effective_rank_singular(tokens)

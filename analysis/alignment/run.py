@@ -19,13 +19,14 @@ from pydantic import Field
 from torch import Tensor
 
 from analysis.alignment.forward_pass import POOLED, TOWER, SamplePass, Subject, WholePass
-from analysis.alignment.metrics.layer_similarity import LEAST, likeness
+from analysis.alignment.metrics.layer_similarity import LEAST, likeness, neighbours
+from analysis.alignment.metrics.similarity import overlap_at_chance
 from analysis.alignment.pictures import draw_pictures
 from analysis.evaluation.forward_pass import Resumable, Tally, gather
 from analysis.evaluation.scores import (
     EMPTY,
-    Curve,
     ScoreFile,
+    ScoreKey,
     Summary,
     read_if_fits,
     read_summaries,
@@ -205,7 +206,7 @@ def _kept(tally: Tally, images: ImageList, settings: str, file: Path, resumable:
     return found
 
 
-def _write_likeness(pooled: dict[Curve, Tensor], whole: ScoreFile, file: Path) -> None:
+def _write_likeness(pooled: dict[ScoreKey, Tensor], whole: ScoreFile, file: Path) -> None:
     """Compares layers with tower and teachers, image by image."""
     layers = {curve.layer: features for curve, features in pooled.items() if curve.layer}
     references = {curve.teacher: features for curve, features in pooled.items() if not curve.layer}
@@ -215,7 +216,7 @@ def _write_likeness(pooled: dict[Curve, Tensor], whole: ScoreFile, file: Path) -
     if count < LEAST:
         logger.warning("layers are compared with tower and teachers over at least %d images, not %d", LEAST, count)
         return
-    shares: dict[Curve, NDArray[np.float64]] = {}
+    shares: dict[ScoreKey, NDArray[np.float64]] = {}
     rows: list[Summary] = []
     lacking: list[tuple[str, str, int]] = []
     for (some, own), (others, known) in itertools.product(_by_images(layers), _by_images(references)):
@@ -243,7 +244,8 @@ def _write_likeness(pooled: dict[Curve, Tensor], whole: ScoreFile, file: Path) -
                  for row in alike if row.curve.layer == alike[0].curve.layer]  # fmt: skip
         for curve in {replace(curve, layer=layer) for curve in shares if curve.teacher == reference}:
             shares.setdefault(curve, np.full(count, np.nan))
-    ScoreFile(shares, whole.names[:count], whole.split, whole.settings).write(file)
+    chance = {"mutual_knn": overlap_at_chance(count, neighbours(count))}
+    ScoreFile(shares, whole.names[:count], whole.split, whole.settings, chance=chance).write(file)
     write_summaries(file.with_suffix(".json"), rows)
 
 
@@ -310,7 +312,7 @@ def _manifest(
             "labelled_patches": patches,
         },
         "skipped": [vars(skip) for skip in skipped],
-        "not_finite": not_finite_rows(found.left_out(), found.names, found.split, "no"),
+        "not_finite": not_finite_rows(found.left_out(), found.names, found.split, "none"),
         "seconds": seconds,
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.benchmarks.tasks import BENCHMARKS
-from analysis.evaluation.bootstrap import Interval, Statistic, bootstrap
+from analysis.evaluation.bootstrap import Statistic, bootstrap
 from analysis.evaluation.registry import ACCURACY
-from analysis.evaluation.scores import Curve, Summary
+from analysis.evaluation.scores import ScoreKey, Summary
 from probing.utils.files import read_json_lines
 
 
@@ -51,7 +51,7 @@ def read_answers(file: Path) -> list[Answered]:
 Cell = tuple[float, Callable[[Answered], bool]]
 """A weight, and of which questions the accuracy has it."""
 Part = tuple[str, list[Cell]]
-"""A protocol, and what its accuracy is the weighted mean of."""
+"""Name (empty for the whole benchmark, else `2d` or `2d/count`), and what its accuracy is the weighted mean of."""
 
 
 def parts(benchmark: str, answered: Sequence[Answered]) -> list[Part]:
@@ -62,10 +62,10 @@ def parts(benchmark: str, answered: Sequence[Answered]) -> list[Part]:
     and its overall accuracy is that of all questions.
     """
     if benchmark != "cvbench":
-        found: list[Part] = [(benchmark, [(1.0, lambda one: True)])]
+        found: list[Part] = [("", [(1.0, lambda one: True)])]
         for category in dict.fromkeys(one.groups.get("category", "") for one in answered):
             if category:
-                found.append((f"{benchmark}/{category}", [(1.0, _in(category=category))]))
+                found.append((category, [(1.0, _in(category=category))]))
         return found
     types = sorted({one.groups["type"] for one in answered})
     sources = {kind: sorted({one.groups["source"] for one in answered if one.groups["type"] == kind}) for kind in types}
@@ -73,13 +73,13 @@ def parts(benchmark: str, answered: Sequence[Answered]) -> list[Part]:
         kind: [(1 / len(names), _in(type=kind, source=name)) for name in names] for kind, names in sources.items()
     }
     whole = [(weight / len(types), chosen) for kind in types for weight, chosen in of_type[kind]]
-    found = [(benchmark, whole)] if len(types) > 1 else []
+    found = [("", whole)] if len(types) > 1 else []
     for kind in types:
-        found.append((f"{benchmark}/{kind}", of_type[kind]))
+        found.append((kind, of_type[kind]))
         for field, names in (("task", sorted({o.groups["task"] for o in answered if o.groups["type"] == kind})),
                              ("source", sources[kind] if len(sources[kind]) > 1 else [])):  # fmt: skip
             for name in names:
-                found.append((f"{benchmark}/{kind}/{name}", [(1.0, _in(**{"type": kind, field: name}))]))
+                found.append((f"{kind}/{name}", [(1.0, _in(**{"type": kind, field: name}))]))
     return found
 
 
@@ -102,7 +102,7 @@ def images_of(answered: Sequence[Answered]) -> NDArray[np.int64]:
 
 
 def summarise(benchmark: str, answered: Sequence[Answered]) -> Iterator[Summary]:
-    """Rows of `results.csv`: accuracy of every part, what guessing scores, and the share that could not be read.
+    """Rows of `results.csv`: accuracy of every part, with what guessing scores, and the share that could not be read.
 
     The intervals are over images: questions about the same one are resampled together.
     """
@@ -111,16 +111,13 @@ def summarise(benchmark: str, answered: Sequence[Answered]) -> Iterator[Summary]
     unread = np.array([float(one.read is None) for one in answered])
     guesses = np.array([np.nan if one.guess is None else one.guess for one in answered])
     images = images_of(answered)
-    for protocol, cells in parts(benchmark, answered):
+    for part, cells in parts(benchmark, answered):
         masks, weights = masks_and_weights(cells, answered)
         count = int(masks.any(axis=0).sum())
-        for metric, values in ((ACCURACY, scores), ("unreadable", unread)):
+        chance = float(sum(weight * guesses[mask].mean() for weight, mask in zip(weights, masks, strict=True)))
+        for metric, values, by_chance in ((ACCURACY, scores, chance), ("unreadable", unread, np.nan)):
             interval = bootstrap(sums_by_image(values, masks, images)[None], weighted_mean(weights))
-            yield Summary(Curve("", "", "", "no", metric, protocol, 0), split, "0", interval, count)
-        if np.isfinite(guesses[masks.any(axis=0)]).all():
-            value = float(sum(weight * guesses[mask].mean() for weight, mask in zip(weights, masks, strict=True)))
-            guess = Interval(value, value, value)  # known, and not measured
-            yield Summary(Curve("", "", "", "guess", ACCURACY, protocol, 0), split, "0", guess, count)
+            yield Summary(ScoreKey("", "", "", "none", metric, benchmark, part), split, "0", interval, count, by_chance)
 
 
 def sums_by_image(

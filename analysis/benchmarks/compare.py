@@ -53,7 +53,7 @@ def compare_answers(paths: Sequence[Path], labels: Sequence[str]) -> pd.DataFram
 
     Returns:
         A row per pair and part of the benchmark, with the columns of `analysis.evaluation.compare.Difference`;
-        `protocol` is the part, and `n` its number of questions.
+        `protocol` is the benchmark, `variant` its part, and `n` the number of questions.
 
     Raises:
         UserError: two runs of one benchmark were not asked the same questions in the same way, or a benchmark has one
@@ -76,15 +76,13 @@ def compare_answers(paths: Sequence[Path], labels: Sequence[str]) -> pd.DataFram
 def answer_statements(table: pd.DataFrame) -> list[str]:
     """One sentence per pair and benchmark, of its overall accuracy, or of each of its halves where there is none."""
     sentences = []
-    for (checkpoint, reference, benchmark), part in table.groupby(
-        ["checkpoint", "reference", table["protocol"].str.split("/").str[0]], sort=False
-    ):
-        depth = part["protocol"].str.count("/")
+    for (checkpoint, reference, benchmark), part in table.groupby(["checkpoint", "reference", "protocol"], sort=False):
+        depth = part["variant"].str.split("/").map(lambda names: len([name for name in names if name]))
         for _, row in part[depth == depth.min()].iterrows():
             verdict = "no clear difference"
             if row["ci_low"] > 0 or row["ci_high"] < 0:
                 verdict = f"{checkpoint} answers {'better' if row['value'] > 0 else 'worse'}"
-            name, where = title(benchmark, {int(part["n"].max())}), part_label(row["protocol"])
+            name, where = title(benchmark, {int(part["n"].max())}), part_label(row["variant"])
             sentences.append(
                 f"{name}, {where}: accuracy of {checkpoint} - {reference} = {row['value']:+.4f} [{row['ci_low']:+.4f}, "
                 f"{row['ci_high']:+.4f}] over the images of {row['n']} questions{seeds_told(row)}: {verdict}"
@@ -140,7 +138,7 @@ def _differences(reference: _Arm, arm: _Arm, reference_label: str, label: str) -
     first = arm.seeds[0]
     images = images_of(first)
     paired = len(arm.seeds) > 1 and arm.names == reference.names
-    for protocol, cells in parts(arm.benchmark, first):
+    for part, cells in parts(arm.benchmark, first):
         masks, weights = masks_and_weights(cells, first)
         table, base = (
             np.stack([sums_by_image(np.array([a.score for a in answered]), masks, images) for answered in one.seeds])
@@ -149,7 +147,7 @@ def _differences(reference: _Arm, arm: _Arm, reference_label: str, label: str) -
         statistic = weighted_mean(weights)
         interval = paired_bootstrap(table, base, statistic, seeds_paired=paired)
         yield Difference(
-            label, reference_label, "", "", "", ACCURACY, protocol, BENCHMARKS[arm.benchmark].split,
+            label, reference_label, "", "", "", ACCURACY, arm.benchmark, part, BENCHMARKS[arm.benchmark].split,
             interval.value, interval.low, interval.high, int(masks.any(axis=0).sum()), f"{len(table)}, {len(base)}",
             f"{higher_in(table, base, statistic)} of {len(table)}" if paired else "",
         )  # fmt: skip

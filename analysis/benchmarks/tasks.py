@@ -167,9 +167,9 @@ def title(name: str, questions: set[int]) -> str:
     return f"{known.title}-like ({' or '.join(map(str, sorted(questions)))} questions)"
 
 
-def part_label(protocol: str) -> str:
-    """What a part is called: `cvbench/2d/count` → 2D, Count."""
-    return ", ".join(_NAMES.get(part, part.capitalize()) for part in protocol.split("/")[1:]) or "Overall"
+def part_label(part: str) -> str:
+    """Returns the label of a part of a benchmark: `2d/count` → 2D, Count."""
+    return ", ".join(_NAMES.get(name, name.capitalize()) for name in part.split("/") if name) or "Overall"
 
 
 def read_questions(name: str, where: Path) -> list[Question]:

@@ -16,7 +16,7 @@ from analysis.evaluation.metrics.frechet import Jackknife, is_distance
 from analysis.evaluation.scores import (
     AVERAGE,
     EMPTY,
-    Curve,
+    ScoreKey,
     averages_final,
     by_seed,
     finite_images,
@@ -24,7 +24,7 @@ from analysis.evaluation.scores import (
     over_layers,
 )
 from analysis.evaluation.seed_group import Scored, open_runs, read_distances, read_scores, require_alike
-from analysis.headline_metrics import TOLD
+from analysis.headline_metrics import HEADLINE_METRICS
 from probing.utils.errors import UserError
 
 
@@ -39,7 +39,8 @@ class Difference:
         layer: a layer, or `mean` for the mean over the layers 1 … L that both have; empty for answers to a benchmark.
         probe: `resampler` or `ridge`; empty where nothing was trained.
         metric: which metric.
-        protocol: how it is computed; of answers the part of the benchmark.
+        protocol: `strict` or `paper`; of answers the benchmark.
+        variant: of the metric; of answers the part of the benchmark.
         split: where the images come from.
         value: the difference.
         ci_low: lower end of its 95 % interval.
@@ -56,6 +57,7 @@ class Difference:
     probe: str
     metric: str
     protocol: str
+    variant: str
     split: str
     value: float
     ci_low: float
@@ -111,10 +113,10 @@ def _differences(
         if one.split != two.split or len(names) < 2:
             continue
         one_rows, two_rows = ([f.names.index(name) for name in names] for f in (one, two))
-        families: dict[Curve, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
+        families: dict[ScoreKey, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
         mine, others = by_seed(one.table), by_seed(two.table)
         for curve in mine:
-            if curve not in others or not curve.layer or curve.control != "no":
+            if curve not in others or not curve.layer or curve.control != "none":
                 continue
             pair = (
                 np.stack([scores[one_rows] for scores in mine[curve].values()]),
@@ -129,7 +131,7 @@ def _differences(
             both = finite_images(table, base)
             table, base, number = table[:, both], base[:, both], int(both.sum())
             interval = paired_bootstrap(table, base, statistic, seeds_paired=paired) if number else EMPTY
-            place = (curve.teacher, curve.layer, curve.probe, curve.metric, curve.protocol, one.split)
+            place = (curve.teacher, curve.layer, curve.probe, curve.metric, curve.protocol, curve.variant, one.split)
             numbers = (interval.value, interval.low, interval.high, number)
             seeds = f"{len(table)}, {len(base)}"
             higher = f"{higher_in(table, base, statistic)} of {len(table)}" if paired and number else ""
@@ -142,9 +144,9 @@ def _distances(
 ) -> Iterator[Difference]:
     """Differences of Fréchet distances: both jackknives leave out the same images."""
     theirs, ours = read_distances(reference), read_distances(runs)
-    for curve in (curve for curve in theirs if curve in ours and curve.layer and curve.control == "no"):
+    for curve in (curve for curve in theirs if curve in ours and curve.layer and curve.control == "none"):
         one, two = theirs[curve], ours[curve]
-        place = (curve.teacher, curve.layer, curve.probe, curve.metric, curve.protocol, one[0].split)
+        place = (curve.teacher, curve.layer, curve.probe, curve.metric, curve.protocol, curve.variant, one[0].split)
         if any(row.n != one[0].n or math.isnan(row.interval.value) for row in (*one, *two)):
             # One lacks images at this layer, and a jackknife leaves out the same images of both or tells nothing.
             seeds = f"{len(two)}, {len(one)}"
@@ -175,10 +177,10 @@ def seeds_told(row: pd.Series) -> str:
 def _told(row: pd.Series) -> str:
     """One difference where nothing was trained, so that neither sign is better."""
     where = "mean over layers" if row["layer"] == AVERAGE else f"layer {row['layer']}"
-    protocol = f" ({row['protocol']})" if row["protocol"] else ""
+    variant = f" ({row['variant']})" if row["variant"] else ""
     verdict = "higher" if row["ci_low"] > 0 else "lower" if row["ci_high"] < 0 else "no clear difference"
     return (
-        f"{row['metric']}{protocol}, {where}: {row['checkpoint']} - {row['reference']} = {row['value']:+.4f} "
+        f"{row['metric']}{variant}, {where}: {row['checkpoint']} - {row['reference']} = {row['value']:+.4f} "
         f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}] over {row['n']} images{seeds_told(row)}: {verdict}"
     )
 
@@ -186,16 +188,16 @@ def _told(row: pd.Series) -> str:
 def statements(table: pd.DataFrame) -> list[str]:
     """One sentence per checkpoint, teacher, probe and metric: the mean over layers, and at how many it is clear.
 
-    What has no probes gets one for each of `TOLD`, behind the projector and over the layers. Differences over no image
-    get none but a sentence that names their layers.
+    What has no probes gets one for each of `HEADLINE_METRICS`, after the projector and over the layers. Differences
+    over no image get none but a sentence that names their layers.
     """
     empty = table[(table["n"] == 0) & (table["layer"] != AVERAGE)]
     table = table[table["n"] > 0]
     told = table[(table["probe"] == "") & table["layer"].isin(["0", AVERAGE])]
     sentences = [
         _told(row)
-        for metric, protocol in TOLD
-        for _, row in told[(told["metric"] == metric) & told["protocol"].str.startswith(protocol)].iterrows()
+        for metric, variant in HEADLINE_METRICS
+        for _, row in told[(told["metric"] == metric) & (told["variant"] == variant)].iterrows()
     ]
     table = table[table["probe"] != ""]
     keys = ["checkpoint", "reference", "teacher", "probe", "metric", "protocol"]

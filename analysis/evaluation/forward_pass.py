@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.evaluation.scorer import Row, Scorer
-from analysis.evaluation.scores import Curve, ScoreFile, read_if_fits
+from analysis.evaluation.scores import ScoreFile, ScoreKey, read_if_fits
 from probing.data.coco import ImageList, Skipped
 from probing.data.dataloader import Kept, Prepared, micro_batches
 from probing.data.input_controls import SUBSTITUTES, caption_inputs, substitute
@@ -30,7 +30,7 @@ from probing.utils.progress import Progress
 logger = logging.getLogger(__name__)
 
 PROBES = ("resampler", "ridge")
-ARMS = ("no", "random", *SUBSTITUTES)
+ARMS = ("none", "random", *SUBSTITUTES)
 """Passes of their own: the checkpoint, the same with random weights, and the checkpoint shown something else."""
 WITHOUT_RIDGE = ("shuffled", "caption")
 """Controls without a ridge readout: it is not trained on shuffled pairs, and a caption has no places."""
@@ -43,7 +43,7 @@ class Selection:
     Attributes:
         layers: some of those that were probed.
         probes: some of `PROBES`.
-        controls: some of `no`, `shuffled`, `random`, and of `probing.data.input_controls.SUBSTITUTES`.
+        controls: some of `none`, `shuffled`, `random`, and of `probing.data.input_controls.SUBSTITUTES`.
     """
 
     layers: tuple[Layer, ...]
@@ -52,23 +52,23 @@ class Selection:
 
     def arm(self, arm: str) -> "Selection":
         """The part that is scored on one set of backbone weights, shown one kind of input."""
-        mine = [c for c in self.controls if (c if c in ARMS else "no") == arm]
+        mine = [c for c in self.controls if (c if c in ARMS else "none") == arm]
         return Selection(self.layers, self.probes, tuple(mine))
 
     def lacking(
-        self, scorer: Scorer, seeds: Sequence[int], probed: dict[str, list[str]], there: set[Curve]
+        self, scorer: Scorer, seeds: Sequence[int], probed: dict[str, list[str]], there: set[ScoreKey]
     ) -> "Selection":
         """The same with only those layers of which a curve is missing; `probed` names the layers of each teacher."""
 
-        def curves(layer: Layer) -> Iterable[Curve]:
+        def curves(layer: Layer) -> Iterable[ScoreKey]:
             for teacher in (name for name in scorer.teachers if layer_name(layer) in probed[name]):
                 for metric, protocol in scorer.measures(teacher):
                     place = {"teacher": teacher, "layer": layer_name(layer), "metric": metric, "protocol": protocol}
                     for control in self.controls:
                         if "resampler" in self.probes:
-                            yield from (Curve(probe="resampler", control=control, seed=s, **place) for s in seeds)
+                            yield from (ScoreKey(probe="resampler", control=control, seed=s, **place) for s in seeds)
                         if "ridge" in self.probes and control not in WITHOUT_RIDGE:
-                            yield Curve(probe="ridge", control=control, seed=seeds[0], **place)
+                            yield ScoreKey(probe="ridge", control=control, seed=seeds[0], **place)
 
         layers = tuple(layer for layer in self.layers if not there.issuperset(curves(layer)))
         return Selection(layers, self.probes, self.controls)
@@ -76,21 +76,21 @@ class Selection:
 
 def _trained(control: str) -> str:
     """The control whose probes are scored: what is shown in place of the image is new to those of the checkpoint."""
-    return "no" if control in SUBSTITUTES else control
+    return "none" if control in SUBSTITUTES else control
 
 
 @dataclass
 class Tally:
     """What a pass has gathered so far."""
 
-    scores: dict[Curve, list[Tensor]] = field(default_factory=dict)
-    sums: dict[Curve, Tensor] = field(default_factory=dict)
+    scores: dict[ScoreKey, list[Tensor]] = field(default_factory=dict)
+    sums: dict[ScoreKey, Tensor] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     skipped: dict[str, Skipped] = field(default_factory=dict)
     not_finite: dict[str, list[int]] = field(default_factory=dict)
     done: int = 0
 
-    def note(self, curve: Curve, values: Tensor, summed: bool, finite: Tensor | None = None) -> None:
+    def note(self, curve: ScoreKey, values: Tensor, summed: bool, finite: Tensor | None = None) -> None:
         """Adds what one batch scored.
 
         Args:
@@ -180,7 +180,7 @@ def score_arm(
             scorer.images, plan, student, prepare, view, workers, backbone.device, show=show, kept=kept
         )
 
-    what = f"{scorer.stem.removeprefix('scores/')} ({'checkpoint' if arm == 'no' else arm})"
+    what = f"{scorer.stem.removeprefix('scores/')} ({'checkpoint' if arm == 'none' else arm})"
     resumable = Resumable(pass_state(run, scorer, arm), asked, run.recipe.fit.save_minutes)
     tally = gather(what, scorer.images, batch, read, predict, resumable, backbone.device)
     return tally.file(scorer.images.split, settings)
@@ -286,7 +286,7 @@ class _Predictor:
 
         def note(place: tuple[str, str, str, str], seed: int, rows: Iterable[Row], counted: Tensor) -> None:
             for metric, protocol, values in rows:
-                tally.note(Curve(*place, metric, protocol, seed), values, metric in scorer.summed, counted)
+                tally.note(ScoreKey(*place, metric, protocol, seed=seed), values, metric in scorer.summed, counted)
 
         def predicted(teacher: str, layer: str, probe: str, control: str, seed: int, prediction: Tensor) -> None:
             counted = finite_rows(prediction) & finite[teacher].to(prediction.device)
@@ -298,7 +298,7 @@ class _Predictor:
                 tally.leave_out("layer", layer_name(layer), self._layer(layer, hidden, batch, predicted))
 
         self.backbone.stream(batch, self.selection.layers, visit)
-        if self.arm == "no":
+        if self.arm == "none":
             for name, target in targets.items():
                 predicted(name, "", "constant", "mean", seed, self.means[name].expand_as(target))
             for name, probe, control, rows in scorer.references(targets, context):

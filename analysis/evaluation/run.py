@@ -70,8 +70,8 @@ class Options:
         protocols: those of them to compute; by default all of each metric.
         layers: which, as text; by default all that were probed.
         probes: `resampler`, `ridge`; by default both, and for generated images the resampler alone.
-        controls: `no`, `shuffled`, `random`; by default all that the run has, and for generated images `no` alone; and
-            what is shown in place of the image, if asked for: `blank`, `other`, `caption`.
+        controls: `none`, `shuffled`, `random`, and what replaces the image: `blank`, `other`, `caption`; by default
+            those that the run has, and for generated images `none` alone.
         images: per decoded metric; by default all.
         da2k: folder in DA-2K's layout, for the metric of that name.
         inception_weights: file, for fid; by default they are downloaded.
@@ -207,20 +207,20 @@ def selection(recipe: ProbeRunRecipe, blocks: int, options: Options, metric: str
     there = {
         "layer": [layer_name(layer) for layer in probed],
         "probe": [p for p in PROBES if p == "resampler" or recipe.fit.ridge],
-        "control": ["no", *recipe.controls, *SUBSTITUTES],
+        "control": ["none", *recipe.controls, *SUBSTITUTES],
     }
-    defaults = {"probe": there["probe"], "control": ["no", *recipe.controls]}
+    defaults = {"probe": there["probe"], "control": ["none", *recipe.controls]}
     if generated:
-        defaults = {"probe": ["resampler"], "control": ["no"]}
+        defaults = {"probe": ["resampler"], "control": ["none"]}
     if metric == "pictures":
-        defaults["control"] = ["no"]
+        defaults["control"] = ["none"]
     chosen = {"probe": options.probes or defaults["probe"], "control": options.controls or defaults["control"]}
     for what, names in {"layer": [layer_name(layer) for layer in layers], **chosen}.items():
         for name in names:
             if name not in there[what]:
                 raise UserError(f"this run has no {what} {name!r}; it has {', '.join(there[what])}")
     if metric == "pictures":
-        chosen["control"] = ["no"]
+        chosen["control"] = ["none"]
     return Selection(tuple(layers), tuple(chosen["probe"]), tuple(chosen["control"]))
 
 
@@ -245,7 +245,7 @@ def _score_arm(run: Run, arm: str, jobs: Iterable[Job], workshop: "_Workshop", o
         file = score_file(run.path, scorer.stem, scorer.images.split)
         there = read_if_fits(file, settings)
         done = set(there.table) | set(there.sums) if there else set()
-        lacking = chosen.lacking(scorer, run.recipe.fit.seeds, bank_layers(run.probes("no")), done)
+        lacking = chosen.lacking(scorer, run.recipe.fit.seeds, bank_layers(run.probes("none")), done)
         if lacking.layers and lacking.controls:
             due.append((scorer, lacking, settings, file))
         elif chosen.controls:

@@ -24,19 +24,21 @@ from probing.utils.errors import UserError
 from probing.utils.files import reading, whole_file, write_text
 
 COLUMNS = (
-    *("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "split", "seed"),
-    *("value", "ci_low", "ci_high", "n"),
+    *("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "variant", "split", "seed"),
+    *("value", "ci_low", "ci_high", "n", "chance"),
 )
-STATISTICS: dict[tuple[str, str], Statistic] = {
-    ("da2k", "strict"): pair_accuracy,
-    ("miou", "strict"): mean_iou,
-    ("miou", "blind"): mean_iou,
-    **{("word_miou", variant): mean_iou for variant in ("raw", "centred")},
-    **{("lens_miou", lens): mean_iou for lens in ("final norm", "no norm")},
-    **{(f"word_{metric}", v): pair_accuracy for metric in ("cosine", "retrieval") for v in ("raw", "centred")},
-    **{("lens_retrieval", lens): pair_accuracy for lens in ("final norm", "no norm")},
+CHANCE = {"da2k": 0.5}
+"""Metrics whose chance level is the same for any data."""
+STATISTICS: dict[str, Statistic] = {
+    "da2k": pair_accuracy,
+    "miou": mean_iou,
+    "word_miou": mean_iou,
+    "lens_miou": mean_iou,
+    "word_cosine": pair_accuracy,
+    "word_retrieval": pair_accuracy,
+    "lens_retrieval": pair_accuracy,
 }
-"""How a metric and protocol follow from sums over images; the mean, where none is named here."""
+"""How a metric follows from sums over images; the mean for all others, and for the protocol `paper`."""
 AGAIN = "remove it and evaluate again"
 EMPTY = Interval(math.nan, math.nan, math.nan)
 """The interval over no image."""
@@ -46,29 +48,30 @@ Imported probes' mean includes `final`; see `averages_final`."""
 
 
 @dataclass(frozen=True, order=True)
-class Curve:
-    """What one column of per-image scores belongs to."""
+class ScoreKey:
+    """Identifies one series of per-image scores, by the columns of `results.csv`."""
 
     teacher: str
     layer: str
     probe: str
     control: str
     metric: str
-    protocol: str
-    seed: int
+    protocol: str = ""
+    variant: str = ""
+    seed: int = 0
 
     def key(self) -> str:
         """Name of its tensor in a file."""
         return "/".join(map(str, vars(self).values()))
 
     @classmethod
-    def from_key(cls, key: str) -> "Curve":
+    def from_key(cls, key: str) -> "ScoreKey":
         """The inverse of `key`."""
-        teacher, layer, probe, control, metric, protocol, seed = key.split("/")
-        return cls(teacher, layer, probe, control, metric, protocol, int(seed))
+        teacher, layer, probe, control, metric, protocol, variant, seed = key.split("/")
+        return cls(teacher, layer, probe, control, metric, protocol, variant, int(seed))
 
 
-Table = dict[Curve, NDArray[Any]]
+Table = dict[ScoreKey, NDArray[Any]]
 """Per curve (images), or (images, …) where a metric needs more than one number of each image."""
 
 
@@ -85,6 +88,7 @@ class ScoreFile:
         done: images gone through, readable or not; an unfinished pass goes on from there.
         skipped: image, split and reason of those that could not be read.
         not_finite: `layer NAME` or `teacher NAME` → rows of images left out there; their scores are NaN.
+        chance: metric → its value by chance, where that follows from the data.
     """
 
     table: Table
@@ -95,6 +99,7 @@ class ScoreFile:
     done: int = 0
     skipped: list[list[str]] = field(default_factory=list)
     not_finite: dict[str, list[int]] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path) -> "ScoreFile":
@@ -104,7 +109,7 @@ class ScoreFile:
             tables: dict[str, Table] = {"image": {}, "sum": {}}
             for name in stored.keys():  # noqa: SIM118
                 kind, _, key = name.partition(":")
-                tables[kind][Curve.from_key(key)] = stored.get_tensor(name)
+                tables[kind][ScoreKey.from_key(key)] = stored.get_tensor(name)
             found = cls(table=tables["image"], sums=tables["sum"], **rest)
             if any(scores.shape[:1] != (len(found.names),) for scores in found.table.values()):
                 raise ValueError("a curve has not as many scores as there are images")
@@ -159,15 +164,17 @@ class Summary:
         seed: a number, or `all`.
         interval: the value and its interval.
         n: number of images.
+        chance: value by chance, where it is known.
         images: hash of their names, where there are no scores that name them.
         distances: what the interval of a Fréchet distance comes from.
     """
 
-    curve: Curve
+    curve: ScoreKey
     split: str
     seed: str
     interval: Interval
     n: int
+    chance: float = math.nan
     images: str = ""
     distances: Jackknife | None = None
 
@@ -188,22 +195,22 @@ def read_summaries(file: Path) -> list[Summary]:
     rows = []
     with reading(file, AGAIN):
         for row in json.loads(file.read_text(encoding="utf-8")):
-            values = {**row, "curve": Curve.from_key(row["curve"]), "interval": Interval(**row["interval"])}
+            values = {**row, "curve": ScoreKey.from_key(row["curve"]), "interval": Interval(**row["interval"])}
             if row.get("distances"):
                 values["distances"] = Jackknife(**{name: np.array(array) for name, array in row["distances"].items()})
             rows.append(Summary(**values))
     return rows
 
 
-def by_seed(table: Table) -> dict[Curve, dict[int, NDArray[Any]]]:
+def by_seed(table: Table) -> dict[ScoreKey, dict[int, NDArray[Any]]]:
     """Groups curves that differ by nothing but their seed, in the order of `results.csv`."""
-    grouped: dict[Curve, dict[int, NDArray[Any]]] = {}
+    grouped: dict[ScoreKey, dict[int, NDArray[Any]]] = {}
     for curve in sorted(table, key=_place):
-        grouped.setdefault(Curve(**{**vars(curve), "seed": 0}), {})[curve.seed] = table[curve]
+        grouped.setdefault(ScoreKey(**{**vars(curve), "seed": 0}), {})[curve.seed] = table[curve]
     return grouped
 
 
-def pooled(curve: Curve, scores: dict[int, NDArray[Any]], seeds: Sequence[int]) -> dict[str, NDArray[Any]]:
+def pooled(curve: ScoreKey, scores: dict[int, NDArray[Any]], seeds: Sequence[int]) -> dict[str, NDArray[Any]]:
     """What gets a row of its own: every seed of a trained probe, and all of them together; (seeds, images, …)."""
     trained = curve.probe == "resampler"
     stacks: dict[str, NDArray[Any]] = {str(seed): s[None] for seed, s in scores.items()} if trained else {}
@@ -212,10 +219,10 @@ def pooled(curve: Curve, scores: dict[int, NDArray[Any]], seeds: Sequence[int]) 
     return stacks
 
 
-def _place(curve: Curve) -> tuple[Any, ...]:
+def _place(curve: ScoreKey) -> tuple[Any, ...]:
     """Sorts curves by metric and in the order of their layers, `final` last."""
     layer = float(curve.layer) if curve.layer.isdecimal() else math.inf
-    return curve.metric, curve.protocol, curve.teacher, curve.probe, curve.control, layer, curve.seed
+    return curve.metric, curve.protocol, curve.variant, curve.teacher, curve.probe, curve.control, layer, curve.seed
 
 
 def is_averaged(layer: str, with_final: bool) -> bool:
@@ -239,17 +246,22 @@ def summaries(found: ScoreFile, seeds: Sequence[int], with_final: bool = False) 
         seeds: of the trained probes.
         with_final: whether the mean over layers takes `final` too; see `averages_final`.
     """
-    families: dict[tuple[Curve, str], list[NDArray[Any]]] = {}
+    families: dict[tuple[ScoreKey, str], list[NDArray[Any]]] = {}
     for curve, scores in by_seed(found.table).items():
         for seed, stack in pooled(curve, scores, seeds).items():
-            yield Summary(curve, found.split, seed, *_interval(curve, [stack]))
+            yield Summary(curve, found.split, seed, *_interval(curve, [stack]), chance_of(curve.metric, found))
             if is_averaged(curve.layer, with_final):
                 families.setdefault((replace(curve, layer=AVERAGE), seed), []).append(stack)
     for (curve, seed), stacks in families.items():
-        yield Summary(curve, found.split, seed, *_interval(curve, stacks))
+        yield Summary(curve, found.split, seed, *_interval(curve, stacks), chance_of(curve.metric, found))
 
 
-def _interval(curve: Curve, layers: Sequence[NDArray[Any]]) -> tuple[Interval, int]:
+def chance_of(metric: str, found: ScoreFile) -> float:
+    """Value of a metric by chance; NaN where it is unknown."""
+    return found.chance.get(metric, CHANCE.get(metric, math.nan))
+
+
+def _interval(curve: ScoreKey, layers: Sequence[NDArray[Any]]) -> tuple[Interval, int]:
     """The interval over the images that count at every layer, and their number; `EMPTY` where there is none."""
     table, statistic = over_layers(curve, layers)
     table = table[:, finite_images(table)]
@@ -262,7 +274,7 @@ def finite_images(*tables: NDArray[Any]) -> NDArray[np.bool_]:
     return np.logical_and.reduce([flag.all(axis=(0, 2)) for flag in flags])
 
 
-def over_layers(curve: Curve, layers: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], Statistic]:
+def over_layers(curve: ScoreKey, layers: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], Statistic]:
     """The mean over layers of a curve's metric, as one statistic.
 
     Args:
@@ -272,7 +284,7 @@ def over_layers(curve: Curve, layers: Sequence[NDArray[Any]]) -> tuple[NDArray[A
     Returns:
         The layers' numbers side by side, (seeds, images, layers · numbers), and the statistic of their sums.
     """
-    statistic = STATISTICS.get((curve.metric, curve.protocol), share_mean)
+    statistic = share_mean if curve.protocol == "paper" else STATISTICS.get(curve.metric, share_mean)
     tables = [layer[..., None] if layer.ndim == 2 else layer for layer in layers]
 
     def mean(totals: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -297,7 +309,7 @@ def write_rows(target: Path, checkpoint: str, rows: Iterable[Summary]) -> Path:
     writer.writerow(COLUMNS)
     for row in rows:
         place = [checkpoint, *list(vars(row.curve).values())[:-1]]
-        numbers = ["" if math.isnan(x) else f"{x:.8g}" for x in vars(row.interval).values()]
-        writer.writerow([*place, row.split, row.seed, *numbers, row.n])
+        *numbers, chance = ["" if math.isnan(x) else f"{x:.8g}" for x in (*vars(row.interval).values(), row.chance)]
+        writer.writerow([*place, row.split, row.seed, *numbers, row.n, chance])
     write_text(target, buffer.getvalue())
     return target

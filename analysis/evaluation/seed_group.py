@@ -10,8 +10,8 @@ import numpy as np
 from analysis.evaluation.bootstrap import Interval
 from analysis.evaluation.metrics.frechet import Jackknife
 from analysis.evaluation.scores import (
-    Curve,
     ScoreFile,
+    ScoreKey,
     Summary,
     averages_final,
     by_seed,
@@ -131,12 +131,12 @@ def write_pooled(folder: Path, runs: Sequence[Scored]) -> Path:
     return write_rows(folder / "results.csv", folder.resolve().name, rows)
 
 
-def read_distances(runs: Sequence[Scored]) -> dict[Curve, list[Summary]]:
+def read_distances(runs: Sequence[Scored]) -> dict[ScoreKey, list[Summary]]:
     """Distances between sets of images, by curve, of every run; curves that a run lacks are left out.
 
     Of a run with several seeds of its probes it is the row of all of them.
     """
-    found: list[dict[Curve, Summary]] = []
+    found: list[dict[ScoreKey, Summary]] = []
     for run in runs:
         found.append({})
         for row in (row for file in _files(run, "json") for row in read_summaries(file)):

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from analysis.evaluation.scores import Curve, ScoreFile, read_summaries, write_summaries
+from analysis.evaluation.scores import ScoreFile, ScoreKey, read_summaries, write_summaries
 from probing.hub.sanitize import CARD
 from probing.hub.subset import Part, copy_rows
 
@@ -37,7 +37,7 @@ def copy_results(run: Path, folder: Path, part: Part) -> None:
     layers = (*part.layers, OF_NO_LAYER)
     copy_rows(run / "results.csv", folder / "results.csv", part.teachers, layers)
 
-    def taken(curve: Curve) -> bool:
+    def taken(curve: ScoreKey) -> bool:
         return curve.teacher in part.teachers and curve.layer in layers
 
     for file in files:

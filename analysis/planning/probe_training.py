@@ -124,7 +124,7 @@ def training_cost(recipe: ProbeRunRecipe, processes: int = 1) -> TrainingCost:
     recipe = recipe.model_copy(deep=True)
     recipe.backbone.device_map = recipe.backbone.quantization_config = None
     images = training_images(recipe.data)
-    controls = ["no", *(["shuffled"] if "shuffled" in recipe.controls else [])]
+    controls = ["none", *(["shuffled"] if "shuffled" in recipe.controls else [])]
     with dry_run() as usage:
         backbone = load_backbone(recipe.backbone, META)
         layers = parse_layers(recipe.layers, backbone.layers)

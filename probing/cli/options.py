@@ -51,7 +51,7 @@ EVALUATION_OPTIONS = (
         "--control",
         "controls",
         multiple=True,
-        type=click.Choice(["no", "shuffled", "random", "blank", "other", "caption"]),
+        type=click.Choice(["none", "shuffled", "random", "blank", "other", "caption"]),
         help="no is the checkpoint itself. Default: all the run has; for fid and frechet no. blank, other and caption "
         "show the checkpoint a grey image, the next one, or the caption as text in place of the image.",
     ),

@@ -164,7 +164,7 @@ def tower_maker(backbone: Backbone, weights: str, images: ImageList, view: str) 
 
     Args:
         backbone: the checkpoint.
-        weights: which of its weights, where that is not told by its hash: `no`, or `random`.
+        weights: which of its weights, where that is not told by its hash: `none`, or `random`.
         images: of the split; the first that can be read tells the number of tokens.
         view: `square` or `own`, see `DataRecipe.view`.
 

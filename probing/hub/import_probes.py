@@ -200,9 +200,9 @@ def import_probes(recipe: ProbeRunRecipe, found: Found, out: Path) -> Run:
     provenance["checkpoint"]["name"] += f" {found.kind}"
     means, skipped = mean_targets(recipe, teachers, train_images, device)
     with disk_errors(out):
-        with whole_folder(run.probes("no")) as part:
+        with whole_folder(run.probes("none")) as part:
             made = {name: value for name, value in provenance.items() if name != "inputs"}
-            ProbeBank(probes, found.bank.keys).save(part, {"control": "no", **made})
+            ProbeBank(probes, found.bank.keys).save(part, {"control": "none", **made})
         with whole_file(run.means) as file:
             save_file(means, file)
         write_text(out / "learning_curves.csv", "control,teacher,layer,seed,step,loss\n")

@@ -55,14 +55,14 @@ def not_finite_rows(
 
 
 def report_not_finite(
-    found: Mapping[tuple[str, str], NDArray[np.bool_]], names: Sequence[str], readable: int, control: str = "no"
+    found: Mapping[tuple[str, str], NDArray[np.bool_]], names: Sequence[str], readable: int, control: str = "none"
 ) -> None:
     """Logs one line per set of layers that lack the same images."""
     sets: dict[tuple[str, bytes], list[str]] = {}
     for kind, name in sorted(found, key=lambda place: (place[0], not place[1].isdecimal(), place[1].zfill(9))):
         if found[kind, name].any():
             sets.setdefault((kind, found[kind, name].tobytes()), []).append(name)
-    weights = "" if control == "no" else f" ({control})"
+    weights = "" if control == "none" else f" ({control})"
     for (kind, images), places in sets.items():
         left_out = np.flatnonzero(np.frombuffer(images, dtype=bool))
         teacher = f"teacher {', '.join(places)}"

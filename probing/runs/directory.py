@@ -125,12 +125,12 @@ class Run:
         return read_json(self.path / "manifest.json", LOST)
 
     def probes(self, control: str) -> Path:
-        """Folder of the resamplers of a control (`no`, `shuffled`, `random`)."""
-        return self.path / ("probes" if control == "no" else f"controls/{control}/probes")
+        """Folder of the resamplers of a control (`none`, `shuffled`, `random`)."""
+        return self.path / ("probes" if control == "none" else f"controls/{control}/probes")
 
     def ridge(self, control: str) -> Path:
-        """Folder of the ridge readouts of a control (`no`, `random`)."""
-        return self.path / ("ridge" if control == "no" else f"controls/{control}/ridge")
+        """Folder of the ridge readouts of a control (`none`, `random`)."""
+        return self.path / ("ridge" if control == "none" else f"controls/{control}/ridge")
 
     @property
     def means(self) -> Path:

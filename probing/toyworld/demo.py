@@ -85,7 +85,7 @@ def demo_options(models: Path, world: Path, recipe: ProbeRunRecipe, layers: str)
         logger.warning("diffusers is not installed: no images are generated; pip install 'mllm-probing[decode]'")
         metrics = metrics[:-1]
     common = Options(metrics, layers=layers, images=DECODED_IMAGES, micro_batch=32)
-    controls = tuple(control for control in ("no", "random") if control in ("no", *recipe.controls))
+    controls = tuple(control for control in ("none", "random") if control in ("none", *recipe.controls))
     return [
         Options(micro_batch=32),
         replace(common, da2k=world / "da2k", extractor=str(models / "toy"), steps=STEPS, guidance=GUIDANCE),

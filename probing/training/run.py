@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 RANDOM_WEIGHTS_SEED = 2412_09585
 """Seed of the random-weights control: no checkpoint's own initialisation."""
 
-ARMS = ("no", "random")
+ARMS = ("none", "random")
 """Sets of backbone weights that probes are trained on: the checkpoint's own, and random ones."""
 
 
@@ -104,7 +104,7 @@ def tower_cache_of(
 
 
 def arm_backbone(recipe: ProbeRunRecipe, arm: str, device: torch.device) -> Backbone:
-    """The checkpoint (`no`), or the same architecture with random weights (`random`)."""
+    """The checkpoint (`none`), or the same architecture with random weights (`random`)."""
     return load_backbone(recipe.backbone, device, RANDOM_WEIGHTS_SEED if arm == "random" else None)
 
 
@@ -163,7 +163,7 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
 
 def _train(recipe: ProbeRunRecipe, out: Path, accelerator: Accelerator) -> Run:
     train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
-    backbone = arm_backbone(recipe, "no", accelerator.device)
+    backbone = arm_backbone(recipe, "none", accelerator.device)
     layers = parse_layers(recipe.layers, backbone.layers)
     teachers = load_teachers(recipe, accelerator.device)
     with disk_errors(out), accelerator.main_process_first():
@@ -172,7 +172,7 @@ def _train(recipe: ProbeRunRecipe, out: Path, accelerator: Accelerator) -> Run:
         run = Run.create(out, recipe)
         if accelerator.is_main_process:
             run.remove_left_overs()
-    arms: list[tuple[str, list[str]]] = [(ARMS[0], ["no", *(["shuffled"] if "shuffled" in recipe.controls else [])])]
+    arms: list[tuple[str, list[str]]] = [(ARMS[0], ["none", *(["shuffled"] if "shuffled" in recipe.controls else [])])]
     if "random" in recipe.controls:
         arms.append((ARMS[1], ["random"]))
     finished, due = run.finished, [one for one in arms if not summary_file(run, one[0]).exists()]
@@ -242,7 +242,7 @@ def _train_arm(
         if run.recipe.fit.ridge:
             with whole_folder(run.ridge(arm)) as folder:
                 fit.readout(state).save(folder, {"control": arm, **made})
-        if arm == "no":
+        if arm == "none":
             with whole_file(run.means) as file:
                 save_file(fit.means(state), file)
         report_not_finite(state.not_finite, images.names, len(images) - len(state.skipped), arm)

@@ -23,7 +23,7 @@ class FitState:
     """Everything that changes while probes are trained.
 
     Attributes:
-        banks: probes by control (`no` and `shuffled`, or `random`).
+        banks: probes by control (`none` and `shuffled`, or `random`).
         optimizer: one AdamW over all of them.
         step: optimiser steps taken.
         losses: one row per step; columns as in `columns`, then one per teacher for its running mean target. NaN where a

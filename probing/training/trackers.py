@@ -48,7 +48,9 @@ def curve_names(columns: Sequence[tuple[str, ProbeKey]], teachers: Sequence[str]
     for part in np.array_split(np.arange(len(layers)), min(GROUPS, len(layers))):
         first, last = layers[part[0]], layers[part[-1]]
         group |= {layers[index]: f"layers_{first}-{last}" if first != last else f"layer_{first}" for index in part}
-    names = [f"{key.teacher}/{'' if control == 'no' else control + '_'}{group[key.layer]}" for control, key in columns]
+    names = [
+        f"{key.teacher}/{'' if control == 'none' else control + '_'}{group[key.layer]}" for control, key in columns
+    ]
     return names + [f"{teacher}/mean_target" for teacher in teachers]
 
 

@@ -90,7 +90,7 @@ class Fit:
         teachers: where the targets come from.
         images: training images.
         layers: probed layers, of this process where `spread`.
-        controls: what is trained: `no` and perhaps `shuffled`, or `random`.
+        controls: what is trained: `none` and perhaps `shuffled`, or `random`.
         folder: where the training state is kept while the work lasts.
         accelerator: device and processes.
         kept: features of teachers that are read instead of being computed.

@@ -61,11 +61,11 @@ def make_fit(size: str, root: Path, layers: int | None, bf16: bool) -> Fit:
     fit = {"epochs": 1, "batch_size": batch, "micro_batch": batch, "workers": 0, "ridge": False, "bf16": bf16}
     recipe = ProbeRunRecipe.model_validate({**values, "fit": fit})
     accelerator = Accelerator(cpu=True)
-    backbone = arm_backbone(recipe, "no", accelerator.device)
+    backbone = arm_backbone(recipe, "none", accelerator.device)
     first = 0 if layers is None else backbone.layers - layers + 1  # the forward is as deep in all cases
     teachers = load_teachers(recipe, accelerator.device)
     chosen = list(range(first, backbone.layers + 1))
-    return Fit(recipe, backbone, teachers, training_images(recipe.data), chosen, ["no"], root / "state", accelerator)
+    return Fit(recipe, backbone, teachers, training_images(recipe.data), chosen, ["none"], root / "state", accelerator)
 
 
 def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
@@ -102,7 +102,7 @@ def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
         autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
 
         def probes_alone() -> None:
-            for key, probe in state.banks["no"].probes.items():
+            for key, probe in state.banks["none"].probes.items():
                 with autocast:
                     prediction = probe(hidden)
                 F.smooth_l1_loss(prediction.float(), targets[key.teacher]).backward()

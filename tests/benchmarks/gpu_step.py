@@ -91,9 +91,9 @@ def main() -> None:
         recipe = recipe_of(Path(folder), options.small, options.batch)
         cost = training_cost(recipe)
         with random_weights():
-            backbone, teachers = arm_backbone(recipe, "no", device), load_teachers(recipe, device)
+            backbone, teachers = arm_backbone(recipe, "none", device), load_teachers(recipe, device)
         images, layers = training_images(recipe.data), list(range(1, backbone.layers + 1))
-        fit = Fit(recipe, backbone, teachers, images, layers, ["no"], Path(folder) / "state", accelerator)
+        fit = Fit(recipe, backbone, teachers, images, layers, ["none"], Path(folder) / "state", accelerator)
         state = fit.start()
         step = plan_steps(len(images), recipe.fit)[0]
         prepare = {name: teacher.prepare for name, teacher in teachers.items()}

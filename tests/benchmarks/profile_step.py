@@ -52,7 +52,7 @@ def main() -> None:
             torch.randn(BATCH[options.size], prepared.student.tokens.kinds.shape[1], fit.backbone.hidden_size),
             fit.recipe.probe.keys,
         )[0]
-        probes = [probe for _, probe in state.banks["no"].at(fit.layers[0])]
+        probes = [probe for _, probe in state.banks["none"].at(fit.layers[0])]
         for probe in probes:
             twins = [Resampler(probe.config) for _ in range(2)]
             parameters, _ = stack_module_state(twins)

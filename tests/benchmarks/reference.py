@@ -45,16 +45,16 @@ def make_fit(values: dict[str, Any], root: Path, batch: int) -> Fit:
     fit = {"epochs": 1, "batch_size": batch, "micro_batch": batch, "workers": 0, "ridge": False}
     recipe = ProbeRunRecipe.model_validate({**values, "fit": fit, "controls": []})
     accelerator = Accelerator(cpu=True)
-    backbone, teachers = arm_backbone(recipe, "no", accelerator.device), load_teachers(recipe, accelerator.device)
+    backbone, teachers = arm_backbone(recipe, "none", accelerator.device), load_teachers(recipe, accelerator.device)
     layers = list(range(1, backbone.layers + 1))  # the reference has no layer 0
-    return Fit(recipe, backbone, teachers, training_images(recipe.data), layers, ["no"], root, accelerator)
+    return Fit(recipe, backbone, teachers, training_images(recipe.data), layers, ["none"], root, accelerator)
 
 
 def reference_step(values: dict[str, Any], name: str, model: Any, root: Path, batch: int) -> Callable[[], None]:
     """A step of the reference's run for one teacher."""
     fit = make_fit({**values, "teachers": {name: values["teachers"][name]}}, root / name, batch)
     state, teacher = fit.start(), fit.teachers[name]
-    probes = {int(key.layer): probe for key, probe in state.banks["no"].probes.items()}
+    probes = {int(key.layer): probe for key, probe in state.banks["none"].probes.items()}
     parameters = state.optimizer.param_groups[0]["params"]
     ((micro,),) = plan_steps(len(fit.images), fit.recipe.fit)
 
@@ -90,7 +90,7 @@ def our_steps(values: dict[str, Any], root: Path, batch: int) -> dict[str, Calla
     def step_of(name: str) -> Callable[[], object]:
         fit = make_fit(fits[name], root / name, batch)
         fit.kept |= caches_of(fit.recipe, fit.teachers, fit.images)
-        fit.kept |= tower_cache_of(fit.recipe, "no", fit.backbone, fit.images)
+        fit.kept |= tower_cache_of(fit.recipe, "none", fit.backbone, fit.images)
         state, steps = fit.start(), plan_steps(len(fit.images), fit.recipe.fit)
         return lambda: fit._step(state, steps[0], fit.batches(steps), 1000, gather=False)
 

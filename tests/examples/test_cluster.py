@@ -104,7 +104,7 @@ def test_a_stopped_job_saves_asks_for_its_place_and_goes_on(recipe_values, tmp_p
         return said
 
     job = start()
-    while not (tmp_path / "run/state/no/state.pt").exists():
+    while not (tmp_path / "run/state/none/state.pt").exists():
         assert job.poll() is None, job.stderr.read()
         time.sleep(0.1)
     said = stop(job)

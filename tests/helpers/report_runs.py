@@ -7,10 +7,10 @@ import pandas as pd
 from safetensors.numpy import save_file
 
 COLUMNS = [
-    *("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "split", "seed"),
-    *("value", "ci_low", "ci_high", "n"),
+    *("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "variant", "split", "seed"),
+    *("value", "ci_low", "ci_high", "n", "chance"),
 ]
-OFFSETS = {("resampler", "no"): 0.5, ("resampler", "shuffled"): 0.02, ("ridge", "no"): 0.6}
+OFFSETS = {("resampler", "none"): 0.5, ("resampler", "shuffled"): 0.02, ("ridge", "none"): 0.6}
 
 
 def make_run(path, name="tiny", layers=12, random=0.3, width=0.01, final=True):
@@ -27,20 +27,24 @@ def make_run(path, name="tiny", layers=12, random=0.3, width=0.01, final=True):
             ("cosine", "paper", 0.3),
         ):
             mean = 0.0 if metric == "cosine_centred" else lift + 0.1
-            rows.append([name, teacher, "", "constant", "mean", metric, protocol, "val2017", 0, mean, mean, mean, 50])
+            rows.append(
+                [name, teacher, "", "constant", "mean", metric, protocol, "", "val2017", 0, mean, mean, mean, 50, ""]
+            )
             for (probe, control), offset in offsets.items():
                 for rank, layer in enumerate(reversed(places)):  # out of order on purpose
                     value = offset + lift - 0.01 * (len(places) - 1 - rank)
-                    place = [name, teacher, layer, probe, control, metric, protocol, "val2017", 0]
-                    rows.append([*place, value, value - width, value + width, 50])
+                    place = [name, teacher, layer, probe, control, metric, protocol, "", "val2017", 0]
+                    rows.append([*place, value, value - width, value + width, 50, ""])
         convergence_rows += [
-            {"control": "no", "teacher": teacher, "layer": layer, "seed": 0, "state": "flat"} for layer in places
+            {"control": "none", "teacher": teacher, "layer": layer, "seed": 0, "state": "flat"} for layer in places
         ]
     path.mkdir(parents=True)
     pd.DataFrame(rows, columns=COLUMNS).to_csv(path / "results.csv", index=False)
     steps = np.arange(100)
     curves = [
-        pd.DataFrame({"control": "no", "teacher": t, "layer": k, "seed": 0, "step": steps, "loss": np.exp(-steps / 30)})
+        pd.DataFrame(
+            {"control": "none", "teacher": t, "layer": k, "seed": 0, "step": steps, "loss": np.exp(-steps / 30)}
+        )
         for t in ("depth", "seg", "gen")
         for k in places
     ]
@@ -87,7 +91,7 @@ def decode(run):
         ("frechet_toy", "strict", "gen", (30.0, 21.0, 20.0, 20.5)),
     ):
         layers = zip(("0", "1", "2", "mean"), values, strict=True)
-        rows = [(layer, "resampler", "no", value, 0.01) for layer, value in layers]
+        rows = [(layer, "resampler", "none", value, 0.01) for layer, value in layers]
         rows += [("", "constant", "mean", 0.08, 0.0), ("", "target", "teacher", 0.52, 0.0)]
         add_rows(run, metric, protocol, teacher, rows)
 
@@ -101,9 +105,9 @@ def pictures(run, teacher, shape, dtype, layers):
 
     photographs = rng.integers(0, 255, (2, 16, 16, 3), dtype=np.uint8)
     tensors = {"photograph": photographs, "target": some()}
-    tensors = {f"image:{teacher}//{name}/teacher/picture/strict/0": value for name, value in tensors.items()}
+    tensors = {f"image:{teacher}//{name}/teacher/picture/strict//0": value for name, value in tensors.items()}
     for layer in layers:
-        tensors[f"image:{teacher}/{layer}/resampler/no/picture/strict/0"] = some()
+        tensors[f"image:{teacher}/{layer}/resampler/none/picture/strict//0"] = some()
     (run / "pictures").mkdir(exist_ok=True)
     save_file(tensors, run / "pictures" / f"{teacher}-val2017.safetensors")
 
@@ -125,12 +129,12 @@ def wide_pictures(run, layers=32, side=256, images=4, shift=0):
         return (127 + 90 * np.stack(colour, axis=-1) * waves[..., None]).astype(np.uint8)
 
     for teacher in ("depth", "seg", "gen"):
-        stem = f"image:{teacher}//{{}}/teacher/picture/strict/0"
+        stem = f"image:{teacher}//{{}}/teacher/picture/strict//0"
         tensors = {stem.format("photograph"): photograph.astype(np.uint8), stem.format("target"): drawn(teacher, -1)}
         for probe in ("resampler", "ridge"):
             for layer in range(layers + 1):
                 phase = layer + shift + 7 * (probe == "ridge")
-                tensors[f"image:{teacher}/{layer}/{probe}/no/picture/strict/0"] = drawn(teacher, phase)
+                tensors[f"image:{teacher}/{layer}/{probe}/none/picture/strict//0"] = drawn(teacher, phase)
         save_file(tensors, run / "pictures" / f"{teacher}-val2017.safetensors")
 
 
@@ -144,7 +148,7 @@ def make_differences(names, layers=12):
                     for metric, protocol in (("cosine", "strict"), ("cosine_centred", "strict"), ("cosine", "paper")):
                         for rank, layer in enumerate([*map(str, range(layers + 1)), "final", "mean"]):
                             value = 0.01 * (two - one) * (1 + rank / 7) - 0.004 * rank
-                            place = [names[two], reference, teacher, layer, probe, metric, protocol, "val2017"]
+                            place = [names[two], reference, teacher, layer, probe, metric, protocol, "", "val2017"]
                             rows.append([*place, value, value - 0.005, value + 0.007, 50, "1, 1", ""])
-    columns = [*("checkpoint", "reference", "teacher", "layer", "probe", "metric", "protocol", "split")]
+    columns = [*("checkpoint", "reference", "teacher", "layer", "probe", "metric", "protocol", "variant", "split")]
     return pd.DataFrame(rows, columns=[*columns, "value", "ci_low", "ci_high", "n", "seeds", "higher"])

@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 
 from analysis.evaluation.metrics.image_features import inception
-from analysis.evaluation.scores import Curve, ScoreFile, read_if_fits, read_summaries
+from analysis.evaluation.scores import ScoreFile, ScoreKey, read_if_fits, read_summaries
 from probing.models import load_backbone
 from probing.probes.bank import ProbeBank
 from probing.probes.resampler import ResamplerConfig
@@ -64,7 +64,7 @@ KINDS = list(broken(struct.pack("<Q", len(SMALLEST)) + SMALLEST + bytes(4)))
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory):
     file = tmp_path_factory.mktemp("scores") / "cosine-val2017.safetensors"
-    curve = Curve("depth", "0", "resampler", "no", "cosine", "strict", 0)
+    curve = ScoreKey("depth", "0", "resampler", "none", "cosine", "strict")
     ScoreFile({curve: np.ones(3)}, ["a", "b", "c"], "val2017", "x", {curve: np.ones((2, 2))}).write(file)
     return file
 
@@ -180,7 +180,7 @@ def test_no_pickle_runs_code(models, recipe_values, tmp_path, monkeypatch):
     with pytest.raises(UserError):
         inception(evil, CPU)
     recipe = ProbeRunRecipe.model_validate(recipe_values | {"layers": "1", "controls": []})
-    state = tmp_path / "run" / "state" / "no" / "state.pt"
+    state = tmp_path / "run" / "state" / "none" / "state.pt"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Fit, "run", lambda fit: signal.raise_signal(signal.SIGINT))
         train(recipe, tmp_path / "run")

@@ -25,12 +25,13 @@ def make_bench(path, name, accuracy, sha, unread=0, questions=2638):
     benchmark = "cvbench"
     path.mkdir(parents=True)
     rows = []
-    for protocol, lift in ((benchmark, 0.0), (f"{benchmark}/2d", 0.1), (f"{benchmark}/2d/count", 0.2)):
+    for part, lift in (("", 0.0), ("2d", 0.1), ("2d/count", 0.2)):
         place = [name, "", "", ""]
         value = accuracy + lift
-        rows.append([*place, "no", "accuracy", protocol, "test", 0, value, value - 0.03, value + 0.04, 99])
-        rows.append([*place, "no", "unreadable", protocol, "test", 0, unread / 99, 0, 0.1, 99])
-        rows.append([*place, "guess", "accuracy", protocol, "test", 0, 0.25, 0.25, 0.25, 99])
+        rows.append(
+            [*place, "none", "accuracy", benchmark, part, "test", 0, value, value - 0.03, value + 0.04, 99, 0.25]
+        )
+        rows.append([*place, "none", "unreadable", benchmark, part, "test", 0, unread / 99, 0, 0.1, 99, ""])
     pd.DataFrame(rows, columns=COLUMNS).to_csv(path / "results.csv", index=False)
     manifest = {
         "kind": "benchmark", "benchmark": benchmark, "checkpoint": {"name": name, "path": "/x", "sha256": sha},

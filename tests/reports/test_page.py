@@ -58,7 +58,7 @@ def test_the_numbers_of_the_page_are_those_of_the_table(tmp_path):
         mine = mine[mine["protocol"] == protocol]
         for line in plot["lines"]:
             control, _, name = line["name"].rpartition(", ")
-            kind = {"": "no", "random weights": "random", "shuffled pairs": "shuffled"}[control]
+            kind = {"": "none", "random weights": "random", "shuffled pairs": "shuffled"}[control]
             rows = mine[(mine["checkpoint"] == name) & (mine["probe"] == probes[probe]) & (mine["control"] == kind)]
             rows = rows.set_index("layer").loc[plot["labels"]]
             for key, column in (("value", "value"), ("low", "ci_low"), ("high", "ci_high")):
@@ -114,7 +114,7 @@ def test_three_checkpoints_of_32_layers_with_pictures_fit_in_five_megabytes(tmp_
     for number, path in enumerate(paths):
         wide_pictures(path, shift=3 * number)
         for metric, protocol, teacher in decoded:
-            kinds = [(probe, control) for probe in ("resampler", "ridge") for control in ("no", "random")]
+            kinds = [(probe, control) for probe in ("resampler", "ridge") for control in ("none", "random")]
             rows = [(layer, *kind, 0.4 + 0.001 * int(layer), 0.01) for layer in layers for kind in kinds]
             rows += [("", "constant", "mean", 0.08, 0.0), ("", "target", "teacher", 0.52, 0.0)]
             add_rows(path, metric, protocol, teacher, rows)

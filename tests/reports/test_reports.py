@@ -112,7 +112,7 @@ def test_pooled_seeds_are_drawn_where_there_are_several(tmp_path):
     pooled = table.assign(seed="all", value="0.123")
     pd.concat([table, table.assign(seed="1"), pooled]).to_csv(path / "results.csv", index=False)
     (run,) = load_runs([path])
-    curve = run.curve("depth", "resampler", "no", "cosine", "strict")
+    curve = run.curve("depth", "resampler", "none", "cosine", "strict")
     assert len(curve) == 14 and set(curve["value"].astype(float)) == {0.123}
 
 

@@ -16,12 +16,11 @@ from analysis.alignment.metrics.similarity import (
     gram,
     matrix_cosine,
     nearest_neighbours,
-    overlap_at_chance,
     shared_neighbours,
     u_centred,
 )
 from analysis.evaluation.metrics.frechet import Jackknife
-from analysis.evaluation.scores import Curve
+from analysis.evaluation.scores import ScoreKey
 
 ITEMS = 1024
 """Images that are compared, the first ones (as many as arXiv:2405.07987): the cost grows with their square."""
@@ -31,6 +30,11 @@ GROUPS = 10
 """Of images, left out in turn for the interval of a CKA."""
 LEAST = 4 + GROUPS
 """Fewer images are not compared."""
+
+
+def neighbours(images: int) -> int:
+    """Number k of nearest neighbours among that many images."""
+    return min(NEIGHBOURS, max(1, images // 4))
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Likeness:
         jackknife: of a CKA.
     """
 
-    curve: Curve
+    curve: ScoreKey
     shares: Tensor | None = None
     jackknife: Jackknife | None = None
 
@@ -58,24 +62,23 @@ def likeness(
     Args:
         layers: by name, (n, H).
         references: by name, (n, D), of the same images.
-        whole: number of images that other layers are compared over, where some are left out of these; it names the
-            protocols, so that all layers have the same.
+        whole: number of images that other layers are compared over, where some are left out of these; the number of
+            neighbours follows from it, so that all layers have the same.
     """
     n = len(next(iter(layers.values())))
     whole = whole or n
-    k = min(NEIGHBOURS, max(1, whole // 4), n - 1)
-    protocol = f"k = {k} of {whole} images, at chance {overlap_at_chance(whole, k):.3f}"
+    k = min(neighbours(whole), n - 1)
     order = derangement(n)
     arms = [(name, control, own[order] if control == "permuted" else own)
-            for name, own in references.items() for control in ("no", "permuted")]  # fmt: skip
+            for name, own in references.items() for control in ("none", "permuted")]  # fmt: skip
     near = {layer: nearest_neighbours(states, k) for layer, states in layers.items()}
     for reference, control, features in arms:
         others = nearest_neighbours(features, k)
         for layer, own in near.items():
-            curve = Curve(reference, layer, "", control, "mutual_knn", protocol, 0)
+            curve = ScoreKey(reference, layer, "", control, "mutual_knn", variant=f"k={k}")
             yield Likeness(curve, shares=shared_neighbours(own, others))
     for (layer, reference, control), jackknife in _jackknives(layers, arms).items():
-        curve = Curve(reference, layer, "", control, "cka", f"unbiased, {whole} images", 0)
+        curve = ScoreKey(reference, layer, "", control, "cka")
         yield Likeness(curve, jackknife=jackknife)
 
 

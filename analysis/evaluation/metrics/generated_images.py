@@ -24,8 +24,8 @@ from analysis.evaluation.scorer import Reference, Row
 from analysis.evaluation.scores import (
     AVERAGE,
     EMPTY,
-    Curve,
     ScoreFile,
+    ScoreKey,
     Summary,
     averages_final,
     by_seed,
@@ -120,7 +120,7 @@ def feature_folder(run: Path, extractor: Extractor, teacher: str, steps: int, gu
     return run / "generated" / f"{extractor.name}-{digest}"
 
 
-def feature_file(folder: Path, curve: Curve, embeds: NDArray[np.float32]) -> Path:
+def feature_file(folder: Path, curve: ScoreKey, embeds: NDArray[np.float32]) -> Path:
     """Where the features of one curve's painted images are kept; its name changes with the embeddings."""
     digest = hashlib.sha256(np.ascontiguousarray(embeds).tobytes()).hexdigest()[:12]
     place = "-".join(part for part in (curve.layer, curve.probe, curve.control, str(curve.seed)) if part)
@@ -210,13 +210,17 @@ def require_images(number: int) -> None:
 
 
 def summarise(
-    run: Run, features: dict[Curve, NDArray[np.float32]], real: NDArray[np.float32], painter: Painter, found: ScoreFile
+    run: Run,
+    features: dict[ScoreKey, NDArray[np.float32]],
+    real: NDArray[np.float32],
+    painter: Painter,
+    found: ScoreFile,
 ) -> list[Summary]:
     """Both distances of every curve from the real images, over the images that could be painted in all its layers."""
     reference = Gaussian.of(real)
     frechet, kernel = painter.extractor.metrics
     rows: list[Summary] = []
-    families: dict[tuple[Curve, str], list[NDArray[np.float32]]] = {}
+    families: dict[tuple[ScoreKey, str], list[NDArray[np.float32]]] = {}
     known: dict[tuple[int, bytes], tuple[Any, Jackknife, NDArray[np.float64]]] = {}
 
     def distances(stack: NDArray[np.float32], there: NDArray[np.bool_]) -> tuple[Jackknife, NDArray[np.float64]]:
@@ -227,19 +231,23 @@ def summarise(
             known[key] = stack, jackknife, np.mean([kernel_distances(one, truth) for one in own], axis=0)
         return known[key][1:]
 
-    def note(curve: Curve, seed: str, stacks: Sequence[NDArray[np.float32]]) -> None:
+    def note(curve: ScoreKey, seed: str, stacks: Sequence[NDArray[np.float32]]) -> None:
         there, place = finite_images(*stacks), (found.split, seed)
         number = int(there.sum())
         images = hashlib.sha256(repr(list(itertools.compress(found.names, there))).encode()).hexdigest()
         if number < FEWEST:
-            rows.extend(Summary(replace(curve, metric=m), *place, EMPTY, number, images) for m in (frechet, kernel))
+            rows.extend(
+                Summary(replace(curve, metric=m), *place, EMPTY, number, images=images) for m in (frechet, kernel)
+            )
             return
         jackknives, kernels = zip(*(distances(stack, there) for stack in stacks), strict=True)
         jackknife = Jackknife.mean(jackknives)
         interval = jackknife.interval()
-        rows.append(Summary(replace(curve, metric=frechet), *place, interval, number, images, jackknife))
+        rows.append(
+            Summary(replace(curve, metric=frechet), *place, interval, number, images=images, distances=jackknife)
+        )
         spread = sample_spread(np.mean(kernels, axis=0))
-        rows.append(Summary(replace(curve, metric=kernel), *place, spread, number, images))
+        rows.append(Summary(replace(curve, metric=kernel), *place, spread, number, images=images))
 
     for curve, scores in by_seed(dict(features)).items():
         for seed, stack in pooled(curve, scores, run.recipe.fit.seeds).items():

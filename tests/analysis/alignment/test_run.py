@@ -90,19 +90,17 @@ def test_numbers_are_those_of_plain_loops(checkpoint, world, tmp_path):
         features = backbone.core.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
         tower.append(float(von_neumann_entropy(features)))
 
-    def value(metric, layer, control="no", **rest):
+    def value(metric, layer, control="none", **rest):
         chosen = results[(results["metric"] == metric) & (results["layer"] == layer) & (results["control"] == control)]
         for name, wanted in rest.items():
             chosen = chosen[chosen[name] == wanted]
         return chosen["value"].item()
 
-    assert value("word_cosine", "2", protocol="raw") == pytest.approx(np.mean(cosines), abs=1e-5)
-    assert value("word_retrieval", "2", protocol="raw") == pytest.approx(np.mean(right), abs=1e-6)
+    assert value("word_cosine", "2", variant="raw") == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert value("word_retrieval", "2", variant="raw") == pytest.approx(np.mean(right), abs=1e-6)
     assert value("von_neumann_entropy", "2") == pytest.approx(np.mean(entropies), abs=1e-5)
     assert value("von_neumann_entropy", "tower") == pytest.approx(np.mean(tower), abs=1e-5)
-    assert set(results["control"]) == {"no", "permuted", "random", "uniform"}
-    entropy = results[results["metric"] == "von_neumann_entropy"]["protocol"]
-    assert entropy.str.contains("36 tokens, at most").all()
+    assert set(results["control"]) == {"none", "permuted", "random", "uniform"}
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["data"]["labelled_patches"] == len(cosines)
 
@@ -157,26 +155,25 @@ def test_the_dear_measures_are_those_of_plain_loops(checkpoint, models, tmp_path
             places.append(linear_cka(plane.detach(), targets["depth"]))
     pooled = {name: torch.stack(rows).detach() for name, rows in pooled.items()}
 
-    def value(teacher, metric, protocol, control="no"):
+    def value(teacher, metric, variant="", control="none"):
         own = (results["layer"] == "2") & (results["teacher"] == teacher) & (results["control"] == control)
-        own &= (results["metric"] == metric) & results["protocol"].str.startswith(protocol)
+        own &= (results["metric"] == metric) & (results["variant"] == variant)
         return results[own]["value"].item()
 
     assert value("words", "lens_entropy", "final norm") == pytest.approx(np.mean(lens), abs=1e-5)
     assert value("words", "lens_retrieval", "final norm") == pytest.approx(np.mean(right), abs=1e-6)
-    assert value("words", "explained_energy", "orthogonal, 4 words") == pytest.approx(np.mean(energy), abs=1e-5)
+    assert value("words", "explained_energy_4", "orthogonal") == pytest.approx(np.mean(energy), abs=1e-5)
     assert value("tokens", "image_attention", "last token") == pytest.approx(np.mean(attention), abs=1e-5)
     assert value("tokens", "image_attention", "last token", "uniform") == pytest.approx(np.mean(uniform), abs=1e-6)
-    assert value("depth", "cka_places", "unbiased") == pytest.approx(np.mean(places), abs=1e-5)
+    assert value("depth", "cka_places") == pytest.approx(np.mean(places), abs=1e-5)
+    assert results.query("metric == 'mutual_knn'")["chance"].astype(float).to_numpy() == pytest.approx(4 / 15, abs=1e-6)
     for name in ("tower", "depth", "gen"):
-        assert value(name, "cka", "unbiased") == pytest.approx(linear_cka(pooled["2"], pooled[name]), abs=1e-4)
+        assert value(name, "cka") == pytest.approx(linear_cka(pooled["2"], pooled[name]), abs=1e-4)
         overlap = float(neighbour_overlap(pooled["2"], pooled[name], 4).mean())
-        assert value(name, "mutual_knn", "k = 4 of 16 images, at chance 0.267") == pytest.approx(overlap, abs=0.02)
-    assert set(results[results["metric"] == "lens_entropy"].query("layer == 'final'")["protocol"].str[:10]) == {
-        "final norm"
-    }
-    both = results[(results["metric"] == "lens_retrieval") & (results["protocol"] == "final norm")]
-    both = both[both["control"] == "no"].set_index("layer")["value"]
+        assert value(name, "mutual_knn", "k=4") == pytest.approx(overlap, abs=0.02)
+    assert set(results[results["metric"] == "lens_entropy"].query("layer == 'final'")["variant"]) == {"final norm"}
+    both = results[(results["metric"] == "lens_retrieval") & (results["variant"] == "final norm")]
+    both = both[both["control"] == "none"].set_index("layer")["value"]
     assert both["3"] == both["final"]  # the state after the last block, normed, is the final state
 
 
@@ -208,13 +205,13 @@ def test_runs_of_seeds_are_pooled_and_compared(world, tmp_path):
     arms = [str(tmp_path / arm) for arm in ("one", "two")]
     said = CliRunner().invoke(cli, ["compare", *arms, "--out", str(tmp_path / "out")], catch_exceptions=False)
     assert "word_retrieval (centred), layer 0: two - one = " in said.output and "2 pairs of seeds" in said.output
-    table = read(tmp_path / "out" / "differences.csv").query("metric == 'word_miou' and protocol == 'raw'")
+    table = read(tmp_path / "out" / "differences.csv").query("metric == 'word_miou' and variant == 'raw'")
     found = {row["layer"]: row["value"] for _, row in table.iterrows()}
     pooled = [read(tmp_path / arm / "results.csv") for arm in ("one", "two")]
-    pooled = [p.query("metric == 'word_miou' and protocol == 'raw' and control == 'no'") for p in pooled]
+    pooled = [p.query("metric == 'word_miou' and variant == 'raw' and control == 'none'") for p in pooled]
     pooled = [p.set_index("layer")["value"] for p in pooled]
     singles = [read(tmp_path / "two" / f"seed_{seed}" / "results.csv") for seed in (0, 1)]
-    singles = [s.query("metric == 'word_miou' and protocol == 'raw' and control == 'no'") for s in singles]
+    singles = [s.query("metric == 'word_miou' and variant == 'raw' and control == 'none'") for s in singles]
     assert pooled[1]["3"] == pytest.approx(np.mean([s.set_index("layer")["value"]["3"] for s in singles]), abs=1e-6)
     for layer in ("0", "3", "mean"):
         assert found[layer] == pytest.approx(pooled[1][layer] - pooled[0][layer], abs=1e-6)
@@ -222,7 +219,7 @@ def test_runs_of_seeds_are_pooled_and_compared(world, tmp_path):
     assert set(permuted["seed"]) == {"all"}
     page = (tmp_path / "out" / "index.html").read_text()
     clear = read(tmp_path / "out" / "differences.csv").query("(ci_low > 0 or ci_high < 0) and layer in ('0', 'mean')")
-    for _, row in clear[clear["metric"] == "word_cosine"].query("protocol == 'centred'").iterrows():
+    for _, row in clear[clear["metric"] == "word_cosine"].query("variant == 'centred'").iterrows():
         assert f"<b>{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]</b>" in page
     assert "Paired differences" in page and page.count("<b>+") + page.count("<b>-") <= len(clear)
     assert set(read(tmp_path / "out" / "results.csv")["checkpoint"]) == {"one", "two"}
@@ -241,10 +238,10 @@ def test_patches_that_say_their_words_are_found(checkpoint, world, tmp_path, mon
     backbone.projector.register_forward_hook(lambda module, args, out: words[shares.argmax(-1)][: len(out)].detach())
     monkeypatch.setattr("analysis.alignment.run.load_backbone", lambda *args, **kwargs: backbone)
     results = read(align(settings, tmp_path / "run"))
-    found = results[(results["metric"] == "word_retrieval") & (results["protocol"] == "raw")].set_index("control")
-    assert found.loc["no", "value"] == 1 and found.loc["permuted", "value"] == 0
-    cosine = results[(results["metric"] == "word_cosine") & (results["protocol"] == "raw")].set_index("control")
-    assert cosine.loc["no", "value"] == pytest.approx(1, abs=1e-5)
+    found = results[(results["metric"] == "word_retrieval") & (results["variant"] == "raw")].set_index("control")
+    assert found.loc["none", "value"] == 1 and found.loc["permuted", "value"] == 0
+    cosine = results[(results["metric"] == "word_cosine") & (results["variant"] == "raw")].set_index("control")
+    assert cosine.loc["none", "value"] == pytest.approx(1, abs=1e-5)
 
 
 def test_a_dry_run_says_what_would_be_done(checkpoint, world, tmp_path):

@@ -55,9 +55,9 @@ def accuracy(scores):
     """CV-Bench's, by its card: the mean of 2D and 3D, and of 2D's two sources."""
     ade, coco, omni = scores[0::4].mean(), scores[1::4].mean(), np.concatenate([scores[2::4], scores[3::4]]).mean()
     return {
-        "cvbench": ((ade + coco) / 2 + omni) / 2, "cvbench/2d": (ade + coco) / 2, "cvbench/3d": omni,
-        "cvbench/2d/count": ade, "cvbench/2d/relation": coco, "cvbench/2d/ade20k": ade, "cvbench/2d/coco": coco,
-        "cvbench/3d/depth": scores[2::4].mean(), "cvbench/3d/distance": scores[3::4].mean(),
+        "": ((ade + coco) / 2 + omni) / 2, "2d": (ade + coco) / 2, "3d": omni,
+        "2d/count": ade, "2d/relation": coco, "2d/ade20k": ade, "2d/coco": coco,
+        "3d/depth": scores[2::4].mean(), "3d/distance": scores[3::4].mean(),
     }  # fmt: skip
 
 
@@ -66,10 +66,10 @@ def test_differences_are_those_of_the_accuracies(tmp_path, scores):
     table = compare_answers(paths, list("abc"))
     assert list(zip(table["checkpoint"], table["reference"], strict=True))[::9] == [("b", "a"), ("c", "a"), ("c", "b")]
     one, two = accuracy(scores[0]), accuracy(scores[2])
-    found = table[(table["checkpoint"] == "c") & (table["reference"] == "a")].set_index("protocol")["value"].to_dict()
+    found = table[(table["checkpoint"] == "c") & (table["reference"] == "a")].set_index("variant")["value"].to_dict()
     assert found == pytest.approx({part: two[part] - one[part] for part in one})
     assert (table["ci_low"] <= table["value"]).all() and (table["value"] <= table["ci_high"]).all()
-    assert table.loc[table["protocol"] == "cvbench", "n"].tolist() == [80] * 3
+    assert table.loc[table["variant"] == "", "n"].tolist() == [80] * 3
 
 
 def test_what_both_get_wrong_alike_does_not_widen_the_interval(tmp_path, scores):
@@ -77,14 +77,12 @@ def test_what_both_get_wrong_alike_does_not_widen_the_interval(tmp_path, scores)
     other = scores[0].copy()
     other[[2, 3, 42, 43]] = 1 - other[[2, 3, 42, 43]]
     table = compare_answers([write(tmp_path / "a", "a", scores[0]), write(tmp_path / "b", "b", other)], ["a", "b"])
-    row = table[table["protocol"] == "cvbench/3d"].iloc[0]
+    row = table[table["variant"] == "3d"].iloc[0]
     rng = np.random.default_rng(1)
     changed = (other - scores[0]).reshape(-1, 2)[1::2]  # images of 3D, two questions each
     drawn = [changed[rng.integers(0, len(changed), len(changed))].mean() for _ in range(4000)]
     assert (row["ci_low"], row["ci_high"]) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.02)
-    assert table[table["protocol"] == "cvbench/2d"][["value", "ci_low", "ci_high"]].to_numpy().ravel() == pytest.approx(
-        0
-    )
+    assert table[table["variant"] == "2d"][["value", "ci_low", "ci_high"]].to_numpy().ravel() == pytest.approx(0)
 
 
 def seeds(folder, rows, names=("seed_0", "seed_1", "seed_2")):
@@ -101,11 +99,11 @@ def test_seeds_of_the_same_name_are_pairs(tmp_path):
     for row in better:
         row[np.flatnonzero((row == 0) & (np.arange(80) % 4 >= 2))[:2]] = 1  # two of the 40 questions of 3D
     paths = [seeds(tmp_path / "base", base), seeds(tmp_path / "ola", better)]
-    row = compare_answers(paths, ["base", "ola"])[lambda t: t["protocol"] == "cvbench/3d"].iloc[0]
+    row = compare_answers(paths, ["base", "ola"])[lambda t: t["variant"] == "3d"].iloc[0]
     assert row["value"] == pytest.approx(2 / 40) and (row["seeds"], row["higher"]) == ("3, 3", "3 of 3")
     width = row["ci_high"] - row["ci_low"]
     apart = [paths[0], seeds(tmp_path / "other", better, names=("x", "y", "z"))]
-    row = compare_answers(apart, ["base", "ola"])[lambda t: t["protocol"] == "cvbench/3d"].iloc[0]
+    row = compare_answers(apart, ["base", "ola"])[lambda t: t["variant"] == "3d"].iloc[0]
     assert row["value"] == pytest.approx(2 / 40) and (row["seeds"], row["higher"]) == ("3, 3", "")
     assert row["ci_high"] - row["ci_low"] > 3 * width  # then the spread of the trainings counts
     assert "and 3 and 3 seeds" in answer_statements(compare_answers(apart, ["base", "ola"]))[0]
@@ -165,7 +163,7 @@ def test_several_benchmarks_are_kept_apart(tmp_path, scores):
         for benchmark in ("cvbench", "realworldqa")
     ]
     table = compare_answers(runs, list("aabb"))
-    assert table["protocol"].str.split("/").str[0].value_counts().to_dict() == {"cvbench": 9, "realworldqa": 1}
+    assert table["protocol"].value_counts().to_dict() == {"cvbench": 9, "realworldqa": 1}
     assert set(zip(table["checkpoint"], table["reference"], strict=True)) == {("b", "a")}
 
 

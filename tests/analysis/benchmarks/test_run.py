@@ -170,7 +170,7 @@ def test_every_published_format_is_asked_and_scored(checkpoint, tmp_path, name, 
     assert len(lines) == len(rows) and {line["image"] for line in lines} == {
         bench_module.hashlib.sha256(row["image"]["bytes"]).hexdigest()[:16] for row in rows
     }
-    whole = results[(results["protocol"] == name) & (results["control"] == "no")].set_index("metric")
+    whole = results[results["variant"] == ""].set_index("metric")
     assert whole.loc["accuracy", "n"] == len(rows)
     assert whole.loc["unreadable", "value"] <= 1
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -212,23 +212,23 @@ def test_cvbench_accuracies_are_those_of_its_card():
     frame["source"] = np.where((frame["type"] == "2D") & (frame.index < 13), "ADE20K", frame["source"])  # uneven
     rows = frame.to_dict("records")
     frame["score"] = np.random.default_rng(0).integers(0, 2, len(rows)).astype(float)
-    found = {s.curve.protocol: s for s in accuracy.summarise("cvbench", answered(rows, frame["score"]))
-             if (s.curve.metric, s.curve.control) == ("accuracy", "no")}  # fmt: skip
+    found = {s.curve.variant: s for s in accuracy.summarise("cvbench", answered(rows, frame["score"]))
+             if s.curve.metric == "accuracy"}  # fmt: skip
     of = frame.groupby("source")["score"].mean()
     flat = (of["ADE20K"] + of["COCO"]) / 2
-    expected = {"cvbench": (flat + of["Omni3D"]) / 2, "cvbench/2d": flat, "cvbench/3d": of["Omni3D"]}
-    expected |= {f"cvbench/2d/{s.lower()}": of[s] for s in ("ADE20K", "COCO")}
+    expected = {"": (flat + of["Omni3D"]) / 2, "2d": flat, "3d": of["Omni3D"]}
+    expected |= {f"2d/{s.lower()}": of[s] for s in ("ADE20K", "COCO")}
     for (kind, task), part in frame.groupby(["type", "task"]):
-        expected[f"cvbench/{kind.lower()}/{task.lower()}"] = part["score"].mean()
+        expected[f"{kind.lower()}/{task.lower()}"] = part["score"].mean()
     assert {name: s.interval.value for name, s in found.items()} == pytest.approx(expected)
-    assert next(iter(found)) == "cvbench" and found["cvbench"].n == 37
+    assert next(iter(found)) == "" and found[""].n == 37
     assert all(s.interval.low <= s.interval.value <= s.interval.high for s in found.values())
 
 
 def test_half_of_cvbench_has_no_overall_accuracy():
     rows = [row for row in cvbench_rows() if row["type"] == "3D"]
-    found = {s.curve.protocol for s in accuracy.summarise("cvbench", answered(rows, [1.0] * len(rows)))}
-    assert found == {"cvbench/3d", "cvbench/3d/depth", "cvbench/3d/distance"}
+    found = {s.curve.variant for s in accuracy.summarise("cvbench", answered(rows, [1.0] * len(rows)))}
+    assert found == {"3d", "3d/depth", "3d/distance"}
 
 
 def test_questions_about_one_image_are_resampled_together():
@@ -375,9 +375,9 @@ def test_the_toy_llava_counts_solids(tmp_path):
     """A trained checkpoint answers far above guessing, through the same command as CV-Bench."""
     data = write_cvbench(tmp_path / "cv", generate(60, 5), seed=0)
     _, _, results = run_bench(ASSETS / "llava", "cvbench", data, tmp_path / "run", "suffix=", "micro_batch=32")
-    count = results[results["protocol"] == "cvbench/2d/count"].set_index(["metric", "control"])
-    assert count.loc[("accuracy", "no"), "ci_low"] > 0.6 > count.loc[("accuracy", "guess"), "value"] == 0.25
-    assert count.loc[("unreadable", "no"), "value"] == 0
+    count = results[results["variant"] == "2d/count"].set_index("metric")
+    assert count.loc["accuracy", "ci_low"] > 0.6 > count.loc["accuracy", "chance"] == 0.25
+    assert count.loc["unreadable", "value"] == 0
 
 
 def spoil_png(file):
@@ -407,7 +407,7 @@ def test_questions_without_a_picture_are_left_out_and_named(checkpoint, tmp_path
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert {skip["image"] for skip in manifest["skipped"]} == lost and manifest["data"]["questions"] == len(lines)
     assert all(skip["reason"].startswith(reason) for skip in manifest["skipped"])
-    chosen = results[(results["metric"] == "accuracy") & (results["protocol"] == "cvbench")]
+    chosen = results[(results["metric"] == "accuracy") & (results["variant"] == "")]
     assert set(chosen["n"]) == {len(rows) - len(lost)}
 
 

@@ -17,7 +17,7 @@ from analysis.evaluation.forward_pass import Tally
 from analysis.evaluation.metrics.frechet import Gaussian, frechet_distance
 from analysis.evaluation.metrics.generated_images import summarise
 from analysis.evaluation.run import Options, evaluate
-from analysis.evaluation.scores import Curve, ScoreFile, Summary, score_file, write_rows
+from analysis.evaluation.scores import ScoreFile, ScoreKey, Summary, score_file, write_rows
 from probing.data.coco import list_images
 from probing.recipe import ProbeRunRecipe
 from probing.toyworld.layout import write_world
@@ -99,7 +99,7 @@ def test_what_was_left_out_is_named(both, coco):
     manifest = json.loads((both[1] / "manifest.json").read_text())
     rows = {(row["image"], row["control"]): (row["layers"], row["teachers"]) for row in manifest["not_finite"]}
     assert len(rows) == 12
-    for control in ("no", "random"):
+    for control in ("none", "random"):
         assert rows[names[BAD], control] == ("1-2", "") and rows[names[NO_TARGET], control] == ("2", "gen")
         assert rows[names[0], control] == ("2", "")
 
@@ -109,14 +109,14 @@ def test_probes_that_were_never_trained_have_no_score(trained, tmp_path):
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("scores", "results.csv"))
     manifest = json.loads((run / "manifest.json").read_text())
     for row in manifest["convergence"]:
-        if (row["control"], row["teacher"], row["layer"]) == ("no", "gen", "1"):
+        if (row["control"], row["teacher"], row["layer"]) == ("none", "gen", "1"):
             row["state"] = "not trained"
     (run / "manifest.json").write_text(json.dumps(manifest))
     evaluate(run, Options(protocols=("strict",), layers="0,1"))
     results = read_results(run / "results.csv")
     empty = results[(results["n"] == 0) & (results["layer"] != "mean")]
     assert set(zip(empty["teacher"], empty["layer"], empty["probe"], empty["control"], strict=True)) == {
-        ("gen", "1", "resampler", "no")
+        ("gen", "1", "resampler", "none")
     }
 
 
@@ -166,7 +166,7 @@ def test_report_reads_tables_with_empty_values(tmp_path, which, empty):
 def test_results_without_a_value_are_empty_cells(tmp_path):
     nothing = Interval(math.nan, math.nan, math.nan)
     rows = [
-        Summary(Curve("gen", layer, "resampler", "no", "cosine", "strict", 0), "val2017", "0", interval, n)
+        Summary(ScoreKey("gen", layer, "resampler", "none", "cosine", "strict"), "val2017", "0", interval, n)
         for layer, interval, n in (("1", Interval(0.5, 0.4, 0.6), 3), ("", nothing, 0))
     ]
     file = write_rows(tmp_path / "results.csv", "nan", rows)
@@ -178,7 +178,7 @@ def test_results_without_a_value_are_empty_cells(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int32])
 def test_tally_marks_images_that_do_not_count(dtype):
-    curve, counts = Curve("t", "1", "p", "no", "m", "s", 0), torch.tensor([True, False])
+    curve, counts = ScoreKey("t", "1", "p", "none", "m", "s"), torch.tensor([True, False])
     tally = Tally()
     tally.note(curve, torch.tensor([[1, 2], [3, 4]], dtype=dtype), False)
     tally.note(curve, torch.tensor([[5, 6], [7, 8]], dtype=dtype), False, counts)
@@ -196,7 +196,7 @@ def test_distances_are_between_the_images_that_count():
     for layer, lacking in (("1", [2]), ("2", [5]), ("3", range(7))):
         painted = rng.normal(size=(9, 3)).astype(np.float32)
         painted[list(lacking)] = math.nan
-        features[Curve("gen", layer, "resampler", "no", "embedding", "strict", 0)] = painted
+        features[ScoreKey("gen", layer, "resampler", "none", "embedding", "strict")] = painted
     run = SimpleNamespace(recipe=SimpleNamespace(fit=SimpleNamespace(seeds=[0])), manifest={})
     painter = SimpleNamespace(extractor=SimpleNamespace(metrics=("fid", "kid")))
 

@@ -60,8 +60,8 @@ def test_every_number_is_there_once(evaluated):
     for metric, protocols in (("da2k", ["strict"]), ("miou", ["blind", "strict", "paper"])):
         for protocol in protocols:
             found = rows(results, metric, protocol=protocol)
-            assert len(rows(found, metric, probe="resampler", control="no")) == 3  # 0, 6, mean
-            assert len(rows(found, metric, probe="ridge", control="no")) == 3
+            assert len(rows(found, metric, probe="resampler", control="none")) == 3  # 0, 6, mean
+            assert len(rows(found, metric, probe="ridge", control="none")) == 3
             assert len(rows(found, metric, probe="constant")) == len(rows(found, metric, probe="target")) == 1
             assert (found["ci_low"] <= found["value"]).all() and (found["value"] <= found["ci_high"]).all()
 
@@ -202,7 +202,7 @@ def test_the_mean_over_layers_is_that_of_the_blocks(evaluated):
     """Layers 0 and 6 were probed; 0 is the projector's output and no block."""
     _, _, results = evaluated
     for metric, protocol in (("cosine", "strict"), ("miou", "blind")):
-        chosen = rows(results, metric, protocol=protocol, probe="resampler", control="no")
+        chosen = rows(results, metric, protocol=protocol, probe="resampler", control="none")
         for name in ("value", "ci_low", "ci_high"):
             assert list(chosen[chosen["layer"] == "mean"][name]) == list(chosen[chosen["layer"] == "6"][name])
 

@@ -15,7 +15,7 @@ from analysis.evaluation.bootstrap import Interval
 from analysis.evaluation.compare import compare, statements
 from analysis.evaluation.metrics.frechet import Jackknife
 from analysis.evaluation.run import Options, evaluate
-from analysis.evaluation.scores import Curve, ScoreFile, Summary, score_file, write_summaries
+from analysis.evaluation.scores import ScoreFile, ScoreKey, Summary, score_file, write_summaries
 from probing.recipe import ProbeRunRecipe, validate
 from probing.training.run import train
 from probing.utils.errors import UserError
@@ -124,7 +124,7 @@ def distances(value, group_spread=0.5, groups=10, seed=0):
 
 def keep_distances(run, values):
     """Puts Fréchet distances of layer 2 where an evaluation of generated images keeps them."""
-    curve = Curve("gen", "2", "resampler", "no", "fid", "strict", 0)
+    curve = ScoreKey("gen", "2", "resampler", "none", "fid", "strict")
     rows = []
     for layer in ("2", "mean"):
         place = replace(curve, layer=layer)

@@ -83,7 +83,7 @@ def test_results_hold_every_number_once(finished):
     for (probe, control), part in results.groupby(["probe", "control"]):
         assert set(part["layer"]) == ({""} if control == "mean" else layers), (probe, control)
         assert set(part["teacher"]) == {"depth", "seg", "gen"}
-    pairs = {("resampler", c) for c in ("no", "shuffled", "random")} | {("ridge", c) for c in ("no", "random")}
+    pairs = {("resampler", c) for c in ("none", "shuffled", "random")} | {("ridge", c) for c in ("none", "random")}
     assert set(results.groupby(["probe", "control"]).groups) == pairs | {("constant", "mean")}
     numbers = results[["value", "ci_low", "ci_high"]].astype(float)
     assert (numbers["ci_low"] <= numbers["value"]).all() and (numbers["value"] <= numbers["ci_high"]).all()
@@ -205,7 +205,7 @@ def test_resuming_with_another_teacher_is_refused(models, tmp_path):
     data = tiny.coco(tmp_path / "coco")
     out = tmp_path / "run"
     arguments = train_arguments({**models, "depth": own}, data, out, "fit.save_minutes=0", "fit.epochs=50")
-    kill_when(arguments, lambda: (out / "state" / "no" / "state.pt").exists())
+    kill_when(arguments, lambda: (out / "state" / "none" / "state.pt").exists())
     shutil.rmtree(own)
     tiny.depth_teacher(own, width=24)
     done = probing(*arguments, code=2)
@@ -236,7 +236,7 @@ def test_interrupting_saves_and_says_how_to_go_on(models, coco, tmp_path, number
     code, errors = kill_when(arguments, (out / "state" / "inputs.json").exists, number, delay=1.0)
     assert code == 130, errors
     assert "Traceback" not in errors and f"resume with: {shlex.join(['probing', *map(str, arguments)])}" in errors
-    assert (out / "state" / "no" / "state.pt").exists()
+    assert (out / "state" / "none" / "state.pt").exists()
 
 
 @pytest.mark.slow
@@ -270,7 +270,7 @@ def test_a_run_whose_other_process_dies_ends_and_goes_on(models, coco, tmp_path)
     whole = start(tmp_path / "whole")
     assert whole.wait() == 0, whole.stderr.read()
     hurt = start(tmp_path / "hurt")
-    while not (tmp_path / "hurt" / "state" / "no" / "state.pt").exists():
+    while not (tmp_path / "hurt" / "state" / "none" / "state.pt").exists():
         assert hurt.poll() is None
         time.sleep(0.01)
     psutil.Process(hurt.pid).children()[1].kill()

@@ -61,10 +61,10 @@ def test_probes_and_scores_are_those_of_computed_features(recipe_values, tmp_pat
     kept.data.target_cache = str(tmp_path / "cache")
     runs = [train(recipe, tmp_path / name) for name, recipe in (("plain", plain), ("kept", kept))]
     for teacher in plain.teachers:
-        one, two = (load_file(run.probes("no") / teacher / "model.safetensors") for run in runs)
+        one, two = (load_file(run.probes("none") / teacher / "model.safetensors") for run in runs)
         for name in one:
             torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
-    one, two = (evaluate(run.path, Options(controls=("no",))).read_text().splitlines() for run in runs)
+    one, two = (evaluate(run.path, Options(controls=("none",))).read_text().splitlines() for run in runs)
     assert len(one) == len(two)
     for first, second in zip(one[1:], two[1:], strict=True):
         np.testing.assert_allclose(*(np.array(row.split(",")[9:], dtype=float) for row in (first, second)), atol=2e-4)
@@ -153,12 +153,12 @@ def test_the_towers_part_is_kept_too(recipe_values, tmp_path, monkeypatch):
     kept = plain.model_copy(deep=True)
     kept.data.target_cache = kept.data.tower_cache = str(tmp_path / "cache")
     runs = [train(recipe, tmp_path / name) for name, recipe in (("plain", plain), ("kept", kept))]
-    for control in ("no", "random"):
+    for control in ("none", "random"):
         for teacher in plain.teachers:
             one, two = (load_file(run.probes(control) / teacher / "model.safetensors") for run in runs)
             for name in one:
                 torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
-    one, two = (evaluate(run.path, Options(controls=("no", "blank"))).read_text().splitlines() for run in runs)
+    one, two = (evaluate(run.path, Options(controls=("none", "blank"))).read_text().splitlines() for run in runs)
     assert len(one) == len(two) > 10
     for first, second in zip(one[1:], two[1:], strict=True):
         np.testing.assert_allclose(*(np.array(row.split(",")[9:], dtype=float) for row in (first, second)), atol=2e-4)
@@ -178,8 +178,8 @@ def test_the_towers_part_is_kept_too(recipe_values, tmp_path, monkeypatch):
 def test_half_precision_is_kept_bit_for_bit(recipe_values, coco, tmp_path):
     recipe = ProbeRunRecipe.model_validate(recipe_values)
     recipe.backbone.dtype, recipe.data.tower_cache = "bfloat16", str(tmp_path)
-    backbone, images = arm_backbone(recipe, "no", torch.device("cpu")), list_images(coco, "train2017")
-    (cache,) = tower_cache_of(recipe, "no", backbone, images).values()
+    backbone, images = arm_backbone(recipe, "none", torch.device("cpu")), list_images(coco, "train2017")
+    (cache,) = tower_cache_of(recipe, "none", backbone, images).values()
     assert cache.dtype == "bfloat16" and cache.bytes == 12 * 16 * 32 * 2
     for index in range(len(images)):
         own = backbone.embed_images(backbone.prepare([square(images.read(index))]))
@@ -190,13 +190,13 @@ def test_a_checkpoint_that_shows_its_image_in_other_ways_is_named(recipe_values,
     """Such as one whose deeper blocks get features of the tower as well."""
     recipe = ProbeRunRecipe.model_validate(recipe_values)
     recipe.data.tower_cache = str(tmp_path)
-    backbone = arm_backbone(recipe, "no", torch.device("cpu"))
+    backbone = arm_backbone(recipe, "none", torch.device("cpu"))
     tower = []
     backbone.core.register_forward_pre_hook(lambda module, args: tower.clear())
     backbone.core.vision_tower.register_forward_hook(lambda module, args, output: tower.append(output[0].mean()))
     backbone.blocks[1].register_forward_hook(lambda module, args, output: output + (tower.pop() if tower else 0))
     with pytest.raises(UserError, match=r"by more than input embeddings.*set data\.tower_cache=off"):
-        tower_cache_of(recipe, "no", backbone, list_images(coco, "train2017"))
+        tower_cache_of(recipe, "none", backbone, list_images(coco, "train2017"))
     assert not list(tmp_path.iterdir())
 
 

@@ -164,7 +164,9 @@ def test_published_probes_are_read_alone_and_scored_where_they_were_trained(publ
             (results["layer"] == str(layer)) & (results["metric"] == "cosine") & (results["probe"] == "resampler")
         ]
         assert row[row["protocol"] == "strict"]["value"].item() == pytest.approx(float(own), abs=1e-5)
-    scored = results[(results["metric"] == "cosine") & (results["probe"] == "resampler") & (results["control"] == "no")]
+    scored = results[
+        (results["metric"] == "cosine") & (results["probe"] == "resampler") & (results["control"] == "none")
+    ]
     layers = scored[(scored["protocol"] == "strict") & (scored["seed"].astype(str) == "0")].set_index("layer")["value"]
     assert layers["mean"] == pytest.approx(layers[["1", "2", "final"]].mean(), abs=1e-6)  # as many as the LLM has
     write_report([run], run / "report")

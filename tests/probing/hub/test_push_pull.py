@@ -131,13 +131,13 @@ def test_a_part_is_a_run_and_predicts_bit_for_bit_as_the_whole(made, published, 
     config = json.loads((out / "probes" / "depth" / "config.json").read_text())
     assert config["left_out"] == {"teachers": ["gen"], "layers": ["0", "1", "3"]} == run.manifest["left_out"]
     states = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
-    for control in ("no", "shuffled", "random"):
+    for control in ("none", "shuffled", "random"):
         whole, part = ProbeBank.load(made.probes(control), CPU), ProbeBank.load(run.probes(control), CPU)
         assert len(part.probes) == 4
         for key, probe in part.probes.items():
             assert torch.equal(probe(states), whole.probes[key](states))
-    readouts = RidgeReadout.load(made.ridge("no"), CPU).maps
-    for key, (weight, bias) in RidgeReadout.load(run.ridge("no"), CPU).maps.items():
+    readouts = RidgeReadout.load(made.ridge("none"), CPU).maps
+    for key, (weight, bias) in RidgeReadout.load(run.ridge("none"), CPU).maps.items():
         assert torch.equal(weight, readouts[key][0]) and torch.equal(bias, readouts[key][1])
     before = table(out)
     whole = table(made.path)
@@ -206,7 +206,7 @@ def test_the_card_has_the_numbers_of_the_table(made, published):
             own = whole[(whole["metric"] == metric) & (whole["protocol"] == protocol)]
             own = own[own["teacher"] == {"Depth": "depth", "Generation": "gen"}[teacher]]
             kind = "ridge" if probe.startswith("ridge") else "resampler"
-            curve = own[(own["probe"] == kind) & (own["control"] == "no")].set_index("layer")
+            curve = own[(own["probe"] == kind) & (own["control"] == "none")].set_index("layer")
             layers = curve.drop("mean")
             best = layers.loc[layers["value"].idxmax()]
             assert row[2].strip() == best.name

@@ -35,14 +35,14 @@ BAD = 4
 def fitted(recipe_values, tmp_path):
     """Runs a fit, perhaps without some of the images; returns its final state and the Fit."""
 
-    def run(name, without=(), layers=(1, 2), controls=("no",), teachers=("gen",), prepare=None, **changes):
+    def run(name, without=(), layers=(1, 2), controls=("none",), teachers=("gen",), prepare=None, **changes):
         fields = {"epochs": 1, "batch_size": 12, "micro_batch": 5} | changes
         values = dict(recipe_values, fit=recipe_values["fit"] | fields)
         values["teachers"] = {teacher: values["teachers"][teacher] for teacher in teachers}
         recipe = ProbeRunRecipe.model_validate(values)
         images = training_images(recipe.data)
         images.names = [image for index, image in enumerate(images.names) if index not in without]
-        backbone, loaded = arm_backbone(recipe, "no", CPU), load_teachers(recipe, CPU)
+        backbone, loaded = arm_backbone(recipe, "none", CPU), load_teachers(recipe, CPU)
         place = Accelerator(cpu=True)
         fit = Fit(recipe, backbone, loaded, images, list(layers), list(controls), tmp_path / name, place)
         if prepare:
@@ -70,15 +70,15 @@ def test_a_bad_state_costs_its_layer_that_image_alone(fitted, images, monkeypatc
     poison_states(monkeypatch, images, {2: [BAD]}, value)
     state, fit = fitted("bad")
     one, two = ProbeKey("gen", 1, 0), ProbeKey("gen", 2, 0)
-    assert same(state.banks["no"].probes[one], clean.banks["no"].probes[one])
+    assert same(state.banks["none"].probes[one], clean.banks["none"].probes[one])
     assert state.losses[0][1] == pytest.approx(without.losses[0][1], rel=1e-5)
-    for found, expected in zip(*(one.banks["no"].probes[two].parameters() for one in (state, without)), strict=True):
+    for found, expected in zip(*(one.banks["none"].probes[two].parameters() for one in (state, without)), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
     for layer, reference in ((1, clean), (2, without)):
         for name, total in reference.ridge["gen", layer].sums.items():
             torch.testing.assert_close(state.ridge["gen", layer].sums[name], total, rtol=1e-5, atol=1e-5)
     assert {place: np.flatnonzero(bad).tolist() for place, bad in state.not_finite.items()} == {("layer", "2"): [BAD]}
-    rows = not_finite_rows(state.not_finite, fit.images.names, "train2017", "no")
+    rows = not_finite_rows(state.not_finite, fit.images.names, "train2017", "none")
     assert [(row["image"], row["layers"], row["teachers"]) for row in rows] == [(fit.images.names[BAD], "2", "")]
 
 
@@ -110,7 +110,7 @@ def test_shuffled_pairs_lose_the_pair_of_the_bad_image(fitted, images, monkeypat
     monkeypatch.undo()
     (order,) = plan_steps(12, fit.recipe.fit)[0]
     pictures = [square(fit.images.read(index)) for index in order]
-    states, _ = arm_backbone(fit.recipe, "no", CPU).hidden_states(pictures, "1")
+    states, _ = arm_backbone(fit.recipe, "none", CPU).hidden_states(pictures, "1")
     teacher = load_teachers(fit.recipe, CPU)["gen"]
     target = teacher.target(teacher.prepare(pictures))
     bank = ProbeBank.build({"gen": ResamplerConfig(32, 1, 12, 12)}, [1], [0], ["image"], CPU)
@@ -126,8 +126,8 @@ def test_a_layer_without_any_finite_image_is_not_trained(fitted, images, monkeyp
     poison_states(monkeypatch, images, {2: range(12)})
     state, fit = fitted("bad")
     one, two = ProbeKey("gen", 1, 0), ProbeKey("gen", 2, 0)
-    assert same(state.banks["no"].probes[one], clean.banks["no"].probes[one])
-    assert same(state.banks["no"].probes[two], fit.start().banks["no"].probes[two])
+    assert same(state.banks["none"].probes[one], clean.banks["none"].probes[one])
+    assert same(state.banks["none"].probes[two], fit.start().banks["none"].probes[two])
     losses = np.array(state.losses)
     assert np.isnan(losses[:, 1]).all() and np.isfinite(np.delete(losses, 1, axis=1)).all()
     assert judge(losses[:, 1], losses[:, 2]).state == NOT_TRAINED
@@ -164,8 +164,8 @@ def test_a_bad_gradient_never_reaches_the_optimiser(fitted, clip):
     state, _ = fitted("hurt", prepare=prepare, **fields)
     assert seen["unchanged"] and seen["moments kept"]
     assert np.isnan(state.losses)[:, 0].tolist() == [False, True, False, False]
-    assert all(p.isfinite().all() for p in state.banks["no"].probes[hurt].parameters())
-    assert same(state.banks["no"].probes[ProbeKey("gen", 2, 0)], clean.banks["no"].probes[ProbeKey("gen", 2, 0)])
+    assert all(p.isfinite().all() for p in state.banks["none"].probes[hurt].parameters())
+    assert same(state.banks["none"].probes[ProbeKey("gen", 2, 0)], clean.banks["none"].probes[ProbeKey("gen", 2, 0)])
 
 
 def test_bad_images_are_remembered_over_an_interruption(fitted, images, monkeypatch):
@@ -193,7 +193,7 @@ def test_bad_images_are_remembered_over_an_interruption(fitted, images, monkeypa
     assert {place: bad.tolist() for place, bad in cut.not_finite.items()} == {
         place: bad.tolist() for place, bad in whole.not_finite.items()
     }
-    assert all(same(cut.banks["no"].probes[key], probe) for key, probe in whole.banks["no"].probes.items())
+    assert all(same(cut.banks["none"].probes[key], probe) for key, probe in whole.banks["none"].probes.items())
 
 
 def test_a_run_names_what_it_left_out(images, recipe_values, tmp_path, monkeypatch, caplog):
@@ -216,7 +216,7 @@ def test_a_run_names_what_it_left_out(images, recipe_values, tmp_path, monkeypat
     assert name in said[0] and "no image has finite hidden states" in said[1]
     manifest = json.loads((run.path / "manifest.json").read_text())
     rows = {(row["image"], row["control"]): row["layers"] for row in manifest["not_finite"]}
-    assert len(rows) == 24 and rows[name, "no"] == rows[name, "random"] == "2-3,final"
+    assert len(rows) == 24 and rows[name, "none"] == rows[name, "random"] == "2-3,final"
     assert sum(layers == "3,final" for layers in rows.values()) == 22
     states = {(row["control"], row["layer"]): row for row in manifest["convergence"]}
     for (_, layer), row in states.items():

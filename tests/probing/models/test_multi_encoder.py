@@ -129,7 +129,7 @@ def test_probes_can_be_trained_on_it(trained, models, coco, tmp_path):
 
 def test_conversations_with_several_images_are_left_out_and_named(trained, data, tmp_path):
     _, first, _ = trained
-    turns = [{"from": "human", "value": "<image><image>\nSame?"}, {"from": "gpt", "value": "no"}]
+    turns = [{"from": "human", "value": "<image><image>\nSame?"}, {"from": "gpt", "value": "none"}]
     entries = json.loads((data / "data.json").read_text())
     entries.append({"id": "two", "image": ["1.png", "2.png"], "conversations": turns})
     (tmp_path / "data.json").write_text(json.dumps(entries))

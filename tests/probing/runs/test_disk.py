@@ -253,12 +253,12 @@ def test_what_a_killed_process_left_is_cleared_away(stage, whole, tmp_path):
     run, out = tmp_path / "run", tmp_path / "stage"
     shutil.copytree(whole / "run", run)
     shutil.copytree(whole / "stage", out)
-    for left in (run / "state" / "no", tmp_path / "stage.training" / "checkpoint-2"):
+    for left in (run / "state" / "none", tmp_path / "stage.training" / "checkpoint-2"):
         left.mkdir(parents=True)
     recipe = Run.open(run).recipe
     train(recipe, run)
     run_stage(stage, out)
-    assert not (run / "state" / "no").exists() and not (tmp_path / "stage.training").exists()
+    assert not (run / "state" / "none").exists() and not (tmp_path / "stage.training").exists()
     shutil.rmtree(out)
     (tmp_path / ".stage.x.tmp").mkdir()
     run_stage(stage, out)

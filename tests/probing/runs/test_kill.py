@@ -169,7 +169,7 @@ def test_train(warm, recipe, whole, tmp_path):
 
 
 def test_evaluate(warm, whole, tmp_path):
-    controls = [f"--control={control}" for control in ("no", "shuffled", "random", "blank")]
+    controls = [f"--control={control}" for control in ("none", "shuffled", "random", "blank")]
     shutil.copytree(whole[0], tmp_path / "whole")
     killer = Killer(warm, tmp_path, 2)
     killer.finish(["evaluate", tmp_path / "whole", *controls])

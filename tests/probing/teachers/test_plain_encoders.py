@@ -58,7 +58,7 @@ def test_results_probes_and_page_have_every_teacher(run, teachers):
     assert set(results["teacher"]) == set(teachers)
     for name in teachers:
         own = results[(results["teacher"] == name) & (results["metric"] == "cosine_centred")]
-        assert {("resampler", "no"), ("resampler", "shuffled"), ("ridge", "no"), ("constant", "mean")} == set(
+        assert {("resampler", "none"), ("resampler", "shuffled"), ("ridge", "none"), ("constant", "mean")} == set(
             zip(own["probe"], own["control"], strict=True)
         )
         assert (run / "probes" / name / "model.safetensors").exists() and name in (

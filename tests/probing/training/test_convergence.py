@@ -72,4 +72,4 @@ def test_a_tiny_run_with_unreadable_images_ends(recipe_values, tmp_path, broken)
     recipe_values["fit"] |= {"epochs": 1, "batch_size": 2, "micro_batch": 2}
     run = train(ProbeRunRecipe.model_validate(recipe_values), tmp_path / "run")
     rows = json.loads((run.path / "manifest.json").read_text())["convergence"]
-    assert {row["control"] for row in rows} == {"no", "shuffled"}
+    assert {row["control"] for row in rows} == {"none", "shuffled"}

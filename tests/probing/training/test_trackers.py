@@ -29,12 +29,15 @@ def recipe(values, **changes):
 
 def test_curves_are_means_of_the_learning_curves(recipe_values, tmp_path):
     run = train(recipe(recipe_values), tmp_path / "run")
-    curves = told(run.path / "tensorboard" / "no")
+    curves = told(run.path / "tensorboard" / "none")
     every = [f"{t}/{c}{g}" for t in ("depth", "seg", "gen") for c in ("", "shuffled_") for g in GROUPS]
     assert set(curves) == {*every, "lr", *(f"{t}/mean_target" for t in ("depth", "seg", "gen"))}
     table = pd.read_csv(run.path / "learning_curves.csv")
     steps = table["step"].max() + 1
-    for name, control, layers in (("depth/layers_0-1", "no", ["0", "1"]), ("seg/shuffled_layer_3", "shuffled", ["3"])):
+    for name, control, layers in (
+        ("depth/layers_0-1", "none", ["0", "1"]),
+        ("seg/shuffled_layer_3", "shuffled", ["3"]),
+    ):
         teacher = name.partition("/")[0]
         chosen = table[(table["teacher"] == teacher) & (table["control"] == control)]
         chosen = chosen[chosen["layer"].astype(str).isin(layers)]
@@ -78,7 +81,7 @@ def test_an_interrupted_training_tells_every_step_once(recipe_values, tmp_path, 
     with pytest.raises(Interrupted):
         train(values, tmp_path / "run")
     run = train(values, tmp_path / "run")
-    curves = told(run.path / "tensorboard" / "no")
+    curves = told(run.path / "tensorboard" / "none")
     assert list(curves["lr"]) == [10, 20, 22]
 
 

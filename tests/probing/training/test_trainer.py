@@ -22,14 +22,14 @@ CPU = torch.device("cpu")
 def fitted(recipe_values, tmp_path):
     """Runs a fit with some fields changed; returns its final state and the Fit."""
 
-    def run(layers=(0, 1, 2, 3), controls=("no", "shuffled"), teachers=("depth", "seg", "gen"), name="", **changes):
+    def run(layers=(0, 1, 2, 3), controls=("none", "shuffled"), teachers=("depth", "seg", "gen"), name="", **changes):
         values = dict(recipe_values, fit=recipe_values["fit"] | changes)
         values["teachers"] = {teacher: values["teachers"][teacher] for teacher in teachers}
         recipe = ProbeRunRecipe.model_validate(values)
         images = training_images(recipe.data)
         fit = Fit(
             recipe,
-            arm_backbone(recipe, "no", CPU),
+            arm_backbone(recipe, "none", CPU),
             load_teachers(recipe, CPU),
             images,
             list(layers),
@@ -44,7 +44,7 @@ def fitted(recipe_values, tmp_path):
 
 def test_joint_training_is_bit_equal_to_training_one_probe_alone(fitted):
     together, _ = fitted(name="joint", seeds=[0, 1])
-    for teacher, layer, seed, control in (("depth", 2, 0, "no"), ("gen", 3, 1, "no"), ("seg", 0, 1, "shuffled")):
+    for teacher, layer, seed, control in (("depth", 2, 0, "none"), ("gen", 3, 1, "none"), ("seg", 0, 1, "shuffled")):
         # The order of the images follows the first seed: give the single run the same one.
         alone, _ = fitted((layer,), (control,), (teacher,), name=f"{teacher}{layer}", seeds=[0, 1] if seed else [0])
         key = ProbeKey(teacher, layer, seed)
@@ -55,7 +55,7 @@ def test_joint_training_is_bit_equal_to_training_one_probe_alone(fitted):
 
 def test_one_step_follows_a_plain_loop(fitted):
     """The first optimiser step, written out: mean smooth L1 over the batch, clipping per probe, AdamW."""
-    state, fit = fitted((2,), ("no",), ("depth",), epochs=1, batch_size=12, micro_batch=5)
+    state, fit = fitted((2,), ("none",), ("depth",), epochs=1, batch_size=12, micro_batch=5)
     teacher, config = fit.teachers["depth"], ResamplerConfig(32, 16, 16, 16)
     probe = ProbeBank.build({"depth": config}, [2], [0], ["image"], CPU).probes[ProbeKey("depth", 2, 0)]
     pictures = [square(fit.images.read(index)) for index in range(12)]
@@ -66,7 +66,7 @@ def test_one_step_follows_a_plain_loop(fitted):
     loss.backward()
     assert state.losses[0][0] == pytest.approx(loss.item(), rel=1e-5)
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in probe.parameters()))
-    trained = state.banks["no"].probes[ProbeKey("depth", 2, 0)]
+    trained = state.banks["none"].probes[ProbeKey("depth", 2, 0)]
     rate = 1e-3  # one step: warm-up ends with it
     for before, after in zip(probe.parameters(), trained.parameters(), strict=True):
         gradient = before.grad * min(1.0, 1 / (norm + 1e-6))
@@ -77,17 +77,17 @@ def test_one_step_follows_a_plain_loop(fitted):
 
 
 def test_accumulation_does_not_change_the_result(fitted):
-    large, _ = fitted((1,), ("no",), ("depth",), name="l", micro_batch=6)
-    small, _ = fitted((1,), ("no",), ("depth",), name="s", micro_batch=2)
+    large, _ = fitted((1,), ("none",), ("depth",), name="l", micro_batch=6)
+    small, _ = fitted((1,), ("none",), ("depth",), name="s", micro_batch=2)
     np.testing.assert_allclose([row[0] for row in large.losses], [row[0] for row in small.losses], rtol=1e-4)
 
 
 def test_products_in_bfloat16_train_nearly_the_same(fitted):
-    whole, _ = fitted((2,), ("no",), name="float32")
-    short, _ = fitted((2,), ("no",), name="bfloat16", bf16=True)
-    for key, probe in whole.banks["no"].probes.items():
+    whole, _ = fitted((2,), ("none",), name="float32")
+    short, _ = fitted((2,), ("none",), name="bfloat16", bf16=True)
+    for key, probe in whole.banks["none"].probes.items():
         for name, expected in probe.state_dict().items():
-            found = short.banks["no"].probes[key].state_dict()[name]
+            found = short.banks["none"].probes[key].state_dict()[name]
             assert found.dtype == torch.float32
             assert (found - expected).abs().max() < 0.01
     assert not torch.equal(torch.tensor(whole.losses), torch.tensor(short.losses))
@@ -110,7 +110,7 @@ def test_shuffled_pairs_train_on_other_images_targets(fitted):
 
 
 def test_ridge_equals_least_squares_with_a_penalty(fitted):
-    state, fit = fitted((2,), ("no",), ("depth", "gen"), epochs=2)
+    state, fit = fitted((2,), ("none",), ("depth", "gen"), epochs=2)
     pictures = [square(fit.images.read(index)) for index in range(len(fit.images))]
     states, tokens = fit.backbone.hidden_states(pictures, "2")
     image_states = tokens.image_states(states[2]).double()
@@ -128,7 +128,7 @@ def test_ridge_equals_least_squares_with_a_penalty(fitted):
 
 
 def test_mean_target_is_that_of_the_training_split_counted_once(fitted):
-    state, fit = fitted((1,), ("no",), ("seg",), epochs=3)
+    state, fit = fitted((1,), ("none",), ("seg",), epochs=3)
     pictures = [square(fit.images.read(index)) for index in range(len(fit.images))]
     teacher = fit.teachers["seg"]
     torch.testing.assert_close(fit.means(state)["seg"], teacher.target(teacher.prepare(pictures)).mean(0))
@@ -175,7 +175,12 @@ def test_probes_can_be_saved_and_one_layer_read_alone(tmp_path):
 @pytest.mark.parametrize("probe", [{}, {"ff_mult": 4}, {"heads": 2, "dim_head": 8}, {"heads": 3, "ff_mult": 2}])
 def test_memory_of_probes_is_that_of_those_that_are_built(recipe_values, tmp_path, probe):
     recipe = ProbeRunRecipe.model_validate(recipe_values | {"probe": probe})
-    backbone, teachers, layers, controls = arm_backbone(recipe, "no", CPU), load_teachers(recipe, CPU), [0, 2], ["no"]
+    backbone, teachers, layers, controls = (
+        arm_backbone(recipe, "none", CPU),
+        load_teachers(recipe, CPU),
+        [0, 2],
+        ["none"],
+    )
     images = training_images(recipe.data)
     fit = Fit(recipe, backbone, teachers, images, layers, controls, tmp_path, Accelerator(cpu=True))
     built = sum(p.numel() for own in fit.start().parameters for p in own)

@@ -100,7 +100,7 @@ def test_layers_spread_over_processes_give_the_bytes_of_one(recipe_values, tmp_p
         said = two_processes(tmp_path, "spread", stop, "fit.spread=layers").stderr
         assert f"saved the training state at step {stop + 1}" in said, said
         assert "interrupted; resume with the same" in said, said
-    (tmp_path / "spread/state/no/state_1_of_2.9.pt").write_bytes(b"killed before the other had saved")
+    (tmp_path / "spread/state/none/state_1_of_2.9.pt").write_bytes(b"killed before the other had saved")
     refused = two_processes(tmp_path, "spread", -1, "fit.spread=images")
     assert "saved by another number of processes, or with another fit.spread" in refused.stderr, refused.stderr
     done = two_processes(tmp_path, "spread", -1, "fit.spread=layers")

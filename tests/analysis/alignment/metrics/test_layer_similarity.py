@@ -19,15 +19,15 @@ def test_the_same_is_alike_and_the_unrelated_at_chance():
         (one.curve.teacher, one.curve.control, one.curve.metric): one
         for one in likeness({"3": layer}, {"same": rotated, "other": normal(200, 50, seed=2)})
     }
-    whole = found["same", "no", "cka"].jackknife.interval()
+    whole = found["same", "none", "cka"].jackknife.interval()
     assert abs(whole.value - 1) < 1e-6 and whole.high - whole.low < 1e-6
-    assert found["same", "no", "mutual_knn"].shares.mean() > 0.999
-    for teacher, control in (("same", "permuted"), ("other", "no"), ("other", "permuted")):
+    assert found["same", "none", "mutual_knn"].shares.mean() > 0.999
+    for teacher, control in (("same", "permuted"), ("other", "none"), ("other", "permuted")):
         interval = found[teacher, control, "cka"].jackknife.interval()
         assert abs(interval.value) < 0.05 and interval.low < 0 < interval.high
         shares = found[teacher, control, "mutual_knn"].shares
         assert abs(shares.mean() - 10 / 199) < 4 * shares.std() / 200**0.5 + 0.005
-    assert found["same", "no", "mutual_knn"].curve.protocol == "k = 10 of 200 images, at chance 0.050"
+    assert found["same", "none", "mutual_knn"].curve.variant == "k=10"
 
 
 def test_numbers_are_those_of_each_pair_alone():

@@ -12,7 +12,7 @@ from transformers import DepthAnythingForDepthEstimation
 from analysis.evaluation.metrics.depth_pairs import DepthPairs
 from analysis.evaluation.pictures import draw_depth
 from analysis.evaluation.run import warn_if_upside_down
-from analysis.evaluation.scores import Curve, ScoreFile, score_file
+from analysis.evaluation.scores import ScoreFile, ScoreKey, score_file
 from probing.recipe import TeacherRecipe
 from probing.teachers import depth, describe_teacher, load_teacher
 from probing.toyworld.layout import write_world
@@ -91,8 +91,8 @@ def test_scores_of_another_direction_are_not_reused(world, models, tmp_path):
 def test_a_teacher_below_chance_is_named(share, warned, tmp_path, caplog):
     right = np.random.default_rng(0).binomial(5, share, 40)
     scores = np.stack([right, np.full(40, 5)], axis=1).astype(float)
-    curves = {Curve("depth", "", "teacher", "teacher", "da2k", "strict", 0): scores}
-    curves[Curve("depth", "1", "resampler", "no", "da2k", "strict", 0)] = 0 * scores  # of a probe that is no fault
+    curves = {ScoreKey("depth", "", "teacher", "teacher", "da2k", "strict"): scores}
+    curves[ScoreKey("depth", "1", "resampler", "none", "da2k", "strict")] = 0 * scores  # of a probe that is no fault
     file = score_file(tmp_path, "scores/da2k", "da2k")
     ScoreFile(curves, [str(k) for k in range(40)], "da2k", "").write(file)
     with caplog.at_level(logging.WARNING):

@@ -13,7 +13,7 @@ from analysis.evaluation.metrics.frechet import Gaussian, frechet_distance
 from analysis.evaluation.metrics.generated_images import image_seeds
 from analysis.evaluation.metrics.image_features import inception
 from analysis.evaluation.run import Options, evaluate
-from analysis.evaluation.scores import Curve, ScoreFile, score_file
+from analysis.evaluation.scores import ScoreFile, ScoreKey, score_file
 from probing.data.coco import list_images
 from probing.recipe import ProbeRunRecipe, TeacherRecipe, validate
 from probing.teachers import load_teacher
@@ -53,7 +53,7 @@ def test_every_curve_has_both_distances_and_only_the_checkpoints_resampler(evalu
     assert set(found["metric"]) == {"fid", "kid"} and set(found["n"]) == {6}
     for metric in ("fid", "kid"):
         places = set(map(tuple, found.loc[found["metric"] == metric, ["layer", "probe", "control"]].values))
-        layers = {(layer, "resampler", "no") for layer in ("0", "2", "mean")}
+        layers = {(layer, "resampler", "none") for layer in ("0", "2", "mean")}
         assert places == layers | {("", "constant", "mean"), ("", "target", "teacher")}
 
 
@@ -79,8 +79,8 @@ def test_a_probe_that_puts_out_the_target_scores_the_teachers_row(evaluated, inc
     shutil.copytree(evaluated, run)
     file = score_file(run, "embeddings/gen", "val2017")
     found = ScoreFile.read(file)
-    target = found.table[Curve("gen", "", "target", "teacher", "embedding", "strict", 0)]
-    found.table[Curve("gen", "2", "resampler", "no", "embedding", "strict", 0)] = target
+    target = found.table[ScoreKey("gen", "", "target", "teacher", "embedding", "strict")]
+    found.table[ScoreKey("gen", "2", "resampler", "none", "embedding", "strict")] = target
     found.write(file)
     evaluate(run, options(inception_file))
     table = results(run).query("metric == 'fid'").set_index(["layer", "probe"])[["value", "ci_low", "ci_high"]]
