@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from probing.data.annotation_file import Key, Size, key_order, read_annotation_file
 from probing.data.image_modes import to_rgb
@@ -137,6 +137,8 @@ def open_image(path: Path | BinaryIO, use: Callable[[Image.Image], Result]) -> R
             if not content.startswith(PNG_SIGNATURE):
                 raise
             return _open_image(io.BytesIO(_without_notes(content)), use)
+    except UnidentifiedImageError:  # Pillow's message holds the absolute path
+        raise UnidentifiedImageError("cannot identify image file") from None
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - Pillow's readers raise whatever they stumble over

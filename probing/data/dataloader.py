@@ -114,7 +114,8 @@ class _MicroBatches(Dataset[Prepared]):
                 if self.show is not None:
                     shown.append(viewed(self.show(index, picture), self.view))
             except OSError as error:
-                reason = f"corrupt: {str(error).splitlines()[0][:120]}" if str(error) else "corrupt"
+                text = error.strerror or str(error)  # without the path, because reasons are published
+                reason = f"corrupt: {text.splitlines()[0][:120]}" if text else "corrupt"
                 skipped.append(Skipped(self.images.names[index], self.images.split, reason))
                 continue
             indices.append(index)

@@ -1,1 +1,1 @@
-"""Runs to and from the Hub."""
+"""Publishes, downloads and imports trained probes."""

@@ -1,14 +1,13 @@
-"""`probing import`: probes that were trained elsewhere become a run, which is evaluated and reported like any other.
+"""Turns probes inside a checkpoint into a run that can be evaluated like any other.
 
-Two kinds: the embedding predictors beside a checkpoint of `probing distill`, and the published probe checkpoints of
-OLA-VLM / VisPer-LM, full models of 36 to 38 GB of which only the probes are read. The embedding predictors of OLA-VLM's
-own pre-training checkpoints are refused: their depth target is the mean of four features, their gen query the mean of
-the states at the gen tokens.
+Reads the embedding predictors of `probing distill`, and the published probe checkpoints of OLA-VLM / VisPer-LM: models
+of 36 to 38 GB, of which only the probes are read. Refuses the embedding predictors of OLA-VLM's own pre-training
+checkpoints: their depth target is the mean of four features, their gen query the mean of the states at the gen tokens.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from probing.distillation.predictors import FOLDER
 from probing.models import FINAL, identify, layer_name, parse_layers
 from probing.models.chat_templates import rendering_at
 from probing.models.finite import finite_rows
-from probing.probes.bank import ProbeBank, ProbeKey, bank_config, bank_layers
+from probing.probes.bank import ProbeBank, ProbeKey, bank_config, bank_teachers
 from probing.probes.resampler import Resampler, ResamplerConfig
 from probing.recipe import ProbeRecipe, ProbeRunRecipe, apply_overrides, validate
 from probing.runs.compatibility import recorded_moment
@@ -39,85 +38,96 @@ from probing.utils.progress import Progress
 
 
 @dataclass
-class Found:
-    """Probes that were trained elsewhere.
+class CheckpointProbes:
+    """Probes inside a checkpoint.
 
     Attributes:
         bank: the probes, on the CPU.
-        teachers: id and grid of the teacher of each, as a recipe has them.
-        trained_towards: per teacher the hash of its weights and its target's shape, where that is known.
-        trained: how they were trained: epochs, batch_size, steps, lr; empty where nobody says.
-        kind: what they are, behind the checkpoint's name.
+        teachers: per teacher the values of its recipe.
+        kind: suffix of the checkpoint's name in results.
+        targets: per teacher the hash of its weights and the target's shape, if recorded.
+        training: epochs, batch_size, steps and lr, if recorded.
     """
 
     bank: ProbeBank
     teachers: dict[str, dict[str, Any]]
-    trained_towards: dict[str, tuple[str, list[int]]]
-    trained: dict[str, Any]
     kind: str
+    targets: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
 
-def find_probes(checkpoint: str) -> Found:
-    """Reads the probes of a checkpoint, and nothing else of it.
+def import_probes(checkpoint: str, data: str, out: Path, overrides: Sequence[str] = ()) -> Run:
+    """Writes a run with the probes inside a checkpoint; nothing is trained, and the model is not loaded.
 
     Args:
         checkpoint: folder or Hub id.
+        data: `coco:DIR`.
+        out: folder of the run; a finished import of the same recipe is not repeated.
+        overrides: `KEY=VALUE` for the run's recipe, such as `teachers.depth.id=DIR`.
 
     Raises:
-        UserError: there are none, or they are incomplete.
+        UserError: the checkpoint has no complete probes, the teachers are not theirs, or data are unreadable.
     """
     source = locate(checkpoint, "checkpoint")
-    raw = read_json(source, "config.json")
-    if raw.get("probe_mode"):
-        return _published(source, raw)
+    config = read_json(source, "config.json")
+    found = _published_probes(source, config) if config.get("probe_mode") else _predictors(source, config)
+    recipe = _recipe(checkpoint, data, found, overrides)
+    device = alone("import").device
+    train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
+    with rendering_at(recorded_moment(None)):
+        identity = identify(recipe.backbone)
+        teachers = load_teachers(recipe, device)
+        provenance = provenance_of(recipe, identity, teachers, train_images, eval_images)
+    provenance["checkpoint"]["name"] += f" {found.kind}"
+    _require_teachers(found, identity.hidden_size, teachers)
+    bank = _select(found.bank, recipe, identity.layers)
+    run = Run.create(out, recipe)
+    if run.finished:
+        return run
+    means, skipped = mean_targets(recipe, teachers, train_images, device)
+    with disk_errors(out):
+        with whole_folder(run.probes("none")) as folder:
+            bank.save(folder, {"control": "none", **{k: v for k, v in provenance.items() if k != "inputs"}})
+        with whole_file(run.means) as file:
+            save_file(means, file)
+        write_text(out / "learning_curves.csv", "control,teacher,layer,seed,step,loss\n")
+        training = found.training | {"seeds": recipe.fit.seeds, "imported": True}
+        write_manifest(run, provenance, training, [], [vars(s) for s in skipped], 0.0)
+    return run
+
+
+def _predictors(source: str, config: dict[str, Any]) -> CheckpointProbes:
+    """Reads the embedding predictors of a stage of `probing distill`."""
     folder = Path(source) / FOLDER
-    layers = bank_layers(folder)
-    if not layers and str(raw.get("model_type")).startswith("ola_"):
-        raise UserError(
-            f"{checkpoint}: embedding predictors of OLA-VLM's own format are not imported, because their targets and "
-            "queries differ; train probes"
-        )
-    if not layers:
-        raise UserError(
-            f"{checkpoint} has neither embedding predictors (a folder {FOLDER} with probes, as probing distill writes "
-            "for a stage with embedding losses) nor probes in its configuration (probe_mode)"
-        )
-    configs = {teacher: bank_config(folder, teacher) for teacher in layers}
-    with reading(folder.parent, "give it as probing distill wrote it"):
+    configs = {teacher: bank_config(folder, teacher) for teacher in bank_teachers(folder)}
+    if not configs and str(config.get("model_type")).startswith("ola_"):
+        raise UserError(f"{source}: OLA-VLM's own embedding predictors have other targets and queries; train probes")
+    if not configs:
+        raise UserError(f"{source} has no probes: neither a folder {FOLDER} nor probe_mode in config.json; train some")
+    with reading(folder.parent, "use the folder as probing distill wrote it"):
         record = json.loads((folder.parent / "training.json").read_text(encoding="utf-8"))
         stage = yaml.safe_load(record["recipe"])
-        return Found(
-            bank=ProbeBank.load(folder, torch.device("cpu")),
-            teachers={
-                n: {"id": config["teacher"]["id"]} | _target(n, config["resampler"]) for n, config in configs.items()
-            },
-            trained_towards={n: (c["teacher"]["sha256"], c["teacher"]["shape"]) for n, c in configs.items()},
-            trained={name: stage[name] for name in ("epochs", "batch_size", "lr")} | {"steps": record["steps"]},
-            kind="predictors",
+        return CheckpointProbes(
+            ProbeBank.load(folder, torch.device("cpu")),
+            {name: {"id": c["teacher"]["id"], **_target(name, c["resampler"])} for name, c in configs.items()},
+            "predictors",
+            {name: (c["teacher"]["sha256"], c["teacher"]["shape"]) for name, c in configs.items()},
+            {name: stage[name] for name in ("epochs", "batch_size", "lr")} | {"steps": record["steps"]},
         )
 
 
-def _target(teacher: str, resampler: dict[str, int]) -> dict[str, Any]:
-    """What a recipe says of the target that probes predict."""
-    side = round(resampler["queries"] ** 0.5)
-    if side > 1:
-        return {"grid": side}
-    return {} if teacher in CATALOGUE else {"features": "pooled"}
+def _published_probes(source: str, config: dict[str, Any]) -> CheckpointProbes:
+    """Reads the probes of one teacher at every layer.
 
-
-def _published(source: str, raw: dict[str, Any]) -> Found:
-    """The probes of one teacher, a layer each; the last layer's is of the state after the final norm.
-
-    That is how `output_hidden_states` counted when they were trained: its last entry is normalised.
+    The last one reads the state after the final norm: they were trained on `output_hidden_states`, whose last entry is
+    normalised.
     """
-    mode = raw["probe_mode"]
-    sizes, count = raw.get(f"image_{mode}"), int(raw.get("num_hidden_layers", 0))
+    mode = config["probe_mode"]
+    sizes, layers = config.get(f"image_{mode}"), int(config.get("num_hidden_layers", 0))
     if mode not in CATALOGUE or not isinstance(sizes, dict):
-        raise UserError(
-            f"{source}: config.json says probe_mode {mode!r} and not the sizes of its probes (image_{mode})"
-        )
-    config = ResamplerConfig(
-        key_width=raw["hidden_size"],
+        raise UserError(f"{source}: config.json lacks image_{mode}, the sizes of its probes; restore that file")
+    resampler = ResamplerConfig(
+        key_width=config["hidden_size"],
         queries=sizes["num_tokens"],
         width=sizes["output_dim"],
         output_width=sizes["output_dim"],
@@ -125,114 +135,81 @@ def _published(source: str, raw: dict[str, Any]) -> Found:
         dim_head=sizes["dim_head"],
         ff_mult=sizes["ff_mult"],
     )
-    heads = f"image_{mode}_heads."
-    tensors = {name.removeprefix(heads): tensor for name, tensor in read_tensors(source, heads)}
+    tensors = dict(read_tensors(source, f"image_{mode}_heads."))
     probes = {}
-    for index in range(count):
-        prefix = f"{index}.projector."
-        own = {name.removeprefix(prefix): t.float() for name, t in tensors.items() if name.startswith(prefix)}
-        probe = Resampler(config)
+    for index in range(layers):
+        prefix = f"image_{mode}_heads.{index}.projector."
+        probe = Resampler(resampler)
         try:
-            probe.load_state_dict(own)
-        except RuntimeError as error:
-            said = " ".join(str(error).split())
-            raise UserError(
-                f"{source}: the probe of layer {index + 1} is incomplete, or of other sizes: {said}"
-            ) from None
-        layer = index + 1 if index + 1 < count else FINAL
+            probe.load_state_dict(
+                {n.removeprefix(prefix): t.float() for n, t in tensors.items() if n.startswith(prefix)}
+            )
+        except RuntimeError:
+            raise UserError(f"{source}: the probe of layer {index + 1} is incomplete; download it again") from None
+        layer = index + 1 if index + 1 < layers else FINAL
         probes[ProbeKey(mode, layer, 0)] = probe.eval().requires_grad_(False)
-    teacher = {"id": CATALOGUE[mode].default_id} | _target(mode, config.to_dict())
-    return Found(ProbeBank(probes, {mode: list(ProbeRecipe().keys)}), {mode: teacher}, {}, {}, "(published probes)")
+    teacher = {"id": CATALOGUE[mode].default_id, **_target(mode, resampler.to_dict())}
+    return CheckpointProbes(ProbeBank(probes, {mode: list(ProbeRecipe().keys)}), {mode: teacher}, "(published probes)")
 
 
-def import_recipe(checkpoint: str, data: str, found: Found, overrides: Sequence[str] = ()) -> ProbeRunRecipe:
-    """The recipe of a run whose probes were trained elsewhere.
+def _target(teacher: str, resampler: dict[str, int]) -> dict[str, Any]:
+    """Returns the recipe's values for the target that a resampler predicts."""
+    side = round(resampler["queries"] ** 0.5)
+    if side > 1:
+        return {"grid": side}
+    return {} if teacher in CATALOGUE else {"features": "pooled"}
 
-    Args:
-        checkpoint: where they come from.
-        data: `coco:DIR`.
-        found: the probes.
-        overrides: `KEY=VALUE`, such as `teachers.depth.id=DIR` where a teacher has moved.
-    """
+
+def _recipe(checkpoint: str, data: str, found: CheckpointProbes, overrides: Sequence[str]) -> ProbeRunRecipe:
     layers = {layer_name(key.layer) for key in found.bank.probes}
-    blocks = sorted(layers - {FINAL}, key=int)
     values: dict[str, Any] = {
         "backbone": {"checkpoint": checkpoint},
         "data": {"path": data},
         "teachers": found.teachers,
-        "layers": ",".join([*blocks, *(layers & {FINAL})]),
+        "layers": ",".join([*sorted(layers - {FINAL}, key=int), *(layers & {FINAL})]),
         "controls": [],
         "fit": {"ridge": False, "workers": 0},
     }
-    apply_overrides(values, overrides)
-    return validate(ProbeRunRecipe, values, "import").with_absolute_paths()
+    return validate(ProbeRunRecipe, apply_overrides(values, overrides), "import").with_absolute_paths()
 
 
-def import_probes(recipe: ProbeRunRecipe, found: Found, out: Path) -> Run:
-    """Makes a run of probes that were trained elsewhere; nothing is trained, and the checkpoint is not loaded.
-
-    Args:
-        recipe: from `import_recipe`.
-        found: from `find_probes`.
-        out: the run's folder; a finished one is kept.
-
-    Raises:
-        UserError: checkpoint or teachers are not those of the probes, or data cannot be read.
-    """
-    device = alone("import").device
-    train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
-    moment = recorded_moment(None)
-    with rendering_at(moment):
-        checkpoint = identify(recipe.backbone)
-    teachers = load_teachers(recipe, device)
-    _require_theirs(found, checkpoint.hidden_size, teachers)
-    chosen = set(parse_layers(recipe.layers, checkpoint.layers))
-    probes = {k: p for k, p in found.bank.probes.items() if k.teacher in recipe.teachers and k.layer in chosen}
-    for name in recipe.teachers:
-        if not any(key.teacher == name for key in probes):
-            there = [layer_name(key.layer) for key in found.bank.probes if key.teacher == name]
-            raise UserError(f"the {name} probes have no layer {recipe.layers}; there are {', '.join(there)}")
-    run = Run.create(out, recipe)
-    if run.finished:
-        return run
-    with rendering_at(moment):
-        provenance = provenance_of(recipe, checkpoint, teachers, train_images, eval_images)
-    provenance["checkpoint"]["name"] += f" {found.kind}"
-    means, skipped = mean_targets(recipe, teachers, train_images, device)
-    with disk_errors(out):
-        with whole_folder(run.probes("none")) as part:
-            made = {name: value for name, value in provenance.items() if name != "inputs"}
-            ProbeBank(probes, found.bank.keys).save(part, {"control": "none", **made})
-        with whole_file(run.means) as file:
-            save_file(means, file)
-        write_text(out / "learning_curves.csv", "control,teacher,layer,seed,step,loss\n")
-        trained = found.trained | {"seeds": recipe.fit.seeds, "imported": True}
-        write_manifest(run, provenance, trained, [], [vars(s) for s in skipped], 0.0)
-    return run
-
-
-def _require_theirs(found: Found, width: int, teachers: dict[str, Teacher]) -> None:
-    """Raises UserError where probes were trained with another LLM's width or another teacher."""
+def _require_teachers(found: CheckpointProbes, hidden_size: int, teachers: dict[str, Teacher]) -> None:
+    """Raises UserError if probes were trained with another width of the LLM or another teacher."""
     for name, teacher in teachers.items():
         config = next(p.config for key, p in found.bank.probes.items() if key.teacher == name)
-        if config.key_width != width:
+        if config.key_width != hidden_size:
             raise UserError(
-                f"the {name} probes read states of width {config.key_width}, and the checkpoint's have {width}"
+                f"{name} probes read width {config.key_width}, the checkpoint has {hidden_size}; train probes"
             )
-        sha256, shape = found.trained_towards.get(name, (teacher.sha256, [config.queries, config.output_width]))
+        sha256, shape = found.targets.get(name, (teacher.sha256, [config.queries, config.output_width]))
         if sha256 != teacher.sha256 or list(shape) != list(teacher.shape):
             raise UserError(
-                f"the {name} probes were trained towards another teacher, with targets of {shape} "
-                f"({found.teachers[name]['id']}; this one gives {list(teacher.shape)}); name it: teachers.{name}.id=DIR"
+                f"{name} probes were trained on another teacher ({found.teachers[name]['id']}, targets {shape}); "
+                f"set teachers.{name}.id=DIR"
             )
+
+
+def _select(bank: ProbeBank, recipe: ProbeRunRecipe, blocks: int) -> ProbeBank:
+    """Selects the probes of a recipe's teachers and layers; raises UserError if a teacher has none."""
+    layers = parse_layers(recipe.layers, blocks)
+    probes = {key: p for key, p in bank.probes.items() if key.teacher in recipe.teachers and key.layer in layers}
+    for name in recipe.teachers:
+        if name not in {key.teacher for key in probes}:
+            available = ", ".join(layer_name(key.layer) for key in bank.probes if key.teacher == name)
+            raise UserError(f"no {name} probe at layer {recipe.layers}; choose layers from {available}")
+    return ProbeBank(probes, bank.keys)
 
 
 def mean_targets(
     recipe: ProbeRunRecipe, teachers: dict[str, Teacher], images: ImageList, device: torch.device
 ) -> tuple[dict[str, Tensor], list[Skipped]]:
-    """The mean target (N, D) of every teacher over a split, in float32, and the images that could not be read."""
+    """Computes the mean target (N, D) of each teacher, in float32, and lists unreadable images.
+
+    Raises:
+        UserError: no image is readable, or a teacher gives no finite target.
+    """
     totals: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    counts = dict.fromkeys(teachers, 0)
     skipped: list[Skipped] = []
     batch = recipe.fit.micro_batch
     plan = [list(range(first, min(first + batch, len(images)))) for first in range(0, len(images), batch)]
@@ -244,12 +221,11 @@ def mean_targets(
             for name, pixels in prepared.pixels.items():
                 target = teachers[name].target(pixels)
                 target = target[finite_rows(target)]
-                total = target.sum(dim=0, dtype=torch.float64)
-                totals[name] = totals[name] + total if name in totals else total
-                counts[name] = counts.get(name, 0) + len(target)
+                totals[name] = totals.get(name, 0) + target.sum(dim=0, dtype=torch.float64)
+                counts[name] += len(target)
             bar.advance()
     if not totals:
-        raise UserError(f"no image of {images.split} could be read; check {images.folder}")
+        raise UserError(f"no image of {images.split} is readable; check {images.folder}")
     for name, count in counts.items():
         if not count:
             raise UserError(f"teacher {name} gives no finite features of {images.split}; check its weights")

@@ -1,287 +1,297 @@
-"""`probing push` and `probing pull`: a run's probes and numbers in a repository of the Hub, or in a plain folder.
-
-What analysis and reports know of a run (scores, card) is handed in, because neither is known here.
-"""
+"""Publishes runs on the Hugging Face Hub, or in a folder, and downloads them."""
 
 import contextlib
 import json
 import logging
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from safetensors.numpy import load_file, save_file
 
-from probing.hub.sanitize import (
-    CARD,
-    PUBLISHED,
-    clean_copy,
-    elsewhere,
-    foreign,
-    holds,
-    published_files,
-    require_banks,
-    require_clean,
-)
-from probing.hub.subset import Part, choose, copy_part, part_of_manifest
-from probing.recipe import ProbeRunRecipe, apply_overrides, dump_recipe, read_yaml, validate
-from probing.runs.directory import SPEED_ONLY, Run, members
+from probing.recipe import ProbeRunRecipe, apply_overrides, cached_repository, dump_recipe, read_yaml, validate
+from probing.runs.directory import Run
+from probing.utils.cache_dir import home_folder
 from probing.utils.errors import UserError, first_line
-from probing.utils.files import LOST, disk_errors, reading, require_space, whole_folder, write_text
-from probing.utils.paths import local_path, looks_like_path
+from probing.utils.files import disk_errors, read_json, whole_folder, write_text
+from probing.utils.paths import ELSEWHERE, local_path, looks_like_path
 
 logger = logging.getLogger(__name__)
 
-SAYS = ("*.json", "*.yaml", "*.csv", "*.md")
-"""Files of a repository that say what is in it."""
-MAY_CHANGE = re.compile(
-    r"teachers\.\w+\.id|backbone\.(checkpoint|base|vision_tower|device_map|trust_remote_code)|data\.path"
+BANKS = ("probes", "ridge", "controls/*/probes", "controls/*/ridge")
+"""Folders of a run with one folder of tensors per teacher."""
+FILES = (
+    *("recipe.yaml", "manifest.json", "mean_targets.safetensors", "learning_curves.csv", "results.csv"),
+    *("scores/*.safetensors", "scores/*.json"),
 )
-"""Fields that whoever pulls a run may set besides those of speed: where things lie, which moves no number."""
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+CARD = ("README.md", "figures/*")
+_LOCAL_PATH = re.compile(r"(/|~|\.{1,2}/).*")
+_LAYER = re.compile(r"(?:^|\.)layer_(\w+)\.")
+_TOKEN = r"\bhf_[A-Za-z0-9]{20,}"
 
 
-def push(path: Path, repo: str, card: Callable[[Path, str], None], private: bool = False, api: Any = None) -> str:
-    """Publishes a finished, evaluated run; what is there is replaced as a whole, where it is the same run.
+def published_patterns(teachers: Sequence[str] = ()) -> list[str]:
+    """Returns patterns of the files to publish; images, generated features and training state are not among them."""
+    return [*FILES, *(f"{bank}/{teacher}/*" for bank in BANKS for teacher in teachers or ["*"])]
+
+
+def push(path: Path, repo: str, write_card: Callable[[Path, str], None], private: bool = False) -> str:
+    """Publishes an evaluated run with a model card.
 
     Args:
         path: the run.
-        repo: folder, or USER/NAME on the Hub, which is made where there is none.
-        card: writes README.md and figures into the folder that it is given, which holds what will be published; it is
-            also given what the run is to be called.
-        private: of a repository that is made.
-        api: what speaks to the Hub; by default `huggingface_hub.HfApi`.
+        repo: USER/NAME on the Hub, created if missing, or a folder.
+        write_card: writes `README.md` into a folder with the files to publish; its second argument is the name of the
+            repository.
+        private: visibility of a new repository.
 
     Returns:
-        Where it is.
+        URL of the repository, or the folder.
 
     Raises:
-        UserError: there is no such run, something else is in the way, the Hub cannot be reached or refuses, or a file
-            would name a folder of this machine.
+        UserError: the run has no results, `repo` holds anything but this run, the Hub is out of reach, or a file would
+            reveal a local path or a token.
     """
-    if members(path):
-        raise UserError(f"{path} is a folder of runs; push them one by one: {', '.join(map(str, members(path)[:4]))}")
     run = Run.open(path)
-    require_banks(path, choose(path, str(path)).teachers, LOST)
     if not (path / "results.csv").is_file():
-        raise UserError(f"{path} has no results yet, which its card would show; type: probing evaluate {path}")
-    if _is_folder(repo):
-        return str(_push_to_folder(run, local_path(repo), card))
-    api = api or _hub_api()
-    with _reaching(repo, "or give a folder, as ./NAME"):
-        there = _entries(api, repo)
-        if there:
-            _require_same(run, Path(api.snapshot_download(repo, allow_patterns=["manifest.json"])), repo, there)
+        raise UserError(f"{path} has no results for the card; first type: probing evaluate {path}")
+    _require_free(repo, run)
+    if not _is_folder(repo) and not get_token():
+        raise UserError("no Hub token; log in with: hf auth login, or set HF_TOKEN")
     with tempfile.TemporaryDirectory(prefix="probing-push-") as temporary, disk_errors(Path(temporary)):
         folder = Path(temporary)
-        clean_copy(run, folder, link=True)
-        card(folder, repo)
-        require_clean(folder, run)
-        with _reaching(repo, "then push again"):
-            place = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
-            api.upload_folder(
-                repo_id=repo,
-                folder_path=folder,
-                commit_message=f"Probes of {run.manifest['checkpoint']['name']}",
-                delete_patterns=[*PUBLISHED, *(f"{name}*" for name in CARD)],
-            )
-    return str(place)
+        _export(run, folder)
+        write_card(folder, local_path(repo).name if _is_folder(repo) else repo)
+        _require_no_secrets(folder, run)
+        if not _is_folder(repo):
+            return _upload(folder, repo, private)
+        target = local_path(repo)
+        with disk_errors(target, "give another folder"), whole_folder(target) as new:
+            if target.exists():
+                shutil.copytree(target, new, dirs_exist_ok=True)
+            shutil.copytree(folder, new, dirs_exist_ok=True)
+    return repo
 
 
-def _push_to_folder(run: Run, target: Path, card: Callable[[Path, str], None]) -> Path:
-    own, other = run.path.resolve(), target.resolve()
-    if own == other or own in other.parents or other in own.parents:
-        raise UserError(f"{target} and the run {run.path} lie in one another; give another folder")
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file; give another folder")
-    there = [path.name for path in target.iterdir()] if target.exists() else []
-    if there:
-        for name in foreign(there):
-            raise UserError(f"{target} holds something else ({name}), which a push would remove; give another folder")
-        _require_same(run, target, str(target), there)
-    with disk_errors(target):
-        require_space(target, sum((run.path / file).stat().st_size for file in published_files(run.path)))
-        with whole_folder(target) as folder:
-            clean_copy(run, folder)
-            card(folder, target.name)
-            require_clean(folder, run)
-    return target
+def _upload(folder: Path, repo: str, private: bool) -> str:
+    with _hub_errors(repo):
+        url = HfApi().create_repo(repo, private=private, exist_ok=True)
+        outdated = [*published_patterns(), *CARD]
+        HfApi().upload_folder(
+            repo_id=repo, folder_path=folder, delete_patterns=outdated, commit_message="Upload probes"
+        )
+    return str(url)
 
 
-def _require_same(run: Run, folder: Path, repo: str, there: Sequence[str]) -> None:
-    if not holds(folder, run.manifest):
-        what = "another run" if (folder / "manifest.json").is_file() else f"something else ({sorted(there)[0]})"
-        raise UserError(f"{repo} holds {what}; push to another, or empty it first")
+def _require_free(repo: str, run: Run) -> None:
+    """Raises UserError if a repository or folder holds anything but this run."""
+    source = local_path(repo)
+    if _is_folder(repo):
+        names = {file.name for file in source.iterdir()} if source.is_dir() else set()
+    else:
+        with _hub_errors(repo):
+            try:
+                names = set(HfApi().list_repo_files(repo))
+            except RepositoryNotFoundError:
+                return
+            source = Path(HfApi().snapshot_download(repo, allow_patterns=["manifest.json"]))
+    if "manifest.json" in names:
+        free = source.resolve() != run.path.resolve() and _same_run(
+            read_json(source / "manifest.json", ""), run.manifest
+        )
+    else:
+        free = names <= {".gitattributes", "README.md"} and not source.is_file()
+    if not free:
+        raise UserError(f"{repo} holds something else; push to a new repository or folder")
+
+
+def _same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Compares the identities in two manifests: checkpoint, end of training, and selected layers and teachers."""
+    first, second = ((m["checkpoint"]["sha256"], m["finished"], m.get("subset")) for m in (one, other))
+    return first == second
+
+
+def _export(run: Run, folder: Path) -> None:
+    """Copies the files to publish, without local paths; tensors become symbolic links."""
+    for file in _published_files(run.path):
+        target = folder / file.relative_to(run.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".json":
+            values = hide_local_paths(json.loads(file.read_text(encoding="utf-8")))
+            target.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        elif file.suffix == ".yaml":
+            values = hide_local_paths(read_yaml(file))
+            target.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        else:
+            target.symlink_to(file.resolve())
+
+
+def _published_files(folder: Path, teachers: Sequence[str] = ()) -> list[Path]:
+    files = {file for pattern in published_patterns(teachers) for file in folder.glob(pattern)}
+    return sorted(file for file in files if file.is_file() and not file.name.startswith("."))
+
+
+def hide_local_paths(values: Any) -> Any:
+    """Replaces local paths in nested values by `elsewhere:NAME`, and snapshots in the Hub's cache by their Hub id."""
+    if isinstance(values, dict):
+        return {name: hide_local_paths(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [hide_local_paths(value) for value in values]
+    path = values.removeprefix("coco:") if isinstance(values, str) else ""
+    if not _LOCAL_PATH.fullmatch(path):
+        return values
+    return cached_repository(path) or values.replace(path, f"{ELSEWHERE}{Path(path).name}")
+
+
+def path_fields(recipe: ProbeRunRecipe) -> dict[str, str]:
+    """Returns the fields of a recipe that may hold local paths, with their values."""
+    backbone = recipe.backbone
+    optional = {"base": backbone.base, "vision_tower": backbone.vision_tower}
+    return {
+        "backbone.checkpoint": backbone.checkpoint,
+        **{f"backbone.{name}": path for name, path in optional.items() if path},
+        "data.path": recipe.data.path,
+        **{f"teachers.{name}.id": teacher.id for name, teacher in recipe.teachers.items()},
+    }
+
+
+def _require_no_secrets(folder: Path, run: Run) -> None:
+    """Raises UserError if a text, or the metadata of tensors, holds a token or a path of this machine."""
+    paths = {str(home_folder()), str(run.path.resolve())}
+    paths |= {value.removeprefix("coco:") for value in path_fields(run.recipe).values()}
+    absolute = "|".join(re.escape(path) for path in sorted(paths) if path.startswith("/") and len(path) > 1)
+    secret = re.compile(rf"{_TOKEN}|(?<![\w.-])({absolute})(?![\w-])".encode())
+    for file in (file for file in folder.rglob("*") if file.is_file() and file.suffix != ".png"):
+        with file.open("rb") as stream:
+            tensors = file.suffix == ".safetensors"
+            content = stream.read(int.from_bytes(stream.read(8), "little")) if tensors else stream.read()
+        if found := secret.search(content):
+            what = found[1].decode() if found[1] else "a Hub token"
+            raise UserError(f"{file.relative_to(folder)} would publish {what}; remove it from that file of the run")
 
 
 def pull(
     repo: str,
     out: Path,
-    results: Callable[[Path, Path, Part], None],
     layers: Sequence[str] = (),
     teachers: Sequence[str] = (),
     overrides: Sequence[str] = (),
-    api: Any = None,
 ) -> Run:
-    """Makes a run of what was pushed, or of some layers and teachers of it.
+    """Downloads a published run; a repeated call with other overrides sets paths in the recipe of the same run.
+
+    Results and scores are always those of the whole run.
 
     Args:
-        repo: folder, or USER/NAME on the Hub.
-        out: folder of the run. One that holds the same part of the same run is kept, and told the overrides.
-        results: copies results and scores of a part, from one folder to another.
-        layers: names of layers; by default all.
-        teachers: by default all.
-        overrides: `KEY=VALUE`: where checkpoint, data and teachers lie on this machine.
-        api: what speaks to the Hub; by default `huggingface_hub.HfApi`.
-
-    Returns:
-        The run. Where its recipe still names folders of another machine, that is logged.
+        repo: USER/NAME on the Hub, or a folder.
+        out: folder of the run.
+        layers: names of the layers whose probes to keep; by default all.
+        teachers: whose probes to download; by default all.
+        overrides: `KEY=VALUE`, paths of checkpoint, data and teachers on this machine.
 
     Raises:
-        UserError: there is no such repository, or no bank in it, or none that can be read here, or not what was asked
-            for; the Hub cannot be reached; or `out` holds something else.
+        UserError: the repository is out of reach or holds no such probes, or `out` holds something else.
     """
-    source, part = _fetch(repo, layers, teachers, api)
-    again = f"whoever pushed {repo} must push it again"
-    with reading(source / "manifest.json", again):
-        manifest = part_of_manifest(json.loads((source / "manifest.json").read_text(encoding="utf-8")), part)
-        lacking = {"checkpoint", "teachers", "data", "prompt", "fit", "versions", "skipped"} - manifest.keys()
-        if lacking:
-            raise ValueError(f"there is no {sorted(lacking)[0]}")
-        values = read_yaml(source / "recipe.yaml")
-    require_banks(source, part.teachers, again)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not out.is_dir() or not (out / "recipe.yaml").is_file() or not holds(out, manifest):
-            raise UserError(f"{out} holds something else, or another part of the run; choose another folder")
-        recipe = _recipe(read_yaml(out / "recipe.yaml"), overrides, str(out / "recipe.yaml"))
-        logger.info("%s is there already", out)
-        with disk_errors(out):
-            write_text(out / "recipe.yaml", dump_recipe(recipe))
+    source = _download(repo, teachers)
+    manifest = read_json(source / "manifest.json", f"push {repo} again")
+    if layers or teachers:
+        manifest["subset"] = {"layers": list(layers), "teachers": list(teachers)}
+    exists = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    if not exists:
+        values = _untrusted_recipe(source, repo, layers, teachers)
+    elif (out / "manifest.json").is_file() and _same_run(read_json(out / "manifest.json", ""), manifest):
+        values = read_yaml(out / "recipe.yaml")
     else:
-        with reading(source / "recipe.yaml", again):
-            if not part.whole:
-                values["layers"] = ",".join(part.layers)
-                values["teachers"] = {name: values["teachers"][name] for name in part.teachers}
-            _distrust(values)
-        recipe = _recipe(values, overrides, f"{repo}, recipe.yaml")
-        with disk_errors(out):
-            require_space(out, sum((source / file).stat().st_size for file in published_files(source)))
+        raise UserError(f"{out} holds something else; choose another folder")
+    recipe = validate(ProbeRunRecipe, apply_overrides(values, overrides), f"{repo}/recipe.yaml").with_absolute_paths()
+    with disk_errors(out):
+        if exists:
+            write_text(out / "recipe.yaml", dump_recipe(recipe))
+        else:
             with whole_folder(out) as folder:
-                copy_part(source, folder, part)
-                results(source, folder, part)
-                write_text(folder / "recipe.yaml", dump_recipe(recipe))
+                _copy_run(source, folder, layers, teachers)
                 write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    for field, name in elsewhere(recipe.model_dump(mode="json")):
-        like = "coco:DIR" if field == "data.path" else "DIR"
-        logger.info("to say where %r lies on this machine, add to the same command: %s=%s", name, field, like)
+                write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    missing = [field for field, value in path_fields(recipe).items() if ELSEWHERE in value]
+    if missing:
+        values_to_set = " ".join(f"{field}={'coco:' if field == 'data.path' else ''}DIR" for field in missing)
+        logger.info("before evaluating, set paths with: probing pull %s %s %s", repo, out, values_to_set)
     return Run.open(out)
 
 
-def _fetch(repo: str, layers: Sequence[str], teachers: Sequence[str], api: Any) -> tuple[Path, Part]:
-    """A folder with what is asked for, and what that is; from the Hub come the tensors of the chosen teachers alone."""
+def _download(repo: str, teachers: Sequence[str]) -> Path:
+    """Returns a folder with the files of a published run, only with the probes of some teachers."""
     if _is_folder(repo):
         source = local_path(repo)
-        if not source.is_dir():
-            raise UserError(f"no folder {repo}; give one that probing push wrote, or USER/NAME on the Hub")
-        _require_bank(source, repo)
-        return source, choose(source, repo, layers, teachers)
-    api = api or HfApi()
-    with _reaching(repo, "or give a folder, as ./NAME"):
-        source = Path(api.snapshot_download(repo, allow_patterns=list(SAYS)))
-    _require_bank(source, repo)
-    part = choose(source, repo, layers, teachers)
-    patterns = [*SAYS, "mean_targets.safetensors", "scores/*", *(["figures/*"] if part.whole else [])]
-    patterns += [f"*/{teacher}/*" for teacher in part.teachers]
-    commit = source.name if _COMMIT.fullmatch(source.name) else None  # both parts of one state
-    with _reaching(repo, "then pull again"):
-        return Path(api.snapshot_download(repo, allow_patterns=patterns, revision=commit)), part
+    else:
+        with _hub_errors(repo):
+            source = Path(HfApi().snapshot_download(repo, allow_patterns=[*published_patterns(teachers), *CARD]))
+    if not (source / "manifest.json").is_file() or not (source / "recipe.yaml").is_file():
+        raise UserError(f"{repo} is no published run; give a folder or repository written by: probing push")
+    return source
 
 
-def _require_bank(source: Path, repo: str) -> None:
-    missing = [name for name in ("manifest.json", "recipe.yaml") if not (source / name).is_file()]
-    missing += [] if any(source.glob("probes/*/config.json")) else ["probes/TEACHER/config.json"]
-    if missing:
-        raise UserError(f"{repo} is no probe bank: it has no {missing[0]}; give what probing push RUN REPO wrote")
+def _untrusted_recipe(source: Path, repo: str, layers: Sequence[str], teachers: Sequence[str]) -> dict[str, Any]:
+    """Reads a published recipe; it must neither run code nor fill folders on this machine.
+
+    Raises:
+        UserError: the recipe is invalid, or a requested layer or teacher has no probes.
+    """
+    recipe = validate(ProbeRunRecipe, read_yaml(source / "recipe.yaml"), f"{repo}/recipe.yaml")
+    recipe.backbone.trust_remote_code = False
+    recipe.data.target_cache = recipe.data.tower_cache = "off"
+    for name in teachers:
+        if name not in recipe.teachers:
+            raise UserError(f"{repo} has no probes of teacher {name!r}; choose from {', '.join(recipe.teachers)}")
+    recipe.teachers = {name: recipe.teachers[name] for name in teachers or recipe.teachers}
+    for teacher in recipe.teachers.values():
+        teacher.trust_remote_code = False
+    configs = [read_json(source / "probes" / name / "config.json", f"push {repo} again") for name in recipe.teachers]
+    available = list(dict.fromkeys(layer for config in configs for layer in config["layers"]))
+    for layer in layers:
+        if layer not in available:
+            raise UserError(f"{repo} has no probes of layer {layer!r}; choose from {', '.join(available)}")
+    if layers:
+        recipe.layers = ",".join(layers)
+    return recipe.model_dump(mode="json")
 
 
-def _distrust(values: dict[str, Any]) -> None:
-    """What others may not decide: that their code is run here, and which folders are filled."""
-    if values["backbone"].pop("trust_remote_code", False):
-        logger.warning("the run was made with backbone.trust_remote_code=true, which is off here until you set it")
-    for name in ("target_cache", "tower_cache"):
-        values["data"].pop(name, None)
-
-
-def _recipe(values: dict[str, Any], overrides: Sequence[str], source: str) -> ProbeRunRecipe:
-    """A published recipe with what is said of this machine."""
-    for override in overrides:
-        field = override.partition("=")[0]
-        if "=" in override and not MAY_CHANGE.fullmatch(field) and field not in SPEED_ONLY:
-            raise UserError(
-                f"{field} stands as the run was made; what can be set is where things lie (backbone.checkpoint, "
-                f"data.path, teachers.NAME.id), backbone.device_map, and {', '.join(SPEED_ONLY)}"
-            )
-        if field.startswith("teachers.") and field.split(".")[1] not in values.get("teachers", {}):
-            raise UserError(f"{field}: that teacher is not in the run; it has {', '.join(values.get('teachers', {}))}")
-    return validate(ProbeRunRecipe, apply_overrides(values, overrides), source).with_absolute_paths()
+def _copy_run(source: Path, folder: Path, layers: Sequence[str], teachers: Sequence[str]) -> None:
+    """Copies a published run and its card, only with the probes of some layers and teachers."""
+    for file in [*_published_files(source, teachers), *(file for pattern in CARD for file in source.glob(pattern))]:
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        bank = file.parent.parent.name
+        if layers and bank == "probes" and file.name == "config.json":
+            config = read_json(file, "")
+            config["layers"] = [layer for layer in config["layers"] if layer in layers]
+            target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        elif layers and bank in ("probes", "ridge") and file.suffix == ".safetensors":
+            tensors = {n: t for n, t in load_file(file).items() if (found := _LAYER.search(n)) and found[1] in layers}
+            save_file(tensors, target, {"format": "pt"})
+        else:
+            shutil.copyfile(file, target)
 
 
 def _is_folder(repo: str) -> bool:
     return looks_like_path(repo) or local_path(repo).exists()
 
 
-def _hub_api() -> Any:
-    """The Hub, for writing; raises UserError where nobody is logged in."""
-    if not get_token():
-        raise UserError("no token of the Hub; log in with: hf auth login, or set HF_TOKEN; a folder is given as ./NAME")
-    return HfApi()
-
-
-def _entries(api: Any, repo: str) -> list[str]:
-    """Files of a repository, but for the one that the Hub itself puts into every one; none where it does not exist."""
-    try:
-        return [name for name in api.list_repo_files(repo) if name != ".gitattributes"]
-    except RepositoryNotFoundError:
-        return []
-
-
 @contextlib.contextmanager
-def _reaching(repo: str, instead: str) -> Iterator[None]:
-    """Turns whatever the Hub's client raises into one line.
-
-    Raises:
-        UserError: in place of it.
-    """
-    from huggingface_hub.errors import HTTPError  # of whichever client the library is built on
-
+def _hub_errors(repo: str) -> Iterator[None]:
+    """Turns errors of the Hub's client into one line."""
     try:
         yield
-    except HFValidationError as error:
-        raise UserError(
-            f"{repo!r} is no name of a repository ({first_line(error)}); write USER/NAME or ./NAME"
-        ) from None
-    except OfflineModeIsEnabled:
-        raise UserError(f"{repo} lies on the Hub, and HF_HUB_OFFLINE is set; unset it, {instead}") from None
+    except HFValidationError:
+        raise UserError(f"{repo!r} is no repository name; write USER/NAME, or ./NAME for a folder") from None
     except RepositoryNotFoundError:
-        raise UserError(
-            f"there is no repository {repo} on the Hub, or only for those who may see it; mend the name, log in with: "
-            f"hf auth login, {instead}"
-        ) from None
-    except LocalEntryNotFoundError:
-        raise UserError(f"the Hub cannot be reached, and {repo} was not pulled before; mend that, {instead}") from None
-    except EntryNotFoundError as error:
-        raise UserError(f"{repo} lacks a file: {first_line(error)}; it is no probe bank of probing push") from None
-    except HfHubHTTPError as error:
-        raise UserError(f"the Hub refuses ({first_line(error)}); mend that, {instead}") from None
+        raise UserError(f"no repository {repo} on the Hub; check its name, or log in with: hf auth login") from None
     except (HTTPError, OSError) as error:
-        raise UserError(f"the Hub cannot be reached ({first_line(error)}); mend that, {instead}") from None
+        raise UserError(
+            f"the Hub fails for {repo} ({first_line(error)}); check network and token, then repeat"
+        ) from None

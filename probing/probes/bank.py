@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import create_repo, snapshot_download, upload_folder
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -163,6 +165,38 @@ class ProbeBank:
                         probe.load_state_dict(state)
                         probes[key] = probe.to(device).eval().requires_grad_(False)
         return cls(probes, keys)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `probes/<teacher>/config.json` and `probes/<teacher>/model.safetensors` below a folder."""
+        self.save(Path(folder) / "probes", {})
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, teachers: Sequence[str] = (), layers: str | None = None, device: str = "cpu"
+    ) -> "ProbeBank":
+        """Reads probes from a run, a folder of `save_pretrained`, or a Hub repository of either.
+
+        Args:
+            source: folder or Hub id.
+            teachers: names; by default all.
+            layers: comma-separated layer names; by default all.
+            device: device of the probes.
+
+        Raises:
+            UserError: a teacher has no probes, or none of these layers.
+        """
+        if not Path(source).is_dir():
+            patterns = [f"probes/{teacher}/*" for teacher in teachers or ["*"]]
+            source = snapshot_download(str(source), allow_patterns=patterns)
+        return cls.load(Path(source) / "probes", torch.device(device), teachers or None, layers)
+
+    def push_to_hub(self, repo: str, private: bool = False) -> str:
+        """Uploads what `save_pretrained` writes to a Hub repository, created if missing; returns its URL."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            url = create_repo(repo, private=private, exist_ok=True)
+            upload_folder(repo_id=repo, folder_path=folder)
+        return str(url)
 
 
 def bank_teachers(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from analysis.evaluation.run import evaluate
 from probing.distillation.recipe import DistillRecipe
 from probing.distillation.trainer import run_stage
-from probing.hub.import_probes import find_probes, import_probes, import_recipe
+from probing.hub.import_probes import import_probes
 from probing.recipe import validate
 from probing.utils.errors import UserError
 from tests.helpers import encoders, tiny
@@ -37,10 +37,11 @@ def test_a_plain_encoder_is_a_task_without_special_tokens(models, coco, tmp_path
     log = json.loads((folder / "training.json").read_text())["log"]
     losses = [row["loss/siglip.2.smooth_l1"] for row in log if "loss/siglip.2.smooth_l1" in row]
     assert len(losses) == 8 and losses[-1] < losses[0]
-    found = find_probes(str(folder))
-    recipe = import_recipe(str(folder), f"coco:{coco}", found)
-    assert recipe.teachers["siglip"].features == "pooled" and recipe.teachers["depth"].features == "patches"
-    run = import_probes(recipe, found, tmp_path / "run")
+    run = import_probes(str(folder), f"coco:{coco}", tmp_path / "run")
+    assert {name: teacher.features for name, teacher in run.recipe.teachers.items()} == {
+        "siglip": "pooled",
+        "depth": "patches",
+    }
     results = pd.read_csv(evaluate(run.path), dtype={"layer": str}, keep_default_na=False)
     own = results[results["teacher"] == "siglip"]
     assert {"1", "2"} <= set(own["layer"]) and set(results["teacher"]) == {"siglip", "depth"}

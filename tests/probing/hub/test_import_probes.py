@@ -1,23 +1,22 @@
-"""A checkpoint's own embedding predictors, evaluated as probes."""
+"""Probes inside checkpoints, imported and evaluated like trained ones."""
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
 
 from analysis.evaluation.run import evaluate
+from probing.cli import cli
 from probing.distillation.predictors import EmbeddingPredictors, Task
 from probing.distillation.recipe import DistillRecipe
 from probing.distillation.trainer import run_stage
-from probing.hub.import_probes import find_probes, import_probes, import_recipe
+from probing.hub.import_probes import import_probes
 from probing.models import load_backbone
 from probing.probes.bank import ProbeBank
 from probing.probes.resampler import Resampler, ResamplerConfig
@@ -25,7 +24,6 @@ from probing.recipe import BackboneRecipe, TeacherRecipe
 from probing.teachers import load_teacher
 from probing.utils.errors import UserError
 from probing.utils.images import square
-from reports.page import write_report
 from tests.helpers import tiny
 from tests.helpers.original import original
 
@@ -51,36 +49,35 @@ def checkpoint(models, tmp_path_factory):
     return run_stage(DistillRecipe.model_validate(values), root / "pt")
 
 
-def probing(*arguments, code=0):
-    command = [sys.executable, "-m", "probing", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
-    assert done.returncode == code, done.stderr
-    return done
+def images_of(folder):
+    return [square(Image.open(path).convert("RGB")) for path in sorted(folder.iterdir())]
 
 
-def bring(checkpoint, run, coco, *overrides):
-    """What `probing import` does."""
-    found = find_probes(str(checkpoint))
-    return import_probes(import_recipe(str(checkpoint), f"coco:{coco}", found, overrides), found, run)
+def read_table(run):
+    return pd.read_csv(run / "results.csv", dtype={"layer": str}, keep_default_na=False)
 
 
-def test_predictors_are_scored_as_what_they_are(checkpoint, models, coco, tmp_path):
-    """From the command line to the table; the scores against the trainer's own predictors and token map."""
+def is_imported(run):
+    return json.loads((run / "manifest.json").read_text())["fit"]["imported"]
+
+
+def test_imported_predictors_score_as_in_training(checkpoint, models, coco, tmp_path):
+    """Compares the scores with those of the trainer's own predictors and token map."""
     run = tmp_path / "run"
-    probing("import", checkpoint, run, "--data", f"coco:{coco}", "backbone.prompt=Which?")
-    probing("evaluate", run)
-    results = pd.read_csv(run / "results.csv", dtype={"layer": str}, keep_default_na=False)
+    arguments = ["import", str(checkpoint), str(run), "--data", f"coco:{coco}", "backbone.prompt=Which?"]
+    assert CliRunner().invoke(cli, arguments, catch_exceptions=False).exit_code == 0
+    evaluate(run)
+    results = read_table(run)
     scored = results[(results["metric"] == "cosine") & (results["protocol"] == "strict") & (results["layer"] != "mean")]
-    probes = scored[scored["probe"] == "resampler"]
-    there = {(row.teacher, int(row.layer)) for row in probes.itertuples()}
-    assert there == {(name, layer) for name, layers in LAYERS.items() for layer in layers}
+    probes = scored[scored["probe"] == "resampler"].set_index(["teacher", "layer"])["value"]
+    assert set(probes.index) == {(name, str(layer)) for name, layers in LAYERS.items() for layer in layers}
 
     teachers = {name: load_teacher(name, TeacherRecipe(id=str(models[name])), CPU) for name in LAYERS}
     tasks = [Task(name, LAYERS[name], 0.5, teachers[name].shape) for name in ("gen", "depth")]
     predictors = EmbeddingPredictors(tasks, 32, 4, ["system", "image", "special", "text"], 2, 8)
     predictors.load(checkpoint / "predictors")
     backbone = load_backbone(BackboneRecipe(checkpoint=str(checkpoint), prompt="Which?"), CPU)
-    images = [square(Image.open(path).convert("RGB")) for path in sorted((coco / "val2017").iterdir())]
+    images = images_of(coco / "val2017")
     batch = backbone.prepare(images)
     states = {}
     backbone.stream(batch, [1, 2, 3], lambda layer, hidden: states.update({layer: hidden.float()}))
@@ -90,27 +87,23 @@ def test_predictors_are_scored_as_what_they_are(checkpoint, models, coco, tmp_pa
             target = teachers[task.name].target(teachers[task.name].prepare(images))
             for layer in task.layers:
                 prediction = predictors.predict(task, layer, states[layer], batch.tokens.kinds)
-                own = torch.cosine_similarity(prediction, target, dim=-1).mean()
-                row = probes[(probes["teacher"] == task.name) & (probes["layer"] == str(layer))].iloc[0]
-                assert row["value"] == pytest.approx(float(own), abs=1e-5)
-    mean = load_file(run / "mean_targets.safetensors")["gen"]
-    training = [square(Image.open(path).convert("RGB")) for path in sorted((coco / "train2017").iterdir())]
-    targets = teachers["gen"].target(teachers["gen"].prepare(training))
-    np.testing.assert_allclose(mean, targets.mean(0), atol=1e-5)
-    write_report([run], run / "report")
-    assert "trained elsewhere, and imported" in (run / "report" / "index.html").read_text()
+                expected = torch.cosine_similarity(prediction, target, dim=-1).mean()
+                assert probes[task.name, str(layer)] == pytest.approx(float(expected), abs=1e-5)
+    targets = teachers["gen"].target(teachers["gen"].prepare(images_of(coco / "train2017")))
+    np.testing.assert_allclose(load_file(run / "mean_targets.safetensors")["gen"], targets.mean(0), atol=1e-5)
+    assert is_imported(run)
 
 
-def test_what_cannot_be_imported(checkpoint, models, coco, tmp_path):
-    none = tmp_path / "none"
-    done = probing("import", models["llava"], none, "--data", f"coco:{coco}", code=2)
-    assert "has neither embedding predictors" in done.stderr
+def test_unfit_checkpoint_teacher_or_layer_is_named(checkpoint, models, coco, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="has no probes"):
+        import_probes(str(models["llava"]), f"coco:{coco}", out)
     other = tiny.depth_teacher(tmp_path / "other", seed=9)
-    with pytest.raises(UserError, match="were trained towards another teacher"):
-        bring(checkpoint, none, coco, f"teachers.depth.id={other}")
-    with pytest.raises(UserError, match="probes have no layer 0; there are "):
-        bring(checkpoint, none, coco, "layers=0")
-    assert not none.exists()
+    with pytest.raises(UserError, match="were trained on another teacher"):
+        import_probes(str(checkpoint), f"coco:{coco}", out, [f"teachers.depth.id={other}"])
+    with pytest.raises(UserError, match="no depth probe at layer 0; choose layers from 1, 3"):
+        import_probes(str(checkpoint), f"coco:{coco}", out, ["layers=0"])
+    assert not out.exists()
 
 
 @pytest.fixture
@@ -134,43 +127,35 @@ def published(tmp_path, models):
     return folder, probes, teacher
 
 
-def test_published_probes_are_read_alone_and_scored_where_they_were_trained(published, models, coco, tmp_path):
+def test_published_probes_score_at_their_layers(published, models, coco, tmp_path):
     folder, probes, teacher = published
     run = tmp_path / "run"
-    depth = f"teachers.depth.id={models['depth']}"
-    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    without = next(
-        file for file in set(index.values()) if not any("_heads." in n for n, f in index.items() if f == file)
-    )
-    whole = (folder / without).read_bytes()
-    (folder / without).write_bytes(b"not even a header")
-    bring(folder, run, coco, depth)
-    (folder / without).write_bytes(whole)
+    shards = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    with_probes = {file for name, file in shards.items() if "_heads." in name}
+    other = folder / min(set(shards.values()) - with_probes)
+    content = other.read_bytes()
+    other.write_bytes(b"not even a header")  # only the shards with probes are read
+    arguments = (str(folder), f"coco:{coco}", run, [f"teachers.depth.id={models['depth']}"])
+    import_probes(*arguments)
+    other.write_bytes(content)
     shutil.rmtree(run)
-    bring(folder, run, coco, depth)
-    bank = ProbeBank.load(run / "probes", CPU)
-    assert [key.layer for key in bank.probes] == [1, 2, "final"]
+    import_probes(*arguments)
+    assert [key.layer for key in ProbeBank.load(run / "probes", CPU).probes] == [1, 2, "final"]
     evaluate(run)
-    results = pd.read_csv(run / "results.csv", dtype={"layer": str}, keep_default_na=False)
+    results = read_table(run)
+    results = results[(results["metric"] == "cosine") & (results["probe"] == "resampler")]
+    scores = results[results["protocol"] == "strict"].set_index("layer")["value"]
     backbone = load_backbone(BackboneRecipe(checkpoint=str(folder)), CPU)
-    images = [square(Image.open(path).convert("RGB")) for path in sorted((coco / "val2017").iterdir())]
+    images = images_of(coco / "val2017")
     target = teacher.target(teacher.prepare(images))
     states, tokens = backbone.hidden_states(images, "1,2,final")
-    assert not tokens.mask("gen", "depth", "seg").any()  # a saved probe never sees them
+    assert not tokens.mask("gen", "depth", "seg").any()  # published probes read no special tokens
     for layer, probe in zip(states, probes, strict=True):
         with torch.no_grad():
-            own = torch.cosine_similarity(probe(states[layer]), target, dim=-1).mean()
-        row = results[
-            (results["layer"] == str(layer)) & (results["metric"] == "cosine") & (results["probe"] == "resampler")
-        ]
-        assert row[row["protocol"] == "strict"]["value"].item() == pytest.approx(float(own), abs=1e-5)
-    scored = results[
-        (results["metric"] == "cosine") & (results["probe"] == "resampler") & (results["control"] == "none")
-    ]
-    layers = scored[(scored["protocol"] == "strict") & (scored["seed"].astype(str) == "0")].set_index("layer")["value"]
-    assert layers["mean"] == pytest.approx(layers[["1", "2", "final"]].mean(), abs=1e-6)  # as many as the LLM has
-    write_report([run], run / "report")
-    assert "elsewhere; imported" in (run / "report" / "index.html").read_text()
+            expected = torch.cosine_similarity(probe(states[layer]), target, dim=-1).mean()
+        assert scores[str(layer)] == pytest.approx(float(expected), abs=1e-5)
+    assert scores["mean"] == pytest.approx(scores[["1", "2", "final"]].mean(), abs=1e-6)
+    assert is_imported(run)
 
 
 def test_incomplete_published_probes_are_named(published, models, coco, tmp_path):
@@ -178,24 +163,24 @@ def test_incomplete_published_probes_are_named(published, models, coco, tmp_path
     config, run = json.loads((folder / "config.json").read_text()), tmp_path / "run"
     depth = f"teachers.depth.id={models['depth']}"
 
-    def refused(message, *overrides, **values):
+    def refuse(message, override, **values):
         (folder / "config.json").write_text(json.dumps(config | values))
         with pytest.raises(UserError, match=message):
-            bring(folder, run, coco, *overrides)
+            import_probes(str(folder), f"coco:{coco}", run, [override])
 
     other = tiny.depth_teacher(tmp_path / "wide", width=24)
-    refused(r"were trained towards another teacher, with targets of \[16, 16\]", f"teachers.depth.id={other}")
-    refused("the probe of layer 4 is incomplete", depth, num_hidden_layers=4)
-    refused("not the sizes of its probes", depth, image_depth=None)
+    refuse(r"trained on another teacher .* targets \[16, 16\]", f"teachers.depth.id={other}")
+    refuse("the probe of layer 4 is incomplete", depth, num_hidden_layers=4)
+    refuse("lacks image_depth, the sizes of its probes", depth, image_depth=None)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     (folder / index["image_depth_heads.1.projector.latents"]).unlink()
-    refused("lacks the shard", depth)
+    refuse("lacks the shard", depth)
     assert not run.exists()
 
 
-def test_predictors_of_the_original_format_are_refused(tmp_path):
-    """They have other targets and queries than probes, so that their scores would mean something else."""
+def test_predictors_of_original_format_are_refused(tmp_path):
+    """Their targets and queries differ from the probes', so that their scores would mean something else."""
     heads = {"image_depth_heads.0.projector.proj_in.weight": torch.zeros(2, 2)}
     original(tmp_path / "pt", "ola_llama", headers=True, special=16, extra=heads)
-    with pytest.raises(UserError, match="OLA-VLM's own format are not imported"):
-        find_probes(str(tmp_path / "pt"))
+    with pytest.raises(UserError, match="OLA-VLM's own embedding predictors"):
+        import_probes(str(tmp_path / "pt"), "coco:none", tmp_path / "run")

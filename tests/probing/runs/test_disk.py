@@ -18,7 +18,7 @@ from analysis.evaluation.compare import compare
 from analysis.evaluation.run import evaluate
 from probing.distillation.recipe import DistillRecipe
 from probing.distillation.trainer import run_stage
-from probing.hub.import_probes import find_probes, import_probes, import_recipe
+from probing.hub.import_probes import import_probes
 from probing.recipe import ProbeRunRecipe
 from probing.runs.directory import Run
 from probing.toyworld.layout import write_world
@@ -132,8 +132,7 @@ def test_every_file_of_an_import_can_fail_once(stage, models, coco, trouble, tmp
     checkpoint = run_stage(DistillRecipe.model_validate(values), tmp_path / "checkpoint")
 
     def bring(out):
-        found = find_probes(str(checkpoint))
-        import_probes(import_recipe(str(checkpoint), f"coco:{coco}", found, ()), found, out)
+        import_probes(str(checkpoint), f"coco:{coco}", out)
 
     bring(tmp_path / "whole")
     # recipe, probes (2), means, learning curves, manifest
