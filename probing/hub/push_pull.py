@@ -69,23 +69,15 @@ def push(path: Path, repo: str, write_card: Callable[[Path, str], None], private
         _export(run, folder)
         write_card(folder, local_path(repo).name if _is_folder(repo) else repo)
         _require_no_secrets(folder, run)
-        if not _is_folder(repo):
-            return _upload(folder, repo, private)
-        target = local_path(repo)
-        with disk_errors(target, "give another folder"), whole_folder(target) as new:
-            if target.exists():
-                shutil.copytree(target, new, dirs_exist_ok=True)
-            shutil.copytree(folder, new, dirs_exist_ok=True)
-    return repo
-
-
-def _upload(folder: Path, repo: str, private: bool) -> str:
-    with _hub_errors(repo):
-        url = HfApi().create_repo(repo, private=private, exist_ok=True)
-        outdated = [*published_patterns(), *CARD]
-        HfApi().upload_folder(
-            repo_id=repo, folder_path=folder, delete_patterns=outdated, commit_message="Upload probes"
-        )
+        if _is_folder(repo):
+            target = local_path(repo)
+            with disk_errors(target, "give another folder"), whole_folder(target) as new:
+                for source in (target, folder) if target.exists() else (folder,):
+                    shutil.copytree(source, new, dirs_exist_ok=True)
+            return repo
+        with _hub_errors(repo):
+            url = HfApi().create_repo(repo, private=private, exist_ok=True)
+            HfApi().upload_folder(repo_id=repo, folder_path=folder, delete_patterns=[*published_patterns(), *CARD])
     return str(url)
 
 
@@ -102,9 +94,8 @@ def _require_free(repo: str, run: Run) -> None:
                 return
             source = Path(HfApi().snapshot_download(repo, allow_patterns=["manifest.json"]))
     if "manifest.json" in names:
-        free = source.resolve() != run.path.resolve() and _same_run(
-            read_json(source / "manifest.json", ""), run.manifest
-        )
+        same = _same_run(read_json(source / "manifest.json", "push to a new one"), run.manifest)
+        free = same and source.resolve() != run.path.resolve()
     else:
         free = names <= {".gitattributes", "README.md"} and not source.is_file()
     if not free:
@@ -200,11 +191,11 @@ def pull(
     source = _download(repo, teachers)
     manifest = read_json(source / "manifest.json", f"push {repo} again")
     if layers or teachers:
-        manifest["subset"] = {"layers": list(layers), "teachers": list(teachers)}
+        manifest["subset"] = {"layers": sorted(layers), "teachers": sorted(teachers)}
     exists = out.is_file() or (out.is_dir() and any(out.iterdir()))
     if not exists:
         values = _untrusted_recipe(source, repo, layers, teachers)
-    elif (out / "manifest.json").is_file() and _same_run(read_json(out / "manifest.json", ""), manifest):
+    elif (out / "manifest.json").is_file() and _same_run(Run.open(out).manifest, manifest):
         values = read_yaml(out / "recipe.yaml")
     else:
         raise UserError(f"{out} holds something else; choose another folder")
@@ -219,8 +210,8 @@ def pull(
                 write_text(folder / "recipe.yaml", dump_recipe(recipe))
     missing = [field for field, value in path_fields(recipe).items() if ELSEWHERE in value]
     if missing:
-        values_to_set = " ".join(f"{field}={'coco:' if field == 'data.path' else ''}DIR" for field in missing)
-        logger.info("before evaluating, set paths with: probing pull %s %s %s", repo, out, values_to_set)
+        paths = " ".join(f"{field}={'coco:' if field == 'data.path' else ''}DIR" for field in missing)
+        logger.info("before evaluating, set paths; add to the same command: %s", paths)
     return Run.open(out)
 
 
@@ -268,7 +259,7 @@ def _copy_run(source: Path, folder: Path, layers: Sequence[str], teachers: Seque
         target.parent.mkdir(parents=True, exist_ok=True)
         bank = file.parent.parent.name
         if layers and bank == "probes" and file.name == "config.json":
-            config = read_json(file, "")
+            config = read_json(file, "push it again")
             config["layers"] = [layer for layer in config["layers"] if layer in layers]
             target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         elif layers and bank in ("probes", "ridge") and file.suffix == ".safetensors":
@@ -292,6 +283,4 @@ def _hub_errors(repo: str) -> Iterator[None]:
     except RepositoryNotFoundError:
         raise UserError(f"no repository {repo} on the Hub; check its name, or log in with: hf auth login") from None
     except (HTTPError, OSError) as error:
-        raise UserError(
-            f"the Hub fails for {repo} ({first_line(error)}); check network and token, then repeat"
-        ) from None
+        raise UserError(f"{repo}: the Hub fails ({first_line(error)}); check network and token") from None

@@ -33,7 +33,7 @@ LAYERS = {"depth": (1, 3), "gen": (2,)}
 
 @pytest.fixture(scope="module")
 def checkpoint(models, tmp_path_factory):
-    """A stage with embedding losses towards two teachers, at layers of their own."""
+    """Trains a stage with embedding losses on two teachers at different layers."""
     root = tmp_path_factory.mktemp("import")
     data = tiny.conversations(root / "data", 12)
     values = {
@@ -108,7 +108,7 @@ def test_unfit_checkpoint_teacher_or_layer_is_named(checkpoint, models, coco, tm
 
 @pytest.fixture
 def published(tmp_path, models):
-    """A checkpoint of depth probes as published: a full model, and in it one probe for each of its three layers."""
+    """Writes a checkpoint in the published format: a full model with one depth probe per layer."""
     teacher = load_teacher("depth", TeacherRecipe(id=str(models["depth"])), CPU)
     tokens, width = teacher.shape
     torch.manual_seed(3)
@@ -118,12 +118,12 @@ def published(tmp_path, models):
         for index, probe in enumerate(probes)
         for name, tensor in probe.state_dict().items()
     }
-    teachers_own = {"da_v2_head.depth_head.scratch.output_conv1.weight": torch.zeros(2, 2)}
+    head = {"da_v2_head.depth_head.scratch.output_conv1.weight": torch.zeros(2, 2)}
     folder = tmp_path / "published"
-    _, raw, _ = original(folder, "probe_dsg_llava_llama", own_tower=True, headers=True, extra=heads | teachers_own)
+    _, raw, _ = original(folder, "probe_dsg_llava_llama", own_tower=True, headers=True, extra=heads | head)
     sizes = {"depth": 1, "dim_head": 8, "num_heads": 2, "num_tokens": tokens, "output_dim": width, "ff_mult": 1}
-    said = {"probe_mode": "depth", "image_depth": sizes, "num_task_tokens": 8, "depth_estimator": "/cluster/x.pth"}
-    (folder / "config.json").write_text(json.dumps(raw | said))
+    extra = {"probe_mode": "depth", "image_depth": sizes, "num_task_tokens": 8, "depth_estimator": "/cluster/x.pth"}
+    (folder / "config.json").write_text(json.dumps(raw | extra))
     return folder, probes, teacher
 
 

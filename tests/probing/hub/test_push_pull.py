@@ -111,10 +111,8 @@ def test_subset_predicts_like_whole_run(run, published, paths, tmp_path):
         assert len(part) == 2
         for key, probe in part.items():
             assert all(torch.equal(t, whole[key].state_dict()[name]) for name, t in probe.state_dict().items())
-    readouts = RidgeReadout.load(run.ridge("none"), CPU).maps
-    assert all(
-        torch.equal(w, readouts[key][0]) for key, (w, _) in RidgeReadout.load(subset.ridge("none"), CPU).maps.items()
-    )
+    whole, part = (RidgeReadout.load(one.ridge("none"), CPU).maps for one in (run, subset))
+    assert len(part) == 2 and all(torch.equal(weight, whole[key][0]) for key, (weight, _) in part.items())
     pd.testing.assert_frame_equal(table(subset.path), table(run.path))
     shutil.rmtree(subset.path / "scores")
     evaluate(subset.path)
