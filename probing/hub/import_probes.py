@@ -87,7 +87,8 @@ def import_probes(checkpoint: str, data: str, out: Path, overrides: Sequence[str
     means, skipped = mean_targets(recipe, teachers, train_images, device)
     with disk_errors(out):
         with whole_folder(run.probes("none")) as folder:
-            bank.save(folder, {"control": "none", **{k: v for k, v in provenance.items() if k != "inputs"}})
+            origin = {name: value for name, value in provenance.items() if name not in ("inputs", "rendered_at")}
+            bank.save(folder, {"control": "none", **origin})
         with whole_file(run.means) as file:
             save_file(means, file)
         write_text(out / "learning_curves.csv", "control,teacher,layer,seed,step,loss\n")

@@ -1,9 +1,11 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from probing.data.coco import list_images
+from probing.data.dataloader import micro_batches, no_student
 from probing.utils.errors import UserError
 from probing.utils.images import square
 from tests.helpers import tiny
@@ -45,6 +47,21 @@ def test_every_image_is_read_as_rgb(root):
     images = list_images(root, "train2017")
     assert {images.read(index).mode for index in range(len(images))} == {"RGB"}
     assert Image.open(images.folder / images.names[3]).mode == "L"
+
+
+def test_reason_of_unreadable_image_holds_no_path(root, monkeypatch):
+    images = list_images(root, "train2017")
+    (images.folder / images.names[0]).write_bytes(b"no image")
+    read = type(images).read
+
+    def refuse(self, index):
+        if index == 1:
+            raise PermissionError(13, "Permission denied", str(images.folder / images.names[1]))
+        return read(self, index)
+
+    monkeypatch.setattr(type(images), "read", refuse)
+    (batch,) = micro_batches(images, [[0, 1, 2]], no_student, {}, "square", 0, torch.device("cpu"))
+    assert [s.reason for s in batch.skipped] == ["corrupt: cannot identify image file", "corrupt: Permission denied"]
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
