@@ -10,32 +10,19 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import (
-    CLIPImageProcessor,
-    FastVlmConfig,
-    FastVlmForConditionalGeneration,
-    LlavaProcessor,
-    Qwen2Config,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    SegformerImageProcessor,
-    TimmWrapperConfig,
-)
+from transformers import FastVlmForConditionalGeneration
 
 import analysis.evaluation.metrics
-import probing.models
-import probing.teachers
 from analysis.evaluation.registry import PROTOCOLS
 from probing.cli import cli
 from probing.data.coco import list_images
-from probing.models import FAMILIES, load_backbone
+from probing.models import load_backbone
 from probing.probes.ridge import RidgeReadout, place_states
 from probing.recipe import TeacherRecipe
 from probing.runs.directory import Run
 from probing.teachers import load_teacher
-from probing.teachers.registry import CATALOGUE, Entry
 from probing.utils.images import square
-from tests.helpers import tiny
+from tests.helpers.new_parts import add_family, add_teacher, fast_vlm, segformer
 
 GUIDE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
@@ -68,51 +55,15 @@ def place(monkeypatch, package, folder, name, text):
     importlib.invalidate_caches()
 
 
-def segformer(path):
-    torch.manual_seed(0)
-    config = SegformerConfig(
-        hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1], decoder_hidden_size=8,
-        num_labels=5,
-    )  # fmt: skip
-    SegformerForSemanticSegmentation(config).save_pretrained(path)
-    SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(path)
-    return path
-
-
-def fast_vlm(path):
-    torch.manual_seed(0)
-    sizes = {"inference_mode": True, "layers": (1, 1, 1, 1, 1), "embed_dims": (8, 8, 32, 32, 32)}
-    vision = TimmWrapperConfig(
-        architecture="fastvit_mci3", do_pooling=True, global_pool="avg", hidden_size=64, model_args=sizes
-    )  # fmt: skip
-    text = Qwen2Config(
-        vocab_size=len(tiny.tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    config = FastVlmConfig(vision_config=vision, text_config=text, image_token_id=3, image_seq_length=16)
-    FastVlmForConditionalGeneration(config).save_pretrained(path)
-    size = {"height": 256, "width": 256}
-    LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 256}, crop_size=size), tokenizer=tiny.tokenizer(),
-        patch_size=64, vision_feature_select_strategy="full", chat_template=tiny.CHAT_TEMPLATE,
-    ).save_pretrained(path)  # fmt: skip
-    return path
-
-
 @pytest.mark.slow
 def test_a_teacher_a_family_and_a_metric_are_a_file_and_a_line_each(monkeypatch, coco, tmp_path, run_cli):
-    for registry, name in ((CATALOGUE, "semantic"), (FAMILIES, "fast_vlm"), (PROTOCOLS, "explained")):
-        monkeypatch.setitem(registry, name, None)
-    for heading, package, name, names in (
-        ("A teacher", probing.teachers, "semantic", {"CATALOGUE": CATALOGUE, "Entry": Entry}),
-        ("A checkpoint family", probing.models, "fast_vlm", {"FAMILIES": FAMILIES}),
-        ("A metric", analysis.evaluation.metrics, "explained", {"PROTOCOLS": PROTOCOLS}),
-    ):
-        file, line = blocks(heading)
-        assert len(ast.parse(line).body) == 1
-        place(monkeypatch, package, tmp_path, name, file)
-        module = importlib.import_module(f"{package.__name__}.{name}") if "FAMILIES" in names else None
-        exec(line, names | {name: module})  # as if it stood in the list
+    monkeypatch.setitem(PROTOCOLS, "explained", None)
+    file, line = blocks("A metric")
+    assert len(ast.parse(line).body) == 1
+    place(monkeypatch, analysis.evaluation.metrics, tmp_path, "explained", file)
+    exec(line, {"PROTOCOLS": PROTOCOLS})  # as if it stood in the list
+    add_teacher(monkeypatch, tmp_path / "teachers")
+    add_family(monkeypatch, tmp_path / "families")
     assert "logits on the grid" in run_cli("teachers")
     checkpoint, folder = fast_vlm(tmp_path / "fastvlm"), segformer(tmp_path / "segformer")
     assert "fastvit_mci3" in run_cli("inspect", checkpoint)

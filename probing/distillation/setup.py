@@ -32,12 +32,14 @@ from probing.models import llava_original, multi_encoder
 from probing.models.base import parse_layers
 from probing.models.chat_templates import rendering_moment
 from probing.models.decoder import decoder_parts
-from probing.models.llava import fit_processor, tower_grid, use_tokenizer_template
+from probing.models.image_tokens import tower_grid
+from probing.models.llava import fit_processor, use_tokenizer_template
 from probing.models.token_map import SPECIAL, special_ids
 from probing.teachers import Teacher, load_teacher
+from probing.utils.checkpoint_files import read_json
 from probing.utils.errors import UserError, first_line
 from probing.utils.paths import local_path
-from probing.utils.pretrained import load_config, locate, pretrained, read_json, require_whole
+from probing.utils.pretrained import load_config, locate, pretrained, require_whole
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,8 @@ from probing.distillation.setup import Parts, Start, images_of, open_start, put_
 from probing.distillation.teacher_targets import attach_targets
 from probing.models import Identity, multi_encoder
 from probing.models.chat_templates import rendering_at
-from probing.models.llava import LlavaInputs, tower_grid
+from probing.models.image_tokens import tower_grid
+from probing.models.llava import LlavaInputs
 from probing.recipe import dump_recipe, validate
 from probing.runs.compatibility import describe_inputs, recorded_moment, require_same, to_record, vocabulary
 from probing.runs.manifest import versions

@@ -30,10 +30,11 @@ from probing.runs.directory import Run
 from probing.teachers import Teacher
 from probing.teachers.registry import CATALOGUE
 from probing.training.run import held_out_images, load_teachers, provenance_of, training_images, write_manifest
+from probing.utils.checkpoint_files import read_json, read_tensors
 from probing.utils.distributed import alone
 from probing.utils.errors import UserError
 from probing.utils.files import disk_errors, reading, whole_file, whole_folder, write_text
-from probing.utils.pretrained import locate, read_json, read_tensors
+from probing.utils.pretrained import locate
 from probing.utils.progress import Progress
 
 

@@ -1,26 +1,43 @@
-"""Multimodal LLMs behind one interface, one file per family."""
+"""Multimodal LLMs with one interface, one file per family."""
 
+import dataclasses
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from probing.models import auto, llava, llava_next, llava_onevision, llava_original, multi_encoder
-from probing.models.adapters import open_adapter
-from probing.models.base import FINAL, Backbone, Batch, Identity, Layer, layer_name, parse_layers
-from probing.models.image_tokens import CANNOT_RUN
-from probing.models.llava import SIDE
+from probing.models import auto, llava, llava_original, multi_encoder
+from probing.models.base import (
+    FINAL,
+    Backbone,
+    Batch,
+    Family,
+    Identity,
+    InputProcessor,
+    Layer,
+    layer_name,
+    parse_layers,
+)
+from probing.models.image_tokens import CANNOT_RUN, DEFAULT_SIDE
 from probing.models.token_map import TokenMap
 from probing.recipe import BackboneRecipe, model_name
+from probing.utils.adapters import ADAPTER_CONFIG, find_adapter
+from probing.utils.checkpoint_files import fetch, loading, read_json
 from probing.utils.errors import UserError, first_line
 from probing.utils.meta_device import META, dry_run
-from probing.utils.pretrained import checkpoint_path, identity, load_config, loading, locate, read_json
+from probing.utils.paths import local_path, looks_like_path
+from probing.utils.pretrained import checkpoint_path, identity, locate
 
 __all__ = [
     "FINAL",
     "Backbone",
     "Batch",
     "Identity",
+    "InputProcessor",
     "Layer",
     "TokenMap",
     "count_blocks",
@@ -31,53 +48,78 @@ __all__ = [
     "parse_layers",
 ]
 
-FAMILIES: dict[str, Any] = {
-    **dict.fromkeys(llava.MODEL_TYPES, llava),
-    llava_next.MODEL_TYPE: llava_next,
-    llava_onevision.MODEL_TYPE: llava_onevision,
-    multi_encoder.MODEL_TYPE: multi_encoder,
-}
+
+def find_families() -> dict[str, Family]:
+    """Returns the modules of this package that define `MODEL_TYPE`, by model type; see `base.Family`."""
+    modules: list[Any] = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    return {module.MODEL_TYPE: module for module in modules if hasattr(module, "MODEL_TYPE")}
 
 
-def _open(recipe: BackboneRecipe) -> tuple[BackboneRecipe, str, Any, Any]:
-    """The recipe for loading, the folder or Hub id of the weights, the configuration and the family's module.
+FAMILIES = find_families()
 
-    Of an adapter the weights are its base's, and the configuration names the folder of the adapter (`adapter`).
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint whose configuration was read.
+
+    Attributes:
+        recipe: for loading.
+        source: folder or Hub id of the weights; an adapter's base.
+        config: its configuration; `adapter` in it is the folder of an adapter.
+        family: its module.
     """
-    found = open_adapter(recipe)
-    if found is None:
+
+    recipe: BackboneRecipe
+    source: str
+    config: Any
+    family: Any
+
+
+def _open(recipe: BackboneRecipe) -> _Checkpoint:
+    adapter = find_adapter(recipe.checkpoint, recipe.revision)
+    if adapter is None:
+        if recipe.base:
+            raise UserError(f"{recipe.checkpoint} is no adapter; leave out backbone.base")
         source = locate(recipe.checkpoint, "checkpoint")
         raw = read_json(source, "config.json", recipe.revision)
     else:
-        adapter, source = found
+        source = _find_base(recipe, adapter)
         recipe = recipe.model_copy(update={"revision": None})  # it is the adapter's
         raw = read_json(adapter, "config.json")
         raw = raw if llava_original.is_original(raw) else read_json(source, "config.json")
     if llava_original.is_original(raw):
-        with loading(f"checkpoint {recipe.checkpoint}"):
-            config: Any = llava_original.read_config(raw, recipe)
         family: Any = llava_original
-    elif isinstance(raw.get("image_grid_pinpoints"), str) and raw.get("model_type") in FAMILIES:
-        with loading(f"checkpoint {source}"):
-            config = llava_next.read_config(source, recipe.revision)
-        family = FAMILIES[config.model_type]
+        with loading(f"checkpoint {recipe.checkpoint}"):
+            config = llava_original.read_config(raw, recipe)
     else:
-        config = load_config(source, "checkpoint", revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-        family = FAMILIES.get(config.model_type)
-    if family is llava and config.vision_config.model_type == "pixtral":  # takes images of any size
-        family = auto
-    if family is None:
-        family = auto
-        if not auto.loads(config):
-            found_class = ", ".join(config.architectures or [config.model_type])
-            raise UserError(
-                f"{source} is no vision-language model but {found_class} (model type {config.model_type!r}); give "
-                f"one of the families {', '.join(FAMILIES)}, LLaVA's original format, or any other that transformers' "
-                "AutoModelForImageTextToText loads"
-            )
-    if found is not None:
-        config.adapter = found[0]
-    return recipe, source, config, family
+        family = FAMILIES.get(str(raw.get("model_type")), auto)
+        with loading(f"checkpoint {source}"):
+            config = getattr(family, "read_config", llava.read_config)(source, recipe)
+        if family is llava and config.vision_config.model_type == "pixtral":  # takes images of any size
+            family = auto
+    if adapter is not None:
+        config.adapter = str(adapter)
+    return _Checkpoint(recipe, source, config, family)
+
+
+def _find_base(recipe: BackboneRecipe, adapter: Path) -> str:
+    """Returns folder or Hub id of an adapter's base: the recipe's, or the one that the adapter names.
+
+    Raises:
+        UserError: it is not here.
+    """
+    if recipe.base:
+        return locate(recipe.base, "base model")
+    name = read_json(adapter, ADAPTER_CONFIG).get("base_model_name_or_path")
+    name = str(name or read_json(adapter, "config.json").get("_name_or_path") or "")
+    try:
+        if name and (local_path(name).is_dir() or (not looks_like_path(name) and fetch(name, "config.json"))):
+            return locate(name, "base model")
+    except UserError:
+        pass  # it cannot be reached
+    raise UserError(
+        f"{recipe.checkpoint} is an adapter of {name or 'an unknown model'}, which is not here; give backbone.base=DIR"
+    )
 
 
 def load_backbone(
@@ -86,39 +128,37 @@ def load_backbone(
     """Loads a checkpoint.
 
     Args:
-        recipe: which, and how.
+        recipe: the checkpoint and how to load it.
         device: where to put it, unless the recipe has a device map.
-        random_seed: draws LLM and projector anew with this seed (the random-weights control).
-        with_head: keeps the output embeddings, and what writes answers, which no probe needs.
+        random_seed: seed of the random-weights control, which re-initialises LLM and projector; None for the
+            checkpoint's own weights.
+        with_head: include what writes answers, which no probe needs.
 
     Raises:
-        UserError: there is no such checkpoint, it is of no known family, or it is incomplete.
+        UserError: there is no such checkpoint, it is of an unsupported family, or it is incomplete.
     """
-    recipe, source, config, family = _open(recipe)
-    with loading(f"checkpoint {source}"):
-        backbone: Backbone = family.load(source, config, recipe, device, random_seed)
-    if not with_head:
-        backbone.head = backbone.writer = None
-    return backbone
+    one = _open(recipe)
+    with loading(f"checkpoint {one.source}"):
+        backbone: Backbone = one.family.load(one.source, one.config, one.recipe, device, random_seed)
+    return backbone if with_head else dataclasses.replace(backbone, head=None, writer=None)
 
 
 def count_blocks(recipe: BackboneRecipe) -> int:
-    """Number L of decoder blocks of a checkpoint, from its configuration alone."""
-    _, _, config, _ = _open(recipe)
-    return int(config.get_text_config().num_hidden_layers)
+    """Returns the number L of decoder blocks of a checkpoint, from its configuration alone."""
+    return int(_open(recipe).config.get_text_config().num_hidden_layers)
 
 
 def identify(recipe: BackboneRecipe) -> Identity:
-    """Which checkpoint a recipe names; its weights are hashed, and not loaded."""
-    recipe, source, config, family = _open(recipe)
-    with loading(f"checkpoint {source}"):
-        inputs = family.make_inputs(source, config, recipe)
-    text = config.get_text_config()
+    """Returns which checkpoint a recipe names; its weights are hashed, not loaded."""
+    one = _open(recipe)
+    with loading(f"checkpoint {one.source}"):
+        inputs = one.family.make_inputs(one.source, one.config, one.recipe)
+    text, path = one.config.get_text_config(), checkpoint_path(one.source, one.config)
     return Identity(
-        name=model_name(checkpoint_path(source, config)),
-        path=checkpoint_path(source, config),
-        family=f"original {config.original['model_type']}" if family is llava_original else config.model_type,
-        sha256=identity(source, config),
+        name=model_name(path),
+        path=path,
+        family=llava.family_name(one.config),
+        sha256=identity(one.source, one.config),
         layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         prompt=inputs.text,
@@ -127,35 +167,34 @@ def identify(recipe: BackboneRecipe) -> Identity:
 
 
 def describe_checkpoint(recipe: BackboneRecipe) -> dict[str, Any]:
-    """What a checkpoint is, from its configuration and processor, and names and shapes of its weights.
+    """Describes a checkpoint by its configuration, its processor, and names and shapes of its weights.
 
     Raises:
         UserError: it cannot be probed, as far as shapes alone show.
     """
-    loadable, source, config, family = _open(recipe)
-    unsure = ""
-    with loading(f"checkpoint {source}"):
-        if family is multi_encoder:  # its teachers need not be there
-            inputs = family.make_inputs(source, config, loadable)
+    one, unsure = _open(recipe), ""
+    with loading(f"checkpoint {one.source}"):
+        if one.family is multi_encoder:  # its teachers may be absent
+            inputs = one.family.make_inputs(one.source, one.config, one.recipe)
         else:
             with dry_run():
-                backbone = family.load(source, config, loadable, META, None)
-                unsure = _try(backbone)
+                backbone = one.family.load(one.source, one.config, one.recipe, META, None)
+                unsure = _try_forward_pass(backbone)
             inputs = backbone.prepare
-        found = family.describe(config, inputs)
+        values = one.family.describe(one.config, inputs)
     if unsure:
-        found["not_sure"] = "; ".join(filter(None, (found.get("not_sure"), unsure)))
-    base = {"base": source} if hasattr(config, "adapter") else {}
-    return {"checkpoint": recipe.checkpoint, **base, **found}
+        values["not_sure"] = "; ".join(filter(None, (values.get("not_sure"), unsure)))
+    base = {"base": one.source} if hasattr(one.config, "adapter") else {}
+    return {"checkpoint": recipe.checkpoint, **base, **values}
 
 
-def _try(backbone: Backbone) -> str:
-    """Runs an image through a checkpoint on shapes alone; says why that fails, unless the lack of numbers is why."""
-    batch = backbone.prepare([Image.new("RGB", (SIDE, SIDE))]).to(META)
+def _try_forward_pass(backbone: Backbone) -> str:
+    """Runs an image through a checkpoint on shapes alone; returns why that fails, unless an operator needs numbers."""
+    batch = backbone.prepare([Image.new("RGB", (DEFAULT_SIDE, DEFAULT_SIDE))]).to(META)
     try:
         backbone.stream(batch, [0, backbone.layers, FINAL], lambda layer, state: None)
     except CANNOT_RUN as error:
         if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
-            return ""  # an operator needs numbers
+            return ""
         return f"its layers could not be tried without weights ({first_line(error)})"
     return ""

@@ -1,28 +1,30 @@
-"""A loaded checkpoint behind the one interface that the rest of the code sees.
+"""A loaded checkpoint with the one interface that all other code uses.
 
-Layer convention: layer 0 is the embedded input sequence (projector output in place), layer k the state after decoder
-block k before any final norm, layer L the state after the last block; ``final`` is the state after the final norm.
+Layer 0 is the embedded input sequence (projector output in place), layer k the state after decoder block k before any
+final norm, layer L the state after the last block; ``final`` is the state after the final norm.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from probing.models.token_map import IMAGE_KINDS, TokenMap
+from probing.recipe import BackboneRecipe
 from probing.utils.errors import UserError
 
 Layer = int | str
 FINAL = "final"
 PIXELS = ("pixel_", "teacher_pixels.")
-"""How inputs begin that hold the image itself."""
-Visit = Callable[[Layer, Tensor], None]
+"""Prefixes of inputs that hold the image itself."""
+Callback = Callable[[Layer, Tensor], None]
 
 
 def layer_name(layer: Layer) -> str:
-    """`0` … `L`, or `final`, as results and files write it."""
+    """Returns `0` … `L`, or `final`, as results and files write it."""
     return str(layer)
 
 
@@ -40,13 +42,11 @@ def parse_layers(text: str, count: int) -> list[Layer]:
         UserError: a part is not a layer, or out of range.
     """
     chosen: set[int] = set()
-    final = False
-    for part in (p.strip() for p in text.split(",")):
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
         first, dash, last = part.partition("-")
         if part == "all":
             chosen.update(range(count + 1))
-        elif part == FINAL:
-            final = True
         elif len(part) < 20 and first.isdecimal() and (last.isdecimal() if dash else True):
             start, stop = int(first), int(last or first)
             if start > stop:
@@ -54,11 +54,11 @@ def parse_layers(text: str, count: int) -> list[Layer]:
             if stop > count:
                 raise UserError(f"layer {stop} is out of range: this checkpoint has layers 0 to {count}, and 'final'")
             chosen.update(range(start, stop + 1))
-        else:
+        elif part != FINAL:
             raise UserError(
                 f"cannot read layers {part[:40]!r}; write 'all', '0,4,8-12' or 'final' (range 0 to {count})"
             )
-    return [*sorted(chosen), *([FINAL] if final else [])]
+    return [*sorted(chosen), *([FINAL] if FINAL in parts else [])]
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Batch:
     """What one forward pass takes.
 
     Attributes:
-        inputs: the checkpoint's own.
-        tokens: where everything is in the sequence.
-        embedded: (B, N, H), inputs of the LLM at the image's tokens, where they are known and no tower has to run.
+        inputs: the model's arguments.
+        tokens: what each position of the sequences is.
+        embedded: (B, N, H), the LLM's inputs at the image's tokens, if they are known and no tower has to run.
     """
 
     inputs: dict[str, Tensor]
@@ -76,26 +76,47 @@ class Batch:
     embedded: Tensor | None = None
 
     def with_embedded(self, features: Tensor) -> "Batch":
-        """The same images, of which the LLM's inputs (B, N, H) are known; the pixels are left out."""
+        """Returns the batch with known LLM inputs (B, N, H) at the image's tokens, and without pixels."""
         inputs = {name: tensor for name, tensor in self.inputs.items() if not name.startswith(PIXELS)}
         return Batch(inputs, self.tokens, features)
 
     def to(self, device: torch.device) -> "Batch":
-        """A copy on a device."""
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+        """Returns a copy on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """A copy in page-locked memory, for the data loader."""
-        return self._moved(Tensor.pin_memory)
+        """Returns a copy in page-locked memory, for the data loader."""
+        return self._map(Tensor.pin_memory)
 
-    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
         tokens = replace(self.tokens, kinds=move(self.tokens.kinds))
         return Batch(inputs, tokens, None if self.embedded is None else move(self.embedded))
 
 
-class _DeepestLayerReached(Exception):
-    pass
+class InputProcessor(Protocol):
+    """Turns images into a `Batch` on the CPU, with the checkpoint's own processor and chat template.
+
+    It holds no weights, so data-loader workers can carry it.
+    """
+
+    @property
+    def processor(self) -> Any:
+        """The checkpoint's processor of transformers."""
+
+    @property
+    def text(self) -> str:
+        """The rendered prompt that every sequence carries."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the image tokens of a square image."""
+
+    def __call__(self, images: Sequence[Image.Image], /) -> Batch:
+        """Prepares a batch of RGB images."""
+
+    def encode(self, images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, Tensor]:
+        """Returns the model's arguments for images at their own size and one rendered prompt each."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +131,7 @@ class Identity:
         layers: number L of decoder blocks.
         hidden_size: width H of the LLM.
         prompt: the text that every sequence carries.
-        prepare: the input side, see `Backbone.prepare`; of several encoders it may be the LLaVA's own.
+        prepare: see `Backbone.prepare`; a multi-encoder's may be the inner LLaVA's.
     """
 
     name: str
@@ -123,9 +144,13 @@ class Identity:
     prepare: Any = field(default=None, repr=False, compare=False)
 
 
+class _DeepestLayerReached(Exception):
+    pass
+
+
 @dataclass
 class Backbone:
-    """A checkpoint ready to be asked for hidden states.
+    """A checkpoint that gives hidden states.
 
     Attributes:
         name: short name for tables and legends.
@@ -135,13 +160,12 @@ class Backbone:
         blocks: the LLM's decoder blocks.
         norm: the LLM's final norm.
         hidden_size: width H of the LLM.
-        prepare: images (RGB) → `Batch` on the CPU, through the checkpoint's own processor and chat template. Holds no
-            weights, so data-loader workers can carry it.
+        prepare: images (RGB) → `Batch`.
         sha256: identifies the weights.
         words: input embeddings of the LLM.
-        projector: between vision tower and LLM; None where the family's is not known.
-        head: the LLM's output embeddings, state after the final norm → logits; None unless it was asked for.
-        writer: the whole model, whose `generate` answers questions; None unless the head was asked for.
+        projector: between vision tower and LLM; None if the family's is not known.
+        head: the LLM's output embeddings, final state → logits; None unless loaded `with_head`.
+        writer: the whole model, whose `generate` answers questions; None unless loaded `with_head`.
     """
 
     name: str
@@ -151,7 +175,7 @@ class Backbone:
     blocks: nn.ModuleList
     norm: nn.Module
     hidden_size: int
-    prepare: Callable[[Sequence[Any]], Batch]
+    prepare: InputProcessor
     sha256: str
     words: nn.Module | None = None
     projector: nn.Module | None = None
@@ -166,58 +190,51 @@ class Backbone:
     @property
     def identity(self) -> Identity:
         """Which checkpoint this is."""
-        text = getattr(self.prepare, "text", "")
         names = (self.name, self.source, self.family, self.sha256)
-        return Identity(*names, self.layers, self.hidden_size, text, self.prepare)
+        return Identity(*names, self.layers, self.hidden_size, self.prepare.text, self.prepare)
 
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
         return next(self.core.parameters()).device
 
-    def stream(self, batch: Batch, layers: Sequence[Layer], visit: Visit) -> None:
+    def stream(self, batch: Batch, layers: Sequence[Layer], callback: Callback) -> None:
         """Runs one forward pass and hands over each chosen layer's state as soon as it exists.
 
-        `visit(layer, state)` gets the state (B, T, H) in the backbone's dtype, with gradients enabled, and must not
-        keep it: that way memory does not grow with the number of layers. The pass ends after the deepest chosen
+        `callback(layer, state)` gets the state (B, T, H) in the backbone's dtype, with gradients enabled, and must not
+        store it: that way memory does not grow with the number of layers. The pass ends after the deepest chosen
         layer; no logits are computed.
 
         Args:
             batch: from `prepare`, on the backbone's device.
             layers: chosen layers, each at most once.
-            visit: called once per layer, in ascending order.
+            callback: called once per layer, in ascending order.
 
         Raises:
             RuntimeError: a layer was not reached exactly once, or its state is not (B, T, H).
         """
-        expected = (*batch.tokens.kinds.shape, self.hidden_size)
-        pending = set(layers)
-        visited: list[Layer] = []
+        expected, pending = (*batch.tokens.kinds.shape, self.hidden_size), set(layers)
 
-        def deliver(layer: Layer, value: Any) -> None:
-            state = value[0] if isinstance(value, tuple) else value
+        def emit(layer: Layer, output: Any) -> None:
+            state = output[0] if isinstance(output, tuple) else output
             if not isinstance(state, Tensor) or tuple(state.shape) != expected:
                 got = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
                 raise RuntimeError(f"layer {layer} of {self.name} gave {got}, expected {expected}")
             if layer not in pending:
                 raise RuntimeError(f"layer {layer} of {self.name} ran twice in one forward pass")
             pending.remove(layer)
-            visited.append(layer)
             with torch.enable_grad():
-                visit(layer, state.detach())
+                callback(layer, state.detach())
             if not pending:
                 raise _DeepestLayerReached
 
-        def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            deliver(0, args[0] if args else kwargs["hidden_states"])
+        def emit_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            emit(0, args[0] if args else kwargs["hidden_states"])
 
-        def on_output(layer: Layer) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                deliver(layer, output)
+        def emit_output(layer: Layer) -> Callable[..., None]:
+            return lambda module, args, output: emit(layer, output)
 
-            return hook
-
-        def put_image(
+        def insert_image(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             assert batch.embedded is not None
@@ -228,14 +245,13 @@ class Backbone:
         handles = []
         try:
             if batch.embedded is not None:
-                handles.append(self.blocks[0].register_forward_pre_hook(put_image, with_kwargs=True))
+                handles.append(self.blocks[0].register_forward_pre_hook(insert_image, with_kwargs=True))
             for layer in layers:
                 if layer == 0:
-                    handles.append(self.blocks[0].register_forward_pre_hook(on_input, with_kwargs=True))
-                elif layer == FINAL:
-                    handles.append(self.norm.register_forward_hook(on_output(FINAL)))
+                    handles.append(self.blocks[0].register_forward_pre_hook(emit_input, with_kwargs=True))
                 else:
-                    handles.append(self.blocks[int(layer) - 1].register_forward_hook(on_output(layer)))
+                    module = self.norm if layer == FINAL else self.blocks[int(layer) - 1]
+                    handles.append(module.register_forward_hook(emit_output(layer)))
             with torch.no_grad():
                 self.core(**batch.inputs, use_cache=False)
         except _DeepestLayerReached:
@@ -247,17 +263,17 @@ class Backbone:
             raise RuntimeError(f"{self.name}: layers {sorted(map(str, pending))} were never reached")
 
     def embed_images(self, batch: Batch) -> Tensor:
-        """What vision tower and projector make of images: the LLM's inputs (B, N, H) at the image's tokens.
+        """Returns the LLM's inputs (B, N, H) at the image's tokens, which vision tower and projector compute.
 
         Args:
-            batch: as for `stream`; images with as many tokens each.
+            batch: as for `stream`; all images with the same number of tokens.
         """
-        found: list[Tensor] = []
-        self.stream(batch, [0], lambda _, state: found.append(state))
-        return found[0][batch.tokens.mask(*IMAGE_KINDS)].view(len(found[0]), -1, self.hidden_size)
+        states: list[Tensor] = []
+        self.stream(batch, [0], lambda _, state: states.append(state))
+        return states[0][batch.tokens.mask(*IMAGE_KINDS)].view(len(states[0]), -1, self.hidden_size)
 
     def hidden_states(self, images: Sequence[Any], layers: str = "all") -> tuple[dict[Layer, Tensor], TokenMap]:
-        """Hidden states of a few images, all kept: for notebooks; `stream` is for data sets.
+        """Returns all hidden states of a few images at once: for notebooks; `stream` is for data sets.
 
         Args:
             images: RGB images.
@@ -270,3 +286,24 @@ class Backbone:
         states: dict[Layer, Tensor] = {}
         self.stream(batch, parse_layers(layers, self.layers), states.__setitem__)
         return states, batch.tokens
+
+
+class Family(Protocol):
+    """What a file of a checkpoint family defines at its top level.
+
+    `llava.read_config` is used where a family defines no `read_config`.
+    """
+
+    MODEL_TYPE: str
+    """The model type in `config.json`."""
+
+    def make_inputs(self, source: str, config: Any, recipe: BackboneRecipe) -> InputProcessor:
+        """Builds the input side from the checkpoint's processor, without weights."""
+
+    def load(
+        self, source: str, config: Any, recipe: BackboneRecipe, device: torch.device, random_seed: int | None
+    ) -> Backbone:
+        """Loads the checkpoint; see `load_backbone`."""
+
+    def describe(self, config: Any, inputs: Any) -> dict[str, Any]:
+        """Describes the checkpoint for `probing inspect`, without weights."""

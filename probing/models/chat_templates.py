@@ -1,4 +1,4 @@
-"""A checkpoint's chat template: from messages to text."""
+"""Renders messages to text with a checkpoint's chat template."""
 
 import contextlib
 import datetime
@@ -12,7 +12,7 @@ import jinja2
 from probing.utils.errors import UserError, first_line
 
 TAG = "<image>"
-HELP = "give one that fits it: backbone.template, or chat_template.jinja beside the weights"
+HELP = "give one: backbone.template, or chat_template.jinja next to the weights"
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions."
@@ -20,9 +20,9 @@ SYSTEM = (
 
 
 def _chat_template(start: str, user: tuple[str, str], assistant: tuple[str, str]) -> str:
-    """A chat template of a fixed beginning, and of what stands around either role's turns.
+    """Makes a chat template from a fixed beginning and the text before and after each role's turns.
 
-    All text is in expressions: transformers' Jinja drops line feeds that stand beside a block.
+    All text is in expressions: transformers' Jinja drops line feeds next to a block.
     """
     (before_user, after_user), (before, after) = user, assistant
     return (
@@ -50,14 +50,12 @@ TEMPLATES = {
     "mistral_instruct": _chat_template("", ("[INST] ", " [/INST]"), ("", "</s>")),
 }
 """Conversation templates of LLaVA's original code, as chat templates."""
-
-
 _clock: ContextVar[datetime.datetime | None] = ContextVar("clock", default=None)
 
 
 @contextlib.contextmanager
 def rendering_at(moment: datetime.datetime | None) -> Iterator[None]:
-    """Within it, chat templates that write the date see this moment; None is the time of day."""
+    """Makes chat templates that write the date use this moment; None is the present."""
     token = _clock.set(moment)
     try:
         yield
@@ -66,66 +64,59 @@ def rendering_at(moment: datetime.datetime | None) -> Iterator[None]:
 
 
 def rendering_moment() -> datetime.datetime | None:
-    """The moment that chat templates see now."""
+    """Returns the moment that chat templates use now."""
     return _clock.get()
 
 
 def find_template(text: str) -> str:
-    """The chat template that a recipe means: one of `TEMPLATES` by its name, or the Jinja text itself.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """Returns a chat template by its name in `TEMPLATES`, or the Jinja text itself; raises UserError for other text."""
     if "{" not in text and text not in TEMPLATES:
-        raise UserError(f"no template is called {text!r}; there are {', '.join(TEMPLATES)}, or give one in Jinja")
+        raise UserError(f"no template is called {text!r}; give {', '.join(TEMPLATES)}, or Jinja")
     return TEMPLATES.get(text, text)
 
 
 def render(processor: Any, messages: list[dict[str, Any]], generation_prompt: bool = False) -> str:
-    """The text of some messages, without a leading BOS that the tokenizer adds again.
+    """Renders messages, without a leading BOS that the tokenizer adds again.
 
     Args:
         processor: the checkpoint's.
-        messages: as transformers' chat templates take them, images as items of their own.
-        generation_prompt: end with what opens an answer.
+        messages: as transformers' chat templates take them, with images as separate items.
+        generation_prompt: end with the beginning of an answer.
 
     Raises:
-        UserError: there is no template, it cannot be read, or it does not write down every image.
+        UserError: there is no template, it cannot be rendered, or it does not write every image.
     """
     tokenizer = processor.tokenizer
     name = tokenizer.name_or_path or "the checkpoint"
     if getattr(processor, "chat_template", None) is None:
         raise UserError(f"{name} has no chat template; {HELP}")
+    options = {"chat_template": _with_fixed_date(processor), "add_generation_prompt": generation_prompt}
     try:
-        text = str(
-            processor.apply_chat_template(
-                messages, chat_template=_dated(processor), add_generation_prompt=generation_prompt
-            )
-        )
+        text = str(processor.apply_chat_template(messages, **options))
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"the chat template of {name} cannot be used ({first_line(error)}); {HELP}") from None
     images = sum(item["type"] == "image" for message in messages for item in message["content"])
-    marks = [str(mark) for name in ("image_token", "boi_token") if (mark := getattr(processor, name, None))] or [TAG]
-    found = max(text.count(mark) for mark in marks)
-    if found != images:
-        raise UserError(f"the chat template of {name} writes {found} images where there are {images}; {HELP}")
+    tags = [str(tag) for field in ("image_token", "boi_token") if (tag := getattr(processor, field, None))] or [TAG]
+    written = max(text.count(tag) for tag in tags)
+    if written != images:
+        raise UserError(f"the chat template of {name} writes {written} images instead of {images}; {HELP}")
     if tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
         text = text.removeprefix(tokenizer.bos_token)
     return text
 
 
-def _dated(processor: Any) -> str | None:
-    """The chat template with the moment of `rendering_at` in the place of the clock; None where it reads no clock.
+def _with_fixed_date(processor: Any) -> str | None:
+    """Returns the chat template with the moment of `rendering_at` instead of the clock; None if it reads no clock.
 
-    Transformers gives templates a function `strftime_now` and takes no other for it, so a macro of that name is put
-    before the template, on a line of its own, which Jinja drops.
+    Transformers gives templates a function `strftime_now` that cannot be replaced, so a macro of that name precedes
+    the template, on a separate line, which Jinja drops.
     """
     moment, template = _clock.get(), processor.chat_template
     template = template.get("default") if isinstance(template, dict) else template
     if moment is None or not isinstance(template, str) or "strftime_now" not in template:
         return None
-    written = "format"
+    text = "format"
     for code in sorted(set(re.findall(r"%[-#_^]?[A-Za-z]", template))):
-        with contextlib.suppress(ValueError):  # no code of this system
-            written += f" | replace({code!r}, {moment.strftime(code)!r})"
-    return f"{{% macro strftime_now(format) %}}{{{{ {written} }}}}{{% endmacro %}}\n{template}"
+        with contextlib.suppress(ValueError):  # unknown to this system
+            text += f" | replace({code!r}, {moment.strftime(code)!r})"
+    return f"{{% macro strftime_now(format) %}}{{{{ {text} }}}}{{% endmacro %}}\n{template}"

@@ -18,9 +18,9 @@ CONVNEXT = {"CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup": "convnext_xxl
 
 
 class ConvNextTower(nn.Module):
-    """Stem and stages of a ConvNeXt; places of its last stage are the image tokens (arXiv:2412.09585, sec. 5.1).
+    """Stem and stages of a ConvNeXt; positions of its last stage are the image tokens (arXiv:2412.09585, sec. 5.1).
 
-    Stands where a LLaVA has its CLIP tower, and answers as that does.
+    It has the interface of a LLaVA's CLIP tower.
     """
 
     def __init__(self, architecture: str) -> None:
@@ -38,11 +38,11 @@ class ConvNextTower(nn.Module):
 
 
 def convnext_of(name: str, config: dict[str, Any]) -> tuple[str, int] | None:
-    """Architecture and resolution of a ConvNeXt tower; None where it is none.
+    """Returns architecture and resolution of a ConvNeXt tower; None for another tower.
 
     Args:
         name: last part of the tower's path; `-res768` at its end is the resolution.
-        config: `config.json` of its folder, in timm's format, where there is one.
+        config: `config.json` of its folder, in timm's format; may be empty.
     """
     base, _, resolution = name.partition("-res")
     architecture = config.get("architecture", CONVNEXT.get(base, ""))
@@ -51,12 +51,12 @@ def convnext_of(name: str, config: dict[str, Any]) -> tuple[str, int] | None:
     size = config.get("pretrained_cfg", {}).get("input_size", [3, 256, 256])[-1]
     side = int(resolution) if re.fullmatch(r"\d+", resolution) else int(size)
     if side % STRIDE:
-        raise UserError(f"vision tower {name}: a resolution of {side} is no multiple of {STRIDE}")
+        raise UserError(f"vision tower {name}: resolution {side} is no multiple of {STRIDE}; give another tower")
     return architecture, side
 
 
 def stand_in(architecture: str, side: int) -> Any:
-    """The smallest CLIP configuration with a ConvNeXt's width and grid, from which transformers builds the LLaVA."""
+    """Returns the smallest CLIP configuration with a ConvNeXt's width and grid, to build transformers' LLaVA."""
     import timm
 
     with torch.device("meta"):

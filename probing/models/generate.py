@@ -1,4 +1,4 @@
-"""A checkpoint's answers to questions about images: greedy, in batches, through its own processor and chat template."""
+"""A checkpoint's answers to questions about images: greedy, in batches, with its own processor and chat template."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,26 +23,25 @@ def ask(
 
     Args:
         backbone: loaded `with_head`.
-        recipe: what it was loaded by; says whether its special tokens stand after the image.
+        recipe: of the backbone; decides whether its special tokens follow the image.
         images: RGB images, which the processor gets at their own size.
         questions: the user's turn for each.
-        most: tokens of an answer.
+        most: number of tokens of an answer.
 
     Raises:
         UserError: the checkpoint cannot write text, or its chat template cannot be used.
     """
     if not hasattr(backbone.writer, "generate"):
-        raise UserError(f"{backbone.name} cannot write text: its class has no generate(); it can be probed, not asked")
-    processor = backbone.prepare.processor  # type: ignore[attr-defined]
-    texts = [prompt(processor, recipe.model_copy(update={"prompt": question})) for question in questions]
-    tokenizer = processor.tokenizer
+        raise UserError(f"{backbone.name} cannot write text: its class has no generate(); give another checkpoint")
+    processor = backbone.prepare.processor
+    texts, tokenizer = [_render_question(processor, recipe, question) for question in questions], processor.tokenizer
     tokenizer.padding_side = "left"
     try:
-        inputs = backbone.prepare.encode(images, texts)  # type: ignore[attr-defined]
+        inputs = backbone.prepare.encode(images, texts)
     finally:
         tokenizer.padding_side = "right"
     inputs = {name: value.to(backbone.device) for name, value in inputs.items()}
-    written = backbone.writer.generate(
+    output = backbone.writer.generate(
         **inputs,
         max_new_tokens=most,
         do_sample=False,
@@ -52,35 +51,37 @@ def ask(
         top_p=None,
         top_k=None,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_ends(backbone, processor) or None,
+        eos_token_id=end_tokens(backbone) or None,
     )
-    answers = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
 
-def _ends(backbone: Backbone, processor: Any) -> list[int]:
-    """Tokens that end an answer: those of the checkpoint, and what its chat template writes behind one.
+def end_tokens(backbone: Backbone) -> list[int]:
+    """Returns ids of the tokens that end an answer: the checkpoint's, and its chat template's.
 
-    The latter is needed where a template closes a turn with another token than the configuration names (Llama-3).
+    A template may close a turn with another token than the configuration names (Llama-3).
     """
-    tokenizer = processor.tokenizer
-    named = backbone.writer.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])}
-    closing = _closing(processor)
-    ends |= set(tokenizer(closing, add_special_tokens=False).input_ids[:1]) & set(tokenizer.all_special_ids)
-    return sorted(ends - {None})
+    tokenizer = backbone.prepare.processor.tokenizer
+    configured = backbone.writer.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list | tuple) else [configured])}
+    closing = tokenizer(_text_after_answer(backbone.prepare.processor), add_special_tokens=False).input_ids[:1]
+    return sorted((ends | (set(closing) & set(tokenizer.all_special_ids))) - {None})
 
 
-def _closing(processor: Any) -> str:
-    """What the chat template writes after an answer; empty where that cannot be known."""
-    said = [{"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
-    question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+def _text_after_answer(processor: Any) -> str:
+    turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in
+             (("user", "?"), ("assistant", "yes"))]  # fmt: skip
     try:
-        return render(processor, question + said).rsplit("yes", 1)[-1].strip()
-    except UserError:  # a template may insist on an image, or on its own form of answers
+        return render(processor, turns).rsplit("yes", 1)[-1].strip()
+    except UserError:  # a template may require an image, or its own form of answers
         return ""
 
 
+def _render_question(processor: Any, recipe: BackboneRecipe, question: str) -> str:
+    return prompt(processor, recipe.model_copy(update={"prompt": question}))
+
+
 def sample_conversation(processor: Any, recipe: BackboneRecipe) -> list[str]:
-    """A question as `ask` renders it, and what it takes for the end of an answer: all that a chat template does."""
-    return [prompt(processor, recipe.model_copy(update={"prompt": "What is this?"})), _closing(processor)]
+    """Renders a question as `ask` does, and the text after an answer: all that a chat template contributes."""
+    return [_render_question(processor, recipe, "What is this?"), _text_after_answer(processor)]

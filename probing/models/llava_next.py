@@ -14,20 +14,20 @@ from torch import Tensor
 
 import probing.utils.torchvision_shim  # noqa: F401
 from probing.models import llava
-from probing.models.base import Backbone
-from probing.models.image_tokens import select_strategy
+from probing.models.image_tokens import match_processor, select_strategy, tower_features
 from probing.models.llava import describe as describe
 from probing.models.token_map import TokenMap, special_ids, token_kinds
 from probing.recipe import TOKEN_KINDS, BackboneRecipe
+from probing.utils.checkpoint_files import read_json
 from probing.utils.errors import UserError
-from probing.utils.pretrained import read_json
 
 MODEL_TYPE = "llava_next"
+PROCESSOR_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
 class TiledInputs(llava.LlavaInputs):
-    """Images → `Batch`, where the tokens of an image are the whole image, then rows of tiles with a newline each.
+    """Images → `Batch`, where an image's tokens are the whole image, then rows of tiles with a newline each.
 
     Attributes:
         config: of the checkpoint.
@@ -35,31 +35,29 @@ class TiledInputs(llava.LlavaInputs):
 
     config: Any = None
 
-    def features(self, inputs: dict[str, Any], row: int) -> int:
-        """Number of features that the model has for one image of a batch."""
-        return len(self.packed(inputs["image_sizes"][row]))
+    def count_features(self, inputs: dict[str, Any], row: int) -> int:
+        """Returns the number of features that the model has for one image of a batch."""
+        return len(self.image_kinds(inputs["image_sizes"][row]))
 
     def token_map(self, inputs: dict[str, Tensor]) -> TokenMap:
-        """Says what every position of the processor's output is."""
-        ids = inputs["input_ids"]
-        special = special_ids(self.processor.tokenizer)
-        kinds = token_kinds(ids, inputs["attention_mask"], self.image_token_id, special)
-        tiles = []
+        """Maps every position of the processor's output to its kind."""
+        ids, special = inputs["input_ids"], special_ids(self.processor.tokenizer)
+        kinds, tiles = token_kinds(ids, inputs["attention_mask"], self.image_token_id, special), []
         for row, size in enumerate(inputs["image_sizes"]):
-            places = (ids[row] == self.image_token_id).nonzero().flatten()
-            packed = self.packed(size)
-            if len(places) != len(packed):
+            image, packed = ids[row] == self.image_token_id, self.image_kinds(size)
+            if int(image.sum()) != len(packed):
                 raise UserError(
-                    f"the processor places {len(places)} image tokens for an image of {size.tolist()} where the model "
-                    f"has {len(packed)} features; set image_grid_pinpoints and vision_aspect_ratio as in config.json"
+                    f"the processor places {int(image.sum())} image tokens for an image of {size.tolist()} where the "
+                    f"model has {len(packed)} features; set image_grid_pinpoints and vision_aspect_ratio as in "
+                    "config.json"
                 )
-            kinds[row, places] = packed
+            kinds[row, image] = packed
             rows = int((packed == TOKEN_KINDS.index("newline")).sum())
             tiles.append((rows, int((packed == TOKEN_KINDS.index("tile")).sum()) // max(rows, 1)))
         return TokenMap(kinds, self.grid, tuple(tiles))
 
-    def packed(self, size: Tensor) -> Tensor:
-        """Kinds of one image's tokens, in their order: the model's own packing, of the kinds in place of features.
+    def image_kinds(self, size: Tensor) -> Tensor:
+        """Returns the kinds of one image's tokens in order: the model's own packing, of kinds instead of features.
 
         Args:
             size: (2), height and width of the image.
@@ -75,7 +73,7 @@ class TiledInputs(llava.LlavaInputs):
         return packed.flatten().round().long()
 
     def pack(self, features: list[Tensor], sizes: Tensor, newline: Tensor) -> Any:
-        """The model's arrangement of features (patches, tokens, C) of each image."""
+        """Arranges features (patches, tokens, C) of each image as the model does."""
         from transformers import LlavaNextModel
 
         model: Any = SimpleNamespace(config=self.config)
@@ -101,34 +99,36 @@ def parse_pinpoints(value: Any, side: int) -> Any:
         (top, left), (bottom, right) = counts[0], counts[-1]
         return [[r * side, c * side] for r in range(top, bottom + 1) for c in range(left, right + 1)]
     try:
-        pairs = [[int(height), int(width)] for height, width in json.loads(value.translate(_BRACKETS))]
+        pairs = json.loads(value.replace("(", "[").replace(")", "]"))
+        return [[int(height), int(width)] for height, width in pairs]
     except (ValueError, TypeError):
         raise UserError(
             f"image_grid_pinpoints is {value[:60]!r}; write a list of [height, width] in config.json"
         ) from None
-    return pairs
 
 
-_BRACKETS = str.maketrans("()", "[]")
-
-
-def read_config(source: str, revision: str | None) -> Any:
-    """Reads a configuration whose `image_grid_pinpoints` is text, which transformers refuses."""
+def read_config(source: str, recipe: BackboneRecipe) -> Any:
+    """Reads the configuration; transformers refuses `image_grid_pinpoints` that are text."""
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
-    values, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    if not _pinpoints_are_text(source, recipe):
+        return llava.read_config(source, recipe)
+    values, _ = PretrainedConfig.get_config_dict(source, revision=recipe.revision)
     text = values.pop("image_grid_pinpoints")
     config: Any = CONFIG_MAPPING[values["model_type"]].from_dict(values)
     config.image_grid_pinpoints = parse_pinpoints(text, config.vision_config.image_size)
     return config
 
 
+def _pinpoints_are_text(source: str, recipe: BackboneRecipe) -> bool:
+    return isinstance(read_json(source, "config.json", recipe.revision).get("image_grid_pinpoints"), str)
+
+
 def open_processor(source: str, config: Any, recipe: BackboneRecipe) -> Any:
-    """The checkpoint's own processor; see `probing.models.llava.open_processor`."""
-    raw = read_json(source, "config.json", recipe.revision)
-    if isinstance(raw.get("image_grid_pinpoints"), str):
-        with tempfile.TemporaryDirectory() as folder:
-            _copy_processor(source, raw, config, recipe.revision, Path(folder))
+    """Opens the checkpoint's processor; see `probing.models.llava.open_processor`."""
+    if _pinpoints_are_text(source, recipe):
+        with tempfile.TemporaryDirectory() as folder:  # transformers reads config.json for the tokenizer
+            _copy_processor(source, config, recipe, Path(folder))
             processor = llava.open_processor(folder, recipe)
         processor.tokenizer.name_or_path = source
     else:
@@ -138,50 +138,36 @@ def open_processor(source: str, config: Any, recipe: BackboneRecipe) -> Any:
     return processor
 
 
-def _copy_processor(source: str, raw: dict[str, Any], config: Any, revision: str | None, folder: Path) -> None:
-    """Copies the files of a processor next to a `config.json` that transformers reads, as loading it does too."""
+def _copy_processor(source: str, config: Any, recipe: BackboneRecipe, folder: Path) -> None:
+    """Copies the files of a processor, and the configuration with pinpoints as a list."""
     from huggingface_hub import snapshot_download
 
-    names = ("*.json", "*.jinja", "*.model", "*.txt")
-    here = Path(source)
-    if not here.is_dir():
-        here = Path(snapshot_download(source, revision=revision, allow_patterns=list(names)))
-    for file in (file for pattern in names for file in here.glob(pattern)):
-        if not file.name.endswith(".index.json"):
-            shutil.copyfile(file, folder / file.name)
-    text = json.dumps(raw | {"image_grid_pinpoints": config.image_grid_pinpoints})
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    if not Path(source).is_dir():
+        source = snapshot_download(source, revision=recipe.revision, allow_patterns=list(PROCESSOR_FILES))
+    for file in (file for pattern in PROCESSOR_FILES for file in Path(source).glob(pattern)):
+        shutil.copyfile(file, folder / file.name)
+    config.save_pretrained(folder)
 
 
 def make_inputs(source: str, config: Any, recipe: BackboneRecipe, kind: type[TiledInputs] = TiledInputs) -> TiledInputs:
     """Builds the input side of a checkpoint; see `probing.models.llava.make_inputs`.
 
     Raises:
-        UserError: as there, and where tiles hold more or less than their patches, which transformers cannot pack.
+        UserError: as there, and if tiles hold more or less than their patches, which transformers cannot pack.
     """
     processor = open_processor(source, config, recipe)
-    features, size = llava.tower_features(processor, config)
-    if features.extra:
-        rows, columns = features.grid
-        other = "full" if features.extra < 0 else "default"
+    features, strategy = tower_features(processor, config), select_strategy(config)
+    right = "full" if features.extra < 0 else "default"
+    if features.extra and strategy != right:
         raise UserError(
-            f"config.json: vision_feature_select_strategy is {select_strategy(config)}; set it to {other}: tiles have "
-            f"{features.count} features where {rows} x {columns} patches are packed"
-            if select_strategy(config) != other
-            else f"{source}: its vision tower has {features.extra} more tokens than patches, which {config.model_type} "
-            "cannot tile"
+            f"config.json: vision_feature_select_strategy is {strategy}; set it to {right}: tiles have "
+            f"{features.count} features and {features.grid[0]} x {features.grid[1]} patches"
         )
+    if features.extra:
+        raise UserError(f"{source}: its tower has {features.extra} tokens besides patches; give another to be tiled")
     inputs = kind(processor, llava.prompt(processor, recipe), config.image_token_id, features.grid, config=config)
-    llava.require_match(inputs, source, config, recipe.revision, features, size)
+    match_processor(inputs, features, source, config, recipe.revision)
     return inputs
 
 
-def inputs_of(processor: Any, config: Any, recipe: BackboneRecipe) -> TiledInputs:
-    """The input side of a processor that was made for the tower."""
-    text, grid = llava.prompt(processor, recipe), llava.tower_grid(config)
-    return TiledInputs(processor, text, config.image_token_id, grid, config=config)
-
-
-def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device, random_seed: int | None) -> Backbone:
-    """Loads the checkpoint; see `probing.models.llava.load`."""
-    return llava.load(source, config, recipe, device, random_seed, make_inputs(source, config, recipe))
+load = llava.loader(make_inputs)

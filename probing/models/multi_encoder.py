@@ -28,8 +28,9 @@ from probing.models.decoder import decoder_parts
 from probing.models.token_map import SPECIAL, SpecialEmbeddings, special_ids
 from probing.recipe import BackboneRecipe, TeacherRecipe, model_name
 from probing.teachers import Teacher, load_teacher
+from probing.utils.checkpoint_files import loading
 from probing.utils.errors import UserError
-from probing.utils.pretrained import identity, loading, pretrained, require_whole
+from probing.utils.pretrained import identity, pretrained, require_whole
 from probing.utils.processors import describe_processor, first_difference
 
 MODEL_TYPE = "llava_multi_encoder"

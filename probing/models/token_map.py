@@ -1,4 +1,4 @@
-"""Which token is what: system prompt, image, special tokens, text, answer, padding."""
+"""Kinds of tokens: system prompt, image, special tokens, text, answer, padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from probing.recipe import TOKEN_KINDS
 IMAGE_KINDS = ("cls", "image", "tile", "newline")
 """Kinds of the tokens whose inputs come from the vision tower."""
 SPECIAL = ("gen", "depth", "seg")
-"""Tasks that special tokens may stand for."""
+"""Tasks that have special tokens, in their order."""
 
 
 @dataclass(frozen=True)
 class TokenMap:
-    """Which positions of a batch of sequences are what.
+    """The kind of every position of a batch of sequences.
 
     Attributes:
         kinds: (B, T) integer codes, indices into `probing.recipe.TOKEN_KINDS`.
         grid: rows and columns of the image tokens of one image.
-        tiles: per image rows and columns of its tile tokens, where the family has them.
+        tiles: per image, rows and columns of its tile tokens, if the family has them.
         dropped: patches at the beginning of the grid that have no token.
     """
 
@@ -32,25 +32,25 @@ class TokenMap:
     dropped: int = 0
 
     def mask(self, *kinds: str) -> Tensor:
-        """(B, T), True where a position is one of the kinds."""
+        """Returns (B, T), True at positions of the kinds."""
         codes = torch.tensor([TOKEN_KINDS.index(kind) for kind in kinds], device=self.kinds.device)
         return torch.isin(self.kinds, codes)
 
     def counts(self) -> dict[str, int]:
-        """Positions of each kind in the first sequence, absent kinds left out."""
+        """Returns the number of positions of each kind in the first sequence, without absent kinds."""
         codes, numbers = self.kinds[0].unique(return_counts=True)
         return {TOKEN_KINDS[int(code)]: int(number) for code, number in zip(codes, numbers, strict=True)}
 
     def select(self, states: Tensor, kinds: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Keeps the positions of some kinds.
+        """Selects the positions of some kinds.
 
         Args:
             states: (B, T, H).
-            kinds: kinds to keep.
+            kinds: kinds to select.
 
         Returns:
-            The states (B, T', H) and the mask (B, T') of valid positions; the mask is None where all are valid, which
-            is the rule when every sequence of the batch has the same layout. Positions that are not valid are zero.
+            The states (B, T', H), zero at invalid positions, and the mask (B, T') of valid ones; None if all are
+            valid, as is usual: all sequences of a batch have the same layout.
         """
         mask = self.mask(*kinds)
         if bool((mask == mask[:1]).all()):
@@ -60,34 +60,32 @@ class TokenMap:
         return states[:, columns].masked_fill(~mask[..., None], 0), mask
 
     def image_states(self, states: Tensor) -> Tensor:
-        """The states of the image tokens, (B, rows * columns, H), row-major.
+        """Returns the states of the image's patches, (B, rows * columns, H), row-major.
 
-        Class and register tokens are not among them. A dropped patch gets the state of the first one that is there.
+        A dropped patch gets the state of the first one that has a token.
         """
         rows, columns = self.grid
-        found = states[self.mask("image")].view(states.shape[0], rows * columns - self.dropped, states.shape[-1])
-        return torch.cat((found[:, :1].expand(-1, self.dropped, -1), found), dim=1) if self.dropped else found
+        patches = states[self.mask("image")].view(states.shape[0], rows * columns - self.dropped, states.shape[-1])
+        return torch.cat((patches[:, :1].expand(-1, self.dropped, -1), patches), dim=1) if self.dropped else patches
 
 
 def token_name(task: str, number: int) -> str:
-    """How a special token is written."""
+    """Returns the text of a special token."""
     return f"<{task}_{number}>"
 
 
 def special_ids(tokenizer: Any, tasks: Sequence[str] = SPECIAL) -> dict[str, list[int]]:
-    """Ids of each task's special tokens, in order; tasks without any are left out."""
-    found: dict[str, list[int]] = {}
+    """Returns the ids of each task's special tokens, in order, without tasks that have none."""
+    ids: dict[str, list[int]] = {}
     vocabulary = tokenizer.get_added_vocab()
     for task in tasks:
-        number = 0
-        while token_name(task, number) in vocabulary:
-            found.setdefault(task, []).append(vocabulary[token_name(task, number)])
-            number += 1
-    return found
+        while (name := token_name(task, len(ids.get(task, ())))) in vocabulary:
+            ids.setdefault(task, []).append(vocabulary[name])
+    return ids
 
 
 class SpecialEmbeddings(nn.Module):
-    """Puts embeddings of its own in the place of special tokens, by a hook on the embedding table.
+    """Replaces the embeddings of special tokens in the output of the embedding table.
 
     Attributes:
         ids: (tokens), ids of the special tokens.
@@ -105,7 +103,7 @@ class SpecialEmbeddings(nn.Module):
         Args:
             inputs: (B, T) ids.
             embedded: (B, T, H).
-            special: (tokens, H), in the order of `ids`, or (B, tokens, H) where every sample has its own.
+            special: (tokens, H), in the order of `ids`, or (B, tokens, H), different for each sample.
         """
         match = inputs[..., None] == self.ids
         which = match.int().argmax(dim=-1)
@@ -123,18 +121,16 @@ def token_kinds(
     special: dict[str, list[int]] | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Says what each position of a batch is.
+    """Returns the kind of each position of a batch, (B, T) indices into `probing.recipe.TOKEN_KINDS`.
+
+    Everything before the first image is system prompt; a sequence without image has none.
 
     Args:
         ids: (B, T) input ids.
         attention: (B, T), 0 for padding.
         image_id: id of the placeholder of one image token.
         special: ids of the special tokens of each task.
-        labels: (B, T), -100 where nothing is supervised; supervised positions are the answer.
-
-    Returns:
-        (B, T) indices into `probing.recipe.TOKEN_KINDS`. What precedes the first image counts as system prompt; in a
-        sequence without image nothing does.
+        labels: (B, T), -100 at unsupervised positions; the others are the answer.
     """
     code = {kind: index for index, kind in enumerate(TOKEN_KINDS)}
     image = ids == image_id

@@ -1,4 +1,4 @@
-"""Words as an LLM takes them in: rows of its input embeddings."""
+"""Vectors of words: rows of an LLM's input embeddings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,29 +10,28 @@ from probing.utils.errors import UserError
 
 
 def word_ids(tokenizer: Any, word: str) -> list[int]:
-    """Token ids of a word, or several, as they stand inside a sentence.
+    """Returns the token ids of one or several words within a sentence.
 
-    Tokenizers write a word at the start of a text and after a space differently, and not all in the same way; so it is
-    put behind another.
+    They are tokenized after another word, because tokenizers treat the start of a text differently.
 
     Raises:
-        UserError: the tokenizer makes nothing of it.
+        UserError: there are none.
     """
     before = tokenizer("a", add_special_tokens=False).input_ids
     ids = tokenizer(f"a {word}", add_special_tokens=False).input_ids[len(before) :]
-    ids = [number for number in ids if tokenizer.decode([number]).strip()]  # some give the space a token of its own
+    ids = [number for number in ids if tokenizer.decode([number]).strip()]  # the space may be a token by itself
     if not ids:
-        raise UserError(f"the tokenizer makes no tokens of {word!r}")
+        raise UserError(f"the tokenizer makes no tokens of {word!r}; give another word")
     return ids
 
 
 def word_vectors(tokenizer: Any, embeddings: Tensor, words: Sequence[str]) -> Tensor:
-    """A vector for every word: the mean of the rows of its tokens (as in arXiv:2410.02762's released code).
+    """Returns the mean embedding of each word's tokens (as in arXiv:2410.02762's released code).
 
     Args:
         tokenizer: of the LLM.
         embeddings: its input embeddings, (vocabulary, H).
-        words: words, or phrases.
+        words: words or phrases.
 
     Returns:
         (words, H), float32.

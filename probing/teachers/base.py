@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import probing.utils.torchvision_shim  # noqa: F401
 from probing.recipe import TeacherRecipe
+from probing.utils.checkpoint_files import loading
 from probing.utils.errors import UserError, first_line
-from probing.utils.pretrained import identity, load_config, loading, locate, pretrained
+from probing.utils.pretrained import identity, load_config, locate, pretrained
 
 PAPER_GRID = 24
 """Side of the spatial targets in the paper (576 tokens); finer teachers are brought down to it by default."""

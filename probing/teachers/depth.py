@@ -9,6 +9,17 @@ from probing.recipe import TeacherRecipe
 from probing.teachers.base import PAPER_GRID, Teacher, finish, load_model, open_teacher, square_pixels
 from probing.teachers.registry import CATALOGUE
 
+ENTRY = {
+    "default_id": "depth-anything/Depth-Anything-V2-Large-hf",
+    "class_name": "DepthAnythingForDepthEstimation",
+    "target": "last backbone feature without class token; grid x grid tokens, at most 24 x 24",
+    "licences": {
+        "depth-anything/Depth-Anything-V2-Large-hf": "CC-BY-NC-4.0 (no commercial use)",
+        "depth-anything/Depth-Anything-V2-Base-hf": "CC-BY-NC-4.0 (no commercial use)",
+        "depth-anything/Depth-Anything-V2-Small-hf": "Apache-2.0",
+    },
+}
+
 
 def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
     """Loads `DepthAnythingForDepthEstimation`; the target is (grid², width of the backbone)."""

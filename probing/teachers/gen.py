@@ -17,6 +17,12 @@ from probing.teachers.registry import CATALOGUE
 from probing.utils.errors import UserError, first_line
 from probing.utils.pretrained import locate
 
+ENTRY = {
+    "default_id": "stabilityai/stable-diffusion-2-1-unclip",
+    "class_name": "CLIPVisionModelWithProjection",
+    "target": "projected image embedding, one token, not normalised",
+    "licences": {"stabilityai/stable-diffusion-2-1-unclip": "CreativeML Open RAIL++-M"},
+}
 STEPS, GUIDANCE = 25, 10.0
 """Steps of the paper's decoding (OLA-VLM, arXiv:2412.09585), and the pipeline's own default guidance."""
 

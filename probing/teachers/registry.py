@@ -1,11 +1,14 @@
-"""The teachers at hand, readable without loading anything heavy; `probing/teachers/<name>.py` loads each."""
+"""The available teachers: what each file of this package says about its teacher, read without importing torch."""
 
+import ast
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One kind of teacher.
+    """One kind of teacher, from the dictionary `ENTRY` of the file that loads it.
 
     Attributes:
         default_id: Hub id of the paper's teacher (OLA-VLM, sec. 3).
@@ -20,30 +23,20 @@ class Entry:
     licences: dict[str, str]
 
 
-CATALOGUE = {
-    "depth": Entry(
-        "depth-anything/Depth-Anything-V2-Large-hf",
-        "DepthAnythingForDepthEstimation",
-        "last backbone feature without class token; grid x grid tokens, at most 24 x 24",
-        {
-            "depth-anything/Depth-Anything-V2-Large-hf": "CC-BY-NC-4.0 (no commercial use)",
-            "depth-anything/Depth-Anything-V2-Base-hf": "CC-BY-NC-4.0 (no commercial use)",
-            "depth-anything/Depth-Anything-V2-Small-hf": "Apache-2.0",
-        },
-    ),
-    "seg": Entry(
-        "shi-labs/oneformer_coco_swin_large",
-        "OneFormerForUniversalSegmentation",
-        "last stage of the backbone, resized to the grid; at most 24 x 24",
-        {"shi-labs/oneformer_coco_swin_large": "MIT"},
-    ),
-    "gen": Entry(
-        "stabilityai/stable-diffusion-2-1-unclip",
-        "CLIPVisionModelWithProjection",
-        "projected image embedding, one token, not normalised",
-        {"stabilityai/stable-diffusion-2-1-unclip": "CreativeML Open RAIL++-M"},
-    ),
-}
+def find_teachers(folders: Iterable[str | Path]) -> dict[str, Entry]:
+    """Reads the teachers of a package's folders, by name of their file.
+
+    The files are parsed instead of imported, because reports and `probing teachers` do without torch.
+    """
+    entries = {}
+    for file in sorted(file for folder in folders for file in Path(folder).glob("*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ENTRY":
+                entries[file.stem] = Entry(**ast.literal_eval(node.value))
+    return entries
+
+
+CATALOGUE = find_teachers([Path(__file__).parent])
 
 ENCODERS = {
     "dino": ("facebook/dinov2-large", "Apache-2.0"),
@@ -52,4 +45,4 @@ ENCODERS = {
     "sam": ("facebook/sam-vit-large", "Apache-2.0"),
     "vit": ("timm/vit_base_patch16_224.augreg_in21k", "Apache-2.0"),
 }
-"""Plain encoders to show how it is written; any name and any encoder will do."""
+"""Examples of plain encoders; any name and any encoder works."""

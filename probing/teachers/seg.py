@@ -14,6 +14,13 @@ from probing.teachers.registry import CATALOGUE
 from probing.utils.errors import UserError, first_line
 from probing.utils.pretrained import locate
 
+ENTRY = {
+    "default_id": "shi-labs/oneformer_coco_swin_large",
+    "class_name": "OneFormerForUniversalSegmentation",
+    "target": "last stage of the backbone, resized to the grid; at most 24 x 24",
+    "licences": {"shi-labs/oneformer_coco_swin_large": "MIT"},
+}
+
 TASK = "the task is semantic"
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from probing.recipe import TeacherRecipe
 from probing.teachers.base import PAPER_GRID, Pixels, Teacher, finish, on_grid, pixel_side, squared
+from probing.utils.checkpoint_files import loading, tensor_shapes
 from probing.utils.errors import BROKEN, UserError, first_line
-from probing.utils.pretrained import load_config, loading, locate, pretrained, tensor_names
+from probing.utils.pretrained import load_config, locate, pretrained
 
 LEADING = 2
 """Most tokens before the patches besides registers: class and distillation token (DeiT, arXiv:2012.12877)."""
@@ -121,7 +122,7 @@ def _load(model_class: Any, source: str, config: Any, what: str, device: torch.d
         model, missing, _ = pretrained(model_class, source, config, device, torch.float32, **kwargs)
         names = set(model.state_dict())
         if missing and missing >= set(dict(model.named_parameters())):
-            prefix = _prefix(names, tensor_names(source, kwargs["revision"]))
+            prefix = _prefix(names, list(tensor_shapes(source, kwargs["revision"])))
             renamed = {"key_mapping": {f"^{re.escape(prefix)}": ""}} if prefix else {}
             model, missing, _ = pretrained(model_class, source, config, device, torch.float32, **renamed, **kwargs)
         with torch.no_grad():

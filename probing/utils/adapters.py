@@ -1,7 +1,7 @@
-"""Adapters: LoRA folders of peft and of LLaVA, and folders that hold a projector alone; each is loaded on its base.
+"""Merges adapters into their base model: peft's, LLaVA's LoRA folders, and folders that hold a projector alone.
 
-LLaVA's LoRA folders hold, next to the adapter, `non_lora_trainables.bin` with the trained projector. The folders of its
-first stage hold `mm_projector.bin` alone. Peft loads and merges what is an adapter; whole tensors replace the base's.
+LLaVA's LoRA folders hold the trained projector in `non_lora_trainables.bin`, those of its first stage hold
+`mm_projector.bin` alone. Peft merges adapters; whole tensors replace the base's.
 """
 
 import re
@@ -14,88 +14,128 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from probing.utils.checkpoint_files import WEIGHTS, has_weights, loading, shapes_of_file
 from probing.utils.errors import UserError
-from probing.utils.pretrained import ADAPTER_CONFIG, WEIGHTS, loading
+from probing.utils.paths import local_path, looks_like_path
 
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 WHOLE_TENSORS = ("non_lora_trainables.bin", "mm_projector.bin")
 """Files of LLaVA's code with tensors that replace those of the base."""
 PROJECTOR = re.compile(r"(^|\.)(mm_projector|multi_modal_projector)\.")
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The weight files of an adapter: of peft, and with whole tensors."""
-    peft = [folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()][:1]
-    return peft + _whole_files(folder)
+def find_adapter(checkpoint: str, revision: str | None = None) -> Path | None:
+    """Returns the folder of an adapter, downloaded if necessary; None for a checkpoint with whole weights.
+
+    Raises:
+        UserError: the folder holds both, or an adapter without weights.
+    """
+    folder = local_path(checkpoint)
+    if not folder.is_dir():
+        if looks_like_path(checkpoint) or "/" not in checkpoint or not (found := _download(checkpoint, revision)):
+            return None
+        folder = found
+    whole, is_peft = has_weights(folder) and not _is_projector(folder), (folder / ADAPTER_CONFIG).is_file()
+    if whole and is_peft:
+        raise UserError(f"{checkpoint} holds whole weights and an adapter; if it is merged, remove {ADAPTER_CONFIG}")
+    if is_peft and not adapter_files(folder):
+        raise UserError(f"{checkpoint} is an adapter without weights; add {ADAPTER_WEIGHTS[0]}")
+    return folder if not whole and adapter_files(folder) else None
+
+
+def _download(checkpoint: str, revision: str | None) -> Path | None:
+    """Downloads an adapter from the Hub; None if the repository holds none or cannot be reached."""
+    from huggingface_hub import snapshot_download
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        if not find_adapter_config_file(checkpoint, revision=revision):
+            return None
+    except (OSError, ValueError):
+        return None
+    names = [ADAPTER_CONFIG, "config.json", *ADAPTER_WEIGHTS, *WHOLE_TENSORS]
+    with loading(f"adapter {checkpoint}"):
+        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=names))
+
+
+def _is_projector(folder: Path) -> bool:
+    """Returns whether a folder's only weight file holds nothing but a projector."""
+    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    try:
+        return file is not None and all(PROJECTOR.search(name) for name in shapes_of_file(file))
+    except UserError:  # loading the file names the fault
+        return False
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """Lists the weight files of an adapter: peft's, then those with whole tensors."""
+    return [folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()][:1] + _whole_files(folder)
 
 
 def _whole_files(folder: Path) -> list[Path]:
-    found = [folder / name for name in WHOLE_TENSORS if (folder / name).is_file()]
-    return found or [folder / name for name in WEIGHTS if (folder / name).is_file()][:1]
+    files = [folder / name for name in WHOLE_TENSORS if (folder / name).is_file()]
+    return files or [folder / name for name in WEIGHTS if (folder / name).is_file()][:1]
 
 
-def apply(model: Any, folder: Path, key_mapping: dict[str, str]) -> set[str]:
-    """Loads an adapter on its base, in place: whole tensors first, as LLaVA does, then peft merges the rest.
+def merge_adapter(model: Any, folder: Path, key_mapping: dict[str, str]) -> set[str]:
+    """Merges an adapter into its base in place: first whole tensors, as LLaVA does, then peft's.
 
     Args:
-        model: the base; on the meta device names and shapes are checked alone.
+        model: the base; on the meta device, only names and shapes are compared.
         folder: of the adapter.
         key_mapping: pattern → replacement, from names in the folder's files to names of the model.
 
     Returns:
-        Names of the tensors that the folder holds as a whole.
+        Names of the replaced tensors.
 
     Raises:
         UserError: tensors do not fit the base.
     """
-    state = dict(model.state_dict())
-    filled: set[str] = set()
-    for file in _whole_files(folder):
-        for name, tensor in _read(file).items():
-            target = _target(name, state, key_mapping)
-            if target is None:
-                raise UserError(f"{file}: the base has no tensor {name}; give the base it was trained on")
-            if state[target].shape != tensor.shape:
-                raise UserError(
-                    f"{file}: {name} has shape {list(tensor.shape)}, the base needs {list(state[target].shape)}; give "
-                    "the base it was trained on"
-                )
-            if not state[target].is_meta:
-                state[target].copy_(tensor)
-            filled.add(target)
+    replaced = {name for file in _whole_files(folder) for name in _replace_tensors(model, file, key_mapping)}
     if (folder / ADAPTER_CONFIG).is_file():
         with loading(f"adapter {folder}"), warnings.catch_warnings(), _disable_current_modes():
             if next(model.parameters()).is_meta:
-                warnings.simplefilter("ignore")  # torch's, that copying to the meta device does nothing
-            _merge(model, folder, key_mapping)
-    return filled
+                warnings.simplefilter("ignore")  # torch: copying to the meta device does nothing
+            _merge_with_peft(model, folder, key_mapping)
+    return replaced
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def _replace_tensors(model: Any, file: Path, key_mapping: dict[str, str]) -> set[str]:
+    state, replaced = dict(model.state_dict()), set()
     with loading(str(file)):
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        safe = file.suffix == ".safetensors"
+        tensors: dict[str, Tensor] = (
+            load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        )
+    for name, tensor in tensors.items():
+        target = name.removeprefix("base_model.model.")
+        for pattern, replacement in key_mapping.items():
+            target = re.sub(pattern, replacement, target)
+        target = target if target in state else f"model.{target}"
+        if target not in state:
+            raise UserError(f"{file}: the base has no tensor {name}; give the base that it was trained on")
+        shape, required = list(tensor.shape), list(state[target].shape)
+        if shape != required:
+            raise UserError(
+                f"{file}: {name} has shape {shape}, the base needs {required}; give the base that it was trained on"
+            )
+        if not state[target].is_meta:
+            state[target].copy_(tensor)
+        replaced.add(target)
+    return replaced
 
 
-def _target(name: str, state: dict[str, Tensor], key_mapping: dict[str, str]) -> str | None:
-    """The model's name of a tensor of an adapter's file; None where it has no such tensor."""
-    name = name.removeprefix("base_model.model.")
-    for pattern, replacement in key_mapping.items():
-        name = re.sub(pattern, replacement, name)
-    return next((known for known in (name, f"model.{name}") if known in state), None)
-
-
-def _merge(model: Any, folder: Path, key_mapping: dict[str, str]) -> None:
-    """Merges an adapter with peft; every tensor of it must fit, and none of its modules may lack one."""
+def _merge_with_peft(model: Any, folder: Path, key_mapping: dict[str, str]) -> None:
+    """Merges an adapter with peft; every tensor must fit, and none may be missing."""
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(str(folder))
     if config.is_prompt_learning:
-        raise UserError(f"{folder} is an adapter of type {config.peft_type}, which cannot be merged into its base")
+        raise UserError(f"{folder} is an adapter of type {config.peft_type}, which cannot be merged; give another")
     config.inference_mode = True
     if key_mapping and hasattr(config, "exclude_modules"):
-        # LLaVA's code wraps the LLM alone, and then names modules by their last part, as the tower has them too.
+        # LLaVA's code wraps the LLM alone and names modules by their last part, which the tower has too.
         config.exclude_modules = r"(.*\.)?(vision_tower|multi_modal_projector)\..*"
     wrapped = PeftModel(model, config)
     try:
@@ -103,10 +143,8 @@ def _merge(model: Any, folder: Path, key_mapping: dict[str, str]) -> None:
     except RuntimeError as error:
         detail = " ".join(" ".join(str(error).splitlines()[:2]).split())
         raise UserError(f"{folder}: the adapter does not fit the base: {detail}") from None
-    wrong = sorted([*result.unexpected_keys, *result.missing_keys])
-    if wrong:
+    if wrong := sorted([*result.unexpected_keys, *result.missing_keys]):
         raise UserError(
-            f"{folder}: {len(wrong)} tensors of the adapter do not fit the base, first {wrong[0]}; give the base it "
-            "was trained on"
+            f"{folder}: {len(wrong)} tensors of the adapter do not fit the base, first {wrong[0]}; give another base"
         )
     wrapped.merge_and_unload()

@@ -1,12 +1,12 @@
 """Identifies a model folder by exactly what is loaded from it: weights, configuration, code.
 
-Hashes of files are cached by path, size, inode and times of change, so that a large checkpoint is read once per change.
+Hashes of files are cached by path, size, inode and times of change, so a large checkpoint is read once per change.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -14,24 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from probing.utils.cache_dir import cache_folder
+from probing.utils.checkpoint_files import read_json, weight_files
+from probing.utils.errors import UserError
+from probing.utils.files import write_text
 
-PREFERENCE = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-"""Weights as transformers looks for them: the first that exists is loaded, and the others are not."""
 NO_EFFECT = (
-    "transformers_version",
-    "_name_or_path",
-    "_commit_hash",
-    "architectures",
-    "use_cache",
-    "label2id",
+    "transformers_version", "_name_or_path", "_commit_hash", "architectures", "use_cache", "label2id",
     "base_model_name_or_path",
-)
-"""Fields of a configuration that cannot move a number."""
+)  # fmt: skip
+"""Fields of a configuration that cannot change a number."""
 OVERRIDDEN = (
     "do_sample", "num_beams", "repetition_penalty", "temperature", "top_p", "top_k", "max_new_tokens", "max_length",
     "pad_token_id", "_from_model_config",
@@ -39,21 +30,18 @@ OVERRIDDEN = (
 """Fields of a generation configuration that `probing.models.generate.ask` sets itself."""
 RENAMED = {"torch_dtype": "dtype"}
 SETTLED = 2.0
-"""Seconds after which a file's times tell it from a later version; younger files are hashed and not cached."""
+"""Seconds after which a file's times tell it from a later version; hashes of younger files are not cached."""
 SHOWN = 60
-"""Characters of a setting that are stored as they are; longer ones, and paths, are stored as a hash."""
+"""Length up to which a setting is stored as it is; longer ones, and paths, are stored as a hash."""
 
 
 def loaded_weights(folder: Path) -> list[Path]:
-    """Lists the weight files that are loaded from a folder; optimiser states and other formats are not among them."""
-    config = _read_json(folder / "config.json")
-    explicit = config.get("transformers_weights")
-    names = [explicit] if isinstance(explicit, str) else PREFERENCE
-    files = [folder / name for name in names if (folder / name).is_file()][:1]
-    if files and files[0].name.endswith(".index.json"):
-        shards = _read_json(files[0]).get("weight_map")
-        files = [folder / name for name in sorted(set(shards.values()))] if isinstance(shards, dict) else []
-    if "encoders" in config:
+    """Lists the weight files that are loaded from a folder; none if some are missing, which loading reports."""
+    try:
+        files = weight_files(folder)
+    except UserError:
+        files = []
+    if "encoders" in read_json(folder, "config.json"):
         files.append(folder / "encoders.safetensors")
     return [file for file in files if file.is_file()]
 
@@ -64,25 +52,25 @@ def weights_hash(folder: Path) -> str:
 
 
 def files_hash(files: Sequence[Path]) -> str:
-    """Hashes the contents of some files, in their order."""
+    """Hashes the contents of files, in their order."""
     return digest([file_hash(file) for file in files])
 
 
 def model_hash(folder: Path) -> str:
-    """Hashes all that is loaded from a model folder, its own code included; how JSON is laid out does not count."""
-    config = _read_json(folder / "config.json")
-    code = [file_hash(file) for file in sorted(folder.glob("*.py"))] if "auto_map" in config else []
+    """Hashes weights, configuration and code of a model folder; the layout of JSON has no effect."""
+    has_code = "auto_map" in read_json(folder, "config.json")
+    code = [file_hash(file) for file in sorted(folder.glob("*.py"))] if has_code else []
     return digest([weights_hash(folder), configuration(folder), code])
 
 
 def configuration(folder: Path) -> dict[str, str]:
-    """Reads the fields of `config.json` that can move a number, those of nested configurations under dotted names."""
-    return settings(_read_json(folder / "config.json"))
+    """Reads the fields of `config.json` that can change a number, those of nested configurations under dotted names."""
+    return settings(read_json(folder, "config.json"))
 
 
 def generation_settings(folder: Path) -> dict[str, str]:
-    """Reads the fields of `generation_config.json` that can move an answer."""
-    values = _read_json(folder / "generation_config.json")
+    """Reads the fields of `generation_config.json` that can change an answer."""
+    values = read_json(folder, "generation_config.json")
     return settings({name: value for name, value in values.items() if name not in OVERRIDDEN})
 
 
@@ -102,60 +90,31 @@ def settings(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def file_hash(file: Path) -> str:
-    """Hashes a file's content; one that has not changed since it was last hashed is not read again."""
+    """Hashes a file's content, or returns the cached hash if the file has not changed since."""
     path, status = file.resolve(), file.stat()
-    stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-    return _hash_of_version(path, stamp)
+    return _hash_of_version(path, (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
 
 
 @lru_cache(maxsize=4096)
 def _hash_of_version(path: Path, stamp: tuple[int, ...]) -> str:
-    entry = _entry(path)
-    known = _read_json(entry) if entry else {}
-    if known.get("stamp") == list(stamp) and known.get("path") == str(path) and isinstance(known.get("sha256"), str):
-        return str(known["sha256"])
+    version = {"path": str(path), "stamp": list(stamp)}
+    name = f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+    unusable = (OSError, RuntimeError, ValueError, LookupError, TypeError)  # such a cache only costs time
+    with contextlib.suppress(*unusable):
+        cached = json.loads((cache_folder() / "hashes" / name).read_text(encoding="utf-8"))
+        if {key: cached[key] for key in version} == version:
+            return str(cached["sha256"])
     settled = abs(time.time() - stamp[1] / 1e9) > SETTLED
     with path.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if entry and settled:
-        _write(entry, json.dumps({"path": str(path), "stamp": stamp, "sha256": found}))
-    return found
-
-
-def _entry(path: Path) -> Path | None:
-    """Where the hash of a file is cached; None where the user has no cache folder."""
-    try:
-        return cache_folder() / "hashes" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
-    except RuntimeError:  # no home
-        return None
-
-
-def _write(file: Path, text: str) -> None:
-    """Writes a cache entry in one step; a cache that cannot be written only costs time."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as opened:
-                opened.write(text)
-            Path(temporary).replace(file)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-    except OSError:
-        pass
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object; empty where there is none: whoever loads the file names its fault."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    if settled:
+        with contextlib.suppress(*unusable):
+            write_text(cache_folder() / "hashes" / name, json.dumps(version | {"sha256": sha256}))
+    return sha256
 
 
 def _plain(value: Any) -> Any:
-    """A value in which 1.0 is 1, as Python compares them."""
+    """Returns a value in which 1.0 is 1, as Python compares them."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, dict):

@@ -19,8 +19,8 @@ from probing.probes.resampler import ResamplerConfig
 from probing.recipe import BackboneRecipe, ProbeRunRecipe
 from probing.training.run import train
 from probing.training.trainer import Fit
+from probing.utils.checkpoint_files import read_tensors
 from probing.utils.errors import UserError
-from probing.utils.pretrained import read_tensors
 from tests.helpers.hostile import DEEP, Payload, damaged, fuzz, junk, one_line
 
 CPU = torch.device("cpu")
@@ -157,9 +157,9 @@ def test_shards_lie_beside_their_index(models, tmp_path, place):
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {name: place for name in ("a", "b")}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="no file beside it"):
+    with pytest.raises(UserError, match="no file next to it"):
         load_backbone(BackboneRecipe(checkpoint=str(folder)), CPU)
-    with pytest.raises(UserError, match="no file beside it"):
+    with pytest.raises(UserError, match="no file next to it"):
         list(read_tensors(str(folder), ""))
 
 

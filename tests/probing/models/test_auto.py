@@ -270,10 +270,10 @@ def test_a_whole_run(recipes, models, coco, tmp_path):
 
 def test_what_cannot_be_told_is_asked_for(recipes, tmp_path):
     recipe = recipes["internvl"].model_copy(update={"whole_image": None})
-    with pytest.raises(UserError, match=r"5 parts of 16 tokens; say which .* backbone\.whole_image=first or last"):
+    with pytest.raises(UserError, match=r"5 parts of 16 tokens; which .* backbone\.whole_image=first or last"):
         load_backbone(recipe, CPU).prepare([Image.new("RGB", (50, 50))])
     shapes = [Image.new("RGB", (64, 64)), Image.new("RGB", (128, 64))]
-    with pytest.raises(UserError, match=r"different shapes different grids .* set data\.view=square"):
+    with pytest.raises(UserError, match=r"different shapes have different grids .* set data\.view=square"):
         load_backbone(recipes["qwen2_5_vl"], CPU).prepare(shapes)
     LlamaForCausalLM(LlamaConfig(vocab_size=20, **LLM)).save_pretrained(tmp_path / "text")
     with pytest.raises(UserError, match="no vision-language model but LlamaForCausalLM"):

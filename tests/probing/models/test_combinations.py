@@ -301,5 +301,5 @@ def test_pixtral_has_a_grid_per_size_of_image(tmp_path, kind, merge):
         again = {}
         backbone.stream(batch.with_embedded(backbone.embed_images(batch)), [3], again.__setitem__)
         assert torch.equal(again[3], states[3])
-    with pytest.raises(UserError, match=r"different shapes different grids .* set data\.view=square"):
+    with pytest.raises(UserError, match=r"different shapes have different grids .* set data\.view=square"):
         backbone.prepare([Image.new("RGB", (60, 30)), Image.new("RGB", (30, 60))])

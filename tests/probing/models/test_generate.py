@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 from probing.models import load_backbone
 from probing.models.chat_templates import TEMPLATES
-from probing.models.generate import _ends, ask
+from probing.models.generate import ask, end_tokens
 from probing.models.llava import LlavaInputs
 from probing.recipe import BackboneRecipe
 from probing.toyworld.models import ASSETS
@@ -55,7 +55,7 @@ def check(path, images, model=None, **settings):
     for image, question, answer in zip(images, QUESTIONS, said, strict=True):
         text = load_backbone(recipe.model_copy(update={"prompt": question}), CPU).prepare.text
         inputs = backbone.prepare.encode([image], [text])
-        tokens = greedy(model, inputs, 5, _ends(backbone, processor))
+        tokens = greedy(model, inputs, 5, end_tokens(backbone))
         assert answer == processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
     return said
 
@@ -101,7 +101,7 @@ def test_an_answer_ends_where_the_template_closes_the_turn(tmp_path):
     recipe = BackboneRecipe(checkpoint=str(path), template=TEMPLATES["vicuna_v1"].replace("</s>", "<pad>"))
     backbone = load_backbone(recipe, CPU, with_head=True)
     processor = backbone.prepare.processor
-    assert set(_ends(backbone, processor)) == {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id}
+    assert set(end_tokens(backbone)) == {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id}
 
 
 def test_without_its_head_a_checkpoint_is_not_asked(models, images):
