@@ -29,11 +29,7 @@ def layer_name(layer: Layer) -> str:
 
 
 def parse_layers(text: str, count: int) -> list[Layer]:
-    """Reads a layer selection such as `all`, `0,4,8-12`, `all,final`.
-
-    Args:
-        text: the selection.
-        count: number L of decoder blocks.
+    """Reads a layer selection such as `all`, `0,4,8-12`, `all,final`, of L = `count` decoder blocks.
 
     Returns:
         Distinct layers in ascending order, `final` last.
@@ -263,24 +259,15 @@ class Backbone:
             raise RuntimeError(f"{self.name}: layers {sorted(map(str, pending))} were never reached")
 
     def embed_images(self, batch: Batch) -> Tensor:
-        """Returns the LLM's inputs (B, N, H) at the image's tokens, which vision tower and projector compute.
-
-        Args:
-            batch: as for `stream`; all images with the same number of tokens.
-        """
+        """Returns vision tower and projector's output (B, N, H) for images with the same number of tokens."""
         states: list[Tensor] = []
         self.stream(batch, [0], lambda _, state: states.append(state))
         return states[0][batch.tokens.mask(*IMAGE_KINDS)].view(len(states[0]), -1, self.hidden_size)
 
     def hidden_states(self, images: Sequence[Any], layers: str = "all") -> tuple[dict[Layer, Tensor], TokenMap]:
-        """Returns all hidden states of a few images at once: for notebooks; `stream` is for data sets.
+        """Returns hidden states {layer: (B, T, H)} of a few RGB images, and their token map; for notebooks.
 
-        Args:
-            images: RGB images.
-            layers: selection as in `parse_layers`.
-
-        Returns:
-            {layer: (B, T, H)} on the backbone's device, and the token map.
+        `layers` is a selection as in `parse_layers`. For data sets, use `stream`.
         """
         batch = self.prepare(images).to(self.device)
         states: dict[Layer, Tensor] = {}
@@ -289,13 +276,9 @@ class Backbone:
 
 
 class Family(Protocol):
-    """What a file of a checkpoint family defines at its top level.
+    """What a file of a checkpoint family defines at its top level; `read_config(source, recipe)` is optional."""
 
-    `llava.read_config` is used where a family defines no `read_config`.
-    """
-
-    MODEL_TYPE: str
-    """The model type in `config.json`."""
+    MODEL_TYPE: str  # in config.json
 
     def make_inputs(self, source: str, config: Any, recipe: BackboneRecipe) -> InputProcessor:
         """Builds the input side from the checkpoint's processor, without weights."""

@@ -91,11 +91,7 @@ def tower_features(processor: Any, config: Any) -> ImageFeatures:
 
 
 def image_features(config: Any, size: tuple[int, int]) -> ImageFeatures:
-    """Runs the vision half of a LLaVA on shapes alone, so that what counts is transformers' own treatment of an image.
-
-    Args:
-        config: of the checkpoint.
-        size: height and width of the image in pixels.
+    """Runs the vision half of transformers' LLaVA, on shapes alone, on an image of some height and width in pixels.
 
     Raises:
         UserError: transformers cannot run this tower on such pixels, or its tokens are not a grid.
@@ -152,14 +148,7 @@ def _count_features(config: Any, size: tuple[int, int]) -> int:
 def match_processor(inputs: Any, features: ImageFeatures, source: str, config: Any, revision: str | None) -> None:
     """Makes a processor write as many image tokens as the model has features.
 
-    Fields that an old folder does not state are filled in; those that it states are never changed.
-
-    Args:
-        inputs: a `LlavaInputs`, whose processor is completed in place.
-        features: of one image or tile.
-        source: folder or Hub id of the checkpoint.
-        config: of the checkpoint.
-        revision: of the checkpoint.
+    Fields that an old folder does not state are filled in, in place; those that it states are never changed.
 
     Raises:
         UserError: the numbers differ; names the fields that are wrong, and the values that they should have.

@@ -336,18 +336,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
 def _load_convnext(
     model: Any, source: str, revision: str | None, missing: set[str], unexpected: set[str]
 ) -> tuple[set[str], set[str]]:
-    """Replaces a model's stand-in tower by its ConvNeXt.
-
-    Args:
-        model: changed in place; on the meta device no weights are read.
-        source: folder or Hub id of the checkpoint.
-        revision: of the checkpoint.
-        missing: names of the tensors that the model lacks without its tower.
-        unexpected: names of the tensors that it has too many.
-
-    Returns:
-        Both sets for the whole model.
-    """
+    """Replaces a model's stand-in tower by its ConvNeXt; returns the missing and unexpected tensors of both."""
     no_weights = model.device.type == "meta"
     with model.device if no_weights else contextlib.nullcontext():
         tower = ConvNextTower(model.config.convnext)

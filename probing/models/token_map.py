@@ -44,10 +44,6 @@ class TokenMap:
     def select(self, states: Tensor, kinds: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Selects the positions of some kinds.
 
-        Args:
-            states: (B, T, H).
-            kinds: kinds to select.
-
         Returns:
             The states (B, T', H), zero at invalid positions, and the mask (B, T') of valid ones; None if all are
             valid, as is usual: all sequences of a batch have the same layout.

@@ -4,17 +4,16 @@ LLaVA's LoRA folders hold the trained projector in `non_lora_trainables.bin`, th
 `mm_projector.bin` alone. Peft merges adapters; whole tensors replace the base's.
 """
 
+import contextlib
 import re
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from probing.utils.checkpoint_files import WEIGHTS, has_weights, loading, shapes_of_file
+from probing.utils.checkpoint_files import WEIGHTS, has_weights, loading, shapes_of_file, tensors_of_file
 from probing.utils.errors import UserError
 from probing.utils.paths import local_path, looks_like_path
 
@@ -90,44 +89,44 @@ def merge_adapter(model: Any, folder: Path, key_mapping: dict[str, str]) -> set[
         Names of the replaced tensors.
 
     Raises:
-        UserError: tensors do not fit the base.
+        UserError: tensors do not fit the base, or some are missing.
     """
-    replaced = {name for file in _whole_files(folder) for name in _replace_tensors(model, file, key_mapping)}
-    if (folder / ADAPTER_CONFIG).is_file():
-        with loading(f"adapter {folder}"), warnings.catch_warnings(), _disable_current_modes():
-            if next(model.parameters()).is_meta:
-                warnings.simplefilter("ignore")  # torch: copying to the meta device does nothing
+    with loading(f"adapter {folder}"), warnings.catch_warnings(), _disable_current_modes():
+        if next(model.parameters()).is_meta:
+            warnings.simplefilter("ignore")  # torch: copying to the meta device does nothing
+        replaced = {name for file in _whole_files(folder) for name in _replace_tensors(model, file, key_mapping)}
+        if (folder / ADAPTER_CONFIG).is_file():
             _merge_with_peft(model, folder, key_mapping)
     return replaced
 
 
+@contextlib.contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        detail = " ".join(" ".join(str(error).splitlines()[:2]).split())
+        raise UserError(f"{path} does not fit the base: {detail}; give another base") from None
+
+
+def _require_all_fit(path: Path, wrong: Iterable[str]) -> None:
+    if names := sorted(wrong):
+        raise UserError(f"{path}: {len(names)} tensors do not fit the base, first {names[0]}; give another base")
+
+
 def _replace_tensors(model: Any, file: Path, key_mapping: dict[str, str]) -> set[str]:
-    state, replaced = dict(model.state_dict()), set()
-    with loading(str(file)):
-        safe = file.suffix == ".safetensors"
-        tensors: dict[str, Tensor] = (
-            load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        )
-    for name, tensor in tensors.items():
+    names, renamed = model.state_dict().keys(), {}
+    for name, tensor in tensors_of_file(file):
         target = name.removeprefix("base_model.model.")
         for pattern, replacement in key_mapping.items():
             target = re.sub(pattern, replacement, target)
-        target = target if target in state else f"model.{target}"
-        if target not in state:
-            raise UserError(f"{file}: the base has no tensor {name}; give the base that it was trained on")
-        shape, required = list(tensor.shape), list(state[target].shape)
-        if shape != required:
-            raise UserError(
-                f"{file}: {name} has shape {shape}, the base needs {required}; give the base that it was trained on"
-            )
-        if not state[target].is_meta:
-            state[target].copy_(tensor)
-        replaced.add(target)
-    return replaced
+        renamed[target if target in names else f"model.{target}"] = tensor
+    with _fitting(file):
+        _require_all_fit(file, model.load_state_dict(renamed, strict=False).unexpected_keys)
+    return set(renamed)
 
 
 def _merge_with_peft(model: Any, folder: Path, key_mapping: dict[str, str]) -> None:
-    """Merges an adapter with peft; every tensor must fit, and none may be missing."""
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(str(folder))
@@ -138,13 +137,7 @@ def _merge_with_peft(model: Any, folder: Path, key_mapping: dict[str, str]) -> N
         # LLaVA's code wraps the LLM alone and names modules by their last part, which the tower has too.
         config.exclude_modules = r"(.*\.)?(vision_tower|multi_modal_projector)\..*"
     wrapped = PeftModel(model, config)
-    try:
+    with _fitting(folder):
         result = wrapped.load_adapter(str(folder), "default", torch_device="cpu", key_mapping=key_mapping or None)
-    except RuntimeError as error:
-        detail = " ".join(" ".join(str(error).splitlines()[:2]).split())
-        raise UserError(f"{folder}: the adapter does not fit the base: {detail}") from None
-    if wrong := sorted([*result.unexpected_keys, *result.missing_keys]):
-        raise UserError(
-            f"{folder}: {len(wrong)} tensors of the adapter do not fit the base, first {wrong[0]}; give another base"
-        )
+    _require_all_fit(folder, [*result.unexpected_keys, *result.missing_keys])
     wrapped.merge_and_unload()

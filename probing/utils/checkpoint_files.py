@@ -102,13 +102,18 @@ def weight_files(source: str | Path, revision: str | None = None, prefix: str = 
 def read_tensors(source: str | Path, prefix: str, revision: str | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yields name and value of the tensors of a name prefix, without reading others; raises as `weight_files`."""
     for file in weight_files(source, revision, prefix):
-        with loading(str(file)):
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as tensors:
-                    yield from ((n, tensors.get_tensor(n)) for n in tensors.keys() if n.startswith(prefix))  # noqa: SIM118
-            else:
-                loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                yield from ((name, tensor) for name, tensor in loaded.items() if name.startswith(prefix))
+        yield from tensors_of_file(file, prefix)
+
+
+def tensors_of_file(file: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yields name and value of the tensors of one weight file with a name prefix; code in pickles is not run."""
+    with loading(str(file)):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                yield from ((n, tensors.get_tensor(n)) for n in tensors.keys() if n.startswith(prefix))  # noqa: SIM118
+        else:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            yield from ((name, tensor) for name, tensor in loaded.items() if name.startswith(prefix))
 
 
 def tensor_shapes(source: str | Path, revision: str | None = None) -> dict[str, list[int]]:

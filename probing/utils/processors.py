@@ -1,4 +1,4 @@
-"""Describes image processors and tokenizers by what they give, and compares them."""
+"""Describes image processors by their output, and compares descriptions of inputs."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,19 @@ from probing.utils.images import square
 from probing.utils.weights_hash import settings
 
 Inputs = Mapping[str, Any]
-"""What numbers depend on, each under the user's word for it."""
+"""Everything that results depend on, by the user's word for it."""
 SIZES = ((640, 480), (96, 128))
-"""Width and height of the images by which image processors are compared."""
+"""Width and height of the images that image processors are compared on."""
 
 
 def describe_processor(prepare: Any, view: str) -> dict[str, Any]:
-    """Describes a teacher's preprocessing by its settings and by what it makes of some images."""
+    """Describes a teacher's preprocessing by its settings and its output for fixed images."""
     pixels = [prepare([image]) for image in _images(view)]
     return {"settings": processor_settings(prepare), "pixels": _hash(pixels)}
 
 
 def first_difference(then: Inputs, now: Inputs) -> str:
-    """Names the first input of `now` that is another one in `then`, with its field where it has some; empty if none."""
+    """Returns the name of the first input that differs, with its field if it has fields; empty if none does."""
     for name, value in now.items():
         before = then.get(name)
         if before == value:
@@ -43,7 +43,7 @@ def first_difference(then: Inputs, now: Inputs) -> str:
 
 
 def processor_settings(prepare: Any) -> dict[str, str]:
-    """Settings of the image processor in a checkpoint's or teacher's input side."""
+    """Returns the settings of the image processor of a checkpoint or teacher."""
     prepare = getattr(prepare, "inputs", prepare)
     processor = getattr(prepare, "processor", None)
     processor = getattr(processor, "image_processor", processor)
@@ -53,7 +53,7 @@ def processor_settings(prepare: Any) -> dict[str, str]:
 
 
 def _images(view: str) -> list[Image.Image]:
-    """Images with fine and coarse detail, the same on every machine."""
+    """Returns images with fine and coarse detail, the same on every machine."""
     images = [_pattern(width, height) for width, height in SIZES]
     return [square(image) for image in images] if view == "square" else images
 
