@@ -175,7 +175,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory):
-    """A recipe per family, with what it must be told."""
+    """A recipe per family, with the fields that it needs."""
     made = {}
     for name, (build, options) in FAMILIES.items():
         folder = tmp_path_factory.mktemp("generic") / name
@@ -212,7 +212,7 @@ def test_states_are_transformers_own(recipes, images, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_kept_inputs_of_the_llm_stand_for_the_pixels(recipes, images, name):
+def test_embedded_images_replace_pixels(recipes, images, name):
     backbone = load_backbone(recipes[name], CPU)
     batch = backbone.prepare([images[0]] * 2)
     states = []
@@ -222,7 +222,7 @@ def test_kept_inputs_of_the_llm_stand_for_the_pixels(recipes, images, name):
 
 
 @pytest.mark.parametrize("name", ["internvl", "idefics3"])
-def test_the_whole_image_is_where_one_says(recipes, images, name):
+def test_the_recipe_says_which_part_is_the_whole_image(recipes, images, name):
     """The image tokens are those that alone change when only the whole image does: the processor's last crop."""
     backbone = load_backbone(recipes[name], CPU)
     batch = backbone.prepare(images[:1])
@@ -249,7 +249,7 @@ def test_random_weights_keep_the_tower_alone(recipes, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_inspect_says_what_was_found(recipes, name):
+def test_inspect_describes_every_family(recipes, name):
     found = describe_checkpoint(recipes[name])
     assert found["family"] == name and found["llm"]["layers"] == 3 and found["image_grid"] == [4, 4]
     assert "generic adapter; image token id" in found["found"] and "not_sure" not in found, found.get("not_sure")
@@ -268,7 +268,7 @@ def test_a_whole_run(recipes, models, coco, tmp_path):
     assert "depth,3,resampler,random,cosine_centred,strict,val2017,0" in evaluate(run.path).read_text()
 
 
-def test_what_cannot_be_told_is_asked_for(recipes, tmp_path):
+def test_ambiguous_grids_are_user_errors(recipes, tmp_path):
     recipe = recipes["internvl"].model_copy(update={"whole_image": None})
     with pytest.raises(UserError, match=r"5 parts of 16 tokens; which .* backbone\.whole_image=first or last"):
         load_backbone(recipe, CPU).prepare([Image.new("RGB", (50, 50))])

@@ -1,4 +1,3 @@
-import gc
 import json
 import weakref
 
@@ -57,7 +56,6 @@ def test_a_state_is_free_once_its_layer_has_been_visited(backbone, images):
     seen, alive = [], []
 
     def visit(layer, state):
-        gc.collect()
         alive.append(sum(ref() is not None for ref in seen))
         seen.append(weakref.ref(state))
 
@@ -166,6 +164,6 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_is_no_llava_is_named(models):
+def test_another_kind_of_model_is_named(models):
     with pytest.raises(UserError, match="no vision-language model but DepthAnythingForDepthEstimation"):
         load_backbone(BackboneRecipe(checkpoint=str(models["depth"])), CPU)

@@ -247,10 +247,15 @@ def test_teachers_without_finite_features_are_named(caplog):
     assert second == "teacher depth: 1 of 2 images left out, their features are not finite, first b.jpg"
 
 
-@pytest.mark.parametrize("slow", [True, False])
-@pytest.mark.parametrize("asked", ["auto", "bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32", "bfloat16, unstated"])
-def test_bfloat16_is_avoided_where_a_cpu_lacks_it(tmp_path, monkeypatch, caplog, slow, asked, stored):
+@pytest.mark.parametrize(
+    ("stored", "requested", "slow"),
+    [
+        *[(stored, "auto", True) for stored in ("bfloat16", "float16", "float32", "bfloat16, unstated")],
+        *[("bfloat16", requested, True) for requested in ("bfloat16", "float16", "float32")],
+        ("bfloat16", "auto", False),
+    ],
+)
+def test_auto_avoids_bfloat16_on_cpus_without_it(tmp_path, monkeypatch, caplog, stored, requested, slow):
     """Under `auto` alone, whether the configuration states the type or the weights show it."""
     from transformers import LlavaForConditionalGeneration
 
@@ -264,9 +269,9 @@ def test_bfloat16_is_avoided_where_a_cpu_lacks_it(tmp_path, monkeypatch, caplog,
         (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(pretrained, "slow_in_bfloat16", lambda device: slow)
     with caplog.at_level(logging.INFO):
-        backbone = load_backbone(BackboneRecipe(checkpoint=str(folder), dtype=asked), CPU)
-    widened = asked == "auto" and slow and dtype == "bfloat16"
-    expected = "float32" if widened else dtype if asked == "auto" else asked
+        backbone = load_backbone(BackboneRecipe(checkpoint=str(folder), dtype=requested), CPU)
+    widened = requested == "auto" and slow and dtype == "bfloat16"
+    expected = "float32" if widened else dtype if requested == "auto" else requested
     assert {parameter.dtype for parameter in backbone.core.parameters()} == {getattr(torch, expected)}
-    assert sum("float32 in place of bfloat16" in record.getMessage() for record in caplog.records) == widened
+    assert sum("float32 instead of bfloat16" in record.getMessage() for record in caplog.records) == widened
     assert isinstance(backbone, Backbone)

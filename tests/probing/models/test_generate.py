@@ -51,19 +51,19 @@ def check(path, images, model=None, **settings):
     backbone = load_backbone(recipe, CPU, with_head=True)
     processor = backbone.prepare.processor
     model = model or AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-    said = ask(backbone, recipe, images, QUESTIONS, most=5)
-    for image, question, answer in zip(images, QUESTIONS, said, strict=True):
+    answers = ask(backbone, recipe, images, QUESTIONS, most=5)
+    for image, question, answer in zip(images, QUESTIONS, answers, strict=True):
         text = load_backbone(recipe.model_copy(update={"prompt": question}), CPU).prepare.text
         inputs = backbone.prepare.encode([image], [text])
         tokens = greedy(model, inputs, 5, end_tokens(backbone))
         assert answer == processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    return said
+    return answers
 
 
 @pytest.mark.parametrize("family", ["llava", "vipllava", "llava_next", "llava_onevision"])
 def test_a_batch_is_answered_as_each_question_alone(family, images, tmp_path):
-    said = check(getattr(tiny, family)(tmp_path / family, seed=3), images)
-    assert len(set(said)) > 1  # else images and questions might not have mattered
+    answers = check(getattr(tiny, family)(tmp_path / family, seed=3), images)
+    assert len(set(answers)) > 1  # else images and questions might not have mattered
 
 
 @pytest.mark.parametrize("name", generic.FAMILIES)
@@ -104,7 +104,7 @@ def test_an_answer_ends_where_the_template_closes_the_turn(tmp_path):
     assert set(end_tokens(backbone)) == {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id}
 
 
-def test_without_its_head_a_checkpoint_is_not_asked(models, images):
+def test_a_checkpoint_without_head_cannot_answer(models, images):
     recipe = BackboneRecipe(checkpoint=str(models["llava"]))
     with pytest.raises(UserError, match="cannot write text"):
         ask(load_backbone(recipe, CPU), recipe, images, QUESTIONS, most=1)

@@ -2,14 +2,12 @@
 
 import json
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
@@ -24,6 +22,7 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
+from probing.cli import cli
 from probing.distillation.recipe import DistillRecipe
 from probing.distillation.trainer import run_stage
 from probing.models import Backbone, Batch, TokenMap, count_blocks, describe_checkpoint, load_backbone
@@ -166,7 +165,7 @@ def test_special_tokens_can_be_left_out(tmp_path, images):
         load_backbone(BackboneRecipe(checkpoint=str(tmp_path / "plain" / "model"), special_tokens="on"), CPU)
 
 
-def test_known_leftovers_are_passed_over_and_all_else_is_named(tmp_path):
+def test_unknown_tensors_are_named_and_known_ones_ignored(tmp_path):
     teacher = {"da_v2_head.depth_head.projects.0.weight": torch.zeros(2), "gen_logit_scale": torch.zeros(()),
                "image_depth_heads.0.projector.proj_in.weight": torch.zeros(2, 2),
                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}  # fmt: skip
@@ -280,19 +279,16 @@ def test_every_layer_of_a_full_size_llm_is_handed_over():
     assert {(shape, dtype) for _, shape, dtype in seen} == {((2, 640, 4096), torch.bfloat16)}
 
 
-def test_inspect_takes_what_a_checkpoint_does_not_say(tmp_path):
+def test_inspect_takes_fields_of_the_recipe(tmp_path):
     original(tmp_path / "model")
 
-    def inspect(*options, code=0):
-        command = [sys.executable, "-m", "probing", "inspect", str(tmp_path / "model"), *options]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
-        assert done.returncode == code, done.stderr
-        return done
+    def inspect(*options):
+        return CliRunner().invoke(cli, ["inspect", str(tmp_path / "model"), *options])
 
     assert count_blocks(BackboneRecipe(checkpoint=str(tmp_path / "model"))) == 3
     found = json.loads(inspect("--json", "backbone.template=vicuna_v1").stdout)
     assert found["prompt"].endswith("ASSISTANT:") and found["family"] == "original llava_llama"
-    assert "write backbone.template=" in inspect("template=vicuna_v1", code=2).stderr
+    assert "write backbone.template=" in str(inspect("template=vicuna_v1").exception)
 
 
 def test_it_is_probed_and_not_trained(tmp_path):

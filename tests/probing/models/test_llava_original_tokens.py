@@ -25,9 +25,9 @@ def use_sentencepiece(path, legacy, bos=True):
         character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False,
         bos_id=1, eos_id=2, unk_id=0, pad_id=-1, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
-    said = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": bos, "add_eos_token": False}
-    said |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (path / "tokenizer_config.json").write_text(json.dumps(said))
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": bos, "add_eos_token": False}
+    config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
     return sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
 
 
@@ -37,9 +37,17 @@ def inputs_of(path, **fields):
     return family.make_inputs(str(path), family.read_config(raw, recipe), recipe)
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["new", "legacy"])
-@pytest.mark.parametrize("bos", [True, False], ids=["bos", "no-bos"])
-@pytest.mark.parametrize("options", [{}, {"special": 16}, {"anyres": True}], ids=["plain", "special", "tiles"])
+@pytest.mark.parametrize(
+    ("options", "bos", "legacy"),
+    [
+        ({}, True, False),
+        ({}, False, True),
+        ({}, True, True),
+        ({"special": 16}, True, False),
+        ({"anyres": True}, True, False),
+    ],
+    ids=["plain", "no-bos-legacy", "legacy", "special", "tiles"],
+)
 def test_text_around_an_image_is_tokenized_apart(tmp_path, legacy, bos, options):
     """Against sentencepiece itself on each piece; the line feed after the image follows a blank of its own."""
     path = tmp_path / "model"

@@ -19,6 +19,6 @@ def test_a_word_is_the_mean_of_its_rows_as_they_stand_in_a_sentence():
     assert both.shape == (2, 6) and not torch.equal(both[0], both[1])
 
 
-def test_nothing_is_refused():
+def test_an_empty_word_is_refused():
     with pytest.raises(UserError, match="makes no tokens of ''"):
         word_ids(tiny.tokenizer(), "")
