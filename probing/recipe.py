@@ -123,9 +123,6 @@ class DataRecipe(Strict):
     room), or a folder."""
     target_cache_dtype: Literal["float32", "float16"] = "float32"
     """Of what is kept; float16 takes half the disk and rounds features to 11 bits."""
-    tower_cache: str = "off"
-    """What the checkpoint's vision tower and projector make of the images is kept too, and not computed again: `off`,
-    `auto` or a folder, in the checkpoint's own numbers."""
 
     @field_validator("path")
     @classmethod
@@ -220,9 +217,8 @@ class LayersRecipe(Strict):
         recipe.data.path = "coco:" + _absolute(recipe.data.path.removeprefix("coco:"))
         for teacher in recipe.teachers.values():
             teacher.id = _absolute(teacher.id)
-        for name in ("target_cache", "tower_cache"):
-            if (where := getattr(recipe.data, name)) not in ("off", "auto"):
-                setattr(recipe.data, name, str(local_path(where).absolute()))
+        if recipe.data.target_cache not in ("off", "auto"):
+            recipe.data.target_cache = str(local_path(recipe.data.target_cache).absolute())
         return recipe
 
 

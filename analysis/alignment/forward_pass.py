@@ -28,9 +28,9 @@ from analysis.alignment.metrics.spectrum import (
 )
 from analysis.evaluation.forward_pass import Tally
 from analysis.evaluation.scores import ScoreFile, ScoreKey
-from probing.data.annotation_file import Size
 from probing.data.coco import ImageList
-from probing.data.dataloader import Prepared, micro_batches
+from probing.data.dataloader import MicroBatches, Prepared, micro_batches
+from probing.data.image_modes import Size
 from probing.data.instances import Instances, labels_on
 from probing.data.panoptic import Panoptic
 from probing.data.patch_labels import patch_labels, patch_shares, plain_name, word_numbers
@@ -128,9 +128,8 @@ class Subject:
         """Batches with the shares of every patch."""
         prepare = {name: teacher.prepare for name, teacher in self.teachers.items()} if teachers else {}
         device = self.backbone.device
-        return micro_batches(
-            self.images, plan, self.backbone.prepare, prepare, "square", self.workers, device, self.annotate
-        )
+        dataset = MicroBatches(self.images, plan, self.backbone.prepare, prepare, annotate=self.annotate)
+        return micro_batches(dataset, self.workers, device)
 
     def lenses(self, layer: Layer, states: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What the output embeddings are given of states (…, H), by name of the lens; the last state is normed."""

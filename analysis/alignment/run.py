@@ -36,7 +36,8 @@ from analysis.evaluation.scores import (
     write_summaries,
 )
 from probing import __version__
-from probing.data.coco import ImageList, Skipped, image_size, list_images
+from probing.data.coco import ImageList, Skipped, list_images
+from probing.data.image_modes import image_size
 from probing.data.instances import Instances, fitting, read_label_maps
 from probing.data.panoptic import Panoptic
 from probing.data.patch_labels import COVERAGE, patch_labels

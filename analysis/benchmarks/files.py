@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from probing.data.coco import is_file
 from probing.utils.errors import BROKEN, UserError
+from probing.utils.paths import is_file, path_below
 
 KINDS = ("parquet", "tsv", "jsonl")
 """What is read where a folder has several, the first first: data sets are published in more than one form."""
@@ -156,9 +156,10 @@ def _jsonl(file: Path) -> Iterator[Row]:
             )
             if name is None:
                 raise ValueError(f"line {number + 1} names no image: no filename, image_path or image")
-            relative = PurePosixPath(name)
-            if relative.is_absolute() or ".." in relative.parts or "\\" in name or not relative.parts:
-                raise UserError(f"{file} names the image {name!r}, which is not a plain path below it; mend the file")
+            try:
+                relative = path_below(name)
+            except ValueError as error:
+                raise UserError(f"{file}: the image {error}; fix the file") from None
             path = file.parent / "img" / relative
             path = path if is_file(path) else file.parent / relative if is_file(file.parent / relative) else path
             yield Row(file, number, {k: v for k, v in values.items() if k != "image"}, path.read_bytes, path)

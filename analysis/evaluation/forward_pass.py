@@ -14,8 +14,9 @@ from torch import Tensor
 from analysis.evaluation.scorer import Row, Scorer
 from analysis.evaluation.scores import ScoreFile, ScoreKey, read_if_fits
 from probing.data.coco import ImageList, Skipped
-from probing.data.dataloader import Kept, Prepared, micro_batches
+from probing.data.dataloader import MicroBatches, Prepared, micro_batches
 from probing.data.input_controls import SUBSTITUTES, caption_inputs, substitute
+from probing.data.target_cache import TargetCache
 from probing.models import Backbone, Layer, layer_name
 from probing.models.base import Batch
 from probing.models.finite import finite_rows, zero_others
@@ -144,7 +145,7 @@ def score_arm(
     selection: Selection,
     batch: int,
     settings: str,
-    kept: Mapping[str, Kept],
+    kept: Mapping[str, TargetCache],
 ) -> ScoreFile:
     """Scores what was trained on one set of backbone weights, from the last saved state where there is one.
 
@@ -176,9 +177,8 @@ def score_arm(
 
     def read(plan: list[list[int]]) -> Iterator[Prepared]:
         view, workers = run.recipe.data.view, run.recipe.fit.workers
-        return micro_batches(
-            scorer.images, plan, student, prepare, view, workers, backbone.device, show=show, kept=kept
-        )
+        dataset = MicroBatches(scorer.images, plan, student, prepare, view, target_caches=kept or {}, replace=show)
+        return micro_batches(dataset, workers, backbone.device)
 
     what = f"{scorer.stem.removeprefix('scores/')} ({'checkpoint' if arm == 'none' else arm})"
     resumable = Resumable(pass_state(run, scorer, arm), asked, run.recipe.fit.save_minutes)

@@ -30,7 +30,7 @@ from analysis.evaluation.seed_group import open_runs, write_pooled
 from probing import __version__
 from probing.data.coco import ImageList, Skipped
 from probing.data.input_controls import SUBSTITUTES
-from probing.data.target_cache import FeatureCache
+from probing.data.target_cache import TargetCache
 from probing.models import Backbone, layer_name, parse_layers
 from probing.models.chat_templates import rendering_at
 from probing.models.finite import not_finite_rows, report_not_finite
@@ -41,13 +41,11 @@ from probing.runs.directory import Run, members
 from probing.teachers import Teacher, depth
 from probing.teachers.gen import GUIDANCE, STEPS, GenDecoder
 from probing.teachers.seg import SegDecoder
-from probing.training.run import ARMS as TRAINED
 from probing.training.run import (
     arm_backbone,
     caches_of,
     held_out_images,
     load_teachers,
-    tower_cache_of,
     training_images,
 )
 from probing.utils.distributed import alone
@@ -258,7 +256,7 @@ def _score_arm(run: Run, arm: str, jobs: Iterable[Job], workshop: "_Workshop", o
     _check_unchanged(run, backbone, workshop.teachers, workshop.images, "caption" in controls)
     for scorer, lacking, settings, file in due:
         batch = options.micro_batch or run.recipe.fit.micro_batch
-        kept = workshop.kept(arm, backbone) if isinstance(scorer, Cosine) else {}
+        kept = workshop.kept() if isinstance(scorer, Cosine) else {}
         found = score_arm(run, arm, backbone, scorer, lacking, batch, settings, kept)
         if not found.names:
             raise UserError(f"no image of {scorer.images.split} could be read; check {scorer.images.folder}")
@@ -285,7 +283,7 @@ class _Workshop:
         self._seg: SegDecoder | None = None
         self._gen: GenDecoder | None = None
         self._means: list[torch.Tensor] = []
-        self._kept: dict[str, FeatureCache] | None = None
+        self._kept: dict[str, TargetCache] | None = None
 
     def scorer(self, metric: str) -> Scorer:
         """The scorer of one metric; that of a file of its own takes what the cosine's takes."""
@@ -311,14 +309,13 @@ class _Workshop:
         self.painter(metric)  # before anything long begins, so that what is missing is said at once
         return scorer
 
-    def kept(self, arm: str, backbone: Backbone) -> dict[str, FeatureCache]:
-        """What is kept on disk of the held-out images: features of teachers, and of the tower where it sees them."""
+    def kept(self) -> dict[str, TargetCache]:
+        """Target caches of the held-out images."""
         recipe = self.run.recipe.model_copy(deep=True)
         recipe.data.target_cache = self.options.target_cache or recipe.data.target_cache
         if self._kept is None:
             self._kept = caches_of(recipe, self.teachers, self.images)
-        tower = tower_cache_of(recipe, arm, backbone, self.images) if arm in TRAINED else {}
-        return self._kept | tower
+        return self._kept
 
     def seg(self) -> SegDecoder:
         """The decoder of the seg teacher."""

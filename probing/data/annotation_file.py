@@ -1,24 +1,29 @@
-"""Annotation files in COCO's layout, entry by entry: a broken entry is left out, counted and named."""
+"""Reads annotation files in COCO's layout; a broken entry is skipped, counted and named.
+
+`pycocotools.coco.COCO` indexes objects by their own ids, so objects without one stop it and objects that share one
+replace each other; it prints to standard output; and it trusts every entry. Hence entries are read here, and
+pycocotools draws the masks.
+"""
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from probing.data.image_modes import Size
 from probing.utils.errors import BROKEN, UserError
+from probing.utils.paths import path_below
 
 logger = logging.getLogger(__name__)
 
-Key = int | str
-"""An id: integers, also as float or text, are integers."""
-Size = tuple[int, int]
-"""Width and height."""
+Id = int | str
+"""Integers, also those written as float or text, are integers."""
 
 
 class Fault(ValueError):
-    """One entry that cannot be used: the kind of fault, in the plural, and what identifies the entry."""
+    """An entry that cannot be used: a kind of fault, in the plural, and the name of the entry."""
 
     def __init__(self, kind: str, entry: object) -> None:
         super().__init__(f"{kind}: {entry}")
@@ -26,36 +31,37 @@ class Fault(ValueError):
 
 
 class Faults:
-    """Counts the entries of one file that are left out, by kind of fault."""
+    """Counts the skipped entries of one file by kind of fault."""
 
     def __init__(self, source: Path) -> None:
         self.source = source
         self.counts: dict[str, int] = {}
         self.first: dict[str, str] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self.counts)
-
     def __str__(self) -> str:
         return "; ".join(f"{number} {kind}, first {self.first[kind]}" for kind, number in self.counts.items())
 
     def add(self, error: Exception) -> None:
-        """Counts one entry; `error` is a `Fault`, or what reading the entry raised."""
+        """Counts one entry by the `Fault`, or any other exception, that reading it raised."""
         if not isinstance(error, Fault):
             error = Fault("broken entries", f"{type(error).__name__}: {error}")
         self.counts[error.kind] = self.counts.get(error.kind, 0) + 1
         self.first.setdefault(error.kind, error.entry[:120])
 
-    def log(self) -> None:
-        """Warns in one line, where anything was left out."""
-        if self:
-            logger.warning("%s: left out %s", self.source.name, self)
+    def each(self, read: Callable[[Any], None], entries: Iterable[Any]) -> None:
+        """Reads every entry; counts those that cannot be read."""
+        for entry in entries:
+            try:
+                read(entry)
+            except BROKEN as error:
+                self.add(error)
 
-    def require(self, rest: object) -> None:
-        """Logs the faults; raises UserError where they leave nothing of the file."""
-        if self and not rest:
-            raise UserError(f"{self.source} is not an annotation file that can be used ({self}); download it again")
-        self.log()
+    def require(self, usable: object) -> None:
+        """Logs the faults; raises UserError if there are some and nothing is usable."""
+        if self.counts and not usable:
+            raise UserError(f"{self.source} has no usable entries ({self}); download it again")
+        if self.counts:
+            logger.warning("%s: skipped %s", self.source.name, self)
 
 
 @dataclass(frozen=True)
@@ -63,112 +69,104 @@ class AnnotationFile:
     """One annotation file.
 
     Attributes:
-        whole: as it was read.
-        ids: by name of the image file.
-        sizes: annotated width and height by name of the image file; images without are absent.
-        files: name of the image file by id; ids that several images have are absent.
-        shared: ids that several images have, with the names of these.
-        faults: broken entries of `images`.
+        content: the parsed JSON.
+        ids: id by name of the image file.
+        sizes: annotated size by name of the image file, where it is known.
+        names: names of the image files of every id; several for ids that images share.
     """
 
-    whole: dict[str, Any]
-    ids: dict[str, Key]
+    content: dict[str, Any]
+    ids: dict[str, Id]
     sizes: dict[str, Size]
-    files: dict[Key, str]
-    shared: dict[Key, list[str]]
-    faults: Faults
+    names: dict[Id, list[str]]
 
-    def image_of(self, entry: Mapping[str, Any]) -> str:
-        """Name of the image file that an annotation belongs to; raises `Fault` where that is unclear."""
-        identity = as_key(entry["image_id"])
-        if identity in self.shared:
-            raise Fault("annotations of an id that several images have", f"id {identity}")
-        if identity not in self.files:
+    @property
+    def annotations(self) -> list[Any]:
+        """The annotations, unchecked."""
+        return list(self.content.get("annotations", []))
+
+    def image_of(self, annotation: Mapping[str, Any]) -> str:
+        """Returns the image file's name of an annotation; raises `Fault` if there is not exactly one."""
+        identity = as_id(annotation["image_id"])
+        names = self.names.get(identity, [])
+        if len(names) > 1:
+            raise Fault("annotations of an id that several images share", f"id {identity}")
+        if not names:
             raise Fault("annotations of images that are not listed", f"id {identity}")
-        return self.files[identity]
+        return names[0]
 
 
-def as_key(value: object) -> Key:
-    """Reads an id; raises ValueError where it is none."""
+def as_id(value: object) -> Id:
+    """Reads an id; raises ValueError if it is none."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and value.isdecimal() and len(value) <= 18:
         return int(value)
     if isinstance(value, int | str) and not isinstance(value, bool) and value != "":
         return value
-    raise ValueError(f"{value!r} is no id")
+    raise ValueError(f"{value!r} is not an id")
 
 
-def key_order(key: Key) -> tuple[bool, Key]:
-    """Sorts integers before text."""
-    return isinstance(key, str), key
-
-
-def relative_name(name: object) -> str:
-    """Reads the name of a file below a folder; backslashes, as Windows writes them, separate folders.
-
-    Raises:
-        ValueError: it is not the plain path of a file below the folder.
-    """
-    path = PurePosixPath(name.replace("\\", "/")) if isinstance(name, str) else PurePosixPath()
-    if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"the file name {name!r} is not a plain path below its folder")
-    return str(path)
+def id_order(identity: Id) -> tuple[bool, Id]:
+    """Sort key: integers before text."""
+    return isinstance(identity, str), identity
 
 
 def read_annotation_file(source: Path, folder: Path) -> AnnotationFile:
-    """Reads one of COCO's annotation files.
+    """Reads one of COCO's annotation files and checks its images.
 
     Args:
         source: the JSON file.
-        folder: of the split's images; names may begin with that of the folder (`train2017/000000000009.jpg`).
+        folder: of the split's images; names may begin with it (`train2017/000000000009.jpg`).
 
     Raises:
-        UserError: the file is no such file, or none of its images can be used.
+        UserError: the file is not such a file, or none of its images can be used.
     """
     try:
-        whole = json.loads(source.read_text(encoding="utf-8"))
-        entries = whole["images"]
-        if not isinstance(entries, list) or not isinstance(whole.get("annotations", []), list):
-            raise TypeError("images and annotations are no lists")
+        content = json.loads(source.read_text(encoding="utf-8"))
+        if not isinstance(content["images"], list) or not isinstance(content.get("annotations", []), list):
+            raise TypeError("images and annotations must be lists")
     except BROKEN as error:
         raise UserError(
-            f"{source} is not an annotation file of COCO ({type(error).__name__}: {error}); download it again"
+            f"{source} is not a COCO annotation file ({type(error).__name__}: {error}); download it again"
         ) from None
-    faults, ids, sizes, names = Faults(source), dict[str, Key](), dict[str, Size](), dict[Key, list[str]]()
-    repeated: list[str] = []
-    for entry in entries:
-        try:
-            identity, name = as_key(entry["id"]), _below(relative_name(entry["file_name"]), folder)
-            size = _size(entry)
-            if name in ids:
-                if size != sizes.get(name):
-                    raise Fault("images that are listed again with another size", name)
-                repeated.append(name)
-        except BROKEN as error:
-            faults.add(error)
-            continue
-        ids.setdefault(name, identity)
+    faults, repeated = Faults(source), list[str]()
+    file = AnnotationFile(content, {}, {}, {})
+
+    def read(entry: Any) -> None:
+        identity, name, size = as_id(entry["id"]), _name_below(entry["file_name"], folder), _size(entry)
+        if name in file.ids:
+            if size != file.sizes.get(name):
+                raise Fault("images listed again with another size", name)
+            repeated.append(name)
+        file.ids.setdefault(name, identity)
         if size is not None:
-            sizes[name] = size
-        if name not in names.setdefault(identity, []):
-            names[identity].append(name)
-    if faults and not ids:
-        raise UserError(f"{source} is not an annotation file of COCO ({faults}); download it again")
+            file.sizes[name] = size
+        if name not in file.names.setdefault(identity, []):
+            file.names[identity].append(name)
+
+    faults.each(read, content["images"])
+    faults.require(file.ids)
+    shared = {identity: names for identity, names in file.names.items() if len(names) > 1}
+    if shared:
+        identity, names = next(iter(shared.items()))
+        logger.warning(
+            "%s: %d ids are shared by images, whose annotations are skipped, first id %s: %s",
+            source.name, len(shared), identity, ", ".join(names),
+        )  # fmt: skip
     if repeated:
         logger.info("%s: %d images are listed twice, first %s", source.name, len(repeated), repeated[0])
-    files = {identity: own[0] for identity, own in names.items() if len(own) == 1}
-    shared = {identity: own for identity, own in names.items() if len(own) > 1}
-    return AnnotationFile(whole, ids, sizes, files, shared, faults)
+    return file
 
 
-def _below(name: str, folder: Path) -> str:
-    """Without the name of the split's folder and what comes before it, where there is no such file below the folder."""
-    parts = PurePosixPath(name).parts
+def _name_below(value: object, folder: Path) -> str:
+    """Reads a name below the split's folder; drops that folder and its parents, unless such a file exists."""
+    name = path_below(value)
+    parts = name.split("/")
     if folder.name not in parts[:-1] or (folder / name).is_file():
         return name
     last = len(parts) - 1 - parts[::-1].index(folder.name)
-    return "/".join(parts[last + 1 :]) or name
+    return "/".join(parts[last + 1 :])
 
 
 def _size(entry: Mapping[str, Any]) -> Size | None:

@@ -1,4 +1,4 @@
-"""LLaVA-format conversations: reading, checking, and tokens with labels on the answers alone.
+"""Reads LLaVA-format conversations and encodes them as tokens with labels on the answers alone.
 
 A file is a JSON list or one JSON object per line:
 ``{"id", "image" (optional, below the image root), "conversations": [{"from": "human" | "gpt", "value"}, ...]}``.
@@ -9,29 +9,30 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from probing.data.annotation_file import relative_name
-from probing.data.coco import is_file, read_image
-from probing.data.dataloader import Kept
+from probing.data.image_modes import Size, read_image
 from probing.data.patch_words import PatchWords
+from probing.data.target_cache import TargetCache
 from probing.models.chat_templates import TAG, render, rendering_at
 from probing.utils.errors import BROKEN, UserError
 from probing.utils.images import square
 from probing.utils.interrupt import ignore_signals
+from probing.utils.paths import is_file, path_below
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
 ROLES = {"human": "user", "gpt": "assistant"}
 NOTES = ("skipped", "cut", "unlabelled", "scaled")
-"""What a batch tells about its samples, by name."""
+"""Keys of a sample that name it or its images in the log of a stage."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Conversation:
     Attributes:
         id: for messages.
         images: files below the image root, in the order of their tags.
-        turns: (role, text) with roles `user` and `assistant` in turn; the texts carry no image tag.
-        tags: number of images in each turn; they come first in it, as in LLaVA.
+        turns: (role, text), alternately of `user` and `assistant`; the texts contain no image tag.
+        tags: number of images in each turn; they precede its text, as in LLaVA.
         number: its position in the file, for messages.
     """
 
@@ -53,7 +54,7 @@ class Conversation:
     number: int = 0
 
     def messages(self) -> list[dict[str, Any]]:
-        """The turns as a chat template takes them."""
+        """Returns the turns in the form that chat templates take."""
         return [
             {"role": role, "content": [*[{"type": "image"}] * tags, {"type": "text", "text": text}]}
             for (role, text), tags in zip(self.turns, self.tags, strict=True)
@@ -61,112 +62,92 @@ class Conversation:
 
 
 def _parse(entry: Any, number: int) -> Conversation:
-    """Checks one entry; raises ValueError where it is no conversation."""
-    if isinstance(entry, ValueError):
-        raise entry
-    try:
-        listed = entry.get("image") or []
-        images = tuple(relative_name(name) for name in ([listed] if isinstance(listed, str) else listed))
-        turns = [(ROLES[turn["from"]], turn["value"]) for turn in entry["conversations"]]
-    except ValueError:
-        raise
-    except BROKEN as error:
-        raise ValueError(f"it is no LLaVA conversation ({type(error).__name__}: {error})") from None
+    """Checks one entry; raises one of `BROKEN` if it is not a conversation."""
+    listed = entry.get("image") or []
+    images = tuple(path_below(name) for name in ([listed] if isinstance(listed, str) else listed))
+    turns = [(ROLES[turn["from"]], turn["value"]) for turn in entry["conversations"]]
     if not all(isinstance(text, str) for _, text in turns):
-        raise ValueError("it has a turn whose value is not text")
-    try:
-        "".join([*images, *(text for _, text in turns)]).encode()
-    except UnicodeEncodeError:
-        raise ValueError("it holds half a character (a surrogate), which is not text") from None
-    roles = [role for role, _ in turns]
-    if len(turns) < 2 or roles != ["user", "assistant"] * (len(turns) // 2):
-        raise ValueError("turns must go human, gpt, human, gpt …, and end with gpt")
+        raise ValueError("a turn's value is not text")
+    "".join([*images, *(text for _, text in turns)]).encode()  # half a character (a surrogate) is not text
+    if len(turns) < 2 or [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
+        raise ValueError("turns must be human, gpt, human, gpt …, and end with gpt")
     tags = tuple(text.count(TAG) for _, text in turns)
     if sum(tags) != len(images) or any(tags[1::2]):
-        raise ValueError(f"it has {len(images)} images and {sum(tags)} {TAG} tags in its turns")
+        raise ValueError(f"it has {len(images)} images and {sum(tags)} {TAG} tags")
     clean = tuple((role, text.replace(TAG, "").strip()) for role, text in turns)
     return Conversation(str(entry.get("id", "")), images, clean, tags, number)
 
 
-def _load_line(line: str, number: int) -> Any:
-    """Reads one line of a JSONL; returns what is wrong with it where it is no JSON."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"line {number} is not valid JSON: {getattr(error, 'msg', error)}")
-
-
 def read_conversations(path: Path, limit: int | None = None) -> list[Conversation]:
-    """Reads a conversation file; entries that are no conversations are left out, and counted.
+    """Reads a conversation file; skips and counts entries that are not conversations.
 
     Raises:
-        UserError: the file is missing or broken, or holds no conversation.
+        UserError: the file is missing, broken, or has no usable conversation.
     """
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
             # not splitlines: JSON allows a bare U+2028 or U+0085 inside a string
-            entries = [_load_line(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+            entries: Any = [line for line in text.split("\n") if line.strip()]
         else:
             entries = json.loads(text)
     except FileNotFoundError:
         raise UserError(f"no conversation file at {path}; set data.conversations") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}; fix it") from None
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path} holds no list of conversations")
-    found: list[Conversation] = []
-    odd: list[str] = []
-    for index, entry in enumerate(entries[:limit]):
+        raise UserError(f"{path} is not a list of conversations; set data.conversations")
+    conversations, faults = list[Conversation](), list[str]()
+    for number, entry in enumerate(entries[:limit]):
         try:
-            found.append(_parse(entry, index))
-        except ValueError as error:
-            odd.append(f"entry {index}: {str(error)[:200]}")
-    if not found:
-        raise UserError(f"{path} holds no conversation that can be used, first {odd[0]}")
-    if odd:
-        logger.warning("%s: %d of %d conversations are left out, first %s", path.name, len(odd), len(entries), odd[0])
-    return found
+            conversations.append(_parse(json.loads(entry) if path.suffix == ".jsonl" else entry, number))
+        except BROKEN as error:
+            faults.append(f"entry {number}: {type(error).__name__}: {str(error)[:200]}")
+    if not conversations:
+        raise UserError(f"{path} has no usable conversation, first {faults[0]}; set data.conversations")
+    if faults:
+        logger.warning(
+            "%s: %d of %d conversations are skipped, first %s", path.name, len(faults), len(entries), faults[0]
+        )
+    return conversations
 
 
-def require_some_image(conversations: list[Conversation], image_root: Path, looked_for: int = 64) -> None:
-    """Notices a wrong image root before training rather than as one skipped image after another.
+def require_some_image(conversations: list[Conversation], image_root: Path, most: int = 64) -> None:
+    """Detects a wrong image root before training.
 
     Args:
-        conversations: evenly spaced ones are looked at.
+        conversations: evenly spaced ones are checked.
         image_root: folder that image names are relative to.
-        looked_for: number of images to look for at most.
+        most: number of images to look for at most.
 
     Raises:
-        UserError: the folder is missing, or has none of the images looked for.
+        UserError: the folder is missing, or has none of these images.
     """
     if not image_root.is_dir():
         raise UserError(f"no such image folder: {image_root}; set data.image_root")
     names = [name for conversation in conversations for name in conversation.images]
-    some = names[:: max(1, len(names) // looked_for)][:looked_for]
+    some = names[:: max(1, len(names) // most)][:most]
     if some and not any(is_file(image_root / name) for name in some):
-        raise UserError(
-            f"none of {len(some)} images looked for is in {image_root}, first {some[0]}; set data.image_root"
-        )
+        raise UserError(f"{image_root} has none of {len(some)} images, first {some[0]}; set data.image_root")
 
 
 SAMPLE = Conversation("", ("",), (("user", "?"), ("assistant", "x")) * 2, (1, 0, 0, 0))
-"""Two rounds about one image, by which processors and chat templates are tried."""
+"""Two rounds about one image, to test processors and chat templates."""
 
 
 class CutInsideImageError(ValueError):
-    """A conversation that is too long ends between two tokens of one image."""
+    """The length limit of a conversation falls between two tokens of one image."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns a conversation into model inputs with labels.
+    """Encodes conversations as model inputs with labels.
 
     Attributes:
         processor: the checkpoint's processor, with a chat template.
         image_token_id: id of the placeholder of one image token.
-        max_length: longer samples are cut at the end; what is cut is neither read nor supervised.
-        moment: that the chat template is rendered at, in whatever process.
+        max_length: longer samples are cut at the end.
+        moment: date and time that chat templates see, in any process.
     """
 
     processor: Any
@@ -175,16 +156,16 @@ class Encoder:
     moment: datetime.datetime | None = None
 
     def require_usable(self) -> None:
-        """Tries processor and chat template on two rounds about a blank image; raises as encoding a sample does."""
+        """Encodes two rounds about a blank image; raises as encoding a sample does."""
         replace(self, max_length=sys.maxsize)(SAMPLE, [Image.new("RGB", (8, 8))])
 
     def sample_text(self) -> str:
-        """Two rounds about an image, as the chat template writes them."""
+        """Returns two rounds about an image as the chat template renders them."""
         with rendering_at(self.moment):
             return render(self.processor, self._closed(SAMPLE.messages()))
 
     def _closed(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Ends every answer with the EOS token where the template puts nothing after it: a model must learn to stop."""
+        """Ends every answer with EOS if the template adds no special token: a model must learn to stop."""
         tokenizer = self.processor.tokenizer
         special = [token for token in tokenizer.all_special_tokens if token != TAG]
         before = render(self.processor, messages[:1], generation_prompt=True)
@@ -199,16 +180,15 @@ class Encoder:
     def __call__(self, conversation: Conversation, images: list[Image.Image]) -> dict[str, Any]:
         """Encodes one sample.
 
-        Supervised are exactly the tokens that lie within what the template adds for an answer, after its own
-        generation prompt: the answer and the marker that ends it.
+        Supervised are exactly the tokens that the template adds to its generation prompt for an answer: the answer and
+        the marker that ends it.
 
         Returns:
-            input_ids, attention_mask and labels (T), and pixel_values (images, 3, S, S) where there are images;
-            `cut` where the end was cut off.
+            input_ids, attention_mask and labels (T); pixel_values (images, 3, S, S) if there are images; `cut` if the
+            end was cut off.
 
         Raises:
-            UserError: the chat template cannot be used, or does not extend its own generation prompt, so that answers
-                cannot be located.
+            UserError: the chat template is unusable, or changes earlier turns, so that answers cannot be located.
             CutInsideImageError: an image does not fit in `max_length`.
         """
         with rendering_at(self.moment):
@@ -222,10 +202,9 @@ class Encoder:
             prefix = render(self.processor, messages[:index], generation_prompt=True)
             whole = render(self.processor, messages[: index + 1])
             if not (whole.startswith(prefix) and full.startswith(whole)):
+                name = self.processor.tokenizer.name_or_path or "the checkpoint"
                 raise UserError(
-                    f"the chat template of {self.processor.tokenizer.name_or_path or 'the checkpoint'} changes earlier "
-                    "turns when later ones are added, so answers cannot be told apart; give the checkpoint a plain "
-                    "template (chat_template.jinja)"
+                    f"the chat template of {name} changes earlier turns; give it a plain chat_template.jinja"
                 )
             spans.append((len(prefix), len(whole)))
         inputs = self.processor(images=images or None, text=[full], return_tensors="pt")
@@ -238,126 +217,99 @@ class Encoder:
 
         tokens = self.processor.tokenizer(full.replace(tag, tag * times), return_offsets_mapping=True)
         if tokens["input_ids"] != ids.tolist():
-            raise UserError("the checkpoint's processor and tokenizer disagree about a text; answers cannot be located")
+            raise UserError("the checkpoint's processor and tokenizer disagree; use its published files")
         labels = torch.full_like(ids, IGNORED)
         for start, stop in ((expanded(a), expanded(b)) for a, b in spans):
             within = [k for k, (first, last) in enumerate(tokens["offset_mapping"]) if start <= first < last <= stop]
-            if within:  # the whole run: some tokenizers give a token of blanks no width
+            if within:  # up to the last: some tokenizers give a token of blanks no width
                 labels[within[0] : within[-1] + 1] = ids[within[0] : within[-1] + 1]
         sample = {"input_ids": ids, "attention_mask": inputs["attention_mask"][0], "labels": labels}
-        length, sample = len(ids), {name: tensor[: self.max_length] for name, tensor in sample.items()}
-        kept, rest = divmod(int((sample["input_ids"] == self.image_token_id).sum()), max(times, 1))
+        sample = {name: tensor[: self.max_length] for name, tensor in sample.items()}
+        whole_images, rest = divmod(int((sample["input_ids"] == self.image_token_id).sum()), max(times, 1))
         if rest:
-            raise CutInsideImageError(f"cut inside an image at {self.max_length} of {length} tokens; raise max_length")
-        pixels = {"pixel_values": inputs["pixel_values"][:kept]} if kept else {}
-        return sample | pixels | ({"cut": True} if length > self.max_length else {})
+            raise CutInsideImageError(
+                f"cut inside an image at {self.max_length} of {len(ids)} tokens; raise max_length"
+            )
+        if whole_images:
+            sample["pixel_values"] = inputs["pixel_values"][:whole_images]
+        return sample | ({"cut": True} if len(ids) > self.max_length else {})
 
 
 def collate(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     """Pads samples on the right and joins their images.
 
-    What is to be noted of samples is under the names of `NOTES`. Where none is left, the batch is two
-    unsupervised tokens, which cost nothing and move nothing.
+    Notes about samples are in lists under the names of `NOTES`. If every sample is skipped, the batch is two
+    unsupervised tokens, which change no weight.
     """
     notes = {kind: [sample[kind] for sample in samples if kind in sample] for kind in NOTES}
     good = [sample for sample in samples if "skipped" not in sample]
     if not good:
         ids = torch.full((2,), pad_id)
         good = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, IGNORED)}]
-    fill = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORED}
+    padding = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORED}
     batch: dict[str, Any] = {
-        name: torch.nn.utils.rnn.pad_sequence([s[name] for s in good], batch_first=True, padding_value=value)
-        for name, value in fill.items()
+        key: pad_sequence([sample[key] for sample in good], batch_first=True, padding_value=value)
+        for key, value in padding.items()
     }
-    pixels = [sample["pixel_values"] for sample in good if "pixel_values" in sample]
-    if pixels:
-        batch["pixel_values"] = torch.cat(pixels)
-    labelled = [sample["patch_labels"] for sample in good if "patch_labels" in sample]
-    if labelled:
-        batch["patch_labels"] = torch.cat(labelled)
-    for kind in ("teacher_pixels", "teacher_features"):
-        with_target = [row for row, sample in enumerate(good) if kind in sample]
-        if with_target:
-            batch["target_rows"] = torch.tensor(with_target)
-            chosen: list[dict[str, Any]] = [good[row][kind] for row in with_target]
-            batch[kind] = {name: torch.stack([one[name] for one in chosen]) for name in chosen[0]}
+    for key in ("pixel_values", "patch_labels"):
+        if tensors := [sample[key] for sample in good if key in sample]:
+            batch[key] = torch.cat(tensors)
+    for key in ("teacher_pixels", "teacher_features"):
+        if rows := [row for row, sample in enumerate(good) if key in sample]:
+            batch["target_rows"] = torch.tensor(rows)
+            batch[key] = {name: torch.stack([good[row][key][name] for row in rows]) for name in good[rows[0]][key]}
     batch["names"] = [sample["name"] for sample in good if "name" in sample]
     return batch | {kind: names for kind, names in notes.items() if names}
 
 
-def _patch_labels(patches: PatchWords, images: list[tuple[str, tuple[int, int]]]) -> dict[str, Any]:
-    """What a sample says of the patches of its images, each a name and a size; see `ConversationDataset`."""
-    labels, reasons, scaled = [], [], []
-    for name, size in images:
-        try:
-            labels.append(patches(name, size))
-            if patches.annotations.size(name) not in (None, size):
-                scaled.append(name)
-        except OSError as error:
-            labels.append(torch.full((patches.grid[0] * patches.grid[1],), -1))
-            reasons.append(f"{name}: {error}")
-    notes = {"unlabelled": "; ".join(reasons), "scaled": "; ".join(scaled)}
-    return {"patch_labels": torch.stack(labels)} | {kind: note for kind, note in notes.items() if note}
-
-
 @dataclass(frozen=True)
-class KeptFeatures:
-    """Features of every teacher that are kept on disk.
+class CachedTargets:
+    """Teacher targets on disk, by image name.
 
     Attributes:
-        rows: place of every image in the caches.
-        caches: by name of the teacher.
+        rows: position of every image in the caches.
+        caches: by teacher.
     """
 
     rows: dict[str, int]
-    caches: Mapping[str, Kept]
+    caches: Mapping[str, TargetCache]
 
-    def of(self, image: str) -> dict[str, Tensor] | None:
-        """Features (N, D) of one image by teacher; None where it could not be read when they were made."""
+    def read(self, image: str) -> dict[str, Tensor]:
+        """Reads the targets (N, D) of one image by teacher; raises OSError if they are not cached."""
         if image not in self.rows:
-            return None
-        found = {name: cache.read(self.rows[image]) for name, cache in self.caches.items()}
-        whole = {name: features for name, features in found.items() if features is not None}
-        return whole if len(whole) == len(found) else None
+            raise OSError("was missing when targets were cached")
+        return {name: cache.read(self.rows[image]) for name, cache in self.caches.items()}
 
 
+@dataclass(frozen=True)
 class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Encoded conversations.
 
-    A sample whose image cannot be read, or does not fit, is `{"skipped": name and reason}`; one whose end was cut off
-    has its own name under `cut`. A sample with exactly one image has it under `teacher_pixels` too, as each teacher
-    wants it, or what teachers make of it under `teacher_features`, where that is kept; with several it would not be
-    clear which of them is meant. Where patches are labelled, `patch_labels` (images, patches) go with `pixel_values`;
-    an image whose annotations cannot be used is named under `unlabelled`, one whose label map is scaled to its size
-    under `scaled`.
+    A sample with exactly one image also has `teacher_pixels`, that image as each teacher takes it, or cached
+    `teacher_features`; with several images it would be ambiguous. `patch_labels` (images, patches) accompany
+    `pixel_values`. Notes: `skipped`, name and reason, stands alone for a sample whose image is unreadable or does not
+    fit; `cut` names a sample whose end was cut off; `unlabelled` images with unusable annotations, `scaled` those whose
+    label map is scaled to their size.
+
+    Attributes:
+        conversations: the samples.
+        image_root: folder that image names are relative to.
+        encoder: makes model inputs.
+        squared: squash every image to a square first, so that student and teachers see the same.
+        teachers: each teacher's `prepare`.
+        single: skip samples with several images, for models that see teacher features of one.
+        patches: labels the patches of every image.
+        cached_targets: read in place of preparing pixels for teachers.
     """
 
-    def __init__(
-        self,
-        conversations: list[Conversation],
-        image_root: Path,
-        encoder: Encoder,
-        squared: bool = False,
-        teachers: dict[str, Callable[[Sequence[Any]], Tensor]] | None = None,
-        single: bool = False,
-        patches: PatchWords | None = None,
-        kept: KeptFeatures | None = None,
-    ) -> None:
-        """Puts a data set together.
-
-        Args:
-            conversations: the samples.
-            image_root: folder that image names are relative to.
-            encoder: makes model inputs of them.
-            squared: squash every image to a square first, so that student and teachers see the same.
-            teachers: each teacher's `prepare`.
-            single: leave out samples with several images, for models that see the teachers' features of one.
-            patches: labels the patches of every image.
-            kept: teachers' features that are read instead of being computed from pixels.
-        """
-        self.conversations, self.image_root, self.encoder = conversations, image_root, encoder
-        self.squared, self.teachers, self.single, self.patches = squared, teachers or {}, single, patches
-        self.kept = kept
+    conversations: list[Conversation]
+    image_root: Path
+    encoder: Encoder
+    squared: bool = False
+    teachers: dict[str, Callable[[Sequence[Any]], Tensor]] = field(default_factory=dict)
+    single: bool = False
+    patches: PatchWords | None = None
+    cached_targets: CachedTargets | None = None
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -366,36 +318,52 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if torch.utils.data.get_worker_info() is not None:
             ignore_signals()
         conversation = self.conversations[index]
-        called = f"conversation {conversation.number}" + (f" (id {conversation.id})" if conversation.id else "")
+        label = f"conversation {conversation.number}" + (f" (id {conversation.id})" if conversation.id else "")
         if self.single and len(conversation.images) > 1:
-            return {"skipped": f"{called}: {len(conversation.images)} images, and a multi-encoder model takes one"}
-        turned = self.patches.annotations.turned if self.patches is not None else frozenset()
-        images, sizes = [], []
+            return {"skipped": f"{label}: {len(conversation.images)} images, and a multi-encoder model takes one"}
+        images = []
         for name in conversation.images:
             try:
-                image = read_image(self.image_root / name, name in turned)
-                sizes.append(image.size)
-                images.append(square(image) if self.squared else image)
+                images.append(self._read(name))
             except FileNotFoundError:
                 return {"skipped": f"{name}: missing"}
             except OSError as error:
-                # without the image root, so that the note means the same elsewhere
+                # without the image root, so that the note is the same on other machines
                 reason = str(error).replace(f"{self.image_root}/", "")
                 return {"skipped": f"{name}: {reason.splitlines()[0][:120] if reason else 'corrupt'}"}
+        shown = [square(image) if self.squared else image for image in images]
         try:
-            sample = self.encoder(conversation, images)
+            sample = self.encoder(conversation, shown)
         except CutInsideImageError as error:
-            return {"skipped": f"{called}: {error}"}
+            return {"skipped": f"{label}: {error}"}
         if self.teachers and len(images) == 1 and "pixel_values" in sample:
-            if self.kept is not None:
-                features = self.kept.of(conversation.images[0])
-                if features is None:
-                    return {"skipped": f"{conversation.images[0]}: could not be read when teachers' features were kept"}
-                sample = sample | {"teacher_features": features}
+            if self.cached_targets is None:
+                sample["teacher_pixels"] = {name: prepare(shown)[0] for name, prepare in self.teachers.items()}
             else:
-                seen = {name: prepare(images)[0] for name, prepare in self.teachers.items()}
-                sample = sample | {"teacher_pixels": seen}
+                try:
+                    sample["teacher_features"] = self.cached_targets.read(conversation.images[0])
+                except OSError as error:
+                    return {"skipped": f"{conversation.images[0]}: {error}"}
         if self.patches is not None and "pixel_values" in sample:
-            shown = list(zip(conversation.images, sizes, strict=True))[: len(sample["pixel_values"])]
-            sample = sample | _patch_labels(self.patches, shown)
-        return sample | {"name": called} | ({"cut": called} if "cut" in sample else {})
+            sizes = [image.size for image in images[: len(sample["pixel_values"])]]
+            sample |= _patch_labels(self.patches, list(zip(conversation.images, sizes, strict=False)))
+        return sample | {"name": label} | ({"cut": label} if "cut" in sample else {})
+
+    def _read(self, name: str) -> Image.Image:
+        turned = self.patches.annotations.turned if self.patches is not None else frozenset()
+        return read_image(self.image_root / name, name in turned)
+
+
+def _patch_labels(patches: PatchWords, images: list[tuple[str, Size]]) -> dict[str, Any]:
+    """Labels the patches of a sample's images, each a name and a size; notes what is unusual."""
+    labels, unlabelled, scaled = [], [], []
+    for name, size in images:
+        try:
+            labels.append(patches(name, size))
+            if patches.annotations.size(name) not in (None, size):
+                scaled.append(name)
+        except OSError as error:
+            labels.append(torch.full((patches.grid[0] * patches.grid[1],), -1))
+            unlabelled.append(f"{name}: {error}")
+    notes = {"unlabelled": "; ".join(unlabelled), "scaled": "; ".join(scaled)}
+    return {"patch_labels": torch.stack(labels)} | {kind: note for kind, note in notes.items() if note}

@@ -1,37 +1,104 @@
-"""Pictures of every mode of Pillow as 8-bit RGB."""
+"""Reads image files of every Pillow mode as 8-bit RGB, turned upright where that is asked for."""
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+Size = tuple[int, int]
+"""Width and height."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""Accepted contents, whatever the file is called; Pillow hands others, such as PostScript, to other programs."""
+QUARTER_TURNS = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
-"""Tags of TIFF, and the value of the second in files whose largest number is black."""
+"""TIFF tags, and the value of the second in files whose largest number is black."""
 FLOAT_SCALES = (1.0, 255.0, 65535.0)
 INTEGER_SCALES = FLOAT_SCALES[1:]
-"""White in pictures of 32 bits, which do not say it: the smallest of these that no value exceeds."""
+"""Candidates for white in 32-bit grey, which does not define it: the smallest that no value exceeds counts."""
+
+# Pillow refuses PNGs whose text chunks, such as the workflow of an image generator, exceed 1 MB each or 64 MB in all.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**29
+
+
+def read_image(path: Path | BinaryIO, upright: bool = True) -> Image.Image:
+    """Reads one image file as RGB.
+
+    Args:
+        path: of the file.
+        upright: turn it as its EXIF orientation says; most annotations of COCO describe images as they are stored.
+
+    Raises:
+        OSError: the file is missing, not an image, corrupt, or far too large.
+    """
+    with open_image(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image) if upright and _orientation(image) != 1 else image)
+
+
+def image_size(path: Path, upright: bool = True) -> Size:
+    """Reads width and height of an image file without its pixels; raises OSError as `read_image` does."""
+    (width, height), turn = size_and_orientation(path)
+    return (height, width) if upright and turn in QUARTER_TURNS else (width, height)
+
+
+def orientation(path: Path) -> int:
+    """Reads the EXIF orientation of an image file, 1 if it has none; raises OSError as `read_image` does."""
+    return size_and_orientation(path)[1]
+
+
+def size_and_orientation(path: Path) -> tuple[Size, int]:
+    """Reads the stored size and the EXIF orientation of an image file; raises OSError as `read_image` does."""
+    with open_image(path) as image:
+        return image.size, _orientation(image)
+
+
+@contextlib.contextmanager
+def open_image(path: Path | BinaryIO) -> Iterator[Image.Image]:
+    """Opens an image file; whatever Pillow raises becomes an OSError of one line."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+    except UnidentifiedImageError:  # Pillow's message contains the absolute path
+        raise UnidentifiedImageError("cannot identify image file") from None
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - Pillow's readers raise many types
+        raise OSError(f"{type(error).__name__}: {error}") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # Pillow itself turns these
+        return 1
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001 - broken EXIF data do not make pixels unreadable
+        return 1
+    return value if value in range(1, 9) else 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a picture to RGB.
+    """Converts an image to RGB.
 
-    Transparent parts are white: what lies hidden under alpha 0 never shows. 16-bit grey is divided by 257 (Pillow clips
-    it at 255); grey of 32 bits, integer or float, is scaled by `INTEGER_SCALES` or `FLOAT_SCALES`.
+    Transparent parts become white. 16-bit grey is divided by 257 (Pillow clips it at 255); 32-bit grey, integer or
+    float, is scaled by `INTEGER_SCALES` or `FLOAT_SCALES`.
 
     Raises:
-        ValueError: values of 32 bits have no known scale.
+        ValueError: 32-bit values have no known scale.
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return Image.fromarray(_grey(image)).convert("RGB")
     if image.has_transparency_data:
-        whole = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
+        rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
 
 def _grey(image: Image.Image) -> NDArray[np.uint8]:
-    """8-bit grey (rows, columns) of a picture with wider numbers."""
+    """Scales 16-bit or 32-bit grey to 8 bits, (rows, columns)."""
     values = np.asarray(image).astype(np.float64)
     tags: Any = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16"):
@@ -49,7 +116,7 @@ def _grey(image: Image.Image) -> NDArray[np.uint8]:
 def _white(values: NDArray[np.float64], scales: tuple[float, ...]) -> float:
     low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("it has values that are not finite numbers")
+        raise ValueError("its values are not finite")
     if low < 0 or high > scales[-1]:
         raise ValueError(f"values from {low:g} to {high:g} have no known scale; save it with 8 or 16 bits")
     return next(scale for scale in scales if high <= scale)

@@ -1,11 +1,11 @@
-"""What a checkpoint is shown in place of an image, to tell how much of a score comes from the picture.
+"""Replaces the checkpoint's image by another input, to measure how much of a score depends on the image.
 
-Teachers still see the image itself. `blank` is a grey one of the same size, `other` the next image of the split, and
-`caption` its first caption, as text.
+Teachers still see the image itself. `blank` is a grey image of the same size, `other` the next image of the split, and
+`caption` the image's first caption, as text.
 """
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,63 +18,52 @@ from probing.models.base import Batch
 from probing.models.chat_templates import render, rendering_at, rendering_moment
 from probing.models.token_map import TokenMap, token_kinds
 from probing.recipe import BackboneRecipe
-from probing.utils.errors import BROKEN, UserError
+from probing.utils.errors import UserError
 
 SUBSTITUTES = ("blank", "other", "caption")
 GREY = (128, 128, 128)
-NO_IMAGE = -1
-"""In place of the id of the image token, where a text has none."""
+NO_IMAGE_TOKEN = -1
+"""Image token id of a text without images."""
+
+
+def _blank(index: int, image: Image.Image) -> Image.Image:
+    return Image.new("RGB", image.size, GREY)
 
 
 @dataclass(frozen=True)
-class Blank:
-    """A grey image of the same size."""
-
-    def __call__(self, index: int, picture: Image.Image) -> Image.Image:
-        """In place of one image."""
-        return Image.new("RGB", picture.size, GREY)
-
-
-@dataclass(frozen=True)
-class Other:
-    """The next image of the split; for the last the first."""
+class NextImage:
+    """Replaces an image by the next of the split, the last by the first."""
 
     images: ImageList
 
-    def __call__(self, index: int, picture: Image.Image) -> Image.Image:
-        """In place of one image; raises OSError where the other is corrupt."""
+    def __call__(self, index: int, image: Image.Image) -> Image.Image:
+        """Reads the replacement; raises OSError if it is corrupt."""
         return self.images.read((index + 1) % len(self.images))
 
 
 @dataclass(frozen=True)
 class Caption:
-    """The first caption of an image.
-
-    Attributes:
-        names: of the images, by index.
-        captions: by image name.
-    """
+    """Replaces an image by its caption."""
 
     names: list[str]
     captions: dict[str, str]
 
-    def __call__(self, index: int, picture: Image.Image) -> str:
-        """In place of one image; raises OSError where it has no caption."""
-        try:
-            return self.captions[self.names[index]]
-        except KeyError:
-            raise OSError("no caption") from None
+    def __call__(self, index: int, image: Image.Image) -> str:
+        """Returns the replacement; raises OSError if there is none."""
+        if (caption := self.captions.get(self.names[index])) is None:
+            raise OSError("no caption")
+        return caption
 
 
 @dataclass(frozen=True)
 class CaptionInputs:
-    """Captions → `Batch`: the caption, and then the prompt, in one turn without image.
+    """Prepares the checkpoint's inputs from captions: caption and prompt in one turn without image.
 
     Attributes:
-        processor: the checkpoint's own.
-        prompt: what follows the caption.
-        grid: of the image tokens that are not there.
-        moment: that the chat template is rendered at, in whatever process.
+        processor: the checkpoint's.
+        prompt: follows the caption.
+        grid: of the absent image tokens.
+        moment: date and time that chat templates see, in any process.
     """
 
     processor: Any
@@ -84,42 +73,40 @@ class CaptionInputs:
 
     def __call__(self, captions: Sequence[str]) -> Batch:
         """Prepares a batch of captions."""
+        turns = [[{"type": "text", "text": f"{caption}\n{self.prompt}"}] for caption in captions]
         with rendering_at(self.moment):
-            texts = [self._text(f"{caption}\n{self.prompt}") for caption in captions]
+            texts = [render(self.processor, [{"role": "user", "content": turn}], True) for turn in turns]
         inputs = dict(self.processor.tokenizer(texts, return_tensors="pt", padding=True))
         inputs.pop("token_type_ids", None)
-        kinds = token_kinds(inputs["input_ids"], inputs["attention_mask"], NO_IMAGE)
+        kinds = token_kinds(inputs["input_ids"], inputs["attention_mask"], NO_IMAGE_TOKEN)
         return Batch(inputs, TokenMap(kinds, self.grid))
-
-    def _text(self, turn: str) -> str:
-        return render(self.processor, [{"role": "user", "content": [{"type": "text", "text": turn}]}], True)
 
 
 def read_captions(root: Path, split: str) -> dict[str, str]:
     """Reads the first caption of every image of a split, from `annotations/captions_<split>.json`.
 
     Raises:
-        UserError: the file is missing or broken, or holds no caption.
+        UserError: the file is missing, broken, or has no caption.
     """
     source = root / "annotations" / f"captions_{split}.json"
     if not source.exists():
         raise UserError(f"no {source}; the control `caption` needs COCO's captions of {split}")
     file, faults = read_annotation_file(source, root / split), Faults(source)
-    found: dict[str, str] = {}
-    for entry in file.whole.get("annotations", []):
-        try:
-            name, caption = file.image_of(entry), entry["caption"]
-            if not isinstance(caption, str) or not caption.strip():
-                raise Fault("captions without text", name)
-            found.setdefault(name, caption.strip())
-        except BROKEN as error:
-            faults.add(error)
-    faults.require(found)
-    return found
+    captions: dict[str, str] = {}
+
+    def read(entry: Any) -> None:
+        name, caption = file.image_of(entry), entry["caption"]
+        if not isinstance(caption, str) or not caption.strip():
+            raise Fault("captions without text", name)
+        captions.setdefault(name, caption.strip())
+
+    faults.each(read, file.annotations)
+    faults.require(captions)
+    return captions
 
 
-def substitute(kind: str, images: ImageList) -> Blank | Other | Caption:
-    """What is shown in place of the images of a split.
+def substitute(kind: str, images: ImageList) -> Callable[[int, Image.Image], Any]:
+    """Returns the replacement for images of a split: index and image → input.
 
     Args:
         kind: one of `SUBSTITUTES`.
@@ -129,14 +116,14 @@ def substitute(kind: str, images: ImageList) -> Blank | Other | Caption:
         UserError: there are no captions, or there is no other image.
     """
     if kind == "blank":
-        return Blank()
+        return _blank
     if kind == "other":
         if len(images) < 2:
-            raise UserError(f"{images.split} has one image, and no other to show in its place")
-        return Other(images)
+            raise UserError(f"{images.split} has a single image; the control `other` needs two")
+        return NextImage(images)
     return Caption(images.names, read_captions(images.folder.parent, images.split))
 
 
 def caption_inputs(inputs: Any, recipe: BackboneRecipe) -> CaptionInputs:
-    """The input side for captions, from a checkpoint's own."""
+    """Returns the preparation of captions that corresponds to a checkpoint's preparation of images."""
     return CaptionInputs(inputs.processor, recipe.prompt, inputs.grid, rendering_moment())

@@ -1,8 +1,9 @@
-"""COCO's instance annotations as semantic label maps, read from the official JSON."""
+"""Reads COCO's instance annotations, the official JSON, as semantic label maps."""
 
 import logging
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as rle
+from pycocotools import mask
 
-from probing.data.annotation_file import Fault, Faults, Size, read_annotation_file
-from probing.data.coco import ImageList, Skipped, image_size, same_shape
-from probing.data.panoptic import UNLABELED, Panoptic, class_of, read_classes, read_panoptic, require_few
-from probing.utils.errors import BROKEN, UserError
+from probing.data.annotation_file import Fault, Faults, read_annotation_file
+from probing.data.coco import ImageList, Skipped, same_shape
+from probing.data.image_modes import Size, image_size
+from probing.data.panoptic import UNLABELED, Panoptic, class_of, read_classes, read_panoptic
+from probing.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 LARGEST = 2**27
 """Most pixels of a label map."""
+COMPRESSED = re.compile(rb"[0-o]*[0-O]")
+"""Compressed run lengths: six bits a character, the highest of which says that a number continues in the next one."""
 Outline = list[list[float]] | dict[str, Any]
-"""Polygons, or pycocotools' compressed runs."""
+"""Polygons, or pycocotools' compressed run lengths."""
 
 
 @dataclass(frozen=True)
@@ -30,66 +34,84 @@ class Instances:
     """The instance annotations of one split.
 
     Attributes:
-        names: class names; a class's number is its place by category id.
-        sizes: per image file its rows and columns.
-        objects: per image file, class and outline of its objects, the largest first; crowds are among them.
+        names: class names; a class's label is its position in the order of category ids.
+        sizes: by image file, its rows and columns.
+        objects: by image file, label and outline of its objects, the largest first; crowds are among them.
     """
 
     names: list[str]
     sizes: dict[str, tuple[int, int]]
     objects: dict[str, list[tuple[int, Outline]]]
 
+    @property
+    def images(self) -> Collection[str]:
+        """File names of the images that have a label map."""
+        return self.sizes.keys()
+
     def labels(self, image: str) -> NDArray[np.uint8]:
-        """Class of every pixel, (rows, columns); `UNLABELED` where there is none. Smaller objects lie on larger ones.
+        """Returns the class of every pixel, (rows, columns); `UNLABELED` where there is none.
+
+        Smaller objects cover larger ones.
 
         Raises:
-            OSError: the annotated size is absurd.
+            OSError: the annotated size is far too large.
         """
         rows, columns = self.sizes[image]
         if rows * columns > LARGEST:
             raise OSError(f"its annotated size is {columns} x {rows} pixels")
-        found = np.full((rows, columns), UNLABELED, dtype=np.uint8)
-        for number, outline in self.objects.get(image, []):
-            found[rle.decode(_runs(outline, rows, columns)).astype(bool)] = number
-        return found
+        labels = np.full((rows, columns), UNLABELED, dtype=np.uint8)
+        for label, outline in self.objects.get(image, []):
+            labels[mask.decode(_run_lengths(outline, rows, columns)).astype(bool)] = label
+        return labels
 
 
-def _runs(outline: Outline, rows: int, columns: int) -> dict[str, Any]:
-    """Draws polygons; runs stay as they are."""
-    if isinstance(outline, dict):
-        return outline
-    drawn: dict[str, Any] = rle.merge(rle.frPyObjects(outline, rows, columns))
-    return drawn
+def _run_lengths(outline: Outline, rows: int, columns: int) -> Any:
+    return outline if isinstance(outline, dict) else mask.merge(mask.frPyObjects(outline, rows, columns))
 
 
 def _checked(outline: Any, rows: int, columns: int, faults: Faults, name: str) -> Outline:
-    """Checks what an object's outline is, since pycocotools writes beyond its memory where one is broken.
+    """Checks an object's outline: pycocotools reads or writes beyond its memory if one is broken.
 
     Returns:
-        Its polygons that can be drawn, or its runs compressed.
+        Its valid polygons, or its run lengths, compressed.
 
     Raises:
-        Fault: nothing can be drawn.
-        ValueError, KeyError, TypeError: the runs are broken.
+        Fault: no polygon is valid, or the mask has another size than the image.
+        ValueError, KeyError, TypeError, OverflowError: the run lengths are broken.
     """
     if isinstance(outline, dict):
         if list(outline.get("size", [rows, columns])) != [rows, columns]:
             raise Fault("masks of another size than their image", name)
-        runs = _fitting_runs(outline["counts"], rows * columns)
-        compressed: dict[str, Any] = rle.frPyObjects({"size": [rows, columns], "counts": runs}, rows, columns)
-        return compressed
+        counts = outline["counts"]
+        if isinstance(counts, str):
+            counts = counts.encode()
+        else:
+            counts = mask.frPyObjects({"size": [rows, columns], "counts": counts}, rows, columns)["counts"]
+        pixels = rows * columns
+        if not COMPRESSED.fullmatch(counts) or not _fits(counts, pixels) or _fits(counts, pixels - 1):
+            raise ValueError("the run lengths of a mask do not fill the image")
+        return {"size": [rows, columns], "counts": counts}
     polygons = [polygon for polygon in outline if _is_polygon(polygon, 4 * max(rows, columns))]
     if not polygons:
         raise Fault("objects without an outline", name)
     if len(polygons) < len(outline):
-        faults.add(Fault("parts of objects that are no polygons of three points or more", name))
+        faults.add(Fault("parts of objects that are not polygons of three points or more", name))
     return polygons
 
 
-def _is_polygon(points: Any, farthest: float) -> bool:
-    """Whether these are the coordinates of three points or more, none of them far outside the image.
+def _fits(counts: bytes, pixels: int) -> bool:
+    """Whether compressed run lengths cover at most that many pixels; pycocotools checks this bound, and no other."""
+    try:
+        mask.decode({"size": [pixels, 1], "counts": counts})
+    except ValueError:
+        return False
+    return True
 
-    Of two points pycocotools would make a box, and it would draw all the way to a point that is far outside.
+
+def _is_polygon(points: Any, farthest: float) -> bool:
+    """Whether these are coordinates of three points or more, none of them far outside the image.
+
+    pycocotools turns two points into a box, and draws every pixel on the way to a point far outside.
     """
     try:
         usable = len(points) >= 6 and len(points) % 2 == 0 and math.isfinite(sum(points))
@@ -98,78 +120,41 @@ def _is_polygon(points: Any, farthest: float) -> bool:
         return False
 
 
-def _fitting_runs(counts: Any, pixels: int) -> list[int]:
-    """Reads a mask's runs, outside and inside in turn, down the columns; raises ValueError where they do not fit."""
-    runs = np.asarray(_uncompressed(counts) if isinstance(counts, str) else counts)
-    if runs.dtype.kind != "i" or runs.ndim != 1 or runs.min() < 0 or runs.sum() != pixels:
-        raise ValueError("the runs of a mask do not fill the image")
-    return [int(run) for run in runs]
-
-
-def _uncompressed(text: str) -> list[int]:
-    """COCO's compressed runs: five bits a character, least first, and from the third on the difference of every second.
-
-    See `rleFrString` in pycocotools.
-    """
-    runs: list[int] = []
-    number = shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        number |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            number -= 1 << shift
-        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
-        number = shift = 0
-    return runs
-
-
 def read_instances(root: Path, split: str) -> Instances:
     """Reads `annotations/instances_<split>.json` of a folder in COCO's official layout.
 
-    Objects that cannot be used are left out, counted and named.
+    Unusable objects are skipped, counted and named.
 
     Raises:
-        UserError: the file is missing or broken, or none of its objects can be used.
+        UserError: the file is missing or broken, or none of its objects is usable.
     """
     source = root / "annotations" / f"instances_{split}.json"
     file, faults = read_annotation_file(source, root / split), Faults(source)
-    names, number = read_classes(file.whole, faults)
-    require_few(names, source)
-    sizes = {name: (height, width) for name, (width, height) in file.sizes.items()}
-    found: dict[str, list[tuple[float, int, Outline]]] = {}
-    for entry in file.whole.get("annotations", []):
-        try:
-            name = file.image_of(entry)
-            if name not in sizes:
-                raise Fault("objects of images without width and height", name)
-            if math.prod(sizes[name]) > LARGEST:
-                raise Fault("objects of images of an absurd size", name)
-            kind = class_of(entry, number, name)
-            outline = _checked(entry.get("segmentation") or [], *sizes[name], faults, name)
-            found.setdefault(name, []).append((_area(entry, outline, sizes[name]), kind, outline))
-        except BROKEN as error:
-            faults.add(error)
-    faults.require(found)
-    objects = {
-        name: [(kind, outline) for _, kind, outline in sorted(own, key=lambda one: -one[0])]
-        for name, own in found.items()
-    }
-    return Instances(names, sizes, objects)
+    names, labels = read_classes(file.content, faults)
+    sizes = {name: (rows, columns) for name, (columns, rows) in file.sizes.items()}
+    objects: dict[str, list[tuple[float, int, Outline]]] = {}
 
+    def read(entry: Any) -> None:
+        name = file.image_of(entry)
+        if name not in sizes:
+            raise Fault("objects of images without width and height", name)
+        if math.prod(sizes[name]) > LARGEST:
+            raise Fault("objects of images that are far too large", name)
+        label = class_of(entry, labels, name)
+        outline = _checked(entry.get("segmentation") or [], *sizes[name], faults, name)
+        area = entry.get("area")
+        if not isinstance(area, int | float) or not math.isfinite(area):
+            area = float(mask.area(_run_lengths(outline, *sizes[name])))
+        objects.setdefault(name, []).append((area, label, outline))
 
-def _area(entry: Mapping[str, Any], outline: Outline, size: tuple[int, int]) -> float:
-    """Reads an object's area; counts its pixels where that is missing."""
-    area = entry.get("area")
-    if isinstance(area, int | float) and math.isfinite(area):
-        return area
-    return float(rle.area(_runs(outline, *size)))
+    faults.each(read, file.annotations)
+    faults.require(objects)
+    ordered = {name: sorted(own, key=lambda one: -one[0]) for name, own in objects.items()}
+    return Instances(names, sizes, {name: [(label, o) for _, label, o in own] for name, own in ordered.items()})
 
 
 def read_label_maps(root: Path, split: str) -> Panoptic | Instances:
-    """What is where in the images of a split: panoptic annotations, or where there are none, instances.
+    """Reads the panoptic annotations of a split or, if there are none, the instances.
 
     Raises:
         UserError: there are neither, or they are broken.
@@ -179,61 +164,60 @@ def read_label_maps(root: Path, split: str) -> Panoptic | Instances:
     if (root / "annotations" / f"instances_{split}.json").exists():
         return read_instances(root, split)
     raise UserError(
-        f"{root / 'annotations'} has neither panoptic_{split}.json nor instances_{split}.json, which say what is "
-        "where; put one there"
+        f"{root / 'annotations'} has neither panoptic_{split}.json nor instances_{split}.json; put one there"
     )
 
 
 @dataclass
 class LabelledImages(ImageList):
-    """Images that are read only where their label maps can be read, too."""
+    """Images that are skipped unless their label maps are readable, too."""
 
     maps: Panoptic | Instances | None = None
 
     def read(self, index: int) -> Image.Image:
-        """One image as RGB; raises OSError where it or its label map is corrupt, or the sizes do not fit."""
-        picture = super().read(index)
+        """Reads one image as RGB; raises OSError if it or its label map is corrupt, or their sizes differ."""
+        image = super().read(index)
         if self.maps is not None:
-            labels_on(self.maps, self.names[index], picture.size)
-        return picture
+            labels_on(self.maps, self.names[index], image.size)
+        return image
 
 
 def fitting(images: ImageList, maps: Panoptic | Instances) -> ImageList:
-    """Leaves out the images that are not of their annotated size, and logs how many label maps are scaled to theirs.
+    """Skips images that do not have their annotated size; logs how many label maps are scaled to their images.
 
     Raises:
         UserError: no image is left.
     """
-    names, scaled, skipped = [], [], []
+    names, scaled, skipped = list[str](), list[str](), list[Skipped]()
     for name in images.names:
-        rows_columns = maps.sizes.get(name)
         try:
             size = image_size(images.folder / name, name in images.turned)
         except OSError:
-            rows_columns = None  # the loader reads it again, and notes why it is left out
-        if rows_columns is None or rows_columns[::-1] == size:
-            names.append(name)
-        elif same_shape(rows_columns[::-1], size):
-            names.append(name)
+            names.append(name)  # the dataloader reads it again and reports it
+            continue
+        annotated = maps.sizes[name][::-1] if name in maps.sizes else size
+        if not same_shape(annotated, size):
+            skipped.append(Skipped(name, images.split, _size_difference(annotated, size)))
+            continue
+        names.append(name)
+        if annotated != size:
             scaled.append(name)
-        else:
-            skipped.append(Skipped(name, images.split, _other_size(rows_columns[::-1], size)))
     if scaled:
         logger.warning("%s: %d label maps are scaled to their images, first %s", images.split, len(scaled), scaled[0])
     if skipped:
         first = f"{skipped[0].image}: {skipped[0].reason}"
         if not names:
-            raise UserError(f"no image of {images.split} is of its annotated size, first {first}")
-        logger.warning("%s: %d images are left out, first %s", images.split, len(skipped), first)
+            raise UserError(f"no image of {images.split} has its annotated size, first {first}; use published files")
+        logger.warning("%s: %d images are skipped, first %s", images.split, len(skipped), first)
     return replace(images, names=names, skipped=images.skipped + skipped)
 
 
-def _other_size(annotated: Size, size: Size) -> str:
+def _size_difference(annotated: Size, size: Size) -> str:
     return f"{annotated[0]} x {annotated[1]} pixels are annotated, the image has {size[0]} x {size[1]}"
 
 
 def labels_on(maps: Panoptic | Instances, name: str, size: Size) -> NDArray[np.uint8]:
-    """Reads an image's label map at the image's own size.
+    """Reads an image's label map at the image's size.
 
     Args:
         maps: of its split.
@@ -241,15 +225,15 @@ def labels_on(maps: Panoptic | Instances, name: str, size: Size) -> NDArray[np.u
         size: width and height of the image as models see it.
 
     Returns:
-        Class of every pixel, (rows, columns); of a resized copy that of the nearest annotated one.
+        Class of every pixel, (rows, columns); in a resized image that of the nearest annotated pixel.
 
     Raises:
-        OSError: the label map cannot be read, or its size is not the image's, scaled.
+        OSError: the label map is unreadable, or its size is not the image's, scaled.
     """
     labels = maps.labels(name)
     annotated = labels.shape[1], labels.shape[0]
     if annotated == size:
         return labels
     if not same_shape(annotated, size):
-        raise OSError(_other_size(annotated, size))
+        raise OSError(_size_difference(annotated, size))
     return np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))

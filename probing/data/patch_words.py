@@ -1,7 +1,8 @@
-"""The word for what each patch of an image shows, patch by patch as the vision tower cuts what it is given."""
+"""Labels each patch that the vision tower sees with the word for what it shows."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from probing.data.annotation_file import Size
-from probing.data.coco import find_turned, image_size
+from probing.data.coco import find_turned
+from probing.data.image_modes import Size, image_size
 from probing.data.instances import Instances, labels_on, read_label_maps
 from probing.data.panoptic import UNLABELED, Panoptic
 from probing.data.patch_labels import patch_labels, patch_shares, plain_name, word_numbers
 from probing.utils.errors import UserError
 from probing.utils.images import square
 
-KINDS = ("panoptic", "instances")
-
 
 @dataclass(frozen=True)
 class Annotations:
-    """What is where in the images of some conversations.
+    """Label maps of the images of some conversations.
 
     Attributes:
-        root: folder that holds the annotations.
+        root: folder of the annotations.
         image_root: folder that image names are relative to.
-        maps: per split, its label maps; an image's split is the folder that it lies in.
+        maps: label maps by split; an image's split is the name of its folder.
         missing: images without annotations, sorted.
         turned: images that are turned upright, see `probing.data.coco.find_turned`.
     """
@@ -41,32 +40,28 @@ class Annotations:
     turned: frozenset[str] = frozenset()
 
     def find(self, name: str) -> tuple[str, str] | None:
-        """Split and file name of an image, or None where it has no annotations."""
+        """Returns split and file name of an image, or None if it has no annotations."""
         path = self.image_root / name
-        found = self.maps.get(path.parent.name)
-        return (path.parent.name, path.name) if found is not None and path.name in _images(found) else None
+        maps = self.maps.get(path.parent.name)
+        return (path.parent.name, path.name) if maps is not None and path.name in maps.images else None
 
     def size(self, name: str) -> Size | None:
-        """Annotated width and height of an image, where they are known."""
-        place = self.find(name)
-        rows_columns = self.maps[place[0]].sizes.get(place[1]) if place else None
+        """Returns the annotated size of an image, if it is known."""
+        found = self.find(name)
+        rows_columns = self.maps[found[0]].sizes.get(found[1]) if found else None
         return rows_columns[::-1] if rows_columns else None
 
     @property
     def words(self) -> list[str]:
-        """The words for the classes of all splits, each once: two classes may have the same."""
-        return list(dict.fromkeys(plain_name(name) for found in self.maps.values() for name in found.names))
-
-
-def _images(maps: Panoptic | Instances) -> dict[str, Any]:
-    return maps.segments if isinstance(maps, Panoptic) else maps.sizes
+        """The words for the classes of all splits, without repetition: two classes may share one."""
+        return list(dict.fromkeys(plain_name(name) for maps in self.maps.values() for name in maps.names))
 
 
 def read_annotations(root: Path, image_root: Path, names: Iterable[str]) -> Annotations:
-    """Reads the annotations of the splits that some images are of, a split's panoptic ones where it has them.
+    """Reads the annotations of all splits that some images belong to, panoptic ones if a split has them.
 
     Args:
-        root: a folder in COCO's official layout; of it, only `annotations/` is used.
+        root: a folder in COCO's official layout, of which only `annotations/` is used.
         image_root: folder that image names are relative to.
         names: the images, as conversations name them: `train2017/000000000009.jpg`.
 
@@ -78,37 +73,36 @@ def read_annotations(root: Path, image_root: Path, names: Iterable[str]) -> Anno
         raise UserError(f"no such folder: {folder}; set patches.annotations to coco:DIR with DIR/annotations/")
     images = sorted(set(names))
     splits = sorted({(image_root / name).parent.name for name in images})
-    there = [split for split in splits if any((folder / f"{kind}_{split}.json").exists() for kind in KINDS)]
-    read = Annotations(folder, image_root, {split: read_label_maps(root, split) for split in there}, [])
-    missing = [name for name in images if read.find(name) is None]
+    annotated = [s for s in splits if any((folder / f"{kind}_{s}.json").exists() for kind in ("panoptic", "instances"))]
+    found = Annotations(folder, image_root, {split: read_label_maps(root, split) for split in annotated}, [])
+    missing = [name for name in images if found.find(name) is None]
     if len(missing) == len(images):
-        looked = f"the first, {missing[0]}, is of split {(image_root / missing[0]).parent.name!r}" if missing else "no"
+        first = f"; the first, {missing[0]}, is of split {(image_root / missing[0]).parent.name!r}" if missing else ""
         raise UserError(
-            f"none of the {len(images)} images of the conversations has annotations in {folder} ({looked}); "
-            "set patches.annotations, or leave out patches"
+            f"none of the {len(images)} images of the conversations has annotations in {folder}{first}; "
+            "set patches.annotations, or omit patches"
         )
-    sizes = {name: size for name in images if (size := read.size(name)) is not None}
-    return Annotations(folder, image_root, read.maps, missing, find_turned(image_root, sizes))
+    sizes = {name: size for name in images if (size := found.size(name)) is not None}
+    return Annotations(folder, image_root, found.maps, missing, find_turned(image_root, sizes))
 
 
 def as_seen(labels: NDArray[np.uint8], image_processor: Any, squared: bool) -> NDArray[np.uint8]:
-    """A label map after what is done to an image before a vision tower: squashing, resizing, cropping, padding.
+    """Applies to a label map what is done to an image before a vision tower: squashing, resizing, cropping, padding.
 
-    It goes through the processor as a picture whose pixels are taken over as they are, never mixed. The label is red,
-    and green and blue follow from it: so what the processor pads with, in whatever colour, is told apart.
+    The processor gets an image in which red is the label, resized to the nearest pixel. Green and blue follow from red,
+    so that padding of any colour is recognised.
 
     Args:
         labels: class of every pixel, (rows, columns).
-        image_processor: the checkpoint's own.
+        image_processor: the checkpoint's.
         squared: whether images are squashed to a square first.
 
     Returns:
         Class of every pixel that the tower sees, (rows, columns); `UNLABELED` where there is none.
     """
-    picture = Image.fromarray(np.stack([labels, 255 - labels, labels], axis=-1))
-    nearest = Image.Resampling.NEAREST
+    image, nearest = Image.fromarray(np.stack([labels, 255 - labels, labels], axis=-1)), Image.Resampling.NEAREST
     seen = image_processor(
-        images=square(picture, nearest) if squared else picture,
+        images=square(image, nearest) if squared else image,
         resample=nearest, do_rescale=False, do_normalize=False, return_tensors="pt",
     )["pixel_values"][0].numpy()  # fmt: skip
     red, green, blue = seen.astype(int)
@@ -117,15 +111,14 @@ def as_seen(labels: NDArray[np.uint8], image_processor: Any, squared: bool) -> N
 
 @dataclass(frozen=True)
 class PatchWords:
-    """Says which word each patch of an image is labelled with.
+    """Labels the patches of an image with words.
 
     Attributes:
-        annotations: what is where.
-        image_processor: the checkpoint's own.
+        annotations: label maps of the images.
+        image_processor: the checkpoint's.
         grid: rows and columns of the patches.
-        coverage: share of a patch that what a word stands for must cover.
+        coverage: share of a patch that a word's classes must cover.
         squared: whether images are squashed to a square first.
-        words: the words, which labels are numbers of.
     """
 
     annotations: Annotations
@@ -133,66 +126,63 @@ class PatchWords:
     grid: tuple[int, int]
     coverage: float
     squared: bool
-    words: list[str] = field(init=False)
-    _numbers: dict[str, NDArray[np.int64]] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        words = self.annotations.words
-        tables = {split: word_numbers(maps.names, words) for split, maps in self.annotations.maps.items()}
-        object.__setattr__(self, "words", words)
-        object.__setattr__(self, "_numbers", tables)
+    @cached_property
+    def words(self) -> list[str]:
+        """The words that labels are indices of."""
+        return self.annotations.words
 
-    def __call__(self, name: str, size: tuple[int, int]) -> Tensor:
-        """Labels of an image's patches, (patches), row by row; -1 where there is none.
+    @cached_property
+    def _tables(self) -> dict[str, NDArray[np.int64]]:
+        return {split: word_numbers(maps.names, self.words) for split, maps in self.annotations.maps.items()}
+
+    def __call__(self, name: str, size: Size) -> Tensor:
+        """Labels an image's patches, (patches), row by row; -1 where there is no label.
 
         Args:
             name: the image, as the conversation names it.
-            size: its width and height in pixels, as models see it.
+            size: its width and height as models see it.
 
         Raises:
-            OSError: its label map cannot be read, or its size is not the image's, scaled.
+            OSError: its label map is unreadable, or its size is not the image's, scaled.
         """
-        place = self.annotations.find(name)
-        if place is None:
+        found = self.annotations.find(name)
+        if found is None:
             return torch.full((self.grid[0] * self.grid[1],), -1)
-        split, file = place
+        split, file = found
         try:
             labels = labels_on(self.annotations.maps[split], file, size)
-        except OSError as error:  # without the folder, so that the reason means the same elsewhere
+        except OSError as error:  # without the folder, so that the reason is the same on other machines
             raise OSError(error.strerror or str(error).replace(f"{self.annotations.root}/", "")) from None
-        seen = self._numbers[split][as_seen(labels, self.image_processor, self.squared)]
-        return torch.from_numpy(patch_labels(patch_shares(seen, len(self.words), self.grid), self.coverage))
+        words = self._tables[split][as_seen(labels, self.image_processor, self.squared)]
+        return torch.from_numpy(patch_labels(patch_shares(words, len(self.words), self.grid), self.coverage))
 
-    def require_usable(self, names: list[str], looked_for: int = 64) -> None:
-        """Notices before training that patches have no labels, rather than by a loss that is always 0.
+    def require_usable(self, names: list[str], most: int = 64) -> None:
+        """Checks before training that patches have labels, since the loss would always be 0 without them.
 
         Args:
-            names: images, each once; evenly spaced ones of those with annotations are read, up to the first that has a
-                labelled patch.
-            looked_for: number of images to read, at most.
+            names: distinct images; evenly spaced annotated ones are read up to the first that has a labelled patch.
+            most: number of images to read at most.
 
         Raises:
-            UserError: none of them has one.
+            UserError: none of them has a labelled patch.
         """
-        there = [name for name in names if self.annotations.find(name) is not None]
+        annotated = [name for name in names if self.annotations.find(name) is not None]
         reasons, unlabelled = [], 0
-        for name in there[:: max(1, len(there) // looked_for)][:looked_for]:
+        for name in annotated[:: max(1, len(annotated) // most)][:most]:
             try:
                 size = image_size(self.annotations.image_root / name, name in self.annotations.turned)
             except OSError:
-                continue  # named when its turn comes
+                continue  # reported when it is read for training
             try:
                 if (self(name, size) >= 0).any():
                     return
                 unlabelled += 1
             except OSError as error:
                 reasons.append(f"{name}: {error}")
-        if reasons and not unlabelled:
-            raise UserError(
-                f"none of {len(reasons)} annotated images looked at has a label map that can be used, first "
-                f"{reasons[0]}; give annotations and images as published"
-            )
         if unlabelled:
             raise UserError(
                 f"no patch of {unlabelled} annotated images has a label; check patches.annotations and patches.coverage"
             )
+        if reasons:
+            raise UserError(f"none of {len(reasons)} label maps is usable, first {reasons[0]}; use published files")

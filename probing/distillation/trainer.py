@@ -21,9 +21,9 @@ import probing.utils.torchvision_shim  # noqa: F401  # isort: skip
 from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, Trainer
 
-from probing.data.coco import ImageList, is_file
-from probing.data.conversations import KeptFeatures
-from probing.data.target_cache import open_caches, teacher_maker
+from probing.data.coco import ImageList
+from probing.data.conversations import CachedTargets
+from probing.data.target_cache import CacheOptions, build_target_caches
 from probing.distillation.callbacks import AllStepsTaken, Bar, Losses, Watch
 from probing.distillation.model import Trainee
 from probing.distillation.patch_alignment import attach_pairs
@@ -43,7 +43,7 @@ from probing.teachers import Teacher
 from probing.utils.errors import UserError, first_line
 from probing.utils.files import disk_errors, read_json, remove_left_overs, whole_folder, write_text
 from probing.utils.interrupt import Interrupted, Interruption
-from probing.utils.paths import local_path
+from probing.utils.paths import is_file, local_path
 from probing.utils.pretrained import identity
 from probing.utils.weights_hash import file_hash
 
@@ -157,13 +157,14 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         watch = Watch(interruption)
         trainee = parts.trainee
         trainee.notes = Notes(work, arguments.process_index)
-        parts.samples.kept = _kept_features(recipe, parts.teachers, start, arguments)
+        cached = _cached_targets(recipe, parts.teachers, start, arguments)
+        samples = dataclasses.replace(parts.samples, cached_targets=cached)
         try:
             trainer = StageTrainer(
                 trainee,
                 parts.teachers,
                 args=arguments,
-                train_dataset=parts.samples,
+                train_dataset=samples,
                 data_collator=parts.collate,
                 callbacks=[watch, Losses(trainee), Bar(f"stage {recipe.stage}")],
             )
@@ -246,22 +247,21 @@ def _inputs(recipe: DistillRecipe, start: Start, parts: Parts) -> dict[str, Any]
     return describe_inputs(checkpoint, parts.teachers, recipe.view, data) | vocabulary(checkpoint)
 
 
-def _kept_features(
+def _cached_targets(
     recipe: DistillRecipe, teachers: dict[str, Teacher], start: Start, arguments: Any
-) -> KeptFeatures | None:
-    """What teachers make of the images, kept on disk, where the recipe asks for it and there is room."""
+) -> CachedTargets | None:
+    """Builds the target caches that the recipe requests, if there is room."""
     if recipe.target_cache == "off":
         return None
     root = local_path(recipe.data.image_root)
     turned = start.annotations.turned if start.annotations else frozenset()
     names = [name for name in images_of(start.conversations) if is_file(root / name)]
     images = ImageList(root, "conversations", names, turned=turned)
-    makers = {name: teacher_maker(teacher, recipe.target_cache_dtype) for name, teacher in teachers.items()}
-    caches = open_caches(
-        recipe.target_cache, makers, images, recipe.view, recipe.micro_batch, recipe.workers, arguments.process_index,
-        arguments.world_size,
-    )  # fmt: skip
-    return KeptFeatures({name: row for row, name in enumerate(images.names)}, caches) if caches else None
+    options = CacheOptions(
+        recipe.target_cache, recipe.target_cache_dtype, recipe.view, recipe.micro_batch, recipe.workers
+    )
+    caches = build_target_caches(teachers, images, options, arguments.process_index, arguments.world_size)
+    return CachedTargets({name: row for row, name in enumerate(images.names)}, caches) if caches else None
 
 
 def _save_checkpoint(model: Any, processor: Any, trainee: Trainee, state: dict[str, Any], folder: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from probing.data.coco import ImageList, Skipped
-from probing.data.dataloader import micro_batches, no_student
+from probing.data.dataloader import MicroBatches, micro_batches
 from probing.distillation.predictors import FOLDER
 from probing.models import FINAL, identify, layer_name, parse_layers
 from probing.models.chat_templates import rendering_at
@@ -216,7 +216,7 @@ def mean_targets(
     batch = recipe.fit.micro_batch
     plan = [list(range(first, min(first + batch, len(images)))) for first in range(0, len(images), batch)]
     prepare = {name: teacher.prepare for name, teacher in teachers.items()}
-    batches = micro_batches(images, plan, no_student, prepare, recipe.data.view, recipe.fit.workers, device)
+    batches = micro_batches(MicroBatches(images, plan, None, prepare, recipe.data.view), recipe.fit.workers, device)
     with Progress("mean targets", len(plan), unit="batches") as bar:
         for prepared in batches:
             skipped += prepared.skipped

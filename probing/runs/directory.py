@@ -18,7 +18,7 @@ from probing.utils.files import LOST, disk_errors, left_overs, read_json, readin
 if TYPE_CHECKING:
     import torch
 
-SPEED_ONLY = ("fit.workers", "fit.save_minutes", "fit.spread", "fit.report_to", "data.target_cache", "data.tower_cache")
+SPEED_ONLY = ("fit.workers", "fit.save_minutes", "fit.spread", "fit.report_to", "data.target_cache")
 """Fields that a resumed run may change: they do not move a number."""
 
 

@@ -16,8 +16,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 
 from probing.data.coco import ImageList, list_images
-from probing.data.dataloader import TOWER
-from probing.data.target_cache import FeatureCache, open_caches, teacher_maker, tower_maker
+from probing.data.target_cache import CacheOptions, TargetCache, build_target_caches
 from probing.models import Backbone, Identity, Layer, load_backbone, parse_layers
 from probing.models.chat_templates import rendering_at
 from probing.models.finite import not_finite_rows, report_not_finite
@@ -83,24 +82,11 @@ def caches_of(
     images: ImageList,
     process: int = 0,
     processes: int = 1,
-) -> dict[str, FeatureCache]:
-    """Features of the teachers that are kept on disk, as the recipe asks."""
+) -> dict[str, TargetCache]:
+    """Builds the target caches that the recipe requests."""
     data, fit = recipe.data, recipe.fit
-    makers = {name: teacher_maker(teacher, data.target_cache_dtype) for name, teacher in teachers.items()}
-    return open_caches(
-        data.target_cache, makers, images, data.view, fit.micro_batch, fit.workers, process, processes
-    )  # fmt: skip
-
-
-def tower_cache_of(
-    recipe: ProbeRunRecipe, arm: str, backbone: Backbone, images: ImageList, process: int = 0, processes: int = 1
-) -> dict[str, FeatureCache]:
-    """What the checkpoint's own tower makes of the images, under `TOWER`, as the recipe asks."""
-    data, fit = recipe.data, recipe.fit
-    if data.tower_cache == "off":
-        return {}
-    makers = {TOWER: tower_maker(backbone, arm, images, data.view)}
-    return open_caches(data.tower_cache, makers, images, data.view, fit.micro_batch, fit.workers, process, processes)
+    options = CacheOptions(data.target_cache, data.target_cache_dtype, data.view, fit.micro_batch, fit.workers)
+    return build_target_caches(teachers, images, options, process, processes)
 
 
 def arm_backbone(recipe: ProbeRunRecipe, arm: str, device: torch.device) -> Backbone:
@@ -192,9 +178,8 @@ def _train(recipe: ProbeRunRecipe, out: Path, accelerator: Accelerator) -> Run:
             del backbone
             gc.collect()
             backbone = arm_backbone(recipe, arm, accelerator.device)
-        own = kept | tower_cache_of(recipe, arm, backbone, train_images, *place)
         accelerator.wait_for_everyone()
-        _train_arm(run, arm, controls, backbone, teachers, own, train_images, layers, provenance, accelerator)
+        _train_arm(run, arm, controls, backbone, teachers, kept, train_images, layers, provenance, accelerator)
     if accelerator.is_main_process:
         with disk_errors(out):
             _finish(run, [arm for arm, _ in arms], provenance, train_images, eval_images)
@@ -213,7 +198,7 @@ def _train_arm(
     controls: list[str],
     backbone: Backbone,
     teachers: dict[str, Teacher],
-    kept: dict[str, FeatureCache],
+    kept: dict[str, TargetCache],
     images: ImageList,
     layers: Sequence[Layer],
     provenance: dict[str, Any],

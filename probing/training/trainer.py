@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probing.data.coco import ImageList
-from probing.data.dataloader import Prepared, micro_batches
-from probing.data.target_cache import FeatureCache
+from probing.data.dataloader import MicroBatches, Prepared, micro_batches
+from probing.data.target_cache import TargetCache
 from probing.models.base import Backbone, Layer, layer_name
 from probing.models.finite import NotFinite, finite_rows, zero_others
 from probing.probes.bank import ProbeBank, ProbeKey, probe_configs
@@ -106,7 +106,7 @@ class Fit:
     controls: Sequence[str]
     folder: Path
     accelerator: Accelerator
-    kept: dict[str, FeatureCache] = field(default_factory=dict)
+    kept: dict[str, TargetCache] = field(default_factory=dict)
     spread: bool = False
     tracked: Path | None = None
 
@@ -173,16 +173,10 @@ class Fit:
         if not plan:
             return iter(())
         prepare = {name: teacher.prepare for name, teacher in self.teachers.items()}
-        return micro_batches(
-            self.images,
-            plan,
-            self.backbone.prepare,
-            prepare,
-            self.recipe.data.view,
-            self.recipe.fit.workers,
-            self.accelerator.device,
-            kept=self.kept,
+        dataset = MicroBatches(
+            self.images, plan, self.backbone.prepare, prepare, self.recipe.data.view, target_caches=self.kept
         )
+        return micro_batches(dataset, self.recipe.fit.workers, self.accelerator.device)
 
     def _step(
         self, state: FitState, micros: list[list[int]], batches: Iterator[Prepared], steps: int, gather: bool

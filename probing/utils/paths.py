@@ -1,7 +1,7 @@
 """Paths as users type them."""
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from probing.utils.errors import UserError
 
@@ -33,3 +33,26 @@ def local_path(source: str) -> Path:
         shown = source if len(source) < 80 else source[:80] + " …"
         raise UserError(f"{shown!r} is no path ({getattr(error, 'strerror', None) or error}); mend it") from None
     return path
+
+
+def path_below(name: object) -> str:
+    """Checks a file name that was read from a file; backslashes, as Windows writes them, separate folders.
+
+    Returns:
+        The relative path with slashes.
+
+    Raises:
+        ValueError: the name is not text, is empty or absolute, or leaves its folder.
+    """
+    path = PurePosixPath(name.replace("\\", "/")) if isinstance(name, str) else PurePosixPath()
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r} is not a plain path below its folder")
+    return str(path)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file exists; False for names that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False

@@ -21,7 +21,7 @@ import torch
 import probing.utils.torchvision_shim  # noqa: F401
 from analysis.alignment.run import AlignRecipe, align
 from probing.data.coco import list_images
-from probing.data.dataloader import micro_batches
+from probing.data.dataloader import MicroBatches, micro_batches
 from probing.models import load_backbone, parse_layers
 from probing.toyworld.layout import write_world
 from probing.toyworld.models import ASSETS
@@ -37,7 +37,7 @@ def bare(recipe: AlignRecipe) -> float:
     batch = recipe.micro_batch
     plan = [list(range(first, min(first + batch, len(images)))) for first in range(0, len(images), batch)]
     start = time.perf_counter()
-    for prepared in micro_batches(images, plan, backbone.prepare, {}, "square", 0, device):
+    for prepared in micro_batches(MicroBatches(images, plan, backbone.prepare, {}), 0, device):
         assert prepared.student is not None
         backbone.stream(prepared.student, layers, lambda layer, hidden: None)
     return time.perf_counter() - start

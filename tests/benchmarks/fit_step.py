@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 import probing.utils.torchvision_shim  # noqa: F401
-from probing.data.dataloader import Prepared, micro_batches
+from probing.data.dataloader import MicroBatches, Prepared, micro_batches
 from probing.recipe import ProbeRunRecipe
 from probing.training.run import arm_backbone, load_teachers, training_images
 from probing.training.schedule import plan_steps
@@ -79,7 +79,7 @@ def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
 
         def read() -> Prepared:
             device = fit.accelerator.device
-            return next(micro_batches(fit.images, [micro], fit.backbone.prepare, prepare, "square", 0, device))
+            return next(micro_batches(MicroBatches(fit.images, [micro], fit.backbone.prepare, prepare), 0, device))
 
         prepared = read()
         assert prepared.student is not None
@@ -87,7 +87,8 @@ def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
         parameters = state.optimizer.param_groups[0]["params"]
         base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-        kept = replace(prepared, kept={name: prepared.target(teacher) for name, teacher in fit.teachers.items()})
+        targets = {name: prepared.target(teacher) for name, teacher in fit.teachers.items()}
+        kept = replace(prepared, cached_targets=targets)
 
         def step(batches: Prepared = kept) -> None:
             fit._step(state, steps[0], iter([batches]), 1000, gather=False)
@@ -95,7 +96,6 @@ def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
         step()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
         own = 16 * sum(p.numel() for p in parameters)  # weights, gradients, two moments: grows with the layers, rightly
-        targets = kept.kept
         states, tokens = fit.backbone.hidden_states([fit.images.read(0)] * BATCH[size], str(fit.layers[0]))
         hidden, _ = tokens.select(states[fit.layers[0]], fit.recipe.probe.keys)
         hidden = hidden if bf16 else hidden.float()

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 import probing.models.llava
 import probing.teachers.base
 from analysis.planning.probe_training import training_cost
-from probing.data.dataloader import micro_batches
+from probing.data.dataloader import MicroBatches, micro_batches
 from probing.recipe import ProbeRunRecipe
 from probing.training.run import arm_backbone, load_teachers, training_images
 from probing.training.schedule import plan_steps
@@ -97,7 +97,7 @@ def main() -> None:
         state = fit.start()
         step = plan_steps(len(images), recipe.fit)[0]
         prepare = {name: teacher.prepare for name, teacher in teachers.items()}
-        prepared = next(micro_batches(images, step, backbone.prepare, prepare, "square", 0, device))
+        prepared = next(micro_batches(MicroBatches(images, step, backbone.prepare, prepare), 0, device))
 
         def run(count: int) -> float:
             if device.type == "cuda":

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, stack_module_state, vmap
 from torch.profiler import ProfilerActivity, profile
 
-from probing.data.dataloader import micro_batches
+from probing.data.dataloader import MicroBatches, micro_batches
 from probing.probes.resampler import Resampler
 from probing.training.schedule import plan_steps
 from tests.benchmarks.fit_step import BATCH, make_fit
@@ -40,7 +40,7 @@ def main() -> None:
         state = fit.start()
         (step,) = plan_steps(len(fit.images), fit.recipe.fit)
         prepare = {name: teacher.prepare for name, teacher in fit.teachers.items()}
-        read = micro_batches(fit.images, step, fit.backbone.prepare, prepare, "square", 0, fit.accelerator.device)
+        read = micro_batches(MicroBatches(fit.images, step, fit.backbone.prepare, prepare), 0, fit.accelerator.device)
         prepared = next(read)
         assert prepared.student is not None
         fit._step(state, step, iter([prepared]), 1000, gather=False)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from analysis.alignment.run import AlignRecipe
-from probing.data.coco import FORMATS, image_size, list_images, read_image
+from probing.data.coco import list_images, read_image
 from probing.data.conversations import read_conversations, require_some_image
 from probing.data.da2k import read_pairs
+from probing.data.image_modes import FORMATS, image_size
 from probing.data.input_controls import read_captions
 from probing.data.instances import read_label_maps
 from probing.data.patch_labels import plain_name
@@ -147,11 +148,11 @@ def test_outlines_that_no_image_can_have(world, outline):
     assert labels.shape == (8, 8) and (labels[:4, :4] == 1).all()
 
 
-@pytest.mark.parametrize("name", ["../../../secret.jpg", "/etc/passwd", "..", ".", "/", "a/b.png", "..\\x.png", ""])
+@pytest.mark.parametrize("name", ["../../../secret.jpg", "/etc/passwd", "..", ".", "/", "..\\x.png", ""])
 def test_label_maps_lie_beside_their_annotations(world, name):
     entry = PANOPTIC["annotations"][0] | {"file_name": name}
     annotate(world, "panoptic", PANOPTIC | {"annotations": [entry]})
-    with pytest.raises(UserError, match="not a plain file name"):
+    with pytest.raises(UserError, match="not a plain path"):
         read_label_maps(world, "val2017")
 
 

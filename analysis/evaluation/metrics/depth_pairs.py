@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analysis.evaluation.scorer import Reference, Row
-from probing.data.coco import ImageList, Skipped, image_size, is_file, orientation
+from probing.data.coco import ImageList, Skipped
 from probing.data.da2k import Pair, read_pairs
 from probing.data.dataloader import Prepared
+from probing.data.image_modes import image_size, orientation
 from probing.teachers import Teacher, depth
 from probing.utils.errors import UserError
+from probing.utils.paths import is_file
 
 
 def score_pairs(depth: NDArray[np.floating], pairs: Sequence[Pair]) -> NDArray[np.float64]:

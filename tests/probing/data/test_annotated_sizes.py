@@ -94,7 +94,7 @@ def test_images_annotated_as_stored_stay(tmp_path, caplog):
     root = world(tmp_path, "instances", [6, 8, 3, 1], size=(30, 40), annotated=(40, 30))
     images = list_images(root, "val2017")
     assert not images.turned and [images.read(k).size for k in range(2)] == [(40, 30)] * 2
-    assert "1 images have an EXIF orientation that annotations do not confirm" in caplog.text
+    assert "1 images are read as stored: annotations do not confirm their EXIF orientation" in caplog.text
     file = root / "annotations" / "instances_val2017.json"
     whole = json.loads(file.read_text())
     for image in whole["images"]:
@@ -134,13 +134,13 @@ def test_other_sizes_are_left_out_and_named(tmp_path, caplog, kind):
     found = fitting(images, maps)
     reason = "30 x 40 pixels are annotated, the image has 50 x 40"
     assert found.names == ["2.jpg"] and [(s.image, s.reason) for s in found.skipped] == [("1.jpg", reason)]
-    assert f"1 images are left out, first 1.jpg: {reason}" in caplog.text
+    assert f"1 images are skipped, first 1.jpg: {reason}" in caplog.text
     with pytest.raises(OSError, match="30 x 40 pixels are annotated"):
         Annotator(maps, (2, 2))("1.jpg", (50, 40))
     with pytest.raises(OSError, match="30 x 40 pixels are annotated"):
         LabelledImages(**vars(images), maps=maps).read(0)
     save(root / "val2017" / "2.jpg", upright(50, 40))
-    with pytest.raises(UserError, match="no image of val2017 is of its annotated size"):
+    with pytest.raises(UserError, match="no image of val2017 has its annotated size"):
         fitting(images, maps)
 
 

@@ -82,13 +82,13 @@ def test_annotations_cannot_point_outside(root, name):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda root: annotations(root).write_text("{"), "not an annotation file"),
+        (lambda root: annotations(root).write_text("{"), "not a COCO annotation file"),
         (lambda root: annotations(root).write_text('{"images": [{"id": 1}]}'), "KeyError: 'id'|KeyError: 'file_name'"),
         (lambda root: annotations(root).unlink(), "has no annotations of train2017"),
-        (lambda root: [p.unlink() for p in (root / "train2017").iterdir()], "holds no images"),
+        (lambda root: [p.unlink() for p in (root / "train2017").iterdir()], "has no images"),
         (
             lambda root: annotations(root).write_text('{"images": [{"id": 1, "file_name": "x.jpg"}]}'),
-            "none of the 1 images",
+            "has none of the 1 annotated images",
         ),
     ],
 )
@@ -99,7 +99,7 @@ def test_folders_that_cannot_be_used(root, damage, message):
 
 
 def test_a_wrong_split_or_root_says_what_is_there(root):
-    with pytest.raises(UserError, match="there: train2017, val2017"):
+    with pytest.raises(UserError, match="it has train2017, val2017"):
         list_images(root, "test2017")
     with pytest.raises(UserError, match="no such COCO folder"):
         list_images(root / "nope", "train2017")

@@ -172,8 +172,8 @@ ANSWER = {"from": "gpt", "value": "x"}
 def test_odd_conversations_are_left_out_and_named(tmp_path, caplog, change, message):
     found = read_conversations(write(tmp_path, TWO_TURNS, TWO_TURNS | change, TWO_TURNS))
     assert [one.number for one in found] == [0, 2]
-    assert "data.json: 1 of 3 conversations are left out, first entry 1" in caplog.text and message in caplog.text
-    with pytest.raises(UserError, match="holds no conversation that can be used, first entry 0"):
+    assert "data.json: 1 of 3 conversations are skipped, first entry 1" in caplog.text and message in caplog.text
+    with pytest.raises(UserError, match="has no usable conversation, first entry 0"):
         read_conversations(write(tmp_path, TWO_TURNS | change))
 
 
@@ -188,9 +188,9 @@ def test_json_lines(tmp_path, caplog):
     path.write_text(json.dumps(TWO_TURNS) + "\n\n" + json.dumps(odd, ensure_ascii=False) + "\n", encoding="utf-8")
     assert len(read_conversations(path)) == 2 and len(read_conversations(path, limit=1)) == 1
     path.write_text("{\n" + json.dumps(TWO_TURNS) + "\n")
-    assert len(read_conversations(path)) == 1 and "entry 0: line 1 is not valid JSON" in caplog.text
+    assert len(read_conversations(path)) == 1 and "entry 0: JSONDecodeError" in caplog.text
     path.write_text("{\n")
-    with pytest.raises(UserError, match="line 1 is not valid JSON"):
+    with pytest.raises(UserError, match="entry 0: JSONDecodeError"):
         read_conversations(path)
     with pytest.raises(UserError, match="no conversation file"):
         read_conversations(tmp_path / "nope.json")

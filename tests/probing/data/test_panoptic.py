@@ -65,7 +65,7 @@ def test_what_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="panoptic annotations"):
         read_panoptic(tmp_path, "val2017")
     write(tmp_path, [{"id": 1, "category_id": 9}], np.zeros((2, 2, 3), dtype=np.uint8), png="../../a.png")
-    with pytest.raises(UserError, match="not a plain file name"):
+    with pytest.raises(UserError, match="not a plain path"):
         read_panoptic(tmp_path, "val2017")
 
 

@@ -71,7 +71,7 @@ def test_broken_annotations_are_named(tmp_path):
     with pytest.raises(UserError, match=r"neither panoptic_val2017\.json nor instances_val2017\.json"):
         read_label_maps(tmp_path, "val2017")
     write(tmp_path, [{"image_id": 9, "category_id": 3, "segmentation": {"counts": 5}, "area": 4}])
-    with pytest.raises(UserError, match=r"not an annotation file that can be used .1 broken entries"):
+    with pytest.raises(UserError, match=r"has no usable entries .1 broken entries"):
         read_instances(tmp_path, "val2017")
     write(tmp_path, [{"image_id": 8, "category_id": 3, "segmentation": [], "area": 4}])
     with pytest.raises(UserError, match="1 annotations of images that are not listed, first id 8"):

@@ -66,7 +66,7 @@ def test_results_probes_and_page_have_every_teacher(run, teachers):
         ).read_text()
     manifest = json.loads((run / "manifest.json").read_text())["teachers"]
     assert manifest["dino"]["shape"] == [16, 24] and manifest["sig-lip_2"]["shape"] == [1, 24]
-    assert len(list((run.parent / "cache").glob("*/shard_*.npy"))) == 6  # a teacher, a split
+    assert len(list((run.parent / "cache").glob("*/targets.bin"))) == 6  # a teacher, a split
 
 
 def test_the_mean_target_is_of_what_the_encoder_itself_gives(run, teachers, coco):

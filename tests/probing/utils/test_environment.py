@@ -84,15 +84,14 @@ def test_training_without_a_home_leaves_none_behind(models, coco, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["run"]
-    assert list(tmp_path.glob("home-*/.cache/mllm-probing/features/gen-*/shard_00000.npy"))
+    assert list(tmp_path.glob("home-*/.cache/mllm-probing/features/gen-*/targets.bin"))
 
 
-@pytest.mark.parametrize("field", ["target_cache", "tower_cache"])
 @pytest.mark.parametrize("where", ["auto", "{file}/kept"])
-def test_a_cache_that_cannot_be_written_is_named(recipe_values, monkeypatch, tmp_path, field, where):
+def test_a_cache_that_cannot_be_written_is_named(recipe_values, monkeypatch, tmp_path, where):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MLLM_PROBING_CACHE", str(tmp_path / "file"))
-    recipe_values["data"][field] = where.format(file=tmp_path / "file")
+    recipe_values["data"]["target_cache"] = where.format(file=tmp_path / "file")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_values), encoding="utf-8")
     done = CliRunner().invoke(cli, ["train", "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")])
     said = str(done.exception)
