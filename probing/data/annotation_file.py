@@ -113,14 +113,10 @@ def id_order(identity: Id) -> tuple[bool, Id]:
 
 
 def read_annotation_file(source: Path, folder: Path) -> AnnotationFile:
-    """Reads one of COCO's annotation files and checks its images.
-
-    Args:
-        source: the JSON file.
-        folder: of the split's images; names may begin with it (`train2017/000000000009.jpg`).
+    """Reads one of COCO's annotation files and checks its images, whose names may begin with the split's folder.
 
     Raises:
-        UserError: the file is not such a file, or none of its images can be used.
+        UserError: the file is not such a file, or none of its images is usable.
     """
     try:
         content = json.loads(source.read_text(encoding="utf-8"))

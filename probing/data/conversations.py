@@ -113,16 +113,7 @@ def read_conversations(path: Path, limit: int | None = None) -> list[Conversatio
 
 
 def require_some_image(conversations: list[Conversation], image_root: Path, most: int = 64) -> None:
-    """Detects a wrong image root before training.
-
-    Args:
-        conversations: evenly spaced ones are checked.
-        image_root: folder that image names are relative to.
-        most: number of images to look for at most.
-
-    Raises:
-        UserError: the folder is missing, or has none of these images.
-    """
+    """Detects a wrong image root before training: raises UserError if none of some evenly spaced images exists."""
     if not image_root.is_dir():
         raise UserError(f"no such image folder: {image_root}; set data.image_root")
     names = [name for conversation in conversations for name in conversation.images]
@@ -264,12 +255,7 @@ def collate(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CachedTargets:
-    """Teacher targets on disk, by image name.
-
-    Attributes:
-        rows: position of every image in the caches.
-        caches: by teacher.
-    """
+    """Teacher targets on disk by image name; `rows` are positions in the caches."""
 
     rows: dict[str, int]
     caches: Mapping[str, TargetCache]

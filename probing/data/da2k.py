@@ -27,9 +27,6 @@ class Pair:
 def read_pairs(root: Path) -> dict[str, list[Pair]]:
     """Reads `annotations.json`; broken pairs and images are skipped, counted and named.
 
-    Args:
-        root: folder that contains `annotations.json` and the images that it names.
-
     Returns:
         Pairs by image path relative to the root, in the file's order.
 

@@ -59,11 +59,7 @@ class Caption:
 class CaptionInputs:
     """Prepares the checkpoint's inputs from captions: caption and prompt in one turn without image.
 
-    Attributes:
-        processor: the checkpoint's.
-        prompt: follows the caption.
-        grid: of the absent image tokens.
-        moment: date and time that chat templates see, in any process.
+    `grid` is that of the absent image tokens, `moment` the time that chat templates see, in any process.
     """
 
     processor: Any
@@ -106,11 +102,7 @@ def read_captions(root: Path, split: str) -> dict[str, str]:
 
 
 def substitute(kind: str, images: ImageList) -> Callable[[int, Image.Image], Any]:
-    """Returns the replacement for images of a split: index and image → input.
-
-    Args:
-        kind: one of `SUBSTITUTES`.
-        images: the split.
+    """Returns the replacement of a kind for images of a split: index and image → input.
 
     Raises:
         UserError: there are no captions, or there is no other image.

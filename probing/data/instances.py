@@ -219,11 +219,6 @@ def _size_difference(annotated: Size, size: Size) -> str:
 def labels_on(maps: Panoptic | Instances, name: str, size: Size) -> NDArray[np.uint8]:
     """Reads an image's label map at the image's size.
 
-    Args:
-        maps: of its split.
-        name: of the image.
-        size: width and height of the image as models see it.
-
     Returns:
         Class of every pixel, (rows, columns); in a resized image that of the nearest annotated pixel.
 

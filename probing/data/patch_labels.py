@@ -40,15 +40,7 @@ def patch_labels(shares: NDArray[np.floating], coverage: float = COVERAGE) -> ND
 
 
 def word_numbers(names: Sequence[str], words: Sequence[str]) -> NDArray[np.int64]:
-    """Maps every value of a label map to the index of its class's word.
-
-    Args:
-        names: of the classes.
-        words: contain the plain name of every class; two classes may share one.
-
-    Returns:
-        (256), indices into `words`; their number for values that are no class.
-    """
+    """Maps every value of a label map, (256), to the index of its class's word; to len(words) if it is no class."""
     table = np.full(256, len(words))
     table[: len(names)] = [words.index(plain_name(name)) for name in names]
     return table

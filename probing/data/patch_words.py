@@ -23,14 +23,9 @@ from probing.utils.images import square
 
 @dataclass(frozen=True)
 class Annotations:
-    """Label maps of the images of some conversations.
+    """Label maps by split of the images of some conversations; an image's split is the name of its folder.
 
-    Attributes:
-        root: folder of the annotations.
-        image_root: folder that image names are relative to.
-        maps: label maps by split; an image's split is the name of its folder.
-        missing: images without annotations, sorted.
-        turned: images that are turned upright, see `probing.data.coco.find_turned`.
+    `missing` are images without annotations, `turned` those of `probing.data.coco.find_turned`.
     """
 
     root: Path
@@ -58,15 +53,10 @@ class Annotations:
 
 
 def read_annotations(root: Path, image_root: Path, names: Iterable[str]) -> Annotations:
-    """Reads the annotations of all splits that some images belong to, panoptic ones if a split has them.
+    """Reads the annotations of all splits that some images (`train2017/000000000009.jpg`) belong to.
 
-    Args:
-        root: a folder in COCO's official layout, of which only `annotations/` is used.
-        image_root: folder that image names are relative to.
-        names: the images, as conversations name them: `train2017/000000000009.jpg`.
-
-    Raises:
-        UserError: the folder is missing, none of the images is annotated, or annotations are broken.
+    Of `root`, in COCO's official layout, only `annotations/` is used. Raises UserError if the folder is missing, none
+    of the images is annotated, or annotations are broken.
     """
     folder = root / "annotations"
     if not folder.is_dir():
@@ -92,11 +82,6 @@ def as_seen(labels: NDArray[np.uint8], image_processor: Any, squared: bool) -> N
     The processor gets an image in which red is the label, resized to the nearest pixel. Green and blue follow from red,
     so that padding of any colour is recognised.
 
-    Args:
-        labels: class of every pixel, (rows, columns).
-        image_processor: the checkpoint's.
-        squared: whether images are squashed to a square first.
-
     Returns:
         Class of every pixel that the tower sees, (rows, columns); `UNLABELED` where there is none.
     """
@@ -111,14 +96,9 @@ def as_seen(labels: NDArray[np.uint8], image_processor: Any, squared: bool) -> N
 
 @dataclass(frozen=True)
 class PatchWords:
-    """Labels the patches of an image with words.
+    """Labels the patches of an image, on a grid (rows, columns), with words that cover at least a share of them.
 
-    Attributes:
-        annotations: label maps of the images.
-        image_processor: the checkpoint's.
-        grid: rows and columns of the patches.
-        coverage: share of a patch that a word's classes must cover.
-        squared: whether images are squashed to a square first.
+    `squared`: images are squashed to a square before the checkpoint's image processor.
     """
 
     annotations: Annotations
@@ -137,11 +117,7 @@ class PatchWords:
         return {split: word_numbers(maps.names, self.words) for split, maps in self.annotations.maps.items()}
 
     def __call__(self, name: str, size: Size) -> Tensor:
-        """Labels an image's patches, (patches), row by row; -1 where there is no label.
-
-        Args:
-            name: the image, as the conversation names it.
-            size: its width and height as models see it.
+        """Labels the patches of an image of a size, (patches), row by row; -1 where there is no label.
 
         Raises:
             OSError: its label map is unreadable, or its size is not the image's, scaled.
@@ -160,22 +136,14 @@ class PatchWords:
     def require_usable(self, names: list[str], most: int = 64) -> None:
         """Checks before training that patches have labels, since the loss would always be 0 without them.
 
-        Args:
-            names: distinct images; evenly spaced annotated ones are read up to the first that has a labelled patch.
-            most: number of images to read at most.
-
-        Raises:
-            UserError: none of them has a labelled patch.
+        Reads evenly spaced annotated images, up to the first that has a labelled patch; raises UserError if none has.
         """
         annotated = [name for name in names if self.annotations.find(name) is not None]
         reasons, unlabelled = [], 0
         for name in annotated[:: max(1, len(annotated) // most)][:most]:
+            path = self.annotations.image_root / name
             try:
-                size = image_size(self.annotations.image_root / name, name in self.annotations.turned)
-            except OSError:
-                continue  # reported when it is read for training
-            try:
-                if (self(name, size) >= 0).any():
+                if (self(name, image_size(path, name in self.annotations.turned)) >= 0).any():
                     return
                 unlabelled += 1
             except OSError as error:
@@ -185,4 +153,4 @@ class PatchWords:
                 f"no patch of {unlabelled} annotated images has a label; check patches.annotations and patches.coverage"
             )
         if reasons:
-            raise UserError(f"none of {len(reasons)} label maps is usable, first {reasons[0]}; use published files")
+            raise UserError(f"none of {len(reasons)} annotated images is usable, first {reasons[0]}; fix them")

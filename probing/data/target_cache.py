@@ -44,15 +44,7 @@ MISSING, WRITTEN, UNREADABLE = 0, 1, 2
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """Where and how targets are cached.
-
-    Attributes:
-        location: `off`, `auto` (the user's cache folder, if there is room) or a folder.
-        dtype: `float32` or `float16`.
-        view: `square` or `own`, see `DataRecipe.view`.
-        batch_size: images per forward pass.
-        workers: processes that read images.
-    """
+    """Where and how targets are cached; see `DataRecipe.target_cache`, `target_cache_dtype` and `view`."""
 
     location: str
     dtype: str
@@ -63,13 +55,7 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class TargetCache:
-    """The targets of one teacher for a list of images.
-
-    Attributes:
-        folder: of the cache.
-        shape: (images, N, D).
-        dtype: on disk.
-    """
+    """The targets (images, N, D) of one teacher for a list of images."""
 
     folder: Path
     shape: tuple[int, int, int]
@@ -93,11 +79,7 @@ class TargetCache:
         return np.memmap(self.folder / "rows.bin", dtype=np.uint8, mode="r", shape=self.shape[:1])
 
     def read(self, index: int) -> Tensor:
-        """Reads the target (N, D) of one image, float32.
-
-        Raises:
-            OSError: the image could not be read when the cache was built.
-        """
+        """Reads the target (N, D) of one image, float32; raises OSError if its image was unreadable."""
         if self.rows[index] != WRITTEN:
             raise OSError("could not be read when its targets were cached")
         return torch.from_numpy(self._targets[index].astype(np.float32))
@@ -116,11 +98,7 @@ class TargetCache:
         return float((self.rows == MISSING).mean()) if (self.folder / "rows.bin").exists() else 1.0
 
     def write(self, indices: list[int], targets: Tensor) -> None:
-        """Writes the targets (B, N, D) of some images; not through the map, where a full disk would kill the process.
-
-        Raises:
-            OSError: the disk is full.
-        """
+        """Writes the targets (B, N, D) of some images; not through the map, where a full disk kills the process."""
         size = self.bytes // self.shape[0]
         values = targets.to("cpu", getattr(torch, self.dtype)).numpy()
         with (self.folder / "targets.bin").open("r+b") as file:
@@ -142,15 +120,8 @@ def build_target_caches(
 ) -> dict[str, TargetCache]:
     """Computes the missing targets of a list of images, in one pass for all teachers.
 
-    Args:
-        teachers: by name.
-        images: of a split.
-        options: where and how.
-        rank: of this process.
-        world_size: processes that build the same caches.
-
     Returns:
-        By teacher; empty for `off`, and for `auto` if there is too little room.
+        Caches by teacher; none for `off`, and for `auto` if there is too little room.
 
     Raises:
         UserError: there is too little room in the folder, or it cannot be written.

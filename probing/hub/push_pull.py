@@ -235,7 +235,7 @@ def _untrusted_recipe(source: Path, repo: str, layers: Sequence[str], teachers: 
     """
     recipe = validate(ProbeRunRecipe, read_yaml(source / "recipe.yaml"), f"{repo}/recipe.yaml")
     recipe.backbone.trust_remote_code = False
-    recipe.data.target_cache = recipe.data.tower_cache = "off"
+    recipe.data.target_cache = "off"
     for name in teachers:
         if name not in recipe.teachers:
             raise UserError(f"{repo} has no probes of teacher {name!r}; choose from {', '.join(recipe.teachers)}")

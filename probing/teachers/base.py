@@ -1,11 +1,13 @@
-"""What every teacher offers: images → pixels on the CPU, pixels → target features."""
+"""Defines what every teacher offers: images → pixels on the CPU, pixels → target features."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import probing.utils.torchvision_shim  # noqa: F401
@@ -15,24 +17,25 @@ from probing.utils.errors import UserError, first_line
 from probing.utils.pretrained import identity, load_config, locate, pretrained
 
 PAPER_GRID = 24
-"""Side of the spatial targets in the paper (576 tokens); finer teachers are brought down to it by default."""
+"""Side of the paper's spatial targets (576 tokens); the default for teachers with finer grids."""
+STATISTICS = ("image_mean", "image_std", "resample", "rescale_factor", "do_rescale", "do_normalize")
+"""Settings of an image processor that a teacher keeps."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Teacher:
     """A frozen encoder whose features the probes predict.
 
     Attributes:
-        name: `depth`, `seg`, `gen`, or any other of a plain encoder.
+        name: `depth`, `seg`, `gen`, or any other name of a vision encoder.
         id: folder or Hub id.
         model: the whole teacher, in eval mode, without gradients.
-        prepare: RGB images → pixel values (B, 3, S, S) on the CPU; holds no weights.
+        prepare: RGB images → pixel values (B, 3, S, S) on the CPU; has no weights.
         encode: pixel values → features (B, N, D), float32.
-        grid: rows and columns of a spatial target, None for a single token.
-        licence: licence of the weights, as far as it is known.
+        shape: (N, D).
+        licence: of the weights, if it is known.
         sha256: identifies the weights.
-        shape: (N, D), read off a forward pass.
-        source: folder or Hub id of the encoder itself, which may be a part of what `id` names.
+        source: folder or Hub id of the encoder itself, which may be a part of `id`.
     """
 
     name: str
@@ -40,31 +43,46 @@ class Teacher:
     model: nn.Module
     prepare: Callable[[Sequence[Any]], Tensor]
     encode: Callable[[Tensor], Tensor]
-    grid: tuple[int, int] | None
+    shape: tuple[int, int]
     licence: str
     sha256: str
-    shape: tuple[int, int] = (0, 0)
-    source: str = ""
+    source: str
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of a spatial target, None for others."""
+        side = math.isqrt(self.shape[0])
+        return (side, side) if side > 1 and side * side == self.shape[0] else None
 
     @property
     def class_name(self) -> str:
-        """Name of the real class."""
+        """Name of the model's class."""
         return type(self.model).__name__
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """Device of the weights."""
         return next(self.model.parameters()).device
 
     @torch.no_grad()
     def target(self, pixels: Tensor) -> Tensor:
-        """Features (B, N, D) of pixel values, float32; N and D are `shape`."""
+        """Computes targets (B, N, D), float32, of pixel values."""
         return self.encode(pixels.to(self.device, non_blocking=True)).float().contiguous()
 
 
 @dataclass(frozen=True)
+class TeacherSource:
+    """A teacher whose weights are not loaded yet; `location` is a folder or Hub id."""
+
+    name: str
+    recipe: TeacherRecipe
+    location: str
+    config: Any
+
+
+@dataclass(frozen=True)
 class Pixels:
-    """RGB images → pixel values, through an image processor of transformers."""
+    """Applies an image processor of transformers."""
 
     processor: Any
 
@@ -73,139 +91,119 @@ class Pixels:
         return self.processor(images=list(images), return_tensors="pt")["pixel_values"]
 
 
-def square_pixels(source: str, revision: str | None, size: int | None = None) -> tuple[Pixels, int]:
-    """Reads a teacher's preprocessing and pins it to a square.
+def open_teacher(recipe: TeacherRecipe, name: str, model_types: Sequence[str], subfolder: str = "") -> TeacherSource:
+    """Finds a teacher and reads its configuration.
 
-    Only the statistics and the size are taken from the folder: aspect-keeping resizes would give every image its own
-    grid, and OneFormer's own processor wants class names from another repository for something that needs none.
+    Raises:
+        UserError: the teacher is missing, or has none of the model types.
+    """
+    location = locate(recipe.id, f"{name} teacher")
+    config = load_config(location, f"{name} teacher", revision=recipe.revision, subfolder=subfolder)
+    if config.model_type not in model_types:
+        found = ", ".join(config.architectures or [config.model_type])
+        raise UserError(
+            f"{recipe.id} cannot be the {name} teacher: it holds {found}, and {name} needs model type "
+            f"{' or '.join(model_types)}; give it another name"
+        )
+    return TeacherSource(name, recipe, location, config)
 
-    Args:
-        source: folder or Hub id.
-        revision: Hub revision.
-        size: side in pixels; by default the teacher's own.
 
-    Returns:
-        The preprocessing and its side in pixels.
+def square_pixels(source: TeacherSource, size: int | None = None) -> tuple[Pixels, int]:
+    """Returns a teacher's preprocessing, pinned to a square, and its side in pixels.
+
+    Only statistics and size are taken from the folder: resizing to the shortest edge would give every image another
+    grid, and OneFormer's processor requests class names from another repository for a task that needs none.
     """
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
+        values, _ = ImageProcessingMixin.get_image_processor_dict(source.location, revision=source.recipe.revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"teacher {source} has no preprocessing: {first_line(error)}") from None
-    side = size or pixel_side(values, source)
-    return squared(values, side), side
+        raise UserError(f"teacher {source.location} has no preprocessing: {first_line(error)}; add it") from None
+    return square_processor(values, source.location, size)
 
 
-def pixel_side(values: dict[str, Any], source: str) -> int:
-    """Side in pixels of the square that an image processor ends in; what it crops, it shows whole here.
+def _pixel_side(values: Mapping[str, Any], teacher: str) -> int:
+    """Reads the side in pixels of an image processor's square output; crops are squashed to it.
 
     Raises:
-        UserError: it states no size, or one that is no square.
+        UserError: it states no size, or one that is not square.
     """
     size = (values.get("do_center_crop") and values.get("crop_size")) or values.get("size") or {}
-    if isinstance(size, int):  # as older files have it
+    if isinstance(size, int):  # older files
         return size
     height, width = (size.get(name) for name in ("height", "width"))
     if height != width:
-        raise UserError(f"teacher {source}: its images are {height} x {width} pixels, and targets need a square")
+        raise UserError(f"teacher {teacher}: its images are {height} x {width} pixels, and targets need a square")
     side = height or size.get("shortest_edge") or size.get("longest_edge")
     if not side:
-        raise UserError(f"teacher {source}: its image processor states no size")
+        raise UserError(f"teacher {teacher}: its image processor states no size; add it")
     return int(side)
 
 
-def squared(values: dict[str, Any], side: int) -> Pixels:
-    """Preprocessing with an image processor's statistics, to a square of so many pixels."""
+def square_processor(values: Mapping[str, Any], teacher: str, size: int | None = None) -> tuple[Pixels, int]:
+    """Builds preprocessing that squashes images to a square, with an image processor's statistics; returns its side."""
     from transformers import ViTImageProcessor
 
-    kept = ("image_mean", "image_std", "resample", "rescale_factor", "do_rescale", "do_normalize")
-    own = {name: values[name] for name in kept if values.get(name) is not None}
-    return Pixels(ViTImageProcessor(size={"height": side, "width": side}, **own))
+    side = size or _pixel_side(values, teacher)
+    statistics = {name: values[name] for name in STATISTICS if values.get(name) is not None}
+    return Pixels(ViTImageProcessor(size={"height": side, "width": side}, **statistics)), side
 
 
 def on_grid(feature: Tensor, side: int, exactly: bool) -> Tensor:
-    """A square feature map (B, D, s, s) as tokens (B, side², D), row-major; resized where need be.
+    """Resizes a square feature map (B, D, s, s) to a target grid if it is larger, or has `exactly` to be as large.
 
-    Args:
-        feature: the map.
-        side: of the target grid.
-        exactly: whether a smaller map is resized too, and not only a larger one.
+    Returns:
+        (B, N, D), row-major.
     """
-    own = feature.shape[-1]
-    if own > side or (exactly and own != side):
+    size = feature.shape[-1]
+    if size > side or (exactly and size != side):
         feature = F.interpolate(feature, size=(side, side), mode="bilinear", align_corners=False)
     return feature.flatten(2).transpose(1, 2)
 
 
-def open_teacher(recipe: TeacherRecipe, name: str, model_types: Sequence[str], **kwargs: Any) -> tuple[str, Any]:
-    """Finds a teacher and reads its configuration.
-
-    Raises:
-        UserError: there is no such teacher, or it is of another class than this kind of teacher needs.
-    """
-    source = locate(recipe.id, f"{name} teacher")
-    config = load_config(source, f"{name} teacher", revision=recipe.revision, **kwargs)
-    if config.model_type not in model_types:
-        found = ", ".join(config.architectures or [config.model_type])
-        raise UserError(
-            f"{recipe.id} cannot be the {name} teacher: it holds {found} (model type {config.model_type!r}), and "
-            f"{name} needs one of {', '.join(model_types)}; as a plain encoder give it a name of its own"
-        )
-    return source, config
-
-
-def load_model(model_class: Any, source: str, config: Any, name: str, device: torch.device, **kwargs: Any) -> nn.Module:
+def load_model(model_class: Any, source: TeacherSource, device: torch.device, **kwargs: Any) -> nn.Module:
     """Loads a frozen model in float32.
 
     Raises:
-        UserError: the weights cannot be read, or some are missing.
+        UserError: weights are unreadable or missing.
     """
-    with loading(f"{name} teacher {source}"):
-        model, missing, _ = pretrained(model_class, source, config, device, torch.float32, **kwargs)
+    label, kwargs = f"{source.name} teacher {source.location}", {"revision": source.recipe.revision, **kwargs}
+    with loading(label):
+        model, missing, _ = pretrained(model_class, source.location, source.config, device, torch.float32, **kwargs)
     if missing:
-        raise UserError(f"{name} teacher {source} lacks {len(missing)} tensors (first: {min(missing)})")
+        raise UserError(f"{label} lacks {len(missing)} tensors (first: {min(missing)}); download it again")
     frozen: nn.Module = model.eval().requires_grad_(False).to(device)
     return frozen
 
 
 def finish(
-    name: str,
-    recipe: TeacherRecipe,
-    source: str,
-    config: Any,
+    source: TeacherSource,
     model: nn.Module,
     prepare: Pixels,
     encode: Callable[[Tensor], Tensor],
     licences: Mapping[str, str],
 ) -> Teacher:
-    """Puts a teacher together; its target shape is read off a forward pass of a blank image.
+    """Builds a teacher, whose target has the shape of a blank image's; `licences` of weights are by folder or Hub id.
 
     Raises:
-        UserError: what it gives is not a number.
+        UserError: its features are not finite.
     """
-    from PIL import Image
-
-    teacher = Teacher(
-        name=name,
-        id=recipe.id,
+    with torch.no_grad():
+        target = encode(prepare([Image.new("RGB", (64, 64))]).to(next(model.parameters()).device))
+    if target.device.type != "meta" and not bool(target.isfinite().all()):
+        raise UserError(
+            f"{source.name} teacher {source.recipe.id} gives features that are not finite numbers: its weights are "
+            f"damaged, or lack what {source.recipe.features} features need; choose other weights"
+        )
+    return Teacher(
+        name=source.name,
+        id=source.recipe.id,
         model=model,
         prepare=prepare,
         encode=encode,
-        grid=None,
-        licence=licences.get(recipe.id, "see the source of the weights"),
-        sha256=identity(source, config, next(model.parameters()).device),
-        source=source,
+        shape=(target.shape[1], target.shape[2]),
+        licence=licences.get(source.recipe.id, "see the source of the weights"),
+        sha256=identity(source.location, source.config, target.device),
+        source=source.location,
     )
-    target = teacher.target(prepare([Image.new("RGB", (64, 64))]))
-    if target.device.type != "meta" and not bool(target.isfinite().all()):
-        raise UserError(
-            f"{name} teacher {recipe.id} gives features that are not finite numbers: its weights are damaged, or lack "
-            f"what {recipe.features} features need; choose other weights"
-        )
-    tokens, width = target.shape[1:]
-    teacher.shape = (tokens, width)
-    side = round(tokens**0.5)
-    if tokens > 1 and side * side == tokens:
-        teacher.grid = (side, side)
-    return teacher

@@ -25,38 +25,36 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
     """Loads `DepthAnythingForDepthEstimation`; the target is (grid², width of the backbone)."""
     from transformers import DepthAnythingForDepthEstimation
 
-    source, config = open_teacher(recipe, "depth", ["depth_anything"])
-    patch = config.backbone_config.patch_size
-    prepare, own_size = square_pixels(source, recipe.revision)
-    grid = recipe.grid or min(own_size // patch, PAPER_GRID)
-    if grid * patch != own_size:
-        prepare, _ = square_pixels(source, recipe.revision, size=grid * patch)
-    model = load_model(DepthAnythingForDepthEstimation, source, config, "depth", device, revision=recipe.revision)
+    source = open_teacher(recipe, "depth", ["depth_anything"])
+    patch = source.config.backbone_config.patch_size
+    _, size = square_pixels(source)
+    prepare, _ = square_pixels(source, patch * (recipe.grid or min(size // patch, PAPER_GRID)))
+    model = load_model(DepthAnythingForDepthEstimation, source, device)
 
     def encode(pixels: Tensor) -> Tensor:
         return model.backbone(pixels).feature_maps[-1][:, 1:]  # type: ignore[operator]
 
-    return finish("depth", recipe, source, config, model, prepare, encode, CATALOGUE["depth"].licences)
+    return finish(source, model, prepare, encode, CATALOGUE["depth"].licences)
 
 
 def larger_is_nearer(teacher: Teacher) -> bool:
-    """Tells disparity, as of relative Depth Anything, from metric depth, whose larger values are farther."""
+    """Whether the teacher predicts disparity (relative Depth Anything) and not metric depth."""
     config: Any = teacher.model.config
     return config.depth_estimation_type != "metric"
 
 
 @torch.no_grad()
 def decode(teacher: Teacher, features: Tensor) -> Tensor:
-    """Depth maps of features, through the teacher's own neck and head.
+    """Decodes features to depth maps with the teacher's neck and head.
 
-    One feature stands for all four inputs of the neck, as OLA-VLM decodes its probes (arXiv:2412.09585, sec. 3).
+    One feature is used for all four inputs of the neck, as OLA-VLM decodes its probes (arXiv:2412.09585, sec. 3).
 
     Args:
         teacher: a depth teacher.
         features: (B, N, D), a probe's output or the target itself.
 
     Returns:
-        (B, S, S), larger is nearer; of a metric teacher negative metres.
+        (B, S, S), larger is nearer; negative metres if the teacher is metric.
     """
     model: Any = teacher.model
     assert teacher.grid is not None
@@ -68,7 +66,7 @@ def decode(teacher: Teacher, features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predict(teacher: Teacher, pixels: Tensor) -> Tensor:
-    """Depth maps (B, S, S) of the teacher as it is, from four true features; larger is nearer, as in `decode`."""
+    """Computes the teacher's depth maps (B, S, S) from all four of its features; larger is nearer, as in `decode`."""
     model: Any = teacher.model
     return _nearer_is_larger(teacher, model(pixels.to(model.device)).predicted_depth)
 

@@ -1,7 +1,7 @@
-"""Generation: the image embedding that conditions unCLIP (arXiv:2204.06125), and the pipeline that paints from it."""
+"""Generation: the image embedding that conditions unCLIP (arXiv:2204.06125), and the image generation pipeline."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ STEPS, GUIDANCE = 25, 10.0
 
 
 def _is_pipeline(source: str, revision: str | None) -> bool:
-    """Whether the image encoder lives in a sub-folder of a diffusers pipeline."""
+    """Whether the image encoder is in a sub-folder of a diffusers pipeline."""
     if Path(source).is_dir():
         return (Path(source) / "model_index.json").exists()
     from transformers.utils import cached_file
@@ -40,36 +40,35 @@ def _is_pipeline(source: str, revision: str | None) -> bool:
 
 
 def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
-    """Loads `CLIPVisionModelWithProjection`, on its own or from within an unCLIP pipeline; the target is (1, width)."""
+    """Loads `CLIPVisionModelWithProjection`, alone or from an unCLIP pipeline; the target is (1, width)."""
     from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
 
     pipeline = _is_pipeline(locate(recipe.id, "gen teacher"), recipe.revision)
     encoder, extractor = ("image_encoder", "feature_extractor") if pipeline else ("", "")
-    source, config = open_teacher(recipe, "gen", ["clip_vision_model", "clip"], subfolder=encoder)
-    config = getattr(config, "vision_config", config)
+    source = open_teacher(recipe, "gen", ["clip_vision_model", "clip"], subfolder=encoder)
+    source = replace(source, config=getattr(source.config, "vision_config", source.config))
     try:
-        processor = AutoImageProcessor.from_pretrained(source, revision=recipe.revision, subfolder=extractor)
+        processor = AutoImageProcessor.from_pretrained(source.location, revision=recipe.revision, subfolder=extractor)
     except (OSError, ValueError) as error:
         raise UserError(f"gen teacher {recipe.id} has no preprocessing: {first_line(error)}") from None
-    model = load_model(
-        CLIPVisionModelWithProjection, source, config, "gen", device, revision=recipe.revision, subfolder=encoder
-    )
+    model = load_model(CLIPVisionModelWithProjection, source, device, subfolder=encoder)
 
     def encode(pixels: Tensor) -> Tensor:
         return model(pixels).image_embeds[:, None]
 
-    weights = str(Path(source) / encoder) if Path(source).is_dir() else source
-    return finish("gen", recipe, weights, config, model, Pixels(processor), encode, CATALOGUE["gen"].licences)
+    if Path(source.location).is_dir():
+        source = replace(source, location=str(Path(source.location) / encoder))
+    return finish(source, model, Pixels(processor), encode, CATALOGUE["gen"].licences)
 
 
 @dataclass
 class GenDecoder:
-    """unCLIP from an image embedding to an image.
+    """Generates images from image embeddings with unCLIP.
 
     Attributes:
         pipeline: `StableUnCLIPImg2ImgPipeline`; its scheduler is replaced by DPM-Solver++ (arXiv:2211.01095).
         steps: of the solver.
-        guidance: weight of classifier-free guidance; 1 is none, and half as dear.
+        guidance: weight of classifier-free guidance; 1 is none and takes half the time.
     """
 
     pipeline: Any
@@ -86,26 +85,22 @@ class GenDecoder:
     def load(
         cls, teacher: Teacher, recipe: TeacherRecipe, steps: int = STEPS, guidance: float = GUIDANCE
     ) -> "GenDecoder":
-        """Loads the pipeline around a teacher that is loaded already; half precision on a GPU.
+        """Loads the pipeline around a loaded teacher; half precision on a GPU.
 
         Raises:
-            UserError: diffusers is not installed, or the teacher is no whole pipeline, or its decoder takes embeddings
-                of another width.
+            UserError: diffusers is not installed, or the teacher is not a pipeline whose parts fit each other.
         """
         try:
             from diffusers import StableUnCLIPImg2ImgPipeline
             from diffusers.utils import logging as diffusers_logging
         except ImportError:
-            raise UserError(
-                "decoding gen needs diffusers, which is not installed; type: pip install 'mllm-probing[decode]'"
-            ) from None
+            raise UserError("decoding gen needs diffusers; type: pip install 'mllm-probing[decode]'") from None
         if not transformers_logging.is_progress_bar_enabled():
             diffusers_logging.disable_progress_bar()
         source = locate(recipe.id, "gen teacher")
         if not _is_pipeline(source, recipe.revision):
             raise UserError(
-                f"gen teacher {recipe.id} is an image encoder without decoder; decoding needs the whole unCLIP "
-                "pipeline, the folder with model_index.json"
+                f"gen teacher {recipe.id} has no decoder; give the whole unCLIP pipeline, with model_index.json"
             )
         device = next(teacher.model.parameters()).device
         dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -114,12 +109,12 @@ class GenDecoder:
                 source, revision=recipe.revision, dtype=dtype, image_encoder=teacher.model, use_safetensors=True
             )
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"gen teacher {recipe.id} is no unCLIP pipeline: {first_line(error)}") from None
+            raise UserError(f"gen teacher {recipe.id} is not an unCLIP pipeline: {first_line(error)}") from None
         wanted = pipeline.unet.config.projection_class_embeddings_input_dim
         if wanted != 2 * teacher.shape[1]:
             raise UserError(
                 f"the decoder of gen teacher {recipe.id} takes embeddings of width {(wanted or 0) // 2} and its "
-                f"encoder gives {teacher.shape[1]}: they are of two models; use one pipeline as it was published"
+                f"encoder gives {teacher.shape[1]}: they are of two models; use the published pipeline"
             )
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module) and name != "image_encoder":
@@ -128,18 +123,18 @@ class GenDecoder:
 
     @torch.no_grad()
     def decode(self, embeds: Tensor, seeds: Sequence[int]) -> NDArray[np.uint8]:
-        """Paints images.
+        """Generates images.
 
         Args:
-            embeds: (B, D), a probe's output or the target itself.
-            seeds: one per image; the same seed is the same noise, on every device and in every batch.
+            embeds: (B, D), probe outputs or targets.
+            seeds: of the noise, one per image; the noise is the same on every device and in every batch.
 
         Returns:
             (B, S, S, 3), RGB.
         """
         unet = self.pipeline.unet
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-        painted = self.pipeline(
+        images = self.pipeline(
             prompt=[""] * len(embeds),
             image_embeds=embeds.to(device=unet.device, dtype=unet.dtype),
             generator=noise,
@@ -147,4 +142,4 @@ class GenDecoder:
             guidance_scale=self.guidance,
             output_type="np",
         ).images
-        return (painted * 255).round().astype(np.uint8)
+        return (images * 255).round().astype(np.uint8)

@@ -28,31 +28,31 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
     """Loads `OneFormerForUniversalSegmentation`; the target is (grid², channels of the last stage)."""
     from transformers import OneFormerForUniversalSegmentation
 
-    source, config = open_teacher(recipe, "seg", ["oneformer"])
-    prepare, _ = square_pixels(source, recipe.revision)
-    model = load_model(OneFormerForUniversalSegmentation, source, config, "seg", device, revision=recipe.revision)
+    source = open_teacher(recipe, "seg", ["oneformer"])
+    prepare, _ = square_pixels(source)
+    model = load_model(OneFormerForUniversalSegmentation, source, device)
 
     def encode(pixels: Tensor) -> Tensor:
         feature = model.model.pixel_level_module.encoder(pixels).feature_maps[-1]  # type: ignore[union-attr,operator]
         return on_grid(feature, recipe.grid or PAPER_GRID, recipe.grid is not None)
 
-    return finish("seg", recipe, source, config, model, prepare, encode, CATALOGUE["seg"].licences)
+    return finish(source, model, prepare, encode, CATALOGUE["seg"].licences)
 
 
-class _Given(nn.Module):
-    """Stands in for the backbone and hands over feature maps that are known already."""
+class _FixedFeatures(nn.Module):
+    """Replaces the backbone and returns given feature maps."""
 
     def __init__(self, feature_maps: Sequence[Tensor]) -> None:
         super().__init__()
         self.feature_maps = tuple(feature_maps)
 
-    def forward(self, pixel_values: Tensor) -> "_Given":
+    def forward(self, pixel_values: Tensor) -> "_FixedFeatures":
         return self
 
 
 @dataclass
 class SegDecoder:
-    """OneFormer from a last-stage feature to a semantic map.
+    """Decodes a last-stage feature to a semantic map with OneFormer.
 
     Attributes:
         teacher: a seg teacher.
@@ -64,23 +64,18 @@ class SegDecoder:
 
     @classmethod
     def load(cls, teacher: Teacher, recipe: TeacherRecipe) -> "SegDecoder":
-        """Reads the tokenizer that the task is put to the model with.
-
-        Raises:
-            UserError: the teacher's folder has none.
-        """
+        """Reads the tokenizer of the task; raises UserError if the teacher's folder has none."""
         from transformers import AutoTokenizer
         from transformers.utils import cached_file
 
         source = locate(recipe.id, "seg teacher")
         try:
-            # Without this file transformers would build a tokenizer that knows no word, and say nothing.
+            # Without this file transformers would silently build a tokenizer without vocabulary.
             cached_file(source, "tokenizer_config.json", revision=recipe.revision)
             tokenizer = AutoTokenizer.from_pretrained(source, revision=recipe.revision)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"seg teacher {recipe.id} has no tokenizer, which decoding needs: {first_line(error)}; use the "
-                "whole folder"
+                f"seg teacher {recipe.id} has no tokenizer for decoding: {first_line(error)}; use the whole folder"
             ) from None
         model: Any = teacher.model
         length = model.config.task_seq_len
@@ -89,24 +84,23 @@ class SegDecoder:
 
     @property
     def names(self) -> list[str]:
-        """Class names, by number."""
+        """Class names by label."""
         model: Any = self.teacher.model
-        labels = model.config.id2label
-        return [labels[number] for number in range(len(labels))]
+        return [name for _, name in sorted(model.config.id2label.items())]
 
     @torch.no_grad()
     def stages(self, pixels: Tensor) -> list[Tensor]:
-        """The backbone's four true feature maps (B, C, h, w), finest first."""
+        """Computes the backbone's four feature maps (B, C, h, w), finest first."""
         model: Any = self.teacher.model
         return list(model.model.pixel_level_module.encoder(pixels.to(model.device)).feature_maps)
 
     @torch.no_grad()
     def decode(self, features: Tensor, stages: Sequence[Tensor]) -> Tensor:
-        """Class scores of a feature in place of the last stage.
+        """Computes class scores with a feature in place of the last stage.
 
         Args:
-            features: (B, N, D) on the target grid; resized to the last stage's own grid.
-            stages: feature maps as `stages` gives them; the last one only tells the size.
+            features: (B, N, D) on the target grid; resized to the last stage's grid.
+            stages: feature maps as `stages` returns them; only the size of the last one matters.
 
         Returns:
             (B, classes, h, w): per pixel and class the sum over queries of class probability times mask probability.
@@ -119,15 +113,15 @@ class SegDecoder:
 
     @torch.no_grad()
     def predict(self, stages: Sequence[Tensor]) -> Tensor:
-        """Class scores (B, classes, h, w) of the teacher as it is."""
+        """Computes the teacher's class scores (B, classes, h, w)."""
         return self._scores(stages)
 
     def _scores(self, stages: Sequence[Tensor]) -> Tensor:
         model: Any = self.teacher.model
         module = model.model.pixel_level_module
-        encoder, module.encoder = module.encoder, _Given(stages)
+        encoder, module.encoder = module.encoder, _FixedFeatures(stages)
         try:
-            # Of the pixels only the number and size of the images are read.
+            # The model reads only number and size of these images.
             blank = stages[0].new_zeros(len(stages[0]), 3, *stages[0].shape[-2:])
             output = model(blank, task_inputs=self.task.to(blank.device).expand(len(blank), -1))
         finally:
@@ -137,21 +131,21 @@ class SegDecoder:
 
 
 def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Brings one image's scores (classes, h, w) to its own size and takes the best class: (rows, columns)."""
+    """Resizes one image's scores (classes, h, w) to its size and returns the best class: (rows, columns)."""
     return F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
 
 
 def replace_early(stages: Sequence[Tensor], protocol: str, means: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """Chooses what the decoder sees of the true image besides the probe's output.
+    """Replaces the early stages, through which the decoder sees the image besides the probe's output.
 
     Args:
         stages: true feature maps (B, C, h, w), finest first.
-        protocol: `strict` keeps the early ones as they are; `paper` shrinks them to the size of the last, as OLA-VLM's
-            released evaluation does; `blind` puts a constant in their place, so that the probe alone is decoded.
-        means: per early stage, the mean (C) over images and places that `blind` puts there.
+        protocol: `strict` keeps them; `paper` shrinks them to the size of the last, as OLA-VLM's released evaluation
+            does; `blind` uses constants, so that the probe alone is decoded.
+        means: constants of `blind`, per early stage the mean (C) over images and positions.
 
     Returns:
-        As many maps; the last is untouched.
+        As many maps, the last one unchanged.
     """
     early, last = list(stages[:-1]), stages[-1]
     if protocol == "paper":

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from probing.data.coco import ImageList
-from probing.teachers.base import Pixels, load_model
+from probing.recipe import TeacherRecipe
+from probing.teachers.base import Pixels, TeacherSource, load_model
 from probing.utils.cache_dir import VARIABLE, cache_folder
 from probing.utils.errors import UserError, first_line
 from probing.utils.files import disk_errors, reading, whole_file
@@ -135,7 +136,7 @@ def classifier(source: str, device: torch.device) -> Extractor:
         processor = AutoImageProcessor.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise UserError(f"feature extractor {source} has no preprocessing: {first_line(error)}") from None
-    model = load_model(AutoModel, place, config, "feature extractor", device)
+    model = load_model(AutoModel, TeacherSource("feature extractor", TeacherRecipe(id=source), place, config), device)
     prepare = Pixels(processor)
     side = prepare([Image.new("RGB", (512, 512))]).shape[-1]
 

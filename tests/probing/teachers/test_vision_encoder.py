@@ -155,7 +155,7 @@ def test_a_finer_encoder_is_brought_to_the_papers_grid_and_any_other(tmp_path):
     )  # fmt: skip
     torch.testing.assert_close(teacher.target(pixels)[0, 10 * 24 + 3], expected, atol=1e-5, rtol=1e-4)
     assert load_teacher("vit", TeacherRecipe(id=str(tmp_path), grid=30), CPU).shape == (900, 24)
-    with pytest.raises(UserError, match=r"grid=1 leaves no places; give 2 or more, or features=pooled"):
+    with pytest.raises(UserError, match=r"grid=1 has a single patch; give 2 or more, or features=pooled"):
         load_teacher("vit", TeacherRecipe(id=str(tmp_path), grid=1), CPU)
     with pytest.raises(UserError, match="lack what pooled features need"):  # the pooler is not among the weights
         load_teacher("vit", TeacherRecipe(id=str(tmp_path), features="pooled"), CPU)
@@ -225,13 +225,13 @@ def depth(path):
 
 UNFIT = {
     bert: "model type 'bert', BertModel reads input_ids; give a vision encoder",
-    detr: "features are answers to queries and no places",
+    detr: "features are answers to queries",
     without_processor: "no image processor",
     damaged: "not finite numbers: its weights are damaged",
     incomplete: "not finite numbers: its weights are damaged, or lack what patches features need",
     not_square: "its images are 32 x 16 pixels, and targets need a square",
-    of_another_size: "does not take images of 48 x 48 pixels",
-    shuffled_patches: "gives other features each time",
+    of_another_size: "rejects images of 48 x 48 pixels",
+    shuffled_patches: "is not deterministic",
     depth: "cannot be the mine teacher: model type 'depth_anything'",
 }
 
