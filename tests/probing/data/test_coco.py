@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from probing.data.coco import list_images
-from probing.data.dataloader import micro_batches, no_student
+from probing.data.dataloader import MicroBatches, micro_batches
 from probing.utils.errors import UserError
 from probing.utils.images import square
 from tests.helpers import tiny
@@ -60,7 +60,7 @@ def test_reason_of_unreadable_image_holds_no_path(root, monkeypatch):
         return read(self, index)
 
     monkeypatch.setattr(type(images), "read", refuse)
-    (batch,) = micro_batches(images, [[0, 1, 2]], no_student, {}, "square", 0, torch.device("cpu"))
+    (batch,) = micro_batches(MicroBatches(images, [[0, 1, 2]], None, {}, "square"), 0, torch.device("cpu"))
     assert [s.reason for s in batch.skipped] == ["corrupt: cannot identify image file", "corrupt: Permission denied"]
 
 
