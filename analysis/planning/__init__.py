@@ -1,1 +1,1 @@
-"""What a run costs."""
+"""What a run costs, before it starts: `probing plan` and `--dry-run`, which are one thing."""

@@ -1,166 +1,140 @@
-"""What a training stage takes, known before any weights are there: memory, work, time, disk."""
+"""`probing distill --dry-run`, and `probing plan` of a training stage."""
 
-import contextlib
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from PIL import Image
+from torch import nn
 
-from analysis.planning.probe_training import Devices, short
+from analysis.planning.model_cost import (
+    META,
+    UnknownCostError,
+    decoder_flops,
+    image_cost,
+    resampler_flops,
+    trace,
+    weight_bytes,
+    widest,
+)
+from analysis.planning.plan import Plan, Work, si
 from probing.data.conversations import CutInsideImageError
-from probing.distillation.patch_alignment import attach_pairs
 from probing.distillation.recipe import DistillRecipe
-from probing.distillation.setup import Parts, open_start, put_together
-from probing.distillation.teacher_targets import attach_targets
+from probing.distillation.setup import Parts, Start, open_start, put_together
+from probing.distillation.trainer import _is_finished, _last_state, _require_same
+from probing.models.decoder import decoder_parts
+from probing.probes.resampler import Resampler
 from probing.utils.errors import UserError
-from probing.utils.meta_device import META, autocast, backward, count_flops, dry_run
+from probing.utils.files import require_space
 
 SAMPLED = 64
-"""Conversations whose lengths are looked at, two micro-batches at least."""
+"""Conversations whose lengths are measured, two micro-batches at least."""
 
 
-@dataclass(frozen=True)
-class StageCost:
-    """What one process takes on its device, in bytes, where nothing is sharded, and what the whole stage takes.
-
-    Attributes:
-        weights: of the model, predictors and the like, float32.
-        teachers: weights of the teachers.
-        gradients: of what is trained; several processes keep them twice, because DistributedDataParallel sends them in
-            buckets.
-        moments: AdamW's two.
-        step: what a step needs besides, at its peak.
-        trained: number of trained parameters.
-        conversations: of one optimiser step, over all processes.
-        steps: of the optimiser.
-        micro_batch: conversations of one forward pass.
-        width: tokens of a forward pass that is about as wide as the mean, padding included; `flops` are of such a one.
-        widest: tokens of the widest that was looked at; `step` is of such a one.
-        flops: per conversation, forward and backward, blocks that are run again and teachers included.
-        long: those of them in 32-bit numbers.
-        disk: at its fullest.
-        checkpoint: bytes of what stays.
-    """
-
-    weights: int
-    teachers: int
-    gradients: int
-    moments: int
-    step: int
-    trained: int
-    conversations: int
-    steps: int
-    micro_batch: int
-    width: int
-    widest: int
-    flops: int
-    long: int
-    disk: int
-    checkpoint: int
-
-    @property
-    def memory(self) -> int:
-        """Peak of the device's memory."""
-        return self.weights + self.teachers + self.gradients + self.moments + self.step
-
-    def lines(self, devices: Devices) -> list[str]:
-        """For people; a GB has 10^9 bytes."""
-        seen = self.steps * self.conversations
-        work = f"{self.steps:,} steps x {self.conversations} conversations x {short(self.flops, 'FLOP')}"
-        wide = f"{self.long / self.flops:.0%} in 32-bit numbers"
-        long = f"a conversation of {self.width:,} tokens, padding included"
-        named = {
-            "weights": self.weights,
-            "teachers": self.teachers,
-            f"gradients of {short(self.trained, '').strip()} parameters": self.gradients,
-            "moments": self.moments,
-            f"a forward pass of {self.micro_batch} conversations of {self.widest:,} tokens": self.step,
-        }
-        parts = ", ".join(f"{name} {short(size, 'B')}" for name, size in named.items() if size)
-        memory = f"{short(self.memory, 'B')} in one unsharded process ({parts})"
-        if devices.number > 1:
-            whole = self.weights + self.gradients // 2 + self.moments
-            each = short(whole // devices.number, "B")
-            memory += f"; FSDP leaves {each} of {short(whole, 'B')} of weights, gradients and moments on each"
-        return [
-            f"training, work: {work} = {short(seen * self.flops, 'FLOP')}, {wide}; {long}",
-            f"training, time: {devices.time(seen * (self.flops - self.long), seen * self.long)}",
-            f"training, memory of a device: {memory}",
-            f"training, disk: {short(self.disk, 'B')} at its fullest, {short(self.checkpoint, 'B')} in the end",
-        ]
-
-
-def stage_cost(recipe: DistillRecipe, processes: int = 1) -> StageCost:
-    """Runs two micro-batches on shapes alone, and counts; configurations, processors and data are read, and no weights.
-
-    What an allocator keeps besides what is asked of it does not count, nor does what FSDP or DeepSpeed would shard.
+def plan_stage(recipe: DistillRecipe, out: Path | None = None, processes: int = 1) -> Plan:
+    """Checks a recipe as training does, without weights, and says what the stage does and takes; writes nothing.
 
     Args:
         recipe: the stage.
+        out: folder of the new checkpoint.
         processes: that share the conversations.
 
     Raises:
-        UserError: as training would, but for faults in the weights.
+        UserError: as `run_stage`, except for faults in the weights and in the section `trainer`.
     """
-    micro, accumulated = recipe.cut_up(processes)
+    facts = {}
+    if out is not None:
+        work = out.parent / f"{out.name}.training"
+        if _is_finished(recipe, out):
+            return Plan({"checkpoint": f"{out} (finished; nothing to do)"})
+        if saved := _last_state(work):
+            _require_same(recipe, work / "recipe.yaml")
+        state = f"resumes after step {int(saved.rsplit('-', 1)[1]):,}" if saved else "new"
+        facts["checkpoint"] = f"{out} ({state}); training states in {work}"
+    micro, _ = recipe.cut_up(processes)
     start = open_start(recipe)
-    with dry_run() as usage:
-        parts = put_together(recipe, start, META)
-        trainee = parts.trainee.train()
-        weights = sum(p.numel() * p.element_size() for p in trainee.parameters())
-        frozen = sum(p.numel() * p.element_size() for t in parts.teachers.values() for p in t.model.parameters())
-        trained = [p for p in trainee.parameters() if p.requires_grad]
-        moments = [torch.zeros_like(p) for p in trained for _ in range(2)]
-        sampled = _micro_batches(parts, recipe, micro)
-        mean = sum(width for width, _ in sampled) / len(sampled)
-        width, typical = min(sampled, key=lambda one: abs(one[0] - mean))
-        widest, wide = max(sampled)
-        with count_flops() as flops:
-            _pass(recipe, parts, typical, accumulated, processes)
-        if accumulated == 1:
-            trainee.zero_grad(set_to_none=True)
-        usage.peak = usage.bytes
-        _pass(recipe, parts, wide, accumulated, processes)
-        size = 4 * sum(p.numel() for p in trained)
-        step = usage.peak - weights - frozen - 3 * size
-        del moments
-    state = weights + 2 * size
-    return StageCost(
-        weights=weights,
-        teachers=frozen,
-        gradients=size * (2 if processes > 1 else 1),
-        moments=2 * size,
-        step=step,
-        trained=size // 4,
-        conversations=recipe.global_batch,
-        steps=recipe.steps(len(start.conversations)),
-        micro_batch=micro,
-        width=width,
-        widest=widest,
-        flops=flops() // micro,
-        long=flops.long // micro,
-        disk=2 * state,
-        checkpoint=weights,
+    parts = put_together(recipe, start, META)
+    facts |= {
+        "starts from": f"{start.source}, stage {recipe.stage}",
+        "data": f"{len(start.conversations):,} conversations",
+        "teachers": ", ".join(parts.teachers) or "none",
+        "steps": f"{recipe.steps(len(start.conversations)):,} of {recipe.global_batch} conversations",
+    }
+    weights = weight_bytes(parts.trainee)
+    disk = 2 * (weights + 8 * _trained(parts.trainee))
+    if out is not None:
+        require_space(out, disk)
+    facts["new checkpoint"] = si(weights, "B")
+    try:
+        return Plan(facts, _work(recipe, start, parts, micro, processes))
+    except UnknownCostError as error:
+        return Plan(facts | {"cost": f"unknown: {error}; training works all the same"})
+
+
+def _work(recipe: DistillRecipe, start: Start, parts: Parts, micro: int, processes: int) -> Work:
+    """Costs a stage: a frozen part before everything that is trained has no backward pass.
+
+    Kept for the backward pass, per block and token: inputs of norms, projections and products, about 11 H + 4 I.
+    """
+    model, bits = parts.trainee.model, 16 if recipe.bf16 else 32
+    blocks, width = decoder_parts(model)[0], model.config.get_text_config().hidden_size
+    order = torch.randperm(len(parts.samples), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    order = order[: max(SAMPLED, 2 * micro)]
+    lengths = [_length(parts, index) for index in order]
+    widths = [max(lengths[at : at + micro]) for at in range(0, len(lengths), micro)]
+    tokens = round(sum(widths) / len(widths))
+    shown = [index for index in order if parts.samples.conversations[index].images]
+    batch = _batch(parts, shown)
+    share = len(shown) / len(order)  # of conversations with an image
+    tower, trains_tower = image_cost(model.model, batch), _trained(model.model.vision_tower) > 0
+    seen = [
+        trace(one.target, pixels=batch["teacher_pixels"][name])
+        for name, one in parts.teachers.items()
+        if "teacher_pixels" in batch
+    ]
+    products, attention = decoder_flops(blocks, tokens, width)
+    again, trained = recipe.gradient_checkpointing, _trained(blocks) > 0
+    repeated = 0.75 * products + attention  # a block is not run again as far as its last projection
+    head = 2 * model.lm_head.weight.numel() * tokens
+    flops = products * (2 + trained) + attention * 3 + again * repeated + head * (2 + (_trained(model.lm_head) > 0))
+    flops += share * tower.flops * (3 if trains_tower else 1)
+    contrast = 0
+    if parts.trainee.embedding is not None:
+        for predictor in parts.trainee.embedding.predictors.values():
+            flops += share * resampler_flops(cast(Resampler, predictor).config, tokens, states_need_grad=True)
+        contrast = sum(n * d for n, d in (one.shape for one in parts.teachers.values())) * recipe.global_batch
+    weights, parameters = weight_bytes(parts.trainee), _trained(parts.trainee)
+    most = micro * max(widths)
+    block = most * (11 * width + 4 * widest(blocks)) * bits // 8
+    kept = block + 4 * len(blocks) * most * width if again else len(blocks) * block
+    logits = 3 * 4 * most * len(model.lm_head.weight)
+    copies = 2 * parameters if bits == 16 else 0
+    kept += logits + copies + 4 * contrast + trains_tower * micro * tower.outputs * bits // 32
+    steps = recipe.steps(len(start.conversations))
+    return Work(
+        samples=f"{steps:,} steps x {recipe.global_batch} conversations of {tokens:,} tokens with padding",
+        count=steps * recipe.global_batch,
+        flops16=flops * (bits == 16),
+        flops32=flops * (bits == 32) + share * sum(one.flops for one in seen),
+        memory={
+            "weights": weights,
+            "teachers": sum(weight_bytes(one.model) for one in parts.teachers.values()),
+            f"gradients of {si(parameters, '').strip()} parameters": 4 * parameters * (2 if processes > 1 else 1),
+            "moments": 8 * parameters,
+            f"activations of {micro} x {max(widths):,} tokens": max([kept, *(4 * micro * one.largest for one in seen)]),
+        },
+        sharded=weights + 12 * parameters,
+        disk=2 * (weights + 8 * parameters),
     )
 
 
-def _micro_batches(parts: Parts, recipe: DistillRecipe, micro: int) -> list[tuple[int, list[int]]]:
-    """Some micro-batches in the order of training: tokens of the longest conversation, and which they are."""
-    samples = parts.samples
-    generator = torch.Generator().manual_seed(recipe.seed)
-    order = torch.randperm(len(samples), generator=generator).tolist()[: max(SAMPLED, 2 * micro)]
-    found = []
-    for at in range(0, len(order), micro):
-        chosen = order[at : at + micro]
-        widths = [_width(parts, index) for index in chosen]
-        found.append((max(widths), chosen))
-    whole = [one for one in found if len(one[1]) == micro]
-    return whole or found
+def _trained(module: nn.Module) -> int:
+    """Counts trained parameters."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def _width(parts: Parts, index: int) -> int:
-    """Tokens of a conversation; any image makes as many."""
+def _length(parts: Parts, index: int) -> int:
+    """Returns the tokens of a conversation; every image has as many, whatever it shows."""
     conversation = parts.samples.conversations[index]
     try:
         sample = parts.encoder(conversation, [Image.new("RGB", (8, 8))] * len(conversation.images))
@@ -169,30 +143,14 @@ def _width(parts: Parts, index: int) -> int:
     return len(sample["input_ids"])
 
 
-def _pass(recipe: DistillRecipe, parts: Parts, chosen: list[int], accumulated: int, processes: int) -> None:
-    """One micro-batch, forward and backward, as the Trainer does it with the others of its step waiting."""
-    samples = [parts.samples[index] for index in chosen]
-    if all("skipped" in sample for sample in samples):
-        raise UserError(f"none of {len(samples)} conversations could be used, first: {samples[0]['skipped']}")
-    batch: dict[str, Any] = parts.collate(samples)
-    for name in [
-        name for name, value in batch.items() if isinstance(value, torch.Tensor) and value.is_floating_point()
-    ]:
-        batch[name] = batch[name].to(META)
-    if parts.teachers:
-        attach_targets([batch], parts.teachers, 1)
-    if parts.trainee.patches is not None:
-        attach_pairs([batch], parts.trainee.patches.least, META, 1)
-    targets, waiting = batch.get("targets"), []
-    if targets is not None:
-        # those of the step's other micro-batches, and what every process has gathered of all
-        waiting = [torch.empty_like(f) for f in targets["features"].values() for _ in range(accumulated - 1)]
-        images = targets["images"] * accumulated * processes
-        targets["others"] = {name: rows.new_empty(images, rows.shape[1]) for name, rows in targets["others"].items()}
-        targets["images"] = images
-    items = (batch["labels"] >= 0).sum()
-    with autocast() if recipe.bf16 else contextlib.nullcontext():
-        loss = parts.trainee(**batch, num_items_in_batch=items)["loss"]
-    with autocast(keep=False) if recipe.bf16 else contextlib.nullcontext():
-        backward(loss)
-    del waiting
+def _batch(parts: Parts, shown: list[int]) -> dict[str, Any]:
+    """Collates the first of some conversations whose image can be read; empty where there are none at all."""
+    skipped = ""
+    for index in shown:
+        sample = parts.samples[index]
+        if "skipped" not in sample:
+            return parts.collate([sample])
+        skipped = skipped or sample["skipped"]
+    if skipped:
+        raise UserError(f"none of {len(shown)} conversations could be used, first: {skipped}; mend image_root")
+    return {}

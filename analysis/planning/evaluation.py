@@ -1,9 +1,7 @@
-"""`probing plan`: what an evaluation costs before it begins, and what of it is there already.
+"""`probing evaluate --dry-run`, and `probing plan` of a run: what scoring takes, and what of it exists."""
 
-What training costs is in `analysis.planning.probe_training`.
-"""
-
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -12,125 +10,117 @@ from analysis.evaluation.metrics.generated_images import feature_folder
 from analysis.evaluation.metrics.image_features import Extractor, classifier, inception, inception_file, reference_file
 from analysis.evaluation.run import GENERATED, Options, protocols_of, require_protocols, selection
 from analysis.evaluation.scores import score_file
+from analysis.planning.plan import Plan
 from probing.data.coco import ImageList
 from probing.data.da2k import read_pairs
 from probing.models import count_blocks, layer_name
 from probing.recipe import ProbeRunRecipe
-from probing.runs.directory import Run
+from probing.runs.directory import Run, members
 from probing.training.run import held_out_images
 from probing.utils.errors import UserError
+from probing.utils.pretrained import locate
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one metric takes.
-
-    Attributes:
-        metric: its name.
-        work: how much of what.
-        there: what of it is there already.
-    """
-
-    metric: str
-    work: str
-    there: str
-
-
-def plan(run: Run | None, recipe: ProbeRunRecipe, options: Options) -> list[Cost]:
-    """Says what evaluating takes; loads no model but the network that features come from.
-
-    Args:
-        run: a finished run; None where there is only its recipe.
-        recipe: of the run.
-        options: as for `analysis.evaluation.run.evaluate`.
+def plan_evaluation(path: Path, options: Options) -> Plan:
+    """Says what evaluating a run, or a folder of runs, does; loads nothing but networks for image features.
 
     Raises:
-        UserError: something that was asked for does not exist.
+        UserError: as evaluating, except for faults in the weights.
+    """
+    facts = {}
+    runs = [Run.open(folder) for folder in members(path) or [path]]
+    for run in runs:
+        which = f" of {run.path.name}" if len(runs) > 1 else ""
+        locate(run.recipe.backbone.checkpoint, "checkpoint")
+        teachers = {name: locate(one.id, f"{name} teacher") for name, one in run.recipe.teachers.items()}
+        facts[f"run{which}"] = str(run.path)
+        facts[f"teachers{which}"] = ", ".join(f"{name} ({source})" for name, source in teachers.items())
+        facts |= {f"{subject}{which}": text for subject, text in plan_metrics(run.recipe, options, run).facts.items()}
+        if unfinished := sorted((run.path / "state" / "evaluate").glob("*.safetensors")):
+            facts[f"resumes{which}"] = ", ".join(file.stem for file in unfinished) + ", if the settings are the same"
+    return Plan(facts | {"writes": f"{path / 'results.csv'}, and scores per image next to it"})
+
+
+def plan_metrics(recipe: ProbeRunRecipe, options: Options, run: Run | None = None) -> Plan:
+    """Says what each metric takes.
+
+    Args:
+        recipe: of the run.
+        options: as for `analysis.evaluation.run.evaluate`.
+        run: a finished run; None where only the recipe exists.
+
+    Raises:
+        UserError: something that was requested does not exist.
     """
     blocks = run.manifest["checkpoint"]["layers"] if run else count_blocks(recipe.backbone)
     images = held_out_images(recipe.data)
     require_protocols(options)
-    costs = []
+    facts: dict[str, str] = {}
     for metric in options.metrics:
-        protocols = protocols_of(metric, options.protocols)
         chosen = selection(recipe, blocks, options, metric)
         if metric in GENERATED:
-            costs += _generation(run, recipe, metric, chosen, images, options)
+            facts |= _generation(run, recipe, metric, chosen, images, options)
             continue
-        number, split = len(images) if metric == "cosine" else min(len(images), options.images or len(images)), None
+        count, split = min(len(images), (metric != "cosine" and options.images) or len(images)), images.split
         if metric == "da2k":
             if options.da2k is None:
                 raise UserError("the metric da2k needs its images and pairs; give --da2k DIR")
-            number, split = min(len(read_pairs(options.da2k)), options.images or len(images)), "da2k"
-        curves = len(_names(chosen, recipe))
-        work = f"{number:,} images x {len(_arms(chosen))} forward passes of the backbone"
+            count, split = min(len(read_pairs(options.da2k)), options.images or len(images)), "da2k"
+        work = f"{count:,} images x {sum(bool(chosen.arm(arm).controls) for arm in ARMS)} forward passes"
         if metric != "cosine":
-            work += f"; {number:,} x {curves} curves x {len(protocols)} protocols = "
-            work += f"{number * curves * len(protocols):,} decodings"
-        file = score_file(run.path, f"scores/{metric}", split or images.split) if run else None
-        there = f"{file}, kept where its settings are these" if file and file.exists() else "nothing"
-        costs.append(Cost(metric, work, there))
-    return costs
-
-
-def _arms(chosen: Selection) -> list[str]:
-    """Passes of the backbone: with its own weights, with random ones, and shown something else."""
-    return [arm for arm in ARMS if chosen.arm(arm).controls]
-
-
-def _kinds(chosen: Selection) -> list[tuple[str, str]]:
-    """Kinds of curves: probes by control."""
-    return [(p, c) for p in chosen.probes for c in chosen.controls if p != "ridge" or c not in WITHOUT_RIDGE]
+            curves, protocols = len(_curves(chosen, recipe)), len(protocols_of(metric, options.protocols))
+            decodings = f"{count * curves * protocols:,} decodings"
+            work += f"; {count:,} x {curves} curves x {protocols} protocols = {decodings}"
+        file = score_file(run.path, f"scores/{metric}", split) if run else None
+        facts[metric] = (
+            f"{work}; exists: {f'{file}, if the settings are the same' if file and file.exists() else 'nothing'}"
+        )
+    return Plan(facts)
 
 
 def _generation(
     run: Run | None, recipe: ProbeRunRecipe, metric: str, chosen: Selection, images: ImageList, options: Options
-) -> list[Cost]:
-    """Painting, and the features of the real images."""
-    names = images.names[: options.images]
-    sets = len(_names(chosen, recipe)) + 2  # and the mean target, and the true feature
-    calls = options.steps * (2 if options.guidance > 1 else 1)
+) -> dict[str, str]:
+    """Counts images that the diffusion model generates, and the features of real ones."""
+    images = replace(images, names=images.names[: options.images])
+    curves = [*_curves(chosen, recipe), "constant-mean", "target-teacher"]
+    generated, calls = len(curves) * len(images), options.steps * (2 if options.guidance > 1 else 1)
     work = (
-        f"{sets} sets x {len(names):,} images = {sets * len(names):,} images x {calls} calls of the diffusion model "
-        f"({options.steps} steps{', twice for guidance' if options.guidance > 1 else ''}) = "
-        f"{sets * len(names) * calls:,} calls"
+        f"{len(curves)} sets x {len(images):,} images = {generated:,} images x {calls} calls of the diffusion model = "
+        f"{generated * calls:,} calls"
     )
     extractor = _extractor(metric, options)
     if extractor is None:
-        return [
-            Cost(metric, work, "nothing"),
-            Cost(f"{metric}, real images", f"features of {len(names):,} images; download of Inception", "nothing"),
-        ]
-    painted = 0
+        return {metric: f"{work}; exists: nothing", f"{metric}, real images": "features; downloads Inception"}
+    exists = 0
     if run is not None:
         teacher = run.manifest["teachers"]["gen"]["sha256"]
         folder = feature_folder(run.path, extractor, teacher, options.steps, options.guidance)
-        wanted = [*_names(chosen, recipe), "constant-mean", "target-teacher"]
-        painted = sum(any(folder.glob(f"{name}-*.safetensors")) for name in wanted)
-    real = reference_file(extractor, replace(images, names=names))
-    there = f"in the cache ({real})" if real.exists() else "nothing"
-    return [
-        Cost(metric, work, f"{painted} of {sets} sets" if painted else "nothing"),
-        Cost(f"{metric}, real images", f"features of {len(names):,} images", there),
-    ]
+        exists = sum(any(folder.glob(f"{curve}-*.safetensors")) for curve in curves)
+    real = reference_file(extractor, images)
+    return {
+        metric: f"{work}; exists: {f'{exists} of {len(curves)} sets' if exists else 'nothing'}",
+        f"{metric}, real images": f"features of {len(images):,} images; exists: {real if real.exists() else 'nothing'}",
+    }
 
 
-def _names(chosen: Selection, recipe: ProbeRunRecipe) -> list[str]:
-    """How the files of painted curves begin."""
+def _curves(chosen: Selection, recipe: ProbeRunRecipe) -> list[str]:
+    """Returns the prefix of each curve's file of generated images."""
     return [
         f"{layer_name(layer)}-{probe}-{control}-{seed}"
         for layer in chosen.layers
-        for probe, control in _kinds(chosen)
+        for probe in chosen.probes
+        for control in chosen.controls
+        if probe != "ridge" or control not in WITHOUT_RIDGE
         for seed in (recipe.fit.seeds if probe == "resampler" else recipe.fit.seeds[:1])
     ]
 
 
 def _extractor(metric: str, options: Options) -> Extractor | None:
-    """The network that features come from, unless it would have to be downloaded."""
-    device = torch.device("cpu")
+    """Loads the network for image features, unless it would be downloaded."""
     if metric == "fid":
         file = options.inception_weights or inception_file()
-        return inception(file, device) if file else None
+        return inception(file, torch.device("cpu")) if file else None
     if options.extractor is None:
         raise UserError("the metric frechet needs a network for its features; give --extractor DIR, or use fid")
-    return classifier(options.extractor, device)
+    return classifier(options.extractor, torch.device("cpu"))

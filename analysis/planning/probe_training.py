@@ -1,171 +1,142 @@
-"""What training probes takes, known before any weights are there: memory, work, disk."""
+"""`probing train --dry-run`, and `probing plan` of a recipe of probes."""
 
-from dataclasses import dataclass
+import contextlib
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
+from PIL import Image
 
-from probing.models import load_backbone, parse_layers
+from analysis.planning.model_cost import (
+    META,
+    UnknownCostError,
+    decoder_flops,
+    image_cost,
+    resampler_flops,
+    trace,
+    weight_bytes,
+    widest,
+)
+from analysis.planning.plan import Plan, Work
+from probing.data.coco import ImageList
+from probing.models import FINAL, Backbone, layer_name, load_backbone, parse_layers
+from probing.probes.bank import probe_configs
 from probing.recipe import ProbeRunRecipe
-from probing.training.run import bytes_needed, load_teachers, training_images
-from probing.training.schedule import plan_steps, require_enough
-from probing.training.trainer import Fit
-from probing.utils.errors import UserError, first_line
-from probing.utils.meta_device import META, count_flops, dry_run
+from probing.runs.directory import Run
+from probing.teachers import Teacher
+from probing.training.run import ARMS, held_out_images, load_teachers, summary_file, training_images
+from probing.training.schedule import count_steps, require_enough
+from probing.training.sizes import disk_bytes, probe_parameters, ridge_bytes
+from probing.training.trackers import require_tracker
+from probing.utils.errors import UserError
+from probing.utils.files import reading, require_space
+from probing.utils.images import square
+
+WEIGHTS = dict(zip(ARMS, ("pretrained weights", "random weights"), strict=True))
 
 
-@dataclass(frozen=True)
-class Devices:
-    """Where a training runs, and how fast each device is assumed to be in the long run.
-
-    Attributes:
-        number: of devices, each with a process of its own, that share the images.
-        short: TFLOP/s in 16-bit numbers.
-        long: TFLOP/s in 32-bit numbers.
-    """
-
-    number: int = 1
-    short: float = 150.0
-    long: float = 40.0
-
-    def time(self, short: float, long: float) -> str:
-        """How long so many operations take; what is no product of matrices, and reading the images, do not count."""
-        hours = (short / self.short + long / self.long) / 1e12 / 3600 / self.number
-        each = f"each of {self.number} devices" if self.number > 1 else "one device"
-        rates = f"{self.short:g} TFLOP/s in 16-bit numbers and {self.long:g} in 32-bit ones"
-        duration = f"{hours:.3g} h" if hours > 1 / 60 else "less than a minute"
-        return f"{duration}, at {rates} on {each} (an assumption; --tflops)"
-
-
-@dataclass(frozen=True)
-class TrainingCost:
-    """What one process takes on its device, in bytes, and what the whole training takes.
-
-    Attributes:
-        backbone: weights of the checkpoint, without what is not needed of it.
-        teachers: weights of the teachers.
-        probes: weights, gradients and AdamW's two moments.
-        sums: of ridge readouts and mean targets.
-        step: what a step needs besides, at its peak.
-        images: training images of one epoch.
-        batch: images of one forward pass.
-        flops: per image, forward and backward.
-        long: those of them in 32-bit numbers.
-        passes: over the images: epochs, and again with random weights where that control is trained.
-        disk: at its fullest.
-    """
-
-    backbone: int
-    teachers: int
-    probes: int
-    sums: int
-    step: int
-    images: int
-    batch: int
-    flops: int
-    long: int
-    passes: int
-    disk: int
-
-    def lines(self, devices: Devices) -> list[str]:
-        """For people; a GB has 10^9 bytes."""
-        named = {
-            "checkpoint": self.backbone,
-            "teachers": self.teachers,
-            "probes with gradients and moments": self.probes,
-            "sums of ridge readouts": self.sums,
-            f"a forward pass of {self.batch} images": self.step,
-        }
-        parts = ", ".join(f"{name} {short(size, 'B')}" for name, size in named.items())
-        seen = self.images * self.passes
-        work = f"{self.images:,} images x {self.passes} passes x {short(self.flops, 'FLOP')}"
-        wide = f"{self.long / self.flops:.0%} in 32-bit numbers"
-        return [
-            f"training, work: {work} = {short(seen * self.flops, 'FLOP')}, {wide}",
-            f"training, time: {devices.time(seen * (self.flops - self.long), seen * self.long)}",
-            f"training, memory of a device: {short(self.memory, 'B')} ({parts})",
-            f"training, disk: {short(self.disk, 'B')} at its fullest",
-        ]
-
-    @property
-    def memory(self) -> int:
-        """Peak of the device's memory."""
-        return self.backbone + self.teachers + self.probes + self.sums + self.step
-
-
-class CostUnknown(UserError):
-    """A checkpoint that can be trained on, but not run on shapes alone."""
-
-
-def short(number: float, unit: str) -> str:
-    """Three digits and a prefix: 16.8 TFLOP."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if number < 999.5:
-            return f"{number:.3g} {prefix}{unit}"
-        number /= 1000
-    return f"{number:,.3g} E{unit}"
-
-
-def training_cost(recipe: ProbeRunRecipe, processes: int = 1) -> TrainingCost:
-    """Runs a micro-batch on shapes alone, and counts; images, configurations and processors are read, and no weights.
-
-    What an allocator keeps besides what is asked of it does not count.
+def plan_training(recipe: ProbeRunRecipe, out: Path | None = None, processes: int = 1) -> Plan:
+    """Checks a recipe as training does, without weights, and says what training does and takes; writes nothing.
 
     Args:
-        recipe: the run. Quantised weights are counted as if they were not, and the probes' products in float32.
+        recipe: the run. Quantised weights are counted as if they were not.
+        out: its directory.
         processes: that share the images.
 
     Raises:
-        CostUnknown: training works, and the checkpoint cannot be run on shapes alone.
-        UserError: as training would, but for faults in the weights.
+        UserError: as training, except for faults in the weights.
     """
-    recipe = recipe.model_copy(deep=True)
-    recipe.backbone.device_map = recipe.backbone.quantization_config = None
-    images = training_images(recipe.data)
-    controls = ["none", *(["shuffled"] if "shuffled" in recipe.controls else [])]
-    with dry_run() as usage:
-        backbone = load_backbone(recipe.backbone, META)
-        layers = parse_layers(recipe.layers, backbone.layers)
-        loaded = usage.bytes
-        teachers = load_teachers(recipe, META)
-        ready = usage.bytes
-        device: Any = SimpleNamespace(device=META, num_processes=1)
-        fit = Fit(recipe, backbone, teachers, images, layers, controls, Path(), device)
-        state = fit.start()
-        parameters = usage.bytes - ready
-        moments = [torch.zeros_like(p) for own in state.parameters for p in own for _ in range(2)]
-        require_enough(len(images), recipe.fit, processes)
-        micros = plan_steps(len(images), recipe.fit.model_copy(update={"epochs": 1}), 0, processes)[0]
-        prepared = next(fit.batches([micros[:1]]))
-        if prepared.student is None:
-            raise UserError(f"none of the first {len(micros[0])} images could be read; check {images.folder}")
-        columns = {column: index for index, column in enumerate(state.columns)}
-        before = usage.bytes
-        try:
-            fit.micro_batch(state, prepared, 1.0, True, columns)
-        except (RuntimeError, NotImplementedError) as error:
-            raise CostUnknown(
-                f"{recipe.backbone.checkpoint} cannot be run on shapes alone, so its cost cannot be counted "
-                f"({first_line(error)}); train without a plan"
-            ) from None
-        sums = usage.bytes - before - parameters  # what stays besides the gradients
-        if len(micros) == 1:
-            state.optimizer.zero_grad(set_to_none=True)
-        with count_flops() as flops:
-            fit.micro_batch(state, prepared, 1.0, True, columns)
-        del moments
-        return TrainingCost(
-            backbone=loaded,
-            teachers=ready - loaded,
-            probes=4 * parameters,
-            sums=sums,
-            step=usage.peak - ready - 4 * parameters - sums,
-            images=len(images),
-            batch=len(prepared.indices),
-            flops=flops() // len(prepared.indices),
-            long=flops.long // len(prepared.indices),
-            passes=recipe.fit.epochs * (1 + ("random" in recipe.controls)),
-            disk=bytes_needed(recipe, backbone, teachers, layers),
-        )
+    require_tracker(recipe.fit.report_to)
+    images, held_out = training_images(recipe.data), held_out_images(recipe.data)
+    require_enough(len(images), recipe.fit, processes)
+    backbone = load_backbone(recipe.backbone.model_copy(update={"device_map": None, "quantization_config": None}), META)
+    layers, teachers = parse_layers(recipe.layers, backbone.layers), load_teachers(recipe, META)
+    steps, disk = count_steps(len(images), recipe.fit), disk_bytes(recipe, backbone.hidden_size, teachers, layers)
+    facts = {} if out is None else {"run": f"{out} ({_state(out, recipe, steps, disk)})"}
+    facts |= {
+        "checkpoint": f"{recipe.backbone.checkpoint}, layers {', '.join(map(layer_name, layers))}",
+        "images": f"{len(images):,} of {images.split} to train on, {len(held_out):,} of {held_out.split} held out",
+        "teachers": ", ".join(f"{name} ({teacher.id})" for name, teacher in teachers.items()),
+        "controls": f"{', '.join(['mean target', *recipe.controls])}; seeds: {', '.join(map(str, recipe.fit.seeds))}",
+        "steps": f"{steps:,} of {recipe.fit.batch_size} images"
+        + (", and as many with random weights" if "random" in recipe.controls else ""),
+    }
+    try:
+        return Plan(facts, _work(recipe, backbone, teachers, images, processes))
+    except UnknownCostError as error:
+        return Plan(facts | {"cost": f"unknown: {error}; training works all the same", "disk": f"{disk / 1e9:.3g} GB"})
+
+
+def _work(
+    recipe: ProbeRunRecipe, backbone: Backbone, teachers: dict[str, Teacher], images: ImageList, processes: int
+) -> Work:
+    """Costs a training; memory of activations is a rough estimate."""
+    fit, layers, width = recipe.fit, parse_layers(recipe.layers, backbone.layers), backbone.hidden_size
+    image = _first_image(images, recipe.data.view)
+    batch = backbone.prepare([image])
+    tokens = batch.tokens.kinds.shape[1]
+    keys = batch.tokens.select(torch.zeros(1, tokens, 1), recipe.probe.keys)[0].shape[1]
+    deepest = backbone.layers if FINAL in layers else int(max(layers))
+    shuffled, random = "shuffled" in recipe.controls, "random" in recipe.controls
+    passes, micro = fit.epochs * (1 + random), min(fit.micro_batch, -(-min(fit.batch_size, len(images)) // processes))
+    encoders = getattr(getattr(backbone.core, "encoders", None), "teachers", {})  # of a multi-encoder checkpoint
+    seen = [trace(one.target, pixels=one.prepare([image])) for one in [*teachers.values(), *encoders.values()]]
+    tower = image_cost(backbone.core, batch.inputs)
+    checkpoint = tower.flops + sum(decoder_flops(backbone.blocks[:deepest], tokens, width))
+    configs = probe_configs(recipe.probe, width, teachers).values()
+    probe = sum(resampler_flops(config, keys, states_need_grad=False) for config in configs)
+    probes = probe * len(layers) * len(fit.seeds) * (1 + shuffled + random) / (1 + random)
+    ridge = sum(2 * n * width * (width + d) for n, d in (one.shape for one in teachers.values()) if fit.ridge)
+    bits = 8 * next(backbone.core.parameters()).element_size()
+    in32 = sum(cost.flops for cost in seen) + ridge * len(layers) / fit.epochs  # summed in the first epoch alone
+    in32 += checkpoint * (bits > 16) + probes * (not fit.bf16)
+    parameters = len(layers) * (1 + shuffled) * probe_parameters(recipe, width, teachers)
+    block = tokens * (3 * widest(backbone.blocks) + 4 * width) * bits // 8
+    fitted = tokens * width * 16 + max(40 * n * d for n, d in (one.shape for one in teachers.values()))
+    return Work(
+        samples=f"{len(images):,} images x {passes} passes",
+        count=len(images) * passes,
+        flops16=checkpoint * (bits == 16) + probes * fit.bf16,
+        flops32=in32,
+        memory={
+            "checkpoint": weight_bytes(backbone.core) + sum(weight_bytes(one.model) for one in encoders.values()),
+            "teachers": sum(weight_bytes(one.model) for one in teachers.values()),
+            "probes with gradients and moments": 16 * parameters,
+            "ridge sums": len(layers) * ridge_bytes(recipe, width, teachers),
+            f"activations of {micro} images": micro * max(block + fitted, *(4 * one.largest for one in [tower, *seen])),
+        },
+        sharded=0,
+        disk=disk_bytes(recipe, width, teachers, layers),
+    )
+
+
+def _first_image(images: ImageList, view: str) -> Image.Image:
+    for index in range(len(images)):
+        with contextlib.suppress(OSError):
+            return square(images.read(index)) if view == "square" else images.read(index)
+    raise UserError(f"no image of {images.split} can be read; check {images.folder}")
+
+
+def _state(out: Path, recipe: ProbeRunRecipe, steps: int, disk: int) -> str:
+    """Says how far a run is; raises UserError where training would refuse the folder."""
+    begun = Run.is_begun(out, recipe)
+    if (out / "manifest.json").exists():
+        return "finished; nothing to do"
+    require_space(out, disk)
+    if not begun:
+        return "new"
+    arms = ARMS if "random" in recipe.controls else ARMS[:1]
+    return "; ".join(f"{WEIGHTS[arm]}: {_progress(Run(out, recipe), arm, steps)}" for arm in arms)
+
+
+def _progress(run: Run, arm: str, steps: int) -> str:
+    state = run.path / "state" / arm / "state.pt"
+    if summary_file(run, arm).exists():
+        return "trained"
+    if parts := list(state.parent.glob("state_*.pt")):  # of processes that share the layers
+        done = min(int(part.suffixes[0][1:]) for part in parts)
+    elif not state.exists():
+        return "from the start"
+    else:
+        with reading(state, f"remove {state.parent} to train from the start"):
+            done = int(torch.load(state, map_location="meta", weights_only=True, mmap=True)["step"])
+    return f"resumes after step {done:,} of {steps:,}"

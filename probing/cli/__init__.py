@@ -11,7 +11,7 @@ from probing import __version__
 from probing.cli.checkpoints import align, bench, distill, inspect
 from probing.cli.hub import import_, pull, push
 from probing.cli.probes import compare, evaluate, report, train
-from probing.cli.start import demo, doctor, plan, teachers
+from probing.cli.start import demo, plan, teachers
 from probing.utils.environment import prepare_environment
 from probing.utils.errors import UserError
 from probing.utils.interrupt import exit_interrupted, raise_on_signals
@@ -36,7 +36,6 @@ def cli(quiet: bool) -> None:
 
 for verb in (
     demo,
-    doctor,
     teachers,
     inspect,
     plan,

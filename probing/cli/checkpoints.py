@@ -18,14 +18,16 @@ from probing.utils.errors import UserError
 def distill(recipe_file: Path, out: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
     """Train a checkpoint: stage pt, vpt or ift of RECIPE. An interrupted stage goes on."""
     quiet_libraries()
-    from analysis.planning.dry_run import rehearse_stage
+    from analysis.planning.distillation import plan_stage
+    from analysis.planning.plan import Devices
     from probing.distillation.recipe import DistillRecipe
     from probing.distillation.trainer import run_stage
     from probing.recipe import load_recipe
+    from probing.utils.distributed import started
 
     recipe = load_recipe(DistillRecipe, recipe_file, overrides)
     if dry_run:
-        click.echo("\n".join(rehearse_stage(recipe, out)))
+        click.echo("\n".join(plan_stage(recipe, out, started()).lines(Devices(started()))))
         return
     folder = run_stage(recipe, out)
     click.echo(f"checkpoint: {folder}; next: probing inspect {folder}")
@@ -66,7 +68,8 @@ def align(
     quiet_libraries()
     from analysis.alignment.run import AlignRecipe
     from analysis.alignment.run import align as align_checkpoint
-    from analysis.planning.dry_run import rehearse_alignment
+    from analysis.planning.alignment import plan_alignment
+    from analysis.planning.plan import Devices
     from probing.recipe import apply_overrides, validate
 
     values: dict[str, Any] = {"backbone": {"checkpoint": checkpoint}, "data": {"path": data}}
@@ -77,7 +80,7 @@ def align(
     apply_overrides(values, overrides)
     recipe = validate(AlignRecipe, values, "command line").with_absolute_paths()
     if dry_run:
-        click.echo("\n".join(rehearse_alignment(recipe, out)))
+        click.echo("\n".join(plan_alignment(recipe, out).lines(Devices())))
         return
     results = align_checkpoint(recipe, out)
     click.echo(f"results: {results}; next: probing report {out}")

@@ -77,9 +77,11 @@ def train(
     recipe = validate(ProbeRunRecipe, values, str(recipe_file or "command line")).with_absolute_paths()
     quiet_libraries()
     if dry_run:
-        from analysis.planning.dry_run import rehearse_training
+        from analysis.planning.plan import Devices
+        from analysis.planning.probe_training import plan_training
+        from probing.utils.distributed import started
 
-        click.echo("\n".join(rehearse_training(recipe, out)))
+        click.echo("\n".join(plan_training(recipe, out, started()).lines(Devices(started()))))
         return
     from probing.training.run import train as train_run
 
@@ -102,9 +104,10 @@ def evaluate(run: Path, dry_run: bool, **options: Any) -> None:
     """
     quiet_libraries()
     if dry_run:
-        from analysis.planning.dry_run import rehearse_evaluation
+        from analysis.planning.evaluation import plan_evaluation
+        from analysis.planning.plan import Devices
 
-        click.echo("\n".join(rehearse_evaluation(run, evaluation(options))))
+        click.echo("\n".join(plan_evaluation(run, evaluation(options)).lines(Devices())))
         return
     from analysis.evaluation.run import evaluate as evaluate_run
 

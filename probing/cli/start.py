@@ -1,4 +1,4 @@
-"""The verbs to start with: `probing demo`, `teachers`, `doctor` and `plan`."""
+"""The verbs to start with: `probing demo`, `teachers` and `plan`."""
 
 import math
 from functools import partial
@@ -45,23 +45,6 @@ def teachers(name_and_id: str | None, overrides: tuple[str, ...]) -> None:
         click.echo(f"       --teacher {name}={identifier}  ({licence})")
 
 
-@click.command()
-def doctor() -> None:
-    """What this machine has, what is missing for which verb, and what is broken.
-
-    Exit code 2 where something must be mended first; its line says what to type.
-    """
-    from probing.utils.doctor import examine  # of the libraries it imports none before it knows whether that works
-
-    broken = 0
-    for finding in examine():
-        broken += finding.level == "broken"
-        click.echo(f"{finding.level:<8}{finding.about:<14}{finding.text}")
-    if broken:
-        raise UserError(f"{broken} of these must be mended before the toolkit works; each says what to type")
-    click.echo("usable")
-
-
 rate = partial(click.option, type=click.FloatRange(0, min_open=True), show_default=True)
 
 
@@ -81,37 +64,37 @@ rate = partial(click.option, type=click.FloatRange(0, min_open=True), show_defau
 def plan(
     path: Path, overrides: tuple[str, ...], devices: int, tflops: float, tflops_long: float, **options: Any
 ) -> None:
-    """What a run costs: training it by RECIPE, and evaluating it; of a finished RUN, what of that is there already.
+    """What training by RECIPE takes, as its --dry-run; or evaluating a finished RUN.
 
-    RECIPE may be one of probing distill too. Nothing is loaded but configurations: the weights need not be there.
-    KEY=VALUE changes fields of the recipe; the options are those of `probing evaluate`, and where it runs.
+    RECIPE may be one of probing distill too. The weights need not exist. KEY=VALUE changes fields of the recipe. With
+    options of `probing evaluate`, what evaluating takes is added.
     """
     if not math.isfinite(tflops + tflops_long):
         raise UserError("--tflops and --tflops-long are numbers of TFLOP/s; write such as 150")
     quiet_libraries()
-    from analysis.planning.evaluation import plan as plan_evaluation
-    from analysis.planning.probe_training import Devices, training_cost
+    from analysis.evaluation.run import Options
+    from analysis.planning.distillation import plan_stage
+    from analysis.planning.evaluation import plan_evaluation, plan_metrics
+    from analysis.planning.plan import Devices
+    from analysis.planning.probe_training import plan_training
+    from probing.distillation.recipe import DistillRecipe
     from probing.recipe import ProbeRunRecipe, load_recipe, read_yaml
-    from probing.runs.directory import Run
 
-    where = Devices(devices, tflops, tflops_long)
-    run = Run.open(path) if path.is_dir() else None
-    if run and overrides:
-        raise UserError(f"{path} is a finished run, whose recipe stands; give a recipe, or leave out {overrides[0]}")
-    if not run and "stage" in read_yaml(path):
+    requested = evaluation(options)
+    if path.is_dir():
+        if overrides:
+            raise UserError(f"{path} is a run, whose recipe is fixed; leave out {overrides[0]}, or give a recipe")
+        plans = [plan_evaluation(path, requested)]
+    elif "stage" in read_yaml(path):
         if options["metrics"]:
             raise UserError(f"{path} trains a checkpoint, which is not scored; leave out --metric")
-        from analysis.planning.distillation import stage_cost
-        from probing.distillation.recipe import DistillRecipe
-
-        for line in stage_cost(load_recipe(DistillRecipe, path, overrides), devices).lines(where):
-            click.echo(line)
-        return
-    recipe = run.recipe if run else load_recipe(ProbeRunRecipe, path, overrides)
-    for line in [] if run else training_cost(recipe, devices).lines(where):
-        click.echo(line)
-    for cost in plan_evaluation(run, recipe, evaluation(options)):
-        click.echo(f"{cost.metric}: {cost.work}; there already: {cost.there}")
+        plans = [plan_stage(load_recipe(DistillRecipe, path, overrides), processes=devices)]
+    else:
+        recipe = load_recipe(ProbeRunRecipe, path, overrides)
+        plans = [plan_training(recipe, processes=devices)]
+        plans += [plan_metrics(recipe, requested)] if requested != Options() else []
+    for one in plans:
+        click.echo("\n".join(one.lines(Devices(devices, tflops, tflops_long))))
 
 
 @click.command()

@@ -6,7 +6,6 @@ form of cosine alignment with frozen features (as in REPA, arXiv:2410.06940, and
 is InfoNCE (arXiv:1807.03748) over the words of the same image.
 """
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,9 +155,7 @@ class PatchAlignment:
             pairs: number of pairs in the global batch, a scalar.
             embed: the LLM's input embeddings.
         """
-        # torch has no autocast for mere shapes
-        exact = contextlib.nullcontext() if features.is_meta else torch.autocast(features.device.type, enabled=False)
-        with exact:
+        with torch.autocast(features.device.type, enabled=False):
             pooled = pool_patches(features.float(), labels)
             vectors = self.word_vectors(embed, pooled.words)
             if self.temperature is None:

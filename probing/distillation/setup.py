@@ -1,6 +1,5 @@
 """What a training stage is put together from: checkpoint, conversations, teachers, and all that is trained."""
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -219,8 +218,7 @@ def _embedding(
         Task(name, tuple(int(layer) for layer in chosen[name]), recipe.weights.get(name, 0.5), teachers[name].shape)
         for name in recipe.tasks
     ]
-    shapes = device.type == "meta"
-    with torch.random.fork_rng(devices=[]), device if shapes else contextlib.nullcontext():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         embedding = EmbeddingPredictors(tasks, width, recipe.seek, recipe.keys, recipe.heads, recipe.dim_head)
     saved = (Path(source) / FOLDER).is_dir()
@@ -231,7 +229,7 @@ def _embedding(
                 f"from a folder with {FOLDER}/, as stage pt writes it"
             )
         add_special_tokens(processor, model, recipe.tasks, recipe.seek)
-    if saved and not shapes:
+    if saved:
         embedding.load(Path(source) / FOLDER)
         logger.info("embedding predictors go on from %s", Path(source) / FOLDER)
     return embedding, teachers

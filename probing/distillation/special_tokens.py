@@ -59,7 +59,6 @@ def add_special_tokens(processor: Any, model: Any, tasks: Sequence[str], number:
     head = model.get_output_embeddings()
     with torch.no_grad():
         for weight in {id(w): w for w in (model.get_input_embeddings().weight, head.weight)}.values():
-            keep = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
-            keep[rows] = False
-            weight[rows] = weight[keep].mean(dim=0)
+            others = torch.tensor(sorted(set(range(len(weight))) - set(rows)), device=weight.device)
+            weight[rows] = weight[others].mean(dim=0)
     return found

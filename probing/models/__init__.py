@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from probing.models import auto, llava, llava_original, multi_encoder
 from probing.models.base import (
@@ -22,13 +21,11 @@ from probing.models.base import (
     layer_name,
     parse_layers,
 )
-from probing.models.image_tokens import CANNOT_RUN, DEFAULT_SIDE
 from probing.models.token_map import TokenMap
 from probing.recipe import BackboneRecipe, model_name
 from probing.utils.adapters import ADAPTER_CONFIG, find_adapter
 from probing.utils.checkpoint_files import fetch, loading, read_json
-from probing.utils.errors import UserError, first_line
-from probing.utils.meta_device import META, dry_run
+from probing.utils.errors import UserError
 from probing.utils.paths import local_path, looks_like_path
 from probing.utils.pretrained import checkpoint_path, identity, locate
 
@@ -172,29 +169,12 @@ def describe_checkpoint(recipe: BackboneRecipe) -> dict[str, Any]:
     Raises:
         UserError: it cannot be probed, as far as shapes alone show.
     """
-    one, unsure = _open(recipe), ""
+    one = _open(recipe)
     with loading(f"checkpoint {one.source}"):
         if one.family is multi_encoder:  # its teachers may be absent
             inputs = one.family.make_inputs(one.source, one.config, one.recipe)
         else:
-            with dry_run():
-                backbone = one.family.load(one.source, one.config, one.recipe, META, None)
-                unsure = _try_forward_pass(backbone)
-            inputs = backbone.prepare
+            inputs = one.family.load(one.source, one.config, one.recipe, torch.device("meta"), None).prepare
         values = one.family.describe(one.config, inputs)
-    if unsure:
-        values["not_sure"] = "; ".join(filter(None, (values.get("not_sure"), unsure)))
     base = {"base": one.source} if hasattr(one.config, "adapter") else {}
     return {"checkpoint": recipe.checkpoint, **base, **values}
-
-
-def _try_forward_pass(backbone: Backbone) -> str:
-    """Runs an image through a checkpoint on shapes alone; returns why that fails, unless an operator needs numbers."""
-    batch = backbone.prepare([Image.new("RGB", (DEFAULT_SIDE, DEFAULT_SIDE))]).to(META)
-    try:
-        backbone.stream(batch, [0, backbone.layers, FINAL], lambda layer, state: None)
-    except CANNOT_RUN as error:
-        if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
-            return ""
-        return f"its layers could not be tried without weights ({first_line(error)})"
-    return ""

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import _disable_current_modes
 
 import probing.utils.torchvision_shim  # noqa: F401
 from probing.utils.checkpoint_files import read_json
@@ -136,7 +135,7 @@ def _count_features(config: Any, size: tuple[int, int]) -> int:
     )  # fmt: skip
 
     def count(device: str) -> int:
-        with _disable_current_modes(), torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
             pixels = torch.zeros(1, getattr(vision, "num_channels", 3), *size)
             return int(LlavaModel(half).eval().get_image_features(pixels).pooler_output[0].shape[0])
 

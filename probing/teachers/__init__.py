@@ -59,10 +59,9 @@ def describe_teacher(values: Mapping[str, dict[str, Any]], overrides: Iterable[s
     Raises:
         UserError: as `load_teacher` does, but for faults in the weights.
     """
+    import torch
     from PIL import Image
     from pydantic import TypeAdapter, ValidationError
-
-    from probing.utils.meta_device import META, dry_run
 
     ((name, fields),) = values.items()
     try:
@@ -70,8 +69,7 @@ def describe_teacher(values: Mapping[str, dict[str, Any]], overrides: Iterable[s
     except ValidationError as error:
         raise UserError(f"teacher {name!r}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     recipe = validate(TeacherRecipe, apply_overrides(dict(fields), overrides), f"teachers.{name}")
-    with dry_run():
-        teacher = load_teacher(name, recipe, META)
+    teacher = load_teacher(name, recipe, torch.device("meta"))
     tokens, width = teacher.shape
     places = f"{teacher.grid[0]} x {teacher.grid[1]} places" if teacher.grid else "one token"
     found = {

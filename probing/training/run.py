@@ -20,8 +20,6 @@ from probing.data.target_cache import CacheOptions, TargetCache, build_target_ca
 from probing.models import Backbone, Identity, Layer, load_backbone, parse_layers
 from probing.models.chat_templates import rendering_at
 from probing.models.finite import not_finite_rows, report_not_finite
-from probing.probes.bank import probe_configs
-from probing.probes.resampler import Resampler
 from probing.recipe import DataRecipe, ProbeRunRecipe
 from probing.runs.compatibility import (
     describe_inputs,
@@ -36,6 +34,7 @@ from probing.runs.directory import Run
 from probing.runs.manifest import made_of, versions
 from probing.teachers import Teacher, load_teacher
 from probing.training.convergence import NOT_TRAINED, judge
+from probing.training.sizes import disk_bytes, probe_parameters
 from probing.training.spread import spread_layers
 from probing.training.state import summary
 from probing.training.trackers import require_tracker
@@ -94,35 +93,6 @@ def arm_backbone(recipe: ProbeRunRecipe, arm: str, device: torch.device) -> Back
     return load_backbone(recipe.backbone, device, RANDOM_WEIGHTS_SEED if arm == "random" else None)
 
 
-def bank_bytes(
-    recipe: ProbeRunRecipe, backbone: Backbone, teachers: dict[str, Teacher], layers: Sequence[Layer], controls: int
-) -> int:
-    """Memory of the probes of so many controls, with their gradients and moments."""
-    return 16 * _parameters(recipe, backbone, teachers) * len(layers) * len(recipe.fit.seeds) * controls
-
-
-def _parameters(recipe: ProbeRunRecipe, backbone: Backbone, teachers: dict[str, Teacher]) -> int:
-    """Of one layer's probes, one for each teacher."""
-    with torch.device("meta"):
-        probes = [Resampler(config) for config in probe_configs(recipe.probe, backbone.hidden_size, teachers).values()]
-    return sum(p.numel() for probe in probes for p in probe.parameters())
-
-
-def _banks(recipe: ProbeRunRecipe) -> int:
-    return 1 + ("shuffled" in recipe.controls)
-
-
-def bytes_needed(
-    recipe: ProbeRunRecipe, backbone: Backbone, teachers: dict[str, Teacher], layers: Sequence[Layer]
-) -> int:
-    """Disk that a run takes at its fullest: probes, and twice the training state while it is replaced."""
-    widths = [width for _, width in (teacher.shape for teacher in teachers.values())]
-    sums = sum(backbone.hidden_size * (backbone.hidden_size + w) * 8 for w in widths) if recipe.fit.ridge else 0
-    probes = 4 * _parameters(recipe, backbone, teachers) * len(layers) * len(recipe.fit.seeds)
-    state = 3 * probes * _banks(recipe) + sums * len(layers)
-    return 2 * state + probes * (_banks(recipe) + ("random" in recipe.controls))
-
-
 @others_alive()
 def train(recipe: ProbeRunRecipe, out: Path) -> Run:
     """Trains the probe banks of a run, or goes on with an unfinished one.
@@ -154,7 +124,7 @@ def _train(recipe: ProbeRunRecipe, out: Path, accelerator: Accelerator) -> Run:
     teachers = load_teachers(recipe, accelerator.device)
     with disk_errors(out), accelerator.main_process_first():
         if not (out / "manifest.json").exists():
-            require_space(out, bytes_needed(recipe, backbone, teachers, layers))
+            require_space(out, disk_bytes(recipe, backbone.hidden_size, teachers, layers))
         run = Run.create(out, recipe)
         if accelerator.is_main_process:
             run.remove_left_overs()
@@ -207,9 +177,8 @@ def _train_arm(
     """Trains on one set of backbone weights; its summary, written last, says that its probes are in place."""
     folder, tracked = run.path / "state" / arm, run.path / "tensorboard" / arm
     fit = Fit(run.recipe, backbone, teachers, images, layers, controls, folder, accelerator, kept, tracked=tracked)
-    fit.spread = spread_layers(
-        run.recipe.fit, bank_bytes(run.recipe, backbone, teachers, layers, len(controls)), accelerator
-    )
+    parameters = len(layers) * len(controls) * probe_parameters(run.recipe, backbone.hidden_size, teachers)
+    fit.spread = spread_layers(run.recipe.fit, 16 * parameters, accelerator)
     if fit.spread:
         if len(layers) < accelerator.num_processes:
             raise UserError(f"{accelerator.num_processes} processes for {len(layers)} layers; start fewer")

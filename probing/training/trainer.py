@@ -135,7 +135,7 @@ class Fit:
             UserError: the disk is full, or the saved state does not fit.
         """
         fit, main = self.recipe.fit, self.accelerator.is_main_process
-        if self._bf16 and slow_in_bfloat16(self.accelerator.device):
+        if fit.bf16 and slow_in_bfloat16(self.accelerator.device):
             logger.warning("fit.bf16 is slow on this CPU, which has no bfloat16 instructions; leave it out")
         state = self.start()
         self._resume(state)
@@ -289,7 +289,7 @@ class Fit:
         rows: list[Tensor] = []
 
         def visit(layer: Layer, hidden: Tensor) -> None:
-            states = hidden.to(device=device, dtype=None if self._bf16 else torch.float32)
+            states = hidden.to(device=device, dtype=None if self.recipe.fit.bf16 else torch.float32)
             keys, mask = batch.tokens.select(states, self.recipe.probe.keys)
             good = finite_rows(keys)
             keys = zero_others(keys, good)
@@ -319,13 +319,8 @@ class Fit:
         tally.finite.append((prepared.indices, torch.stack([*rows, *finite.values()])))
         return tally
 
-    @property
-    def _bf16(self) -> bool:
-        """Whether products are in bfloat16; torch has no autocast for mere shapes."""
-        return self.recipe.fit.bf16 and self.accelerator.device.type != "meta"
-
     def _products(self) -> contextlib.AbstractContextManager[Any]:
-        if self._bf16:
+        if self.recipe.fit.bf16:
             return torch.autocast(self.accelerator.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 

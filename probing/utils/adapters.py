@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.utils._python_dispatch import _disable_current_modes
 
 from probing.utils.checkpoint_files import WEIGHTS, has_weights, loading, shapes_of_file, tensors_of_file
 from probing.utils.errors import UserError
@@ -91,7 +90,7 @@ def merge_adapter(model: Any, folder: Path, key_mapping: dict[str, str]) -> set[
     Raises:
         UserError: tensors do not fit the base, or some are missing.
     """
-    with loading(f"adapter {folder}"), warnings.catch_warnings(), _disable_current_modes():
+    with loading(f"adapter {folder}"), warnings.catch_warnings():
         if next(model.parameters()).is_meta:
             warnings.simplefilter("ignore")  # torch: copying to the meta device does nothing
         replaced = {name for file in _whole_files(folder) for name in _replace_tensors(model, file, key_mapping)}

@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -53,7 +54,21 @@ def loading(what: str) -> Iterator[None]:
             f"{what} cannot be loaded: its pickle may run code, so it was not opened; convert it to safetensors"
         ) from None
     except (*BROKEN, ImportError, RuntimeError, EOFError, MemoryError, SafetensorError, StrictDataclassError) as error:
+        refuse_unreachable(what, error)
         raise UserError(f"{what} cannot be loaded: {describe_error(error)}") from None
+
+
+def refuse_unreachable(source: str, error: BaseException | None) -> None:
+    """Raises UserError where a library needed a file from the Hub that it could neither download nor find."""
+    while error is not None and not isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__
+    if error is not None and constants.HF_HUB_OFFLINE:
+        raise UserError(f"{source} is no folder and not downloaded; unset HF_HUB_OFFLINE, or give a folder") from None
+    if error is not None:
+        raise UserError(
+            f"the Hub cannot be reached, and {source} is not downloaded; check the network, or set HF_HUB_OFFLINE=1 to "
+            "use folders and downloads alone"
+        ) from None
 
 
 def describe_error(error: BaseException) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
-from torch.utils._python_dispatch import _disable_current_modes
 
 import probing.utils.torchvision_shim  # noqa: F401
 from probing.utils.adapters import ADAPTER_CONFIG, adapter_files, merge_adapter
@@ -17,12 +17,12 @@ from probing.utils.checkpoint_files import (
     describe_error,
     has_weights,
     read_json,
+    refuse_unreachable,
     tensor_shapes,
     weight_map,
 )
 from probing.utils.errors import BROKEN, UserError
 from probing.utils.paths import local_path, looks_like_path
-from probing.utils.reach import require_hub
 from probing.utils.weights_hash import digest, files_hash, model_hash, settings, weights_hash
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def locate(source: str, what: str) -> str:
     """Returns the folder or Hub id to load.
 
     Raises:
-        UserError: there is no such folder, it holds no model, or the Hub cannot be reached.
+        UserError: there is no such folder, it holds no model, or it is not downloaded and the Hub cannot be reached.
     """
     path = local_path(source)
     if path.is_dir():
@@ -58,7 +58,13 @@ def locate(source: str, what: str) -> str:
         raise UserError(f"no {what} at {source}: it is a file; give the folder that holds config.json")
     if looks_like_path(source) or "/" not in source:
         raise UserError(f"no such {what}: {source}; give an existing folder or a Hub id such as org/name")
-    require_hub()
+    if not constants.HF_HUB_OFFLINE:
+        from transformers.utils.hub import cached_file
+
+        try:
+            cached_file(source, "config.json")
+        except OSError as error:
+            refuse_unreachable(source, error)
     return source
 
 
@@ -107,6 +113,7 @@ def load_config(source: str, what: str, trust: str = "backbone.trust_remote_code
     try:
         return AutoConfig.from_pretrained(source, **kwargs)
     except (*BROKEN, StrictDataclassError) as error:
+        refuse_unreachable(source, error)
         if "custom code" in str(error):
             raise UserError(
                 f"{what} {source} has code of its own, which was not run; read it, then set {trust}=true"
@@ -173,12 +180,11 @@ def _compare_with_files(model: Any, source: str, config: Any, key_mapping: dict[
     """Returns what loading the weights would report; nothing if there are none here or they are quantized."""
     if not has_weights(source) or getattr(config, "quantization_config", None):
         return {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
-    with _disable_current_modes():  # a dry run must not count these
-        tensors = {name: torch.empty(shape, device="meta") for name, shape in tensor_shapes(source).items()}
-        _, info = type(model).from_pretrained(
-            None, config=config, state_dict=tensors, device_map="meta", output_loading_info=True,
-            ignore_mismatched_sizes=True, key_mapping=key_mapping,
-        )  # fmt: skip
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in tensor_shapes(source).items()}
+    _, info = type(model).from_pretrained(
+        None, config=config, state_dict=tensors, device_map="meta", output_loading_info=True,
+        ignore_mismatched_sizes=True, key_mapping=key_mapping,
+    )  # fmt: skip
     return dict(info)
 
 

@@ -18,7 +18,7 @@ from analysis.alignment.metrics.sparse_codes import orthogonal_matching_pursuit
 from analysis.alignment.metrics.spectrum import von_neumann_entropy
 from analysis.alignment.run import AlignRecipe, align
 from analysis.evaluation.compare import compare
-from analysis.planning.dry_run import rehearse_alignment
+from analysis.planning.alignment import plan_alignment
 from probing.cli import cli
 from probing.data.coco import list_images
 from probing.data.panoptic import read_panoptic
@@ -251,13 +251,13 @@ def test_a_dry_run_says_what_would_be_done(checkpoint, world, tmp_path):
     images = len(list_images(world, "val2017"))
     assert f"pass over all: {images} images (new)" in done.stdout and not out.exists()
     with pytest.raises(UserError, match="layer 99 is out of range"):
-        rehearse_alignment(recipe(checkpoint, world, layers="99"), out)
+        plan_alignment(recipe(checkpoint, world, layers="99"), out)
     (out / "state").mkdir(parents=True)
     (out / "state" / "sample.safetensors").write_bytes(b"")
     (out / "recipe.yaml").write_text(dump_recipe(recipe(checkpoint, world)))
-    assert any("begun, goes on" in line for line in rehearse_alignment(recipe(checkpoint, world), out))
+    assert "(resumes)" in plan_alignment(recipe(checkpoint, world), out).facts["pass over a sample"]
     with pytest.raises(UserError, match="holds another run"):
-        rehearse_alignment(recipe(checkpoint, world, coverage=0.9), out)
+        plan_alignment(recipe(checkpoint, world, coverage=0.9), out)
 
 
 def test_what_cannot_be_measured_is_said(checkpoint, world, coco, tmp_path):

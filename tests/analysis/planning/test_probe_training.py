@@ -1,139 +1,162 @@
-"""What a run costs, told from shapes alone, against sizes counted by hand and runs that were measured."""
+"""What training of probes costs: counted operations of a real step, sizes of real parameters, and refusals."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
+from accelerate import Accelerator
+from click.testing import CliRunner
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.planning.probe_training import Devices, training_cost
-from probing.recipe import ProbeRunRecipe
+from analysis.planning.plan import Devices, Plan, Work
+from analysis.planning.probe_training import plan_training
+from probing.cli import cli
+from probing.models import parse_layers
+from probing.recipe import ProbeRunRecipe, dump_recipe
+from probing.training.run import arm_backbone, load_teachers, train, training_images
+from probing.training.schedule import plan_steps
+from probing.training.trainer import Fit
 from probing.utils.errors import UserError
-from probing.utils.meta_device import META, autocast, backward, count_flops, dry_run
-from tests.helpers import full_size, tiny
+from probing.utils.interrupt import Interrupted, Interruption
+from tests.helpers import tiny
+from tests.probing.models.test_auto import idefics3, internvl, qwen2_5_vl
+
+CPU = torch.device("cpu")
 
 
-def test_peak_and_flops_of_a_chain_of_products():
-    """a @ b @ c with a view and a deletion in between; floats alone count."""
-    with dry_run() as usage, count_flops() as flops:
-        a, b, c = (torch.ones(64, 64, device=META) for _ in range(3))
-        ids = torch.arange(64, device=META)
-        assert usage.bytes == 3 * 64 * 64 * 4
-        assert ids.device.type == "cpu"
-        first = a @ b
-        view = first.t()[:10]
-        del first
-        second = view.t() @ c[:10]
-        assert usage.bytes == 5 * 64 * 64 * 4  # the view keeps its product alive
-        del view, second
-        assert usage.bytes == 3 * 64 * 64 * 4
-    assert usage.peak == 5 * 64 * 64 * 4
-    assert flops() == 2 * 64 * 64 * (64 + 10)
+def counted(recipe, folder):
+    """Operations of a real step of the first epoch, per image."""
+    backbone, teachers, images = (
+        arm_backbone(recipe, "no", CPU),
+        load_teachers(recipe, CPU),
+        training_images(recipe.data),
+    )
+    layers = parse_layers(recipe.layers, backbone.layers)
+    fit = Fit(recipe, backbone, teachers, images, layers, ["none", *recipe.controls], folder, Accelerator(cpu=True))
+    state = fit.start()
+    batch = plan_steps(len(images), recipe.fit)[0][:1]
+    prepared = next(fit.batches([batch]))
+    columns = {column: index for index, column in enumerate(state.columns)}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        fit.micro_batch(state, prepared, 1.0, True, columns)
+    return counter.get_total_flops() / len(batch[0]), state
 
 
-def test_masks_keep_their_values():
-    """How many places a mask chooses is known, wherever the mask was sent."""
-    ids = torch.tensor([[1, 7, 7, 2], [1, 7, 7, 2]])
-    with dry_run():
-        states = torch.ones(2, 4, 8, device=META)
-        mask = (ids.to(META) == 7).to(states.device)
-        assert states[mask].shape == (4, 8)
-        assert states[:, mask[0]].shape == (2, 2, 8)
-        assert int(mask.sum()) == 4
+@pytest.mark.parametrize(
+    ("kind", "layers", "changes"),
+    [
+        ("llava", "all", {}),
+        ("llava", "1", {"ridge": False}),
+        ("llava_next", "0,2", {"seeds": [0, 1]}),
+        ("llava_onevision", "final", {}),
+        (internvl, "2", {"ridge": False}),
+        (qwen2_5_vl, "2", {}),
+        (idefics3, "0,3", {}),
+    ],
+)
+def test_flops_are_within_15_percent_of_a_counted_step(recipe_values, tmp_path, kind, layers, changes):
+    checkpoint = tmp_path / "checkpoint"
+    (getattr(tiny, kind) if isinstance(kind, str) else kind)(checkpoint)
+    backbone = {"checkpoint": str(checkpoint)} | ({} if isinstance(kind, str) else {"whole_image": "last"})
+    fit = recipe_values["fit"] | {"epochs": 1} | changes
+    if layers != "all":  # one with every kind of teacher
+        recipe_values["teachers"] = {"gen": recipe_values["teachers"]["gen"]}
+    values = recipe_values | {"backbone": backbone, "layers": layers, "controls": ["shuffled"], "fit": fit}
+    recipe = ProbeRunRecipe.model_validate(values)
+    work = plan_training(recipe).work
+    real, state = counted(recipe, tmp_path)
+    assert work.flops16 + work.flops32 == pytest.approx(real, rel=0.15)
+    parameters = sum(p.numel() for own in state.parameters for p in own)
+    assert work.memory["probes with gradients and moments"] == 16 * parameters
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_attention_counts_as_fused(grouped):
-    """No matrix of weights is held, and the operations are those of both products, backward included."""
-    batch, heads, length, width = 2, 4, 512, 16
-    with dry_run() as usage, count_flops() as flops:
-        q, k, v = (
-            torch.ones(batch, h, length, width, device=META, requires_grad=True)
-            for h in (heads, *([2, 2] if grouped else [heads, heads]))
-        )
-        mask = torch.ones(batch, 1, length, length, dtype=torch.bool)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        assert out.shape == q.shape
-        forward = flops()
-        out.sum().backward()
-        assert q.grad.shape == q.shape
-        assert k.grad.shape == k.shape
-        assert usage.peak < 4 * batch * heads * length * length
-    product = 2 * batch * heads * length * length * width
-    assert forward == 2 * product
-    assert flops() == 7 * product
+def test_dry_run_is_plan_and_says_how_far_a_run_is(recipe_values, tmp_path, monkeypatch):
+    recipe_values["teachers"] = {"gen": recipe_values["teachers"]["gen"]}
+    recipe = ProbeRunRecipe.model_validate(recipe_values | {"controls": ["shuffled", "random"]})
+    file, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text(dump_recipe(recipe))
+
+    def printed(*arguments):
+        done = CliRunner().invoke(cli, [*map(str, arguments)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    training = ("train", "--recipe", file, "--out", out, "--dry-run")
+    text = printed(*training)
+    assert text == f"run: {out} (new)\n" + printed("plan", file)
+    assert "12 of train2017 to train on, 6 of val2017" in text and "steps: 4 of 6 images" in text
+    assert "layers 0, 1, 2, 3\n" in text and not out.exists()
+
+    class Stop(Interruption):  # after one step
+        def __init__(self):
+            super().__init__()
+            self.asked = True
+
+    with monkeypatch.context() as stopped, pytest.raises(Interrupted):
+        stopped.setattr("probing.training.trainer.Interruption", Stop)
+        train(recipe, out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    text = printed(*training)
+    assert "pretrained weights: resumes after step 1 of 4; random weights: from the start" in text
+    with pytest.raises(UserError, match=r"holds another run \(fit.lr is 0.001 there and 0.5 here\)"):
+        printed(*training, "fit.lr=0.5")
+    with pytest.raises(UserError, match="has not finished"):
+        printed("evaluate", out, "--dry-run")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+    train(recipe, out)
+    assert "finished; nothing to do" in printed(*training)
+    text = printed("evaluate", out, "--dry-run")
+    assert "cosine: 6 images x 2 forward passes" in text and f"writes: {out / 'results.csv'}" in text
+    assert text == printed("plan", out)
+    with pytest.raises(UserError, match="give --da2k DIR"):
+        printed("evaluate", out, "--metric", "da2k", "--dry-run")
 
 
-def full_size_recipe(root):
-    """The paper's run without weights."""
-    return {
-        "backbone": {"checkpoint": str(full_size.ola(root / "ola-llama3"))},
-        "data": {"path": f"coco:{tiny.coco(root / 'coco', train=2, val=2)}"},
-        "teachers": full_size.teachers(root),
-        "layers": "1-32",
-        "controls": [],
-        "fit": {"epochs": 2, "batch_size": 2, "micro_batch": 2, "workers": 0, "ridge": False},
-    }
+def test_plan_refuses_what_training_refuses(recipe_values, tmp_path, monkeypatch):
+    recipe = ProbeRunRecipe.model_validate(recipe_values)
+    for change, processes, message in (
+        ({"layers": "0,9"}, 1, "layer 9 is out of range"),
+        ({}, 13, "13 processes for 12 images"),
+        ({"fit": recipe.fit.model_copy(update={"report_to": "pigeon"})}, 1, "fit.report_to is 'pigeon'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plan_training(recipe.model_copy(update=change), tmp_path / "run", processes)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match="no disk space"):
+        plan_training(recipe, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
-def test_the_papers_run_without_weights(tmp_path):
-    """Llama-3-8B with ConvNeXt-XXL, 32 layers, three teachers; by hand 16.8 TFLOP for 630 tokens."""
-    cost = training_cost(ProbeRunRecipe.model_validate(full_size_recipe(tmp_path)))
-    assert cost.flops == pytest.approx(16.8e12, rel=0.02)  # the small tokenizer makes about as many
-    assert cost.backbone == pytest.approx(2 * (7.505e9 + 0.846e9 + 0.0294e9), rel=0.01)
-    assert cost.probes == pytest.approx(16 * 1.005e9, rel=0.005)
-
-
-@pytest.mark.slow
-def test_teachers_and_probes_are_in_32_bits_and_take_their_time(tmp_path):
-    values = full_size_recipe(tmp_path)
-    cost = training_cost(ProbeRunRecipe.model_validate(values), processes=2)
-    assert cost.long == pytest.approx(1.62e12 + 2.64e12, rel=0.05)  # facts of teachers and probes at their sizes
-    assert cost.batch == 1  # of the batch of two, each process has one
-    seconds = cost.images * cost.passes * ((cost.flops - cost.long) / 0.2e12 + cost.long / 0.05e12) / 2
-    assert f"{seconds / 3600:.3g} h, at 0.2 TFLOP/s" in cost.lines(Devices(2, 0.2, 0.05))[1]
-    assert "time: less than a minute, at 200 TFLOP/s" in cost.lines(Devices(2, 200, 50))[1]
-    with pytest.raises(UserError, match="3 processes for 2 images"):
-        training_cost(ProbeRunRecipe.model_validate(values), processes=3)
-
-
-def test_autocast_rounds_products_and_keeps_the_weights_it_rounded():
-    with dry_run() as usage, count_flops() as flops:
-        weight, states = torch.ones(64, 64, device=META, requires_grad=True), torch.ones(8, 64, device=META)
-        before = usage.bytes
-        with autocast():
-            out = F.linear(states, weight)
-            assert out.dtype == torch.bfloat16
-            assert F.layer_norm(out, (64,)).dtype == torch.float32
-            assert usage.bytes - before == 2 * (64 * 64 + 2 * 8 * 64)  # the weight's copy, both states
-            F.linear(states, weight)
-            loss = out.sum()
-        backward(loss)
-        assert weight.grad.dtype == torch.float32
-    assert flops() == flops.short == 3 * 2 * 8 * 64 * 64
-
-
-def test_a_batch_of_corrupt_images_is_said(models, tmp_path):
-    coco = tiny.coco(tmp_path / "coco", train=2, val=2)
-    for image in (coco / "train2017").iterdir():
+def test_plan_of_unreadable_images_is_one_line(recipe_values, tmp_path):
+    data = tiny.coco(tmp_path / "coco", train=2, val=2)
+    for image in (data / "train2017").iterdir():
         image.write_bytes(b"no image")
-    values = {
-        "backbone": {"checkpoint": str(models["llava"])},
-        "data": {"path": f"coco:{coco}"},
-        "teachers": {"gen": {"id": str(models["gen"])}},
-        "fit": {"batch_size": 2, "micro_batch": 2, "workers": 0},
-    }
-    with pytest.raises(UserError, match="none of the first 2 images could be read"):
-        training_cost(ProbeRunRecipe.model_validate(values))
+    with pytest.raises(UserError, match="no image of train2017 can be read"):
+        plan_training(ProbeRunRecipe.model_validate(recipe_values | {"data": {"path": f"coco:{data}"}}))
+
+
+def test_time_and_memory_are_printed_for_the_devices():
+    work = Work("10 images x 2 passes", 20, 3e15, 1e15, {"checkpoint": 12e9, "ridge sums": 0}, 8e9, 5_000)
+    lines = Plan({"steps": "4"}, work).lines(Devices(2, tflops16=100, tflops32=10))
+    assert lines == [
+        "steps: 4",
+        "work: 10 images x 2 passes x 4 PFLOP = 80 PFLOP, 25% in 32 bits",
+        "time: 0.361 h on 2 devices, at 100 TFLOP/s in 16 bits and 10 in 32 bits (assumed; see --tflops)",
+        "memory: 12 GB per device (checkpoint 12 GB); FSDP shards 8 GB of it to 4 GB",
+        "disk: 5 kB at most",
+    ]
+    assert "time: less than a minute on 1 device" in "\n".join(Plan({}, work).lines(Devices(1, 1e6, 1e6)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [["--sizes", "1024,2,224,8"], ["--stage", "ift", "--sizes", "1024,4,128,8"]], ids=["probes", "stage"]
 )
-def test_planned_memory_is_what_a_training_takes(options):
+def test_planned_memory_is_within_15_percent_of_a_training(options):
     """In a fresh process, above what it held before; see tests/benchmarks/memory.py."""
     command = [sys.executable, "-m", "tests.benchmarks.memory", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout.split()[-1]) == pytest.approx(1, abs=0.1)
+    assert float(done.stdout.split()[-1]) == pytest.approx(1, abs=0.15), done.stdout

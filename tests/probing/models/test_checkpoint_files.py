@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from analysis.planning.dry_run import rehearse_training
+from analysis.planning.probe_training import plan_training
 from probing.cli import cli
 from probing.models import describe_checkpoint, identify, load_backbone
 from probing.models.llava_next import parse_pinpoints
@@ -61,7 +61,7 @@ def looks(folder, coco, gen):
     )
     return (
         lambda: describe_checkpoint(recipe),
-        lambda: rehearse_training(run, folder.parent / "run"),
+        lambda: plan_training(run, folder.parent / "run"),
         lambda: load_backbone(recipe, CPU),
     )
 

@@ -10,8 +10,9 @@ from transformers import get_cosine_schedule_with_warmup
 from probing.probes.bank import ProbeBank, ProbeKey
 from probing.probes.resampler import ResamplerConfig
 from probing.recipe import FitRecipe, ProbeRunRecipe
-from probing.training.run import arm_backbone, bank_bytes, load_teachers, training_images
+from probing.training.run import arm_backbone, load_teachers, training_images
 from probing.training.schedule import learning_rate, plan_steps
+from probing.training.sizes import probe_parameters
 from probing.training.trainer import Fit
 from probing.utils.images import square
 
@@ -173,7 +174,7 @@ def test_probes_can_be_saved_and_one_layer_read_alone(tmp_path):
 
 
 @pytest.mark.parametrize("probe", [{}, {"ff_mult": 4}, {"heads": 2, "dim_head": 8}, {"heads": 3, "ff_mult": 2}])
-def test_memory_of_probes_is_that_of_those_that_are_built(recipe_values, tmp_path, probe):
+def test_counted_parameters_are_those_of_built_probes(recipe_values, tmp_path, probe):
     recipe = ProbeRunRecipe.model_validate(recipe_values | {"probe": probe})
     backbone, teachers, layers, controls = (
         arm_backbone(recipe, "none", CPU),
@@ -184,4 +185,4 @@ def test_memory_of_probes_is_that_of_those_that_are_built(recipe_values, tmp_pat
     images = training_images(recipe.data)
     fit = Fit(recipe, backbone, teachers, images, layers, controls, tmp_path, Accelerator(cpu=True))
     built = sum(p.numel() for own in fit.start().parameters for p in own)
-    assert bank_bytes(recipe, backbone, teachers, layers, len(controls)) == 16 * built
+    assert len(layers) * probe_parameters(recipe, backbone.hidden_size, teachers) == built

@@ -1,0 +1,40 @@
+"""`probing align --dry-run`."""
+
+from pathlib import Path
+
+from analysis.alignment.run import AlignRecipe, _labelled, _require_free
+from analysis.evaluation.scores import score_file
+from analysis.planning.plan import Plan
+from probing.data.panoptic import Panoptic
+from probing.models import count_blocks, layer_name, parse_layers
+from probing.utils.pretrained import locate
+
+
+def plan_alignment(recipe: AlignRecipe, out: Path) -> Plan:
+    """Says what `align` would do; writes nothing.
+
+    Raises:
+        UserError: as `align`, except for faults in the weights.
+    """
+    maps, images = _labelled(recipe)
+    layers = parse_layers(recipe.layers, count_blocks(recipe.backbone))
+    teachers = {name: locate(one.id, f"{name} teacher") for name, one in recipe.teachers.items()}
+    _require_free(out, recipe)
+
+    def state(name: str) -> str:
+        if score_file(out, f"scores/{name}", images.split).exists():
+            return "exists"
+        return "resumes" if (out / "state" / f"{name}.safetensors").exists() else "new"
+
+    annotations = "panoptic" if isinstance(maps, Panoptic) else "instances"
+    return Plan(
+        {
+            "run": str(out),
+            "checkpoint": f"{recipe.backbone.checkpoint}, layers {', '.join(map(layer_name, layers))}",
+            "images": f"{len(images):,} of {images.split} with masks ({annotations}, {len(maps.names)} classes)",
+            "teachers": ", ".join(f"{name} ({source})" for name, source in teachers.items()) or "none",
+            "pass over a sample": f"{min(recipe.sample, len(images)):,} images ({state('sample')})",
+            "pass over all": f"{len(images):,} images ({state('alignment')})",
+            "writes": f"{out / 'results.csv'}, scores, pictures of {min(recipe.pictures, len(images))} images",
+        }
+    )
