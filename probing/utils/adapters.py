@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-
 from probing.utils.checkpoint_files import WEIGHTS, has_weights, loading, shapes_of_file, tensors_of_file
 from probing.utils.errors import UserError
 from probing.utils.paths import local_path, looks_like_path

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 
 import probing.models.llava
 import probing.teachers.base
-from analysis.planning.probe_training import training_cost
+from analysis.planning.probe_training import plan_training
 from probing.data.dataloader import MicroBatches, micro_batches
 from probing.recipe import ProbeRunRecipe
 from probing.training.run import arm_backbone, load_teachers, training_images
@@ -89,7 +89,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(Path(folder), options.small, options.batch)
-        cost = training_cost(recipe)
+        cost = plan_training(recipe).work
+        assert cost is not None
         with random_weights():
             backbone, teachers = arm_backbone(recipe, "none", device), load_teachers(recipe, device)
         images, layers = training_images(recipe.data), list(range(1, backbone.layers + 1))
@@ -111,13 +112,14 @@ def main() -> None:
 
         run(2)
         seconds = run(options.steps)
-        work = cost.flops * options.batch / 1e12
+        work = (cost.flops16 + cost.flops32) * options.batch / 1e12
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         out(f"{name}, {len(state.columns)} probes, {options.batch} images a step\n")
         out(f"step {seconds:.3f} s, {seconds / options.batch:.3f} s an image, {work / seconds:.2f} TFLOP/s")
         out(f", MFU {work / seconds / options.peak:.1%} of {options.peak:g} TFLOP/s\n")
         if device.type == "cuda":
-            out(f"memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, planned {cost.memory / 1e9:.1f} GB\n")
+            planned = sum(cost.memory.values()) / 1e9
+            out(f"memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, planned {planned:.1f} GB\n")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from pathlib import Path
 import psutil
 
 import probing.utils.torchvision_shim  # noqa: F401
-from analysis.planning.distillation import StageCost, stage_cost
-from analysis.planning.probe_training import TrainingCost, training_cost
+from analysis.planning.distillation import plan_stage
+from analysis.planning.probe_training import plan_training
 from probing.distillation.recipe import DistillRecipe
 from probing.distillation.trainer import run_stage
 from probing.recipe import ProbeRunRecipe
@@ -31,7 +31,6 @@ from probing.training.run import train
 from tests.helpers import tiny
 
 MB = 2**20
-PARTS = ["backbone", "teachers", "probes", "sums", "step"]
 
 
 def make_recipe(root: Path, hidden: int, layers: int, side: int, micro_batch: int) -> ProbeRunRecipe:
@@ -97,28 +96,28 @@ def main() -> None:
         train(ProbeRunRecipe.model_validate_json((options.run / "recipe.json").read_text()), options.run / "run")
         out("\n" + json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - base))
         return
-    names = ["weights", "teachers", "gradients", "moments", "step"] if options.stage else PARTS
-    out(f"hidden layers batch  planned = {' + '.join(names)} (MB)   measured  planned / measured\n")
+    out("hidden layers batch    planned   measured  planned / measured (MB)\n")
     for sizes in options.sizes:
         hidden, layers, side, micro_batch = map(int, sizes.split(","))
         with tempfile.TemporaryDirectory() as folder:
-            cost: TrainingCost | StageCost
             recipe: ProbeRunRecipe | DistillRecipe
             if options.stage:
                 recipe = make_stage(Path(folder), options.stage, hidden, layers, side, micro_batch)
-                cost = stage_cost(recipe)
+                plan = plan_stage(recipe)
             else:
                 recipe = make_recipe(Path(folder), hidden, layers, side, micro_batch)
-                cost = training_cost(recipe)
+                plan = plan_training(recipe)
             (Path(folder) / "recipe.json").write_text(recipe.model_dump_json())
             command = [sys.executable, "-m", "tests.benchmarks.memory", "--run", folder]
             command += ["--stage", options.stage] if options.stage else []
             env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)}
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
             measured = json.loads(done.stdout.splitlines()[-1])
-        parts = [n / MB for n in (cost.memory, *(getattr(cost, name) for name in names))]
-        out(f"{hidden:6d} {layers:6d} {micro_batch:5d} {' '.join(f'{part:8.0f}' for part in parts)}")
-        out(f" {measured:18.0f} {cost.memory / MB / measured:18.2f}\n")
+        assert plan.work is not None
+        planned = sum(plan.work.memory.values()) / MB
+        parts = ", ".join(f"{name} {size / MB:.0f}" for name, size in plan.work.memory.items())
+        out(f"{parts}\n{hidden:6d} {layers:6d} {micro_batch:5d} {planned:10.0f} {measured:10.0f}")
+        out(f" {planned / measured:8.2f}\n")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_the_page_says_what_plan_says(tmp_path, monkeypatch, kind):
     assert done.exit_code == 0, done.output
     if kind == "probe":
         page = (CLUSTER / "README.md").read_text()
-        for figure in (r"x ([\d.]+ TFLOP)", r"memory of a device: ([\d.]+ GB)"):
+        for figure in (r"x ([\d.]+ TFLOP)", r"memory: ([\d.]+ GB)"):
             assert re.search(figure, done.output)[1] in page, done.output
 
 
