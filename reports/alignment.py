@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from analysis.headline_metrics import HEADLINE_METRICS
+from analysis.alignment.headlines import HEADLINE_METRICS
 from probing.runs.directory import members
 from probing.utils.errors import UserError
 from probing.utils.files import LOST, read_json, reading

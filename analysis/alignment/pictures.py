@@ -1,4 +1,4 @@
-"""A few images of `probing align`: the words near each patch, and how near each patch is to the labels' words."""
+"""Words near each patch of a few images, and the similarity of each patch to the words of the labels."""
 
 import json
 from pathlib import Path
@@ -10,69 +10,68 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from analysis.alignment.forward_pass import Subject
-from analysis.alignment.metrics.patch_words import nearest_words, similarity
-from analysis.alignment.metrics.sparse_codes import orthogonal_matching_pursuit
+from analysis.alignment.context import AlignmentContext
+from analysis.alignment.metrics.sparse_codes import pursue
+from analysis.alignment.metrics.word_match import cosines, nearest_words
 from probing.models import Layer, layer_name
 from probing.utils.files import whole_file, write_text
 from probing.utils.images import square
 
 SIDE = 256
-"""Of the photograph, in pixels."""
+"""Width and height of the image, in pixels."""
 NEAREST, SUMMED = 3, 3
-"""Words shown for each patch: those nearest to it, and those of which it is most nearly a sum."""
+"""Words shown per patch: the nearest, and those of its sparse sum."""
 LABELS = 4
-"""Labels whose similarity is drawn, the largest of the image."""
+"""Labels whose similarity is shown, the largest of the image."""
 
 
-def draw_pictures(subject: Subject, centres: dict[str, Tensor], folder: Path, count: int) -> None:
-    """Writes `patches.json` and `patches.safetensors` for the first so many images.
-
-    Args:
-        subject: what is measured.
-        centres: by layer, the mean state (H) that similarities are measured without.
-        folder: where to.
-        count: of images.
-    """
-    backbone, tokenizer = subject.backbone, subject.tokenizer
-    some: list[Layer] = [0, backbone.layers // 2, backbone.layers]
-    drawn = [layer for layer in subject.layers if layer in some] or [subject.layers[0]]
-    atoms = F.normalize(subject.vocabulary.float(), dim=-1).to(subject.vocabulary.dtype)
+def write_pictures(context: AlignmentContext, centres: dict[str, Tensor], folder: Path) -> None:
+    """Writes `patches.json` and `patches.safetensors` for the first images; `centres` are mean states by layer."""
+    depth = context.model.layers
+    layers = [layer for layer in context.layers if layer in (0, depth // 2, depth)] or context.layers[:1]
+    vocabulary = F.normalize(context.vocabulary.float(), dim=-1).to(context.vocabulary.dtype)
     tensors: dict[str, Tensor] = {}
     entries: list[dict[str, Any]] = []
-    for number, name in enumerate(subject.images.names[:count]):
-        (prepared,) = subject.read([[number]], teachers=False)
+    for index, name in enumerate(context.images.names[: context.recipe.pictures]):
+        (prepared,) = context.read([[index]], with_teachers=False)
         if prepared.student is None or prepared.annotations is None:
             continue
-        student = prepared.student.to(backbone.device)
-        shares = prepared.annotations[0]
-        there = (shares.sum(dim=0) > 0).nonzero().flatten().tolist()
-        there = sorted(there, key=lambda label: -float(shares[:, label].sum()))[:LABELS]
-        states: dict[Layer, Tensor] = {}
+        area = prepared.annotations[0].sum(dim=0)
+        labels = area.argsort(descending=True, stable=True)[: min(LABELS, int((area > 0).sum()))]
+        student = prepared.student.to(context.model.device)
+        states: dict[str, Tensor] = {}
 
-        def visit(layer: Layer, hidden: Tensor, student: Any = student, states: Any = states) -> None:
-            states[layer] = student.tokens.image_states(hidden)[0].detach()
+        def visit(layer: Layer, hidden: Tensor, tokens: Any = student.tokens, states: Any = states) -> None:
+            states[layer_name(layer)] = tokens.image_states(hidden)[0].detach().nan_to_num(0, 0, 0)
 
-        backbone.stream(student, drawn, visit)
+        context.model.stream(student, layers, visit)
         words, sums = {}, {}
-        for layer, state in states.items():
-            state = state.nan_to_num(0, 0, 0)  # drawn as nothing where it is not finite
-            nearest = nearest_words(state, atoms, NEAREST).tolist()
-            words[layer_name(layer)] = [[tokenizer.decode([token]).strip() for token in row] for row in nearest]
-            found = orthogonal_matching_pursuit(state.float(), subject.vocabulary, SUMMED, non_negative=True)
-            sums[layer_name(layer)] = [
-                [[tokenizer.decode([token]).strip(), round(part, 3)] for token, part in zip(*row, strict=True) if part]
-                for row in zip(found.atoms.tolist(), found.coefficients.tolist(), strict=True)
-            ]
-            centre = centres[layer_name(layer)].nan_to_num()
-            own = similarity(state[None] - centre, subject.words["centred"][there])[0]
-            tensors[f"similarity.{number}.{layer_name(layer)}"] = own.cpu().contiguous()
-        picture = square(subject.images.read(number)).resize((SIDE, SIDE))
-        tensors[f"photograph.{number}"] = torch.from_numpy(np.array(picture))
-        labels = [subject.names[label] for label in there]
-        entries.append({"image": name, "labels": labels, "words": words, "sums": sums})
-    whole = {"grid": list(subject.annotate.grid), "layers": [layer_name(layer) for layer in drawn], "images": entries}
+        for layer, patches in states.items():
+            nearest = nearest_words(patches, vocabulary, NEAREST)
+            words[layer] = [[_decode(context, token) for token in row] for row in nearest.tolist()]
+            sums[layer] = _sums(context, patches)
+            centred = (patches - centres[layer].nan_to_num())[None]
+            similarity = cosines(centred, context.label_words["centred"][labels])[0]
+            tensors[f"similarity.{index}.{layer}"] = similarity.cpu().contiguous()
+        image = square(context.images.read(index)).resize((SIDE, SIDE))
+        tensors[f"photograph.{index}"] = torch.from_numpy(np.array(image))
+        names = [context.annotate.words[label] for label in labels.tolist()]
+        entries.append({"image": name, "labels": names, "words": words, "sums": sums})
+    content = {"grid": list(context.annotate.grid), "layers": list(map(layer_name, layers)), "images": entries}
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "patches.safetensors") as file:
         save_file(tensors, file)
-    write_text(folder / "patches.json", json.dumps(whole))
+    write_text(folder / "patches.json", json.dumps(content))
+
+
+def _decode(context: AlignmentContext, token: int) -> str:
+    return str(context.tokenizer.decode([token]).strip())
+
+
+def _sums(context: AlignmentContext, patches: Tensor) -> list[list[list[Any]]]:
+    """Word and coefficient of each part of a non-negative sum, for every patch."""
+    pursuit = pursue(patches.float(), context.vocabulary, SUMMED, "non-negative")
+    return [
+        [[_decode(context, token), round(part, 3)] for token, part in zip(*row, strict=True) if part]
+        for row in zip(pursuit.atoms.tolist(), pursuit.coefficients.tolist(), strict=True)
+    ]

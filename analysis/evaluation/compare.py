@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from analysis.evaluation.scores import (
     over_layers,
 )
 from analysis.evaluation.seed_group import Scored, open_runs, read_distances, read_scores, require_alike
-from analysis.headline_metrics import HEADLINE_METRICS
 from probing.utils.errors import UserError
 
 
@@ -185,18 +184,18 @@ def _told(row: pd.Series) -> str:
     )
 
 
-def statements(table: pd.DataFrame) -> list[str]:
+def statements(table: pd.DataFrame, headlines: Iterable[tuple[str, str]] = ()) -> list[str]:
     """One sentence per checkpoint, teacher, probe and metric: the mean over layers, and at how many it is clear.
 
-    What has no probes gets one for each of `HEADLINE_METRICS`, after the projector and over the layers. Differences
-    over no image get none but a sentence that names their layers.
+    What has no probes gets one for each of `headlines` (metric and variant), after the projector and over the layers.
+    Differences over no image get none but a sentence that names their layers.
     """
     empty = table[(table["n"] == 0) & (table["layer"] != AVERAGE)]
     table = table[table["n"] > 0]
     told = table[(table["probe"] == "") & table["layer"].isin(["0", AVERAGE])]
     sentences = [
         _told(row)
-        for metric, variant in HEADLINE_METRICS
+        for metric, variant in headlines
         for _, row in told[(told["metric"] == metric) & (told["variant"] == variant)].iterrows()
     ]
     table = table[table["probe"] != ""]

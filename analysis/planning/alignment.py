@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from analysis.alignment.run import AlignRecipe, _labelled, _require_free
+from analysis.alignment.run import AlignRecipe, labelled_images, require_free
 from analysis.evaluation.scores import score_file
 from analysis.planning.plan import Plan
 from probing.data.panoptic import Panoptic
@@ -16,10 +16,10 @@ def plan_alignment(recipe: AlignRecipe, out: Path) -> Plan:
     Raises:
         UserError: as `align`, except for faults in the weights.
     """
-    maps, images = _labelled(recipe)
+    maps, images = labelled_images(recipe)
     layers = parse_layers(recipe.layers, count_blocks(recipe.backbone))
     teachers = {name: locate(one.id, f"{name} teacher") for name, one in recipe.teachers.items()}
-    _require_free(out, recipe)
+    require_free(out, recipe)
 
     def state(name: str) -> str:
         if score_file(out, f"scores/{name}", images.split).exists():

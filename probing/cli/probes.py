@@ -128,6 +128,7 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
     quiet_libraries()
     import pandas as pd
 
+    from analysis.alignment.headlines import HEADLINE_METRICS
     from analysis.benchmarks.compare import answer_statements, compare_answers
     from analysis.evaluation.compare import compare as compare_runs
     from analysis.evaluation.compare import statements
@@ -150,7 +151,7 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
     if others:
         labels = [run.label for run in (load_alignments(others) if is_alignment(others[0]) else load_runs(others))]
         tables.insert(0, compare_runs(others, labels))
-        sentences = statements(tables[0])
+        sentences = statements(tables[0], HEADLINE_METRICS)
     for sentence in [*sentences, *of_answers]:
         click.echo(sentence)
     click.echo(f"report: {write_report(list(runs), out, pd.concat(tables), sentences)}")

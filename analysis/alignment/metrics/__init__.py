@@ -1,1 +1,1 @@
-"""Measures of projector and patch alignment."""
+"""One class per alignment measure; `analysis.alignment.forward_pass` lists those of each pass."""

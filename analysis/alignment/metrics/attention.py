@@ -1,119 +1,124 @@
-"""How much of every block's attention falls on the image, seen while the model's own kernels run.
+"""Share of every block's attention that falls on the image, observed while the model's own kernels run.
 
-Fused kernels give no attention away, and kernels that do hold T² numbers for every head. Here the few rows that are
-asked for are computed again from queries and keys, beside the fused kernel.
+Fused kernels return no attention, and eager ones hold T² numbers per head. Here the few rows of interest are computed
+again from queries and keys, next to the fused kernel.
 """
 
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from analysis.alignment.metrics.base import LabelledBatch, Measure, Row, States
 from probing.models import Backbone, TokenMap
 from probing.models.token_map import IMAGE_KINDS
 
 NAME = "probing_image_share"
 """The attention implementation under which transformers finds `_attend`."""
 KERNEL = "sdpa"
-"""The implementation that it stands in for, and calls."""
+"""The implementation that it replaces, and calls."""
 QUERIES = ("last token", "tokens after the image")
 
 
 @dataclass
 class ImageShares:
-    """What one forward pass showed.
+    """Attention shares of one forward pass.
 
     Attributes:
-        image: which positions are image, (B, T).
-        queries: which positions are averaged over, by name, each (B, T).
-        found: by number of the block, from 1, and name of the queries: the share, and what it would be if attention
-            were uniform, each (B).
+        image: image positions, (B, T).
+        queries: positions that are averaged over, by name, each (B, T).
+        by_layer: by layer and name of the queries: the share, and that of uniform attention, each (B).
     """
 
     image: Tensor
     queries: dict[str, Tensor]
-    found: dict[int, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    by_layer: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def add(self, layer: str, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+        """Computes the shares of one block from queries and keys, (B, heads, T, head width) each."""
+        queries = {name: rows.to(query.device) for name, rows in self.queries.items()}
+        positions = torch.stack(list(queries.values())).flatten(0, 1).any(dim=0).nonzero().flatten()
+        rows = query[:, :, positions].float().unflatten(1, (key.shape[1], -1))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        logits = (rows @ key.float().mT[:, :, None]).flatten(1, 2) * scale
+        if mask is None:  # the kernel is causal then
+            seen = torch.arange(key.shape[2], device=key.device) <= positions[:, None]
+        else:
+            seen = mask[:, :, positions, : key.shape[2]]
+        image = self.image.to(query.device)
+        attention, uniform = _softmax(logits, seen), _softmax(torch.zeros_like(logits[:, :1]), seen)
+        self.by_layer[layer] = {
+            name: (
+                attention_share(attention, image, chosen[:, positions]),
+                attention_share(uniform, image, chosen[:, positions]),
+            )
+            for name, chosen in queries.items()
+        }
 
 
 _watching: ContextVar[ImageShares | None] = ContextVar("_watching", default=None)
 
 
-def can_watch(backbone: Backbone) -> bool:
-    """Whether the LLM's attention runs through transformers' interface, with the kernel that rows can be added to."""
-    configs = [getattr(getattr(block, "self_attn", None), "config", None) for block in backbone.blocks]
-    return all(config is not None and config._attn_implementation == KERNEL for config in configs)
+class ImageAttention(Measure):
+    """Attention to the image of the block before each layer, and what uniform attention would give."""
+
+    def __init__(self, model: Backbone) -> None:
+        self.configs = _attention_configs(model)
+
+    @contextlib.contextmanager
+    def watch(self, tokens: TokenMap) -> Iterator[None]:
+        """Observes the attention of one forward pass."""
+        image, valid = tokens.mask(*IMAGE_KINDS), ~tokens.mask("padding")
+        positions = torch.arange(image.shape[1], device=image.device)
+        last = (positions * valid).amax(dim=1, keepdim=True)
+        after = valid & ~image & (positions > (positions * image).amax(dim=1, keepdim=True))
+        token = _watching.set(ImageShares(image, dict(zip(QUERIES, (positions == last, after), strict=True))))
+        for config in self.configs:
+            config._attn_implementation = NAME
+        try:
+            yield
+        finally:
+            for config in self.configs:
+                config._attn_implementation = KERNEL
+            _watching.reset(token)
+
+    def update(self, states: States, batch: LabelledBatch) -> Iterator[Row]:
+        """Yields one number per image and set of queries; these do not depend on whether the states are finite."""
+        shares = _watching.get()
+        assert shares is not None
+        for queries, (share, uniform) in shares.by_layer.get(states.name, {}).items():
+            yield Row(states.key("tokens", "image_attention", queries), share, share.isfinite())
+            yield Row(states.key("tokens", "image_attention", queries, "uniform"), uniform, share.isfinite())
 
 
-@contextlib.contextmanager
-def image_shares(backbone: Backbone, tokens: TokenMap) -> Iterator[ImageShares]:
-    """Watches the attention of one forward pass inside the `with` block.
-
-    Args:
-        backbone: one for which `can_watch` is true.
-        tokens: of the batch.
-    """
-    image = tokens.mask(*IMAGE_KINDS)
-    there = ~tokens.mask("padding")
-    places = torch.arange(image.shape[1], device=image.device)
-    last = (places * there).amax(dim=1, keepdim=True)
-    after = there & ~image & (places > (places * image).amax(dim=1, keepdim=True))
-    shares = ImageShares(image, dict(zip(QUERIES, (places == last, after), strict=True)))
-    configs = {id(config): config for config in (_attention(block).config for block in backbone.blocks)}.values()
-    token = _watching.set(shares)
-    for config in configs:
-        config._attn_implementation = NAME
-    try:
-        yield shares
-    finally:
-        for config in configs:
-            config._attn_implementation = KERNEL
-        _watching.reset(token)
+def can_watch(model: Backbone) -> bool:
+    """Whether the LLM's attention runs through transformers' interface, with the kernel that `_attend` calls."""
+    return all(config is not None and config._attn_implementation == KERNEL for config in _attention_configs(model))
 
 
-def _attention(block: nn.Module) -> Any:
-    return block.self_attn
+def _attention_configs(model: Backbone) -> list[Any]:
+    return [getattr(getattr(block, "self_attn", None), "config", None) for block in model.blocks]
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The fused kernel, with the image's shares noted beside it."""
-    shares = _watching.get()
-    if shares is not None:
-        with torch.no_grad():
-            _note(shares, module, query, key, attention_mask, kwargs.get("scaling"))
-    out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return out
+    """Calls the fused kernel, and adds the shares of its block."""
+    if (shares := _watching.get()) is not None:
+        shares.add(str(module.layer_idx + 1), query, key, attention_mask, kwargs.get("scaling"))
+    return cast(tuple[Tensor, None], sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs))
 
 
-def _note(
-    shares: ImageShares, module: Any, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
-) -> None:
-    """Computes the rows of the chosen queries: (B, heads, T, head width) each, and a mask that is True where seen."""
-    asked = {name: rows.to(query.device) for name, rows in shares.queries.items()}
-    columns = torch.stack(list(asked.values())).flatten(0, 1).any(dim=0)
-    places = columns.nonzero().flatten()
-    groups = query.shape[1] // key.shape[1]
-    rows = query[:, :, places].float().unflatten(1, (key.shape[1], groups))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    logits = (rows @ key.float().mT[:, :, None]).flatten(1, 2) * scale
-    if mask is None:  # the kernel is causal then
-        seen = torch.arange(key.shape[2], device=key.device) <= places[:, None]
-    else:
-        seen = mask[:, :, places, : key.shape[2]]
-    image = shares.image.to(query.device)
-    weights = _softmax(logits, seen), _softmax(torch.zeros_like(logits[:, :1]), seen)
-    shares.found[module.layer_idx + 1] = {
-        name: (attention_share(weights[0], image, rows[:, places]), attention_share(weights[1], image, rows[:, places]))
-        for name, rows in asked.items()
-    }
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def _softmax(logits: Tensor, seen: Tensor) -> Tensor:
@@ -121,35 +126,19 @@ def _softmax(logits: Tensor, seen: Tensor) -> Tensor:
     return (logits.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else logits + seen).softmax(dim=-1)
 
 
-AttentionInterface.register(NAME, _attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
 def attention_share(attention: Tensor, image: Tensor, query: Tensor) -> Tensor:
-    """Share of the attention that falls on the image: Σ_{j in image} A[h, q, j], mean over heads and chosen queries.
+    """Share of attention on the image: Σ_{j in image} A[h, q, j], mean over heads and chosen queries.
 
-    The quantity of FastV (Chen et al., 2024, arXiv:2403.06764), with the queries of the caller. Where
-    attention is uniform it is the share of image positions among those that a query sees: that is its chance.
+    The quantity of FastV (Chen et al., 2024, arXiv:2403.06764). With uniform attention it is the fraction of image
+    positions among those that a query sees.
 
     Args:
-        attention: after the softmax, (heads, Q, T) or (B, heads, Q, T), queries before keys.
-        image: which keys are image, bool, (T), or (B, T) where there is a batch.
-        query: which queries to average over, bool, (Q) or (B, Q). Rows of other queries are not used, and may be NaN.
+        attention: after the softmax, (B, heads, Q, T). Rows of queries that are not chosen may be NaN.
+        image: image keys, bool, (B, T).
+        query: queries to average over, bool, (B, Q), at least one per sample.
 
     Returns:
-        float64, () without a batch and (B) with one.
-
-    Raises:
-        ValueError: shapes do not fit, a mask is not bool, or a sample has no query.
+        (B), float64.
     """
-    if attention.ndim not in (3, 4):
-        raise ValueError(f"attention is (heads, Q, T) or (B, heads, Q, T), not {tuple(attention.shape)}")
-    batch = attention.shape[:-3]
-    for name, mask, size in (("keys", image, attention.shape[-1]), ("queries", query, attention.shape[-2])):
-        if mask.dtype != torch.bool or mask.shape not in ((*batch, size), (size,)):
-            raise ValueError(f"the mask of {name} is bool {(*batch, size)}, not {mask.dtype} {tuple(mask.shape)}")
-    image, query = image.expand(*batch, attention.shape[-1]), query.expand(*batch, attention.shape[-2])
-    if not query.any(dim=-1).all():
-        raise ValueError("a sample has no query to average over")
-    on_image = attention.mean(dim=-3, dtype=torch.float64) @ image.double()[..., None]
-    return torch.where(query, on_image.squeeze(-1), 0).sum(dim=-1) / query.sum(dim=-1)
+    on_image = (attention.mean(dim=1, dtype=torch.float64) @ image.double()[..., None]).squeeze(-1)
+    return torch.where(query, on_image, 0).sum(dim=-1) / query.sum(dim=-1)

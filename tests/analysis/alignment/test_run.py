@@ -1,4 +1,4 @@
-"""`probing align` on a tiny LLaVA over a tiny world: numbers against plain loops, the page, bad input."""
+"""`probing align` on a tiny LLaVA over a tiny world: numbers against plain loops, the page, faults."""
 
 import dataclasses
 import json
@@ -12,12 +12,13 @@ from click.testing import CliRunner
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from analysis.alignment.forward_pass import Annotator
+from analysis.alignment.context import Annotator
+from analysis.alignment.headlines import HEADLINE_METRICS
 from analysis.alignment.metrics.similarity import linear_cka, neighbour_overlap
-from analysis.alignment.metrics.sparse_codes import orthogonal_matching_pursuit
+from analysis.alignment.metrics.sparse_codes import pursue
 from analysis.alignment.metrics.spectrum import von_neumann_entropy
 from analysis.alignment.run import AlignRecipe, align
-from analysis.evaluation.compare import compare
+from analysis.evaluation.compare import compare, statements
 from analysis.planning.alignment import plan_alignment
 from probing.cli import cli
 from probing.data.coco import list_images
@@ -31,6 +32,7 @@ from probing.teachers import load_teacher
 from probing.toyworld.layout import write_world
 from probing.utils.errors import UserError
 from probing.utils.images import square
+from reports.alignment import difference_table
 from reports.page import write_report
 from reports.results import load_runs
 from tests.helpers import tiny
@@ -55,8 +57,8 @@ def read(path):
     return pd.read_csv(path, dtype={"layer": str}, keep_default_na=False)
 
 
-def test_numbers_are_those_of_plain_loops(checkpoint, world, tmp_path):
-    """From the command line to the table; patch by patch, with labels counted from pixels."""
+def test_command_gives_numbers_of_plain_loops(checkpoint, world, tmp_path):
+    """Patch by patch, with labels counted from pixels."""
     out = tmp_path / "run"
     arguments = ["align", str(checkpoint), "--data", f"coco:{world}", "--out", str(out), "micro_batch=4", "workers=0"]
     said = CliRunner().invoke(cli, arguments, catch_exceptions=False)
@@ -105,8 +107,8 @@ def test_numbers_are_those_of_plain_loops(checkpoint, world, tmp_path):
     assert manifest["data"]["labelled_patches"] == len(cosines)
 
 
-def test_the_dear_measures_are_those_of_plain_loops(checkpoint, models, tmp_path):
-    """Lens, attention, sums of words and likeness, against logits and attention that the model gives by itself."""
+def test_expensive_measures_equal_plain_loops(checkpoint, models, tmp_path):
+    """Lens, attention, sums of words and similarity, from the model's own logits and attention."""
     world = write_world(tmp_path / "world", 2, 16, seed=5)
     settings = recipe(
         checkpoint,
@@ -148,7 +150,7 @@ def test_the_dear_measures_are_those_of_plain_loops(checkpoint, models, tmp_path
         if index < 5:
             chances = model.lm_head(model.model.language_model.norm(states[order[:32]])).softmax(-1)
             lens.append(float(-(chances * chances.log()).sum(-1).mean().detach()))
-            found = orthogonal_matching_pursuit(states[order[:2]].detach(), backbone.words.weight.detach(), 4)
+            found = pursue(states[order[:2]].detach(), backbone.words.weight.detach(), 4)
             energy.append(float(found.energy[:, -1].mean()))
             grid = teachers["depth"].grid
             plane = F.interpolate(states.T.view(1, -1, 6, 6), size=grid, mode="bilinear").flatten(2)[0].T
@@ -177,12 +179,14 @@ def test_the_dear_measures_are_those_of_plain_loops(checkpoint, models, tmp_path
     assert both["3"] == both["final"]  # the state after the last block, normed, is the final state
 
 
-def test_the_page_has_the_chapter_and_a_second_call_measures_nothing(checkpoint, world, tmp_path, monkeypatch):
+def test_page_shows_alignment_and_second_call_reuses_scores(checkpoint, world, tmp_path, monkeypatch):
     settings = recipe(checkpoint, world, layers="0,3", pictures=1)
     results = align(settings, tmp_path / "run")
     before = results.read_text()
     monkeypatch.setattr("analysis.alignment.run.gather", None)
     assert align(settings, tmp_path / "run").read_text() == before
+    draw = "matplotlib.figure.Figure.savefig"  # takes long
+    monkeypatch.setattr(draw, lambda figure, file, **options: Image.new("RGB", (8, 8)).save(file, "png"))
     page = write_report([tmp_path / "run"], tmp_path / "report").read_text()
     assert "Patches and words" in page and "Nearest word of each patch, layer 3" in page
     assert (tmp_path / "report" / "figures" / "word_retrieval_centred.svg").exists()
@@ -195,41 +199,38 @@ def test_the_page_has_the_chapter_and_a_second_call_measures_nothing(checkpoint,
 
 
 def test_runs_of_seeds_are_pooled_and_compared(world, tmp_path):
-    """Two checkpoints of two seeds each: the differences are those of the pooled numbers, and the page says them."""
-    for arm in ("one", "two"):
+    """Two checkpoints of two seeds each."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for number, folder in enumerate(folders):
         for seed in (0, 1):
-            checkpoint = tiny.llava(tmp_path / "models" / f"{arm}{seed}", image=48, seed=seed + 2 * (arm == "two"))
-            align(recipe(checkpoint, world, layers="0,3", pictures=0, sample=3), tmp_path / arm / f"seed_{seed}")
-        said = CliRunner().invoke(cli, ["evaluate", str(tmp_path / arm)], catch_exceptions=False)
-        assert said.exit_code == 0
-    arms = [str(tmp_path / arm) for arm in ("one", "two")]
-    said = CliRunner().invoke(cli, ["compare", *arms, "--out", str(tmp_path / "out")], catch_exceptions=False)
-    assert "word_retrieval (centred), layer 0: two - one = " in said.output and "2 pairs of seeds" in said.output
-    table = read(tmp_path / "out" / "differences.csv").query("metric == 'word_miou' and variant == 'raw'")
-    found = {row["layer"]: row["value"] for _, row in table.iterrows()}
-    pooled = [read(tmp_path / arm / "results.csv") for arm in ("one", "two")]
-    pooled = [p.query("metric == 'word_miou' and variant == 'raw' and control == 'none'") for p in pooled]
-    pooled = [p.set_index("layer")["value"] for p in pooled]
-    singles = [read(tmp_path / "two" / f"seed_{seed}" / "results.csv") for seed in (0, 1)]
-    singles = [s.query("metric == 'word_miou' and variant == 'raw' and control == 'none'") for s in singles]
-    assert pooled[1]["3"] == pytest.approx(np.mean([s.set_index("layer")["value"]["3"] for s in singles]), abs=1e-6)
+            model = tiny.llava(tmp_path / "models" / f"{folder.name}{seed}", image=48, seed=seed + 2 * number)
+            align(recipe(model, world, layers="0,3", pictures=0, sample=3), folder / f"seed_{seed}")
+        pooled = CliRunner().invoke(cli, ["evaluate", str(folder)], catch_exceptions=False)
+        assert pooled.exit_code == 0
+    table = compare(folders, ["one", "two"])
+    sentences = statements(table, HEADLINE_METRICS)
+    assert any("word_retrieval (centred), layer 0: two - one = " in s and "2 pairs of seeds" in s for s in sentences)
+    values = "metric == 'word_miou' and variant == 'raw'"
+    found = table.query(values).set_index("layer")["value"]
+    one, two, *seeds = (
+        read(path / "results.csv").query(f"{values} and control == 'none'").set_index("layer")["value"]
+        for path in (*folders, folders[1] / "seed_0", folders[1] / "seed_1")
+    )
+    assert two["3"] == pytest.approx(np.mean([seed["3"] for seed in seeds]), abs=1e-6)
     for layer in ("0", "3", "mean"):
-        assert found[layer] == pytest.approx(pooled[1][layer] - pooled[0][layer], abs=1e-6)
-    permuted = read(tmp_path / "two" / "results.csv").query("control == 'permuted' and metric == 'word_miou'")
+        assert found[layer] == pytest.approx(two[layer] - one[layer], abs=1e-6)
+    permuted = read(folders[1] / "results.csv").query("control == 'permuted' and metric == 'word_miou'")
     assert set(permuted["seed"]) == {"all"}
-    page = (tmp_path / "out" / "index.html").read_text()
-    clear = read(tmp_path / "out" / "differences.csv").query("(ci_low > 0 or ci_high < 0) and layer in ('0', 'mean')")
-    for _, row in clear[clear["metric"] == "word_cosine"].query("variant == 'centred'").iterrows():
-        assert f"<b>{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]</b>" in page
-    assert "Paired differences" in page and page.count("<b>+") + page.count("<b>-") <= len(clear)
-    assert set(read(tmp_path / "out" / "results.csv")["checkpoint"]) == {"one", "two"}
+    shown = str(difference_table(table))
+    clear = table.query("(ci_low > 0 or ci_high < 0) and layer in ('0', 'mean') and metric == 'word_cosine'")
+    for _, row in clear[clear["variant"] == "centred"].iterrows():
+        assert f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]" in shown
     with pytest.raises(UserError, match="differ in coverage"):
-        align(recipe(checkpoint, world, layers="0,3", pictures=0, sample=3, coverage=0.9), tmp_path / "other")
-        compare([tmp_path / "one" / "seed_0", tmp_path / "other"], ["a", "b"])
+        align(recipe(model, world, layers="0,3", pictures=0, sample=3, coverage=0.9), tmp_path / "other")
+        compare([folders[0] / "seed_0", tmp_path / "other"], ["a", "b"])
 
 
-def test_patches_that_say_their_words_are_found(checkpoint, world, tmp_path, monkeypatch):
-    """Image tokens replaced by the words of what they show: every patch is right, and permuted labels are not."""
+def test_patches_replaced_by_their_words_match(checkpoint, world, tmp_path, monkeypatch):
     settings = recipe(checkpoint, world, layers="0", pictures=0, micro_batch=6)
     backbone = load_backbone(settings.backbone, torch.device("cpu"), with_head=True)
     maps, images = read_panoptic(world, "val2017"), list_images(world, "val2017")
@@ -244,7 +245,7 @@ def test_patches_that_say_their_words_are_found(checkpoint, world, tmp_path, mon
     assert cosine.loc["none", "value"] == pytest.approx(1, abs=1e-5)
 
 
-def test_a_dry_run_says_what_would_be_done(checkpoint, world, tmp_path):
+def test_dry_run_reports_passes(checkpoint, world, tmp_path):
     out = tmp_path / "run"
     arguments = ["align", str(checkpoint), "--data", f"coco:{world}", "--out", str(out), "--dry-run"]
     done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
@@ -260,8 +261,8 @@ def test_a_dry_run_says_what_would_be_done(checkpoint, world, tmp_path):
         plan_alignment(recipe(checkpoint, world, coverage=0.9), out)
 
 
-def test_what_cannot_be_measured_is_said(checkpoint, world, coco, tmp_path):
-    with pytest.raises(UserError, match="line up with annotations on squares alone"):
+def test_unusable_data_is_a_user_error(checkpoint, world, coco, tmp_path):
+    with pytest.raises(UserError, match="line up with patches on squares only"):
         align(recipe(checkpoint, world, data={"view": "own"}), tmp_path / "run")
     with pytest.raises(UserError, match="neither panoptic_val2017"):
         align(recipe(checkpoint, coco), tmp_path / "run")
@@ -275,8 +276,8 @@ def test_what_cannot_be_measured_is_said(checkpoint, world, coco, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_tiles_are_measured_behind_the_projector_alone(world, tmp_path, caplog):
-    """Image tokens are those of the whole image; before the projector there are other numbers of patches."""
+def test_tiles_are_measured_after_the_projector_only(world, tmp_path, caplog):
+    """The projector's input has several tiles per image, the image tokens those of the whole image."""
     checkpoint = tiny.llava_next(tmp_path / "next")
     results = read(align(recipe(checkpoint, world, pictures=1), tmp_path / "run"))
     assert "nothing is measured before it" in caplog.text
@@ -284,23 +285,23 @@ def test_tiles_are_measured_behind_the_projector_alone(world, tmp_path, caplog):
     assert "random" not in set(results[results["metric"].str.startswith("word")]["control"])
 
 
-def test_a_run_that_died_while_it_was_written_is_made_whole(checkpoint, world, tmp_path, monkeypatch):
-    """Scores come last: where they are there, neither pictures nor manifest are missing."""
+def test_run_killed_before_its_scores_is_completed(checkpoint, world, tmp_path, monkeypatch):
+    """Scores are written last: where they exist, pictures and manifest do."""
     settings = recipe(checkpoint, world, layers="0", pictures=1)
 
     def die(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("analysis.alignment.run._manifest", die)
+        patched.setattr("analysis.alignment.run.write_pictures", die)
         with pytest.raises(KeyboardInterrupt):
             align(settings, tmp_path / "run")
     align(settings, tmp_path / "run")
     assert (tmp_path / "run" / "manifest.json").exists() and (tmp_path / "run" / "pictures" / "patches.json").exists()
 
 
-def test_classes_with_one_name_are_one_word(world):
-    """COCO has a wall of bricks and other walls; where two are called the same, they are the same label."""
+def test_classes_of_the_same_name_share_a_word(world):
+    """As COCO's `wall-brick` and `wall-other-merged` would, if both were walls."""
     maps = read_panoptic(world, "val2017")
     name = next(iter(maps.segments))
     apart, merged = Annotator(maps, (6, 6)), dataclasses.replace(maps, names=["thing"] * len(maps.names))
@@ -310,8 +311,8 @@ def test_classes_with_one_name_are_one_word(world):
 
 
 @pytest.mark.parametrize("fault", ["ids", "coverage", "sizes"])
-def test_a_split_without_labelled_patches_is_one_line(checkpoint, tmp_path, fault):
-    """Ids that no segment has, classes that cover too little of every patch, maps of another size."""
+def test_split_without_labelled_patches_is_refused(checkpoint, tmp_path, fault):
+    """Unknown ids, classes that cover too little of every patch, maps of another size."""
     world = write_world(tmp_path / "world", 2, 3, seed=6)
     for number, file in enumerate(sorted((world / "annotations" / "panoptic_val2017").iterdir())):
         pixels = np.zeros((48, 48, 3), np.uint8) + np.uint8(240)
@@ -326,7 +327,7 @@ def test_a_split_without_labelled_patches_is_one_line(checkpoint, tmp_path, faul
     assert not (tmp_path / "run" / "results.csv").exists()
 
 
-def test_one_broken_label_map_costs_one_image(checkpoint, tmp_path):
+def test_broken_label_map_skips_one_image(checkpoint, tmp_path):
     world = write_world(tmp_path / "world", 2, 4, seed=6)
     first, *_ = sorted((world / "annotations" / "panoptic_val2017").iterdir())
     first.write_bytes(b"no picture")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from analysis.alignment.forward_pass import Annotator
+from analysis.alignment.context import Annotator
 from analysis.evaluation.metrics.depth_pairs import DepthPairs
 from probing.data.coco import find_turned, list_images, read_image, same_shape
 from probing.data.instances import LabelledImages, fitting, labels_on, read_label_maps

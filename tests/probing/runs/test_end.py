@@ -38,8 +38,8 @@ STAGES = {
     ),
     "align": (
         "analysis.alignment.run.load_backbone",
-        "analysis.alignment.forward_pass.SamplePass.__call__",
-        "analysis.alignment.run._manifest",
+        "analysis.alignment.forward_pass.MeasurePass.__call__",
+        "analysis.alignment.run.write_pictures",
     ),
     "bench": (
         "analysis.benchmarks.run.load_backbone",

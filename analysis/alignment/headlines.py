@@ -1,6 +1,6 @@
-"""Metrics of `probing align` that a comparison of checkpoints shows first.
+"""Metrics of `probing align` that comparisons of checkpoints show first.
 
-Separate from `compare`, because the page has the same ones, and does without torch.
+Imported by `reports/` too, so this module must not import torch.
 """
 
 HEADLINE_METRICS = {
@@ -13,4 +13,4 @@ HEADLINE_METRICS = {
     ("von_neumann_entropy", "uncentred"): "von Neumann entropy (nats)",
     ("effective_rank", "centred"): "effective rank, centred",
 }
-"""Metric and variant, and its label; `differences.csv` has the rest."""
+"""Metric and variant → label. `differences.csv` has all metrics."""
