@@ -187,9 +187,9 @@ class AlignmentRun:
             if self.recipe.pictures:
                 by_layer = {layer: centre for (source, layer), centre in centres.items() if source == LAYER}
                 write_pictures(context, by_layer, self.out / "pictures")
-            if references:
+            table, rows = compare_pooled(layers, references, self.images.split)
+            if table:
                 count = len(next(iter(layers.values())))
-                table, rows = compare_pooled(layers, references, self.images.split)
                 chance = {"mutual_knn": neighbour_count(count) / (count - 1)}
                 file = self.scores["likeness"]
                 ScoreFile(table, scores.names[:count], scores.split, self.settings, chance=chance).write(file)

@@ -1,9 +1,9 @@
-"""Rows of published question files: parquet with images inside, JSONL, TSV with base64, and VQA's JSON."""
+"""Rows of published question files: Parquet with images inside, TSV with base64, JSONL next to images."""
 
 import base64
 import binascii
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,11 @@ from typing import Any
 
 import pandas as pd
 
-from probing.utils.errors import BROKEN, UserError
+from probing.utils.errors import BROKEN, UserError, first_line
 from probing.utils.paths import is_file, path_below
 
-KINDS = ("parquet", "tsv", "jsonl")
-"""What is read where a folder has several, the first first: data sets are published in more than one form."""
 REFERENCE = 64
-"""A cell of a TSV's image column that is no longer than this names the row that has the image, as in VLMEvalKit."""
+"""A cell of a TSV's image column of at most this length is the index of the row with the image, as in VLMEvalKit."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +24,10 @@ class Row:
 
     Attributes:
         file: it comes from.
-        number: its place there, from 0.
-        values: by column, the image apart.
+        number: its position there, from 0.
+        values: by column, without the image.
         image: reads the image file.
-        path: of the image, where it is a file of its own.
+        path: of the image, where it is a separate file.
     """
 
     file: Path
@@ -39,103 +37,71 @@ class Row:
     path: Path | None = None
 
     def name(self, *columns: str) -> str:
-        """What the row is called: the first column that it has of these, else file and number."""
-        found = next((self.values[c] for c in columns if str(self.values.get(c, "")).strip()), None)
-        return f"{self.file.name}:{self.number}" if found is None else str(found)
-
-    def missing_image(self) -> Path | None:
-        """The image's path, where there is no such file."""
-        return self.path if self.path is not None and not is_file(self.path) else None
+        """The value of the first of these columns that the row has, else file and number."""
+        values = (self.values[column] for column in columns if str(self.values.get(column, "")).strip())
+        return str(next(values, f"{self.file.name}:{self.number}"))
 
 
-def find_rows(where: Path, title: str) -> list[Row]:
-    """Every row of a file, or of the files of one kind below a folder.
+def file_row(file: Path, number: int, values: dict[str, Any], image: Path) -> Row:
+    """A row whose image is a separate file."""
+    return Row(file, number, values, image.read_bytes, image)
+
+
+def find_rows(source: Path, title: str) -> list[Row]:
+    """Reads a file, or the files of one kind below a folder.
 
     Raises:
-        UserError: there is none, or one cannot be read.
+        UserError: there is none, or one is unreadable.
     """
-    if where.is_file():
-        files = [where]
-    elif where.is_dir():
-        found = {kind: sorted(where.rglob(f"*.{kind}")) for kind in KINDS}
-        files = next((paths for paths in found.values() if paths), [])
-    else:
-        raise UserError(f"no such folder: {where}; give the folder with the files of {title}")
+    if not source.exists():
+        raise UserError(f"no such folder: {source}; give the folder with the files of {title}")
+    if source.is_file() and source.suffix not in READERS:
+        raise UserError(f"{source} is neither Parquet nor TSV nor JSONL; give a file of {title}")
+    by_kind = [[source]] if source.is_file() else [sorted(source.rglob(f"*{kind}")) for kind in READERS]
+    files = next(filter(None, by_kind), [])
     if not files:
-        raise UserError(f"{where} has no files of {title}; put its parquet, TSV or JSONL there")
+        raise UserError(f"{source} has no files of {title}; put its Parquet, TSV or JSONL there")
     rows: list[Row] = []
     for file in files:
-        reader = {".parquet": _parquet, ".tsv": _tsv, ".jsonl": _jsonl}.get(file.suffix)
-        if reader is None:
-            raise UserError(f"{file} is neither parquet nor TSV nor JSONL; give a file of {title}")
-        own = _whole(reader, file)
-        if not own:
+        try:
+            rows += (found := READERS[file.suffix](file))
+        except ImportError:
+            raise UserError(f"{file.name} is read with pyarrow; type: pip install 'mllm-probing[bench]'") from None
+        except (*BROKEN, RuntimeError) as error:  # pyarrow's NotImplementedError is one
+            reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+            raise UserError(f"{file} cannot be read ({reason}); get it again") from None
+        if not found:
             raise UserError(f"{file} holds no question; get it again")
-        rows += own
     return rows
 
 
-def _whole(reader: Callable[[Path], Iterator[Row]], file: Path) -> list[Row]:
-    try:
-        return list(reader(file))
-    except UserError:
-        raise
-    except (*BROKEN, RuntimeError) as error:  # pyarrow's NotImplementedError is one
-        said = (str(error).splitlines() or [""])[0][:200]
-        raise UserError(f"{file} cannot be read ({type(error).__name__}: {said}); get it again") from None
+def _parquet(file: Path) -> list[Row]:
+    table = pd.read_parquet(file).astype(object)
+    images = table.pop("image")
+    records = table.where(table.notna(), None).to_dict("records")
+    return [
+        Row(file, n, {str(k): v for k, v in values.items()}, partial(_embedded, cell))
+        for n, (values, cell) in enumerate(zip(records, images, strict=True))
+    ]
 
 
-class _Shard:
-    """A parquet file whose images are read one row group at a time."""
-
-    def __init__(self, file: Path) -> None:
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise UserError(f"{file.name} is read with pyarrow; type: pip install 'mllm-probing[bench]'") from None
-        self.file = parquet.ParquetFile(file)
-        self.held = -1
-        self.images: list[Any] = []
-        self.starts = [0]
-        for group in range(self.file.num_row_groups):
-            self.starts.append(self.starts[-1] + self.file.metadata.row_group(group).num_rows)
-
-    def rows(self, path: Path) -> Iterator[Row]:
-        """All rows; images stay in the file until they are read."""
-        names = self.file.schema_arrow.names
-        if "image" not in names:
-            raise ValueError("there is no column image")
-        texts = self.file.read(columns=[name for name in names if name != "image"]).to_pylist()
-        for number, values in enumerate(texts):
-            yield Row(path, number, values, partial(self.image, number))
-
-    def image(self, number: int) -> bytes:
-        """The image of one row, as `datasets` writes it: a struct of bytes and path, or bytes alone."""
-        group = next(g for g in range(len(self.starts) - 1) if number < self.starts[g + 1])
-        if group != self.held:
-            self.images = self.file.read_row_group(group, columns=["image"]).column("image").to_pylist()
-            self.held = group
-        cell = self.images[number - self.starts[group]]
-        content = cell["bytes"] if isinstance(cell, dict) else cell
-        if not isinstance(content, bytes):
-            raise OSError("the image column holds no image")
-        return content
+def _embedded(cell: Any) -> bytes:
+    """The image as `datasets` writes it: a struct of bytes and path, or bytes alone."""
+    content = cell["bytes"] if isinstance(cell, dict) else cell
+    if not isinstance(content, bytes):
+        raise OSError("the image column holds no image")
+    return content
 
 
-def _parquet(file: Path) -> Iterator[Row]:
-    return _Shard(file).rows(file)
-
-
-def _tsv(file: Path) -> Iterator[Row]:
+def _tsv(file: Path) -> list[Row]:
     table = pd.read_csv(file, sep="\t", dtype=str, keep_default_na=False)
-    if "image" not in table:
-        raise ValueError("there is no column image")
-    cells = [str(cell) for cell in table["image"]]
+    cells = list(map(str, table.pop("image")))
     owners = dict(zip(table["index"] if "index" in table else map(str, range(len(table))), cells, strict=True))
-    for number, values in enumerate(table.drop(columns="image").to_dict("records")):
-        cell = cells[number]
-        cell = owners[cell] if len(cell) <= REFERENCE and cell in owners else cell
-        yield Row(file, number, {str(k): v for k, v in values.items()}, partial(_decoded, cell))
+    cells = [owners.get(cell, cell) if len(cell) <= REFERENCE else cell for cell in cells]
+    return [
+        Row(file, n, {str(k): v for k, v in values.items()}, partial(_decoded, cell))
+        for n, (values, cell) in enumerate(zip(table.to_dict("records"), cells, strict=True))
+    ]
 
 
 def _decoded(cell: str) -> bytes:
@@ -145,70 +111,18 @@ def _decoded(cell: str) -> bytes:
         raise OSError(f"no base64: {error}") from None
 
 
-def _jsonl(file: Path) -> Iterator[Row]:
+def _jsonl(file: Path) -> list[Row]:
+    rows = []
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(line for line in lines if line.strip()):
             values = json.loads(line)
-            if not isinstance(values, dict):
-                raise ValueError(f"line {number + 1} is no object")
-            name = next(
-                (values[c] for c in ("filename", "image_path", "image") if isinstance(values.get(c), str)), None
-            )
-            if name is None:
-                raise ValueError(f"line {number + 1} names no image: no filename, image_path or image")
-            try:
-                relative = path_below(name)
-            except ValueError as error:
-                raise UserError(f"{file}: the image {error}; fix the file") from None
-            path = file.parent / "img" / relative
-            path = path if is_file(path) else file.parent / relative if is_file(file.parent / relative) else path
-            yield Row(file, number, {k: v for k, v in values.items() if k != "image"}, path.read_bytes, path)
-
-
-def okvqa_rows(where: Path) -> list[Row]:
-    """OK-VQA's official files: questions, annotations with ten answers each, and COCO's images; empty where none are.
-
-    Raises:
-        UserError: the annotations are missing, or a file cannot be read.
-    """
-    files = sorted(where.rglob("OpenEnded_mscoco_*_questions.json")) if where.is_dir() else []
-    if not files:
-        return []
-    source = next((file for file in files if "val2014" in file.name), files[0])
-    split = source.name.removeprefix("OpenEnded_mscoco_").removesuffix("_questions.json")
-    annotations = source.parent / f"mscoco_{split}_annotations.json"
-    if not annotations.exists():
-        raise UserError(f"{source} is there, and {annotations} is not; put it there")
-    answers = {entry["question_id"]: entry["answers"] for entry in _entries(annotations, "annotations")}
-    rows = []
-    for number, entry in enumerate(_entries(source, "questions")):
-        try:
-            path = _coco_image(where, split, int(entry["image_id"]))
-            values = {**entry, "answers": answers[entry["question_id"]]}
-        except BROKEN as error:
-            raise UserError(
-                f"{source}, question {number}, has no annotation or image id ({type(error).__name__}: {error}); get "
-                "both files again"
-            ) from None
-        rows.append(Row(source, number, values, path.read_bytes, path))
+            names = (values[c] for c in ("filename", "image_path", "image") if isinstance(values.get(c), str))
+            name = path_below(next(names, ""))
+            path = next((p for p in (file.parent / "img" / name, file.parent / name) if is_file(p)), None)
+            values.pop("image", None)
+            rows.append(file_row(file, number, values, path or file.parent / "img" / name))
     return rows
 
 
-def _entries(file: Path, name: str) -> list[dict[str, Any]]:
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))[name]
-        if not isinstance(entries, list) or not all("question_id" in entry for entry in entries):
-            raise ValueError(f"no list of {name} with ids")
-    except BROKEN as error:
-        raise UserError(
-            f"{file} is not as OK-VQA publishes it ({type(error).__name__}: {error}); get it again"
-        ) from None
-    return entries
-
-
-def _coco_image(where: Path, split: str, identity: int) -> Path:
-    """Where COCO's image is: in its split of 2014, or under the name that it has since 2017."""
-    name = f"COCO_{split}_{identity:012d}.jpg"
-    places = [where / split / name, where / name]
-    places += [where / other / f"{identity:012d}.jpg" for other in ("train2017", "val2017")]
-    return next((place for place in places if is_file(place)), places[0])
+READERS: dict[str, Callable[[Path], list[Row]]] = {".parquet": _parquet, ".tsv": _tsv, ".jsonl": _jsonl}
+"""By suffix. Of a folder with several kinds the first is read: data sets are published in more than one form."""

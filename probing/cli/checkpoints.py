@@ -88,9 +88,7 @@ def align(
 
 @click.command()
 @click.argument("checkpoint")
-@click.option(
-    "--benchmark", required=True, type=click.Choice(["cvbench", "mmstar", "realworldqa", "okvqa"]), help="Which one."
-)
+@click.option("--benchmark", required=True, help="cvbench, mmstar, realworldqa, okvqa, or a task file added to them.")
 @click.option("--data", required=True, help="Folder of the benchmark's files as they are published, or one of them.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. Default: runs/CHECKPOINT_BENCHMARK.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")

@@ -84,7 +84,7 @@ def compare_pooled(layers: Pooled, references: Pooled, split: str) -> tuple[Tabl
         Mutual k-NN per image, NaN where an image does not count; and a row for each CKA.
     """
     count = len(next(iter(layers.values())))
-    if count < MIN_IMAGES:
+    if references and count < MIN_IMAGES:
         logger.warning("layers are compared with tower and teachers over at least %d images, not %d", MIN_IMAGES, count)
         return {}, []
     k = neighbour_count(count)

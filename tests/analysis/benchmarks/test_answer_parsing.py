@@ -1,20 +1,18 @@
-"""How answers are read and scored: crafted ones, and each published rule against a brute-force reading of it."""
+"""How answers are parsed and scored: crafted ones, and each published rule against brute force."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.benchmarks.answer_parsing import (
-    normalised,
-    read_cvbench,
-    read_mmstar,
-    read_realworldqa,
-    score,
-    vqa_accuracy,
-)
-from analysis.benchmarks.tasks import Question
+from analysis.benchmarks.run import scored
+from analysis.benchmarks.tasks import BENCHMARKS, Question
+from analysis.benchmarks.tasks.okvqa import normalised, vqa_accuracy
 
 FOUR = {"A": "3", "B": "2", "C": "a dog", "D": "Apple pie"}
+
+
+def score(name, asked, answer):
+    return scored(name, asked, "image", answer).score
 
 
 def question(right="B", choices=None, people=()):
@@ -44,12 +42,12 @@ def question(right="B", choices=None, people=()):
     ],
 )
 def test_cvbench_answers(said, read):
-    assert read_cvbench(question(), said) == read
-    assert score("cvbench", question(right="B"), read) == (read == "B")
+    assert BENCHMARKS["cvbench"].parse(question(), said) == read
+    assert score("cvbench", question(right="B"), said) == (read == "B")
 
 
-def test_a_text_that_two_choices_have_is_no_answer():
-    assert read_cvbench(question(choices={"A": "left", "B": "Left."}), "left") is None
+def test_text_of_two_choices_is_unreadable():
+    assert BENCHMARKS["cvbench"].parse(question(choices={"A": "left", "B": "Left."}), "left") is None
 
 
 PIECES = st.sampled_from(
@@ -58,7 +56,7 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES, max_size=6).map("".join), st.sampled_from("ABCD"))
-def test_mmstar_is_scored_as_its_script_does(said, right):
+def test_mmstar_is_scored_as_by_its_script(said, right):
     """The script's four comparisons of characters at fixed places; what they stumble over is wrong."""
     answer, predict = right.lower(), said.lower().strip().replace("\n", " ")
     at = dict(enumerate(predict))
@@ -69,15 +67,15 @@ def test_mmstar_is_scored_as_its_script_does(said, right):
         or (predict[0:14] == "the answer is " and answer == at.get(14))
     )
     asked = question(right, dict.fromkeys("ABCD", ""))
-    read = read_mmstar(asked, said)
-    assert score("mmstar", asked, read) == expected
+    read = BENCHMARKS["mmstar"].parse(asked, said)
+    assert score("mmstar", asked, said) == expected
     assert read is not None or not expected
 
 
-def test_mmstar_counts_what_it_cannot_read():
+def test_mmstar_answers():
     asked = question("A", dict.fromkeys("ABCD", ""))
     said = ["A", "(b", "Option C", "the answer is d.", "", "I think A", "the answer is (A)", "7"]
-    assert [read_mmstar(asked, one) for one in said] == ["A", "B", "C", "D", None, None, None, None]
+    assert [BENCHMARKS["mmstar"].parse(asked, one) for one in said] == ["A", "B", "C", "D", None, None, None, None]
 
 
 @pytest.mark.parametrize(
@@ -98,8 +96,8 @@ def test_mmstar_counts_what_it_cannot_read():
 )
 def test_realworldqa_answers(choices, right, said, worth, readable):
     asked = question(right, choices)
-    read = read_realworldqa(asked, said)
-    assert (score("realworldqa", asked, read), read is not None) == (worth, readable)
+    read = BENCHMARKS["realworldqa"].parse(asked, said)
+    assert (score("realworldqa", asked, said), read is not None) == (worth, readable)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +124,7 @@ def test_realworldqa_answers(choices, right, said, worth, readable):
         ("what?!", "what"),
     ],
 )
-def test_the_normalisation_of_vqa(text, expected):
+def test_vqa_normalisation(text, expected):
     assert normalised(text) == expected
 
 
@@ -141,6 +139,6 @@ def test_vqa_accuracy_leaves_each_person_out_in_turn(people, said):
 
 def test_okvqa_normalises_both_sides():
     asked = question(choices={}, people=["A surf board"] * 3 + ["surfing"] * 7)
-    assert score("okvqa", asked, normalised("surfboard")) == 0
-    assert score("okvqa", asked, normalised("The surf board.")) == pytest.approx((7 * 1 + 3 * 2 / 3) / 10)
-    assert score("okvqa", asked, None) == 0
+    assert score("okvqa", asked, "surfboard") == 0
+    assert score("okvqa", asked, "The surf board.") == pytest.approx((7 * 1 + 3 * 2 / 3) / 10)
+    assert score("okvqa", asked, "the") == 0

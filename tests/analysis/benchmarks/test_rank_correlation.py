@@ -12,7 +12,7 @@ NUMBERS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, 
 
 
 @given(NUMBERS)
-def test_they_are_scipys(pairs):
+def test_coefficients_equal_scipy(pairs):
     one, two = np.array(pairs, dtype=float).T
     if len(set(one)) < 2 or len(set(two)) < 2:
         assert np.isnan(spearman(one, two)) and np.isnan(kendall(one, two))
@@ -21,7 +21,7 @@ def test_they_are_scipys(pairs):
     assert kendall(one, two) == pytest.approx(stats.kendalltau(one, two).statistic)
 
 
-def test_the_interval_is_that_of_resampled_checkpoints():
+def test_interval_equals_a_plain_bootstrap():
     """Against a plain loop over the same draws through scipy."""
     rng = np.random.default_rng(3)
     one = rng.normal(size=9)
@@ -34,7 +34,7 @@ def test_the_interval_is_that_of_resampled_checkpoints():
         assert (interval.low, interval.high) == pytest.approx(tuple(np.percentile(values, [2.5, 97.5])))
 
 
-def test_a_strong_order_is_told_from_none():
+def test_strong_order_differs_from_none():
     rng = np.random.default_rng(0)
     one = rng.normal(size=40)
     assert rank_correlation(one, one**3).rho.low == 1
@@ -43,6 +43,6 @@ def test_a_strong_order_is_told_from_none():
 
 
 @pytest.mark.parametrize("one", [[1, 2], [1, 1, 1], [1, np.nan, 2]])
-def test_what_has_no_correlation_is_refused(one):
+def test_constant_or_missing_numbers_are_refused(one):
     with pytest.raises(ValueError, match="no rank correlation"):
         rank_correlation(np.array(one, dtype=float), np.arange(len(one)))

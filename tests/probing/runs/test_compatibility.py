@@ -26,7 +26,7 @@ from probing.training.run import train
 from probing.utils import weights_hash
 from probing.utils.errors import UserError
 from probing.utils.processors import first_difference
-from tests.analysis.benchmarks.test_run import as_parquet, cvbench_rows
+from tests.helpers.benchmark_files import as_parquet, cvbench_rows
 
 CPU = torch.device("cpu")
 

@@ -44,7 +44,7 @@ STAGES = {
     "bench": (
         "analysis.benchmarks.run.load_backbone",
         "analysis.benchmarks.run.ask",
-        "analysis.benchmarks.run._manifest",
+        "analysis.benchmarks.run.write_rows",
     ),
     "distill": (
         "probing.distillation.trainer.put_together",
