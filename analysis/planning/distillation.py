@@ -1,7 +1,7 @@
 """`probing distill --dry-run`, and `probing plan` of a training stage."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,8 +20,8 @@ from analysis.planning.model_cost import (
 from analysis.planning.plan import Plan, Work, si
 from probing.data.conversations import CutInsideImageError
 from probing.distillation.recipe import DistillRecipe
-from probing.distillation.setup import Parts, Start, open_start, put_together
-from probing.distillation.trainer import _is_finished, _last_state, _require_same
+from probing.distillation.setup import Stage, StageInputs, build_stage, load_inputs
+from probing.distillation.trainer import is_finished, last_state, require_same_recipe, work_folder
 from probing.models.decoder import decoder_parts
 from probing.probes.resampler import Resampler
 from probing.utils.errors import UserError
@@ -44,24 +44,24 @@ def plan_stage(recipe: DistillRecipe, out: Path | None = None, processes: int = 
     """
     facts = {}
     if out is not None:
-        work = out.parent / f"{out.name}.training"
-        if _is_finished(recipe, out):
+        work = work_folder(out)
+        if is_finished(recipe, out):
             return Plan({"checkpoint": f"{out} (finished; nothing to do)"})
-        if saved := _last_state(work):
-            _require_same(recipe, work / "recipe.yaml")
+        if saved := last_state(work):
+            require_same_recipe(recipe, work / "recipe.yaml")
         state = f"resumes after step {int(saved.rsplit('-', 1)[1]):,}" if saved else "new"
         facts["checkpoint"] = f"{out} ({state}); training states in {work}"
-    micro, _ = recipe.cut_up(processes)
-    start = open_start(recipe)
-    parts = put_together(recipe, start, META)
+    micro, _ = recipe.micro_batches(processes)
+    start = load_inputs(recipe)
+    parts = build_stage(recipe, start, META)
     facts |= {
         "starts from": f"{start.source}, stage {recipe.stage}",
         "data": f"{len(start.conversations):,} conversations",
         "teachers": ", ".join(parts.teachers) or "none",
         "steps": f"{recipe.steps(len(start.conversations)):,} of {recipe.global_batch} conversations",
     }
-    weights = weight_bytes(parts.trainee)
-    disk = 2 * (weights + 8 * _trained(parts.trainee))
+    weights = weight_bytes(parts.model)
+    disk = 2 * (weights + 8 * _trained(parts.model))
     if out is not None:
         require_space(out, disk)
     facts["new checkpoint"] = si(weights, "B")
@@ -71,27 +71,28 @@ def plan_stage(recipe: DistillRecipe, out: Path | None = None, processes: int = 
         return Plan(facts | {"cost": f"unknown: {error}; training works all the same"})
 
 
-def _work(recipe: DistillRecipe, start: Start, parts: Parts, micro: int, processes: int) -> Work:
+def _work(recipe: DistillRecipe, start: StageInputs, parts: Stage, micro: int, processes: int) -> Work:
     """Costs a stage: a frozen part before everything that is trained has no backward pass.
 
     Kept for the backward pass, per block and token: inputs of norms, projections and products, about 11 H + 4 I.
     """
-    model, bits = parts.trainee.model, 16 if recipe.bf16 else 32
+    model, bits = parts.model.model, 16 if recipe.bf16 else 32
     blocks, width = decoder_parts(model)[0], model.config.get_text_config().hidden_size
-    order = torch.randperm(len(parts.samples), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    order = torch.randperm(
+        len(parts.inputs.conversations), generator=torch.Generator().manual_seed(recipe.seed)
+    ).tolist()
     order = order[: max(SAMPLED, 2 * micro)]
     lengths = [_length(parts, index) for index in order]
     widths = [max(lengths[at : at + micro]) for at in range(0, len(lengths), micro)]
     tokens = round(sum(widths) / len(widths))
-    shown = [index for index in order if parts.samples.conversations[index].images]
+    shown = [index for index in order if parts.inputs.conversations[index].images]
     batch = _batch(parts, shown)
     share = len(shown) / len(order)  # of conversations with an image
     tower, trains_tower = image_cost(model.model, batch), _trained(model.model.vision_tower) > 0
-    seen = [
-        trace(one.target, pixels=batch["teacher_pixels"][name])
-        for name, one in parts.teachers.items()
-        if "teacher_pixels" in batch
-    ]
+    pixels = batch.get("teacher_pixels", {}) | {
+        name: batch[key] for name in parts.teachers if (key := f"pixel_values_{name}") in batch
+    }
+    seen = [trace(one.target, pixels=pixels[name]) for name, one in parts.teachers.items() if name in pixels]
     products, attention = decoder_flops(blocks, tokens, width)
     again, trained = recipe.gradient_checkpointing, _trained(blocks) > 0
     repeated = 0.75 * products + attention  # a block is not run again as far as its last projection
@@ -99,11 +100,12 @@ def _work(recipe: DistillRecipe, start: Start, parts: Parts, micro: int, process
     flops = products * (2 + trained) + attention * 3 + again * repeated + head * (2 + (_trained(model.lm_head) > 0))
     flops += share * tower.flops * (3 if trains_tower else 1)
     contrast = 0
-    if parts.trainee.embedding is not None:
-        for predictor in parts.trainee.embedding.predictors.values():
-            flops += share * resampler_flops(cast(Resampler, predictor).config, tokens, states_need_grad=True)
+    predictors = [module for module in parts.model.modules() if isinstance(module, Resampler)]
+    if predictors:
+        for predictor in predictors:
+            flops += share * resampler_flops(predictor.config, tokens, states_need_grad=True)
         contrast = sum(n * d for n, d in (one.shape for one in parts.teachers.values())) * recipe.global_batch
-    weights, parameters = weight_bytes(parts.trainee), _trained(parts.trainee)
+    weights, parameters = weight_bytes(parts.model), _trained(parts.model)
     most = micro * max(widths)
     block = most * (11 * width + 4 * widest(blocks)) * bits // 8
     kept = block + 4 * len(blocks) * most * width if again else len(blocks) * block
@@ -133,9 +135,9 @@ def _trained(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def _length(parts: Parts, index: int) -> int:
+def _length(parts: Stage, index: int) -> int:
     """Returns the tokens of a conversation; every image has as many, whatever it shows."""
-    conversation = parts.samples.conversations[index]
+    conversation = parts.inputs.conversations[index]
     try:
         sample = parts.encoder(conversation, [Image.new("RGB", (8, 8))] * len(conversation.images))
     except CutInsideImageError:
@@ -143,11 +145,11 @@ def _length(parts: Parts, index: int) -> int:
     return len(sample["input_ids"])
 
 
-def _batch(parts: Parts, shown: list[int]) -> dict[str, Any]:
+def _batch(parts: Stage, shown: list[int]) -> dict[str, Any]:
     """Collates the first of some conversations whose image can be read; empty where there are none at all."""
-    skipped = ""
+    skipped, samples = "", parts.dataset()
     for index in shown:
-        sample = parts.samples[index]
+        sample = samples[index]
         if "skipped" not in sample:
             return parts.collate([sample])
         skipped = skipped or sample["skipped"]

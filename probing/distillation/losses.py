@@ -1,63 +1,171 @@
-"""Embedding losses of OLA-VLM (arXiv:2412.09585, sec. 4, eqs. 1–3)."""
+"""Losses next to next-token prediction: their interface, and the embedding losses of OLA-VLM (arXiv:2412.09585)."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from accelerate.utils import gather, pad_across_processes
+from torch import Tensor, nn
 
-LARGEST_SCALE = 100.0
+from probing.distillation.predictors import EmbeddingPredictors
+from probing.models.token_map import token_kinds
+from probing.teachers import Teacher
+
+MAX_SCALE = 100.0
+
+
+class AuxiliaryLoss(nn.Module):
+    """One or several named losses next to next-token prediction.
+
+    Attributes:
+        layers: states that `loss` reads: 0 is the projector's output, k the output of decoder block k.
+        weights: weight of each loss in the total, by name.
+        keys: entries that `prepare` adds to a micro-batch.
+    """
+
+    layers: set[int]
+    weights: dict[str, float]
+    keys: tuple[str, ...]
+
+    def prepare(self, batches: list[dict[str, Any]], device: torch.device, world: int) -> None:
+        """Adds to the micro-batches of one optimiser step what `loss` needs.
+
+        It sees them together, and gathers from the other processes, so that no mean depends on how a batch is split.
+        """
+        raise NotImplementedError
+
+    def loss(self, states: dict[int, Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Computes this micro-batch's share of each mean over the global batch, by name; what it omits is 0."""
+        raise NotImplementedError
+
+    def save(self, folder: Path, state: Mapping[str, Tensor], provenance: dict[str, Any]) -> None:
+        """Writes into a checkpoint what the loss trained; `state` holds the tensors of `state_dict`, unsharded."""
 
 
 def embedding_losses(
-    prediction: Tensor, target: Tensor, others: Tensor, own: Tensor, scale: Tensor, images: int
+    prediction: Tensor, target: Tensor, candidates: Tensor, positive: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Smooth L1 and InfoNCE of one layer's predictions, as their part of the mean over the whole global batch.
+    """Computes smooth L1 and InfoNCE (eqs. 1-3), as a micro-batch's share of the mean over the global batch.
 
-    The contrast goes one way, from a prediction to all targets of the global batch, as in eq. 2. The paper writes
-    sim / tau, where tau is a learnable scaling factor that starts at 2.0. Divided by 2, cosines would hardly differ;
-    the released code multiplies them by exp(s), s = 2.0 at the start, at most 100, and that reading is taken here.
+    InfoNCE goes one way, from a prediction to all targets of the global batch, as in eq. 2. The paper divides cosines
+    by a learnable tau that starts at 2.0, which hardly separates them; the released code multiplies by exp(s), s = 2.0
+    at the start, at most 100, and so does this.
 
     Args:
-        prediction: (B, N, D), of the samples of this micro-batch that have a target.
+        prediction: (B, N, D), of the samples with a target.
         target: (B, N, D).
-        others: targets of the global batch, (M, N * D), each of length 1.
-        own: (B) where in `others` each sample's own target is.
+        candidates: targets of the global batch as unit rows, (M, N * D).
+        positive: (B) row of each sample's own target in `candidates`.
         scale: learnable scalar s.
-        images: number M of samples in the global batch that the means are over.
 
     Returns:
-        Two numbers: sums over the micro-batch divided by `images`, so that those of all micro-batches and processes add
-        up to the means of the global batch. 0 where there is no sample.
+        Two sums over the micro-batch, divided by M.
     """
     prediction, target = prediction.float(), target.float()
-    share = len(prediction) / max(images, 1)
     if not len(prediction):
         return prediction.sum() * 0, prediction.sum() * 0
+    share = len(prediction) / len(candidates)
     smooth = F.smooth_l1_loss(prediction, target) * share
-    similarity = F.normalize(prediction.flatten(1), dim=1) @ others.float().T
-    contrast = F.cross_entropy(similarity * scale.exp().clamp(max=LARGEST_SCALE), own) * share
-    return smooth, contrast
+    cosines = F.normalize(prediction.flatten(1), dim=1) @ candidates.float().T
+    return smooth, F.cross_entropy(cosines * scale.exp().clamp(max=MAX_SCALE), positive) * share
 
 
 def unit_rows(targets: Tensor) -> Tensor:
-    """Targets (M, N, D) as rows (M, N * D) of length 1."""
+    """Flattens targets (M, N, D) to rows (M, N * D) of length 1."""
     return F.normalize(targets.float().flatten(1), dim=1)
 
 
-def global_targets(mine: Tensor, world: int) -> tuple[Tensor, int]:
-    """Rows of all processes, in their order, and where this process's begin.
-
-    Args:
-        mine: (m, F); m may differ between processes.
-        world: number of processes.
-    """
+def gather_rows(rows: Tensor, world: int) -> tuple[Tensor, int]:
+    """Concatenates the rows (m, F) of all processes, m of each its own; returns also where this process's begin."""
     if world == 1:
-        return mine, 0
-    counts = [torch.zeros(1, dtype=torch.long, device=mine.device) for _ in range(world)]
-    torch.distributed.all_gather(counts, torch.tensor([len(mine)], device=mine.device))
-    numbers = [int(count) for count in counts]
-    padded = mine.new_zeros(max(numbers), mine.shape[1])
-    padded[: len(mine)] = mine
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    torch.distributed.all_gather(parts, padded)
-    rank = torch.distributed.get_rank()
-    return torch.cat([part[:n] for part, n in zip(parts, numbers, strict=True)]), sum(numbers[:rank])
+        return rows, 0
+    counts = gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = gather(pad_across_processes(rows).contiguous()).reshape(world, max(counts), -1)
+    start = sum(counts[: torch.distributed.get_rank()])
+    return torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)]), start
+
+
+class EmbeddingLoss(AuxiliaryLoss):
+    """Pulls what predictors read in hidden states towards the teachers' features."""
+
+    keys = ("targets",)
+
+    def __init__(
+        self,
+        predictors: EmbeddingPredictors,
+        teachers: dict[str, Teacher],
+        contrastive: float,
+        image_token_id: int,
+        special_ids: dict[str, list[int]],
+    ) -> None:
+        """Collects what the loss reads.
+
+        Args:
+            predictors: of all tasks and layers.
+            teachers: by name.
+            contrastive: weight of InfoNCE relative to smooth L1; 0 omits it.
+            image_token_id: id of the image token.
+            special_ids: ids of each task's special tokens.
+        """
+        super().__init__()
+        self.predictors, self.teachers = predictors, teachers
+        self.image_token_id, self.special_ids = image_token_id, special_ids
+        self.layers = {layer for _, layer in predictors.pairs()}
+        self.weights = {}
+        for task, layer in predictors.pairs():
+            self.weights[f"{task.name}.{layer}.smooth_l1"] = task.weight
+            if contrastive > 0:
+                self.weights[f"{task.name}.{layer}.contrast"] = task.weight * contrastive
+        predictors.scales.requires_grad_(contrastive > 0)
+
+    def prepare(self, batches: list[dict[str, Any]], device: torch.device, world: int) -> None:
+        """Replaces teachers' pixels by `targets`: features, and the candidates of InfoNCE from the global batch."""
+        with_target = [batch for batch in batches if "target_rows" in batch]
+        for batch in with_target:
+            features, pixels = batch.pop("teacher_features", None), batch.pop("teacher_pixels", None)
+            if features is None:
+                features = {name: teacher.target(pixels[name]) for name, teacher in self.teachers.items()}
+            features = {name: value.to(self.teachers[name].device) for name, value in features.items()}
+            batch["targets"] = {"rows": batch.pop("target_rows"), "features": features}
+        candidates, start = {}, 0
+        for name, teacher in self.teachers.items():
+            rows = [unit_rows(batch["targets"]["features"][name]) for batch in with_target]
+            empty = torch.zeros(0, math.prod(teacher.shape), device=teacher.device)
+            candidates[name], start = gather_rows(torch.cat([empty, *rows]), world)
+        for batch in with_target:
+            rows = batch["targets"]["rows"]
+            positive = torch.arange(start, start + len(rows), device=rows.device)
+            batch["targets"] |= {"candidates": candidates, "positive": positive}
+            start += len(rows)
+
+    def loss(self, states: dict[int, Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Returns `TASK.LAYER.smooth_l1` and `TASK.LAYER.contrast`."""
+        targets = batch.get("targets")
+        if targets is None:
+            # a process without targets must still take part in the gradients that all processes exchange
+            zero = 0.0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum()
+            return dict.fromkeys(self.weights, zero)
+        rows = targets["rows"]
+        losses: dict[str, Tensor] = {}
+        kinds = token_kinds(
+            batch["input_ids"], batch["attention_mask"], self.image_token_id, self.special_ids, batch["labels"]
+        )[rows]
+        for task, layer in self.predictors.pairs():
+            smooth, contrast = embedding_losses(
+                self.predictors.predict(task, layer, states[layer][rows], kinds),
+                targets["features"][task.name],
+                targets["candidates"][task.name],
+                targets["positive"],
+                self.predictors.scales[task.name],
+            )
+            losses |= {f"{task.name}.{layer}.smooth_l1": smooth, f"{task.name}.{layer}.contrast": contrast}
+        return {name: losses[name] for name in self.weights}
+
+    def save(self, folder: Path, state: Mapping[str, Tensor], provenance: dict[str, Any]) -> None:
+        """Writes the predictors as a probe bank."""
+        own = {name.removeprefix("predictors."): tensor for name, tensor in state.items()}
+        teachers = {name: {"id": t.id, "sha256": t.sha256, "shape": t.shape} for name, t in self.teachers.items()}
+        self.predictors.save(folder, own, {"teachers": teachers, **provenance})

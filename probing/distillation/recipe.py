@@ -9,7 +9,7 @@ from probing.recipe import Strict, TeacherName, TeacherRecipe
 from probing.utils.errors import UserError
 
 SPEED_ONLY = ("workers", "save_steps", "target_cache")
-"""Fields that a stage may change when it goes on: they do not move a number."""
+"""Fields that may change when a stage resumes: they do not affect results."""
 
 STAGE_DEFAULTS: dict[str, dict[str, float]] = {
     "pt": {"lr": 1e-3, "batch_size": 256},
@@ -20,14 +20,14 @@ STAGE_DEFAULTS: dict[str, dict[str, float]] = {
 
 
 class ConversationData(Strict):
-    """What a stage is trained on."""
+    """Training data of a stage."""
 
     conversations: str
     """LLaVA-format JSON or JSONL."""
     image_root: str
     """Folder that image names are relative to."""
     limit: int | None = Field(default=None, ge=1)
-    """Take only the first so many conversations."""
+    """Use only the first N conversations."""
 
 
 Task = Literal["gen", "depth", "seg"]
@@ -35,23 +35,23 @@ KeyKind = Literal["system", "image", "special", "text", "answer"]
 
 
 class EmbeddingRecipe(Strict):
-    """Embedding losses: at some layers, a predictor's output is drawn to a teacher's features (OLA-VLM, sec. 4)."""
+    """Embedding losses pull a predictor's output at some layers towards a teacher's features (OLA-VLM, sec. 4)."""
 
     teachers: dict[TeacherName, TeacherRecipe] = Field(min_length=1)
-    """Teachers of the tasks. A task without teacher, or with weight 0, is not there: no tokens, no predictors, no loss
-    (Table II). Plain encoders have no special tokens: with one, `seek` is 0."""
+    """Teachers of the tasks. A task without teacher, or with weight 0, has no tokens, predictors or loss (Table II).
+    Plain encoders have no special tokens: with one, set `seek` to 0."""
     layers: dict[TeacherName, str] = Field(default={"depth": "8,20", "seg": "10,18", "gen": "12,20"})
     """Decoder blocks whose states are read (Table 3, Fig. 5)."""
     weights: dict[TeacherName, float] = Field(default={"depth": 0.5, "seg": 0.5, "gen": 0.5})
     """Weight of each task's losses (Table IV)."""
     contrastive: float = Field(default=0.3, ge=0)
-    """Weight of InfoNCE beside smooth L1; 0 leaves it out (Table V)."""
+    """Weight of InfoNCE relative to smooth L1; 0 omits it (Table V)."""
     seek: int = Field(default=8, ge=0)
-    """Special tokens per task; 0 has none (Table 5)."""
+    """Special tokens per task; 0 for none (Table 5)."""
     order: list[Task] = Field(default=["gen", "depth", "seg"])
     """Order of the special tokens after an image (Table III)."""
     keys: list[KeyKind] = Field(default=["system", "image", "special", "text"], min_length=1)
-    """What predictors read; `special` is the task's own tokens, `answer` the supervised ones (Table I)."""
+    """Tokens that predictors read; `special` are the task's own, `answer` the supervised ones (Table I)."""
     heads: int = Field(default=4, ge=1)
     """Attention heads of a predictor."""
     dim_head: int = Field(default=32, ge=1)
@@ -59,7 +59,7 @@ class EmbeddingRecipe(Strict):
 
     @property
     def tasks(self) -> list[str]:
-        """Tasks that take part, in the order of their tokens."""
+        """Tasks with a teacher and a weight, in the order of their tokens."""
         every = dict.fromkeys([*self.order, *self.teachers])
         return [task for task in every if task in self.teachers and self.weights.get(task, 0.5) > 0]
 
@@ -74,12 +74,10 @@ class EmbeddingRecipe(Strict):
         if len(set(self.order)) != len(self.order) or not set(self.teachers) <= {*self.order, *plain}:
             raise ValueError("order must name every task that has a teacher, once")
         if plain and self.seek:
-            raise ValueError(
-                f"special tokens stand for {', '.join(get_args(Task))}, and not for {plain[0]}; set seek=0"
-            )
+            raise ValueError(f"only {', '.join(get_args(Task))} have special tokens, not {plain[0]}; set seek=0")
         for task in self.tasks:
             if task not in self.layers:
-                raise ValueError(f"layers does not name those of {task}")
+                raise ValueError(f"layers has none for {task}; add them")
         return self
 
 
@@ -87,27 +85,26 @@ class EncodersRecipe(Strict):
     """Teachers as further vision encoders of the model itself: the multi-encoder baselines (OLA-VLM, sec. 5.2)."""
 
     mode: Literal["feature", "token"]
-    """`feature`: joined to the tower's features, channel by channel; `token`: tokens of their own after the image."""
+    """`feature`: concatenated with the tower's features by channel; `token`: separate tokens after the image."""
     teachers: dict[Task, TeacherRecipe] = Field(min_length=1)
-    """Which teachers."""
+    """Teachers that the model reads."""
     tokens: int = Field(default=8, ge=1)
     """Tokens per teacher, in mode `token`."""
 
 
 class PatchAlignmentRecipe(Strict):
-    """Patch-aligned training: image tokens of what a word stands for are drawn to the word's input embedding."""
+    """Patch-aligned training pulls image tokens of an object towards the input embedding of the word for it."""
 
     annotations: str
-    """`coco:DIR`: what is where, from `DIR/annotations/{panoptic,instances}_SPLIT.json`, SPLIT being the folder that an
-    image lies in."""
+    """`coco:DIR`: masks from `DIR/annotations/{panoptic,instances}_SPLIT.json`, SPLIT being the folder of an image."""
     weight: float = Field(default=0.5, gt=0)
-    """Weight of the loss beside next-token prediction."""
+    """Weight of the loss relative to next-token prediction."""
     loss: Literal["cosine", "contrastive"] = "cosine"
-    """`cosine` draws tokens to their word; `contrastive` away from the other words of the same image too."""
+    """`cosine` pulls tokens towards their word; `contrastive` also pushes them from the image's other words."""
     coverage: float = Field(default=0.5, gt=0, le=1)
     """Share of a patch that a class must cover to be its label."""
     temperature: float = Field(default=0.07, gt=0)
-    """Of the contrast (InfoNCE, arXiv:1807.03748; the value is that of arXiv:1805.01978)."""
+    """Temperature of `contrastive` (InfoNCE, arXiv:1807.03748; the value of arXiv:1805.01978)."""
 
     @field_validator("annotations")
     @classmethod
@@ -128,16 +125,16 @@ class DistillRecipe(Strict):
     """pt trains the projector, predictors and special tokens; vpt the whole model; ift LLM and projector."""
     data: ConversationData
     embedding: EmbeddingRecipe | None = None
-    """Embedding losses; without, the stage learns by next-token prediction alone (Table 4)."""
+    """Embedding losses; by default the stage learns by next-token prediction alone (Table 4)."""
     encoders: EncodersRecipe | None = None
-    """Makes the checkpoint a multi-encoder one; later stages find that out themselves."""
+    """Makes the checkpoint a multi-encoder one; later stages detect it."""
     patches: PatchAlignmentRecipe | None = None
-    """Draws image tokens to the words for what they show, beside whatever else the stage learns."""
+    """Pulls image tokens towards the words for what they show, in addition to the other losses."""
     train_special_tokens: bool | None = None
-    """Whether special tokens are trained; by default in pt alone (Table 6)."""
+    """Whether special tokens are trained; by default only in pt (Table 6)."""
     view: Literal["own", "square"] = "own"
-    """`own`: each model applies its own preprocessing to the original image; `square`: the image is squashed to a
-    square first, so that student and teachers see the same."""
+    """`own`: each model preprocesses the original image; `square`: the image is squashed to a square first, so that
+    student and teachers see the same."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate; by default the stage's: 1e-3 in pt, 2e-5 in vpt and ift."""
     batch_size: int | None = Field(default=None, ge=1)
@@ -147,13 +144,13 @@ class DistillRecipe(Strict):
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the conversations."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Stop after so many optimiser steps, whatever `epochs` says."""
+    """Number of optimiser steps, in place of `epochs`."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps over which the rate rises; then it falls as a cosine to zero."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's weight decay."""
     max_length: int = Field(default=4096, ge=8)
-    """Longer conversations are cut at their end, and counted; one cut inside an image is left out, and named."""
+    """Longer conversations are truncated and counted; one that would be truncated inside an image is skipped."""
     seed: int = 0
     """Of the order of the conversations."""
     bf16: bool = False
@@ -161,28 +158,24 @@ class DistillRecipe(Strict):
     gradient_checkpointing: bool = False
     """Trade time for memory."""
     save_steps: int = Field(default=200, ge=1)
-    """Optimiser steps between saved training states; the newest is kept."""
+    """Optimiser steps between saved training states; only the newest remains."""
     workers: int = Field(default=2, ge=0)
     """Processes that read images."""
     target_cache: str = "off"
-    """Teachers' features are kept on disk and not computed again: `off`, `auto` (the user's cache folder, if there is
-    room), or a folder."""
+    """Where teachers' features are cached: `off`, `auto` (the user's cache folder, if there is room), or a folder."""
     target_cache_dtype: Literal["float32", "float16"] = "float32"
-    """Of what is kept; float16 takes half the disk and rounds features to 11 bits."""
+    """Of cached features; float16 takes half the disk and rounds features to 11 bits."""
     trainer: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of transformers' TrainingArguments: report_to, fsdp, deepspeed, logging_steps, … Not those that
-    the recipe has a field for."""
+    """Further fields of transformers' TrainingArguments: report_to, fsdp, deepspeed, logging_steps, …"""
 
     @model_validator(mode="after")
-    def _one_or_the_other(self) -> Self:
+    def _embedding_or_encoders(self) -> Self:
         if self.embedding is not None and self.encoders is not None:
-            raise ValueError(
-                "embedding and encoders cannot be had together: a model that sees a teacher learns nothing"
-            )
+            raise ValueError("embedding and encoders exclude each other: a model that sees a teacher learns nothing")
         return self
 
     def difference(self, other: "DistillRecipe") -> str:
-        """The first field that moves a number and differs in another recipe, or an empty string."""
+        """Names the first field that affects results and differs in a saved recipe; empty if none does."""
         for name in type(self).model_fields:
             mine, others = getattr(self, name), getattr(other, name)
             if mine != others and name not in SPEED_ONLY:
@@ -191,24 +184,24 @@ class DistillRecipe(Strict):
 
     @property
     def trains_special_tokens(self) -> bool:
-        """Whether special tokens are trained, default filled in."""
+        """Whether special tokens are trained, with the stage's default."""
         return self.stage == "pt" if self.train_special_tokens is None else self.train_special_tokens
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate, default filled in."""
+        """The learning rate, with the stage's default."""
         return self.lr if self.lr is not None else STAGE_DEFAULTS[self.stage]["lr"]
 
     @property
     def global_batch(self) -> int:
-        """The batch size, default filled in."""
+        """The batch size, with the stage's default."""
         return self.batch_size if self.batch_size is not None else int(STAGE_DEFAULTS[self.stage]["batch_size"])
 
-    def cut_up(self, processes: int) -> tuple[int, int]:
-        """Conversations of one forward pass, and forward passes of a process in one optimiser step.
+    def micro_batches(self, processes: int) -> tuple[int, int]:
+        """Returns the size of a micro-batch, and how many each process runs in one optimiser step.
 
         Raises:
-            UserError: the batch cannot be shared evenly.
+            UserError: the processes cannot share the batch evenly.
         """
         micro = min(self.micro_batch, self.global_batch)
         if self.global_batch % (micro * processes):
@@ -219,5 +212,5 @@ class DistillRecipe(Strict):
         return micro, self.global_batch // (micro * processes)
 
     def steps(self, conversations: int) -> int:
-        """Optimiser steps of the stage."""
+        """Returns the number of optimiser steps."""
         return self.max_steps or math.ceil(self.epochs * math.ceil(conversations / self.global_batch))

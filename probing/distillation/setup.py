@@ -1,19 +1,22 @@
-"""What a training stage is put together from: checkpoint, conversations, teachers, and all that is trained."""
+"""Builds a training stage: checkpoint, conversations, teachers and losses."""
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 import probing.utils.torchvision_shim  # noqa: F401  # isort: skip
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from probing.data.conversations import (
+    CachedTargets,
     Conversation,
     ConversationDataset,
     Encoder,
@@ -22,11 +25,12 @@ from probing.data.conversations import (
     require_some_image,
 )
 from probing.data.patch_words import Annotations, PatchWords, read_annotations
-from probing.distillation.model import Trainee
-from probing.distillation.patch_alignment import PatchAlignment
+from probing.distillation.losses import AuxiliaryLoss, EmbeddingLoss
+from probing.distillation.model import DistillationModel
+from probing.distillation.patch_alignment import PatchAlignmentLoss
 from probing.distillation.predictors import FOLDER, EmbeddingPredictors, Task
-from probing.distillation.recipe import DistillRecipe, EmbeddingRecipe, EncodersRecipe
-from probing.distillation.special_tokens import add_special_tokens
+from probing.distillation.recipe import DistillRecipe, EncodersRecipe
+from probing.distillation.special_tokens import SpecialTokens, add_special_tokens
 from probing.models import llava_original, multi_encoder
 from probing.models.base import parse_layers
 from probing.models.chat_templates import rendering_moment
@@ -34,22 +38,25 @@ from probing.models.decoder import decoder_parts
 from probing.models.image_tokens import tower_grid
 from probing.models.llava import fit_processor, use_tokenizer_template
 from probing.models.token_map import SPECIAL, special_ids
+from probing.recipe import TeacherRecipe
 from probing.teachers import Teacher, load_teacher
 from probing.utils.checkpoint_files import read_json
 from probing.utils.errors import UserError, first_line
 from probing.utils.paths import local_path
 from probing.utils.pretrained import load_config, locate, pretrained, require_whole
+from probing.utils.processors import describe_processor
 
 logger = logging.getLogger(__name__)
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a stage starts from, before any weights are read.
+class StageInputs:
+    """What a stage reads before any weights.
 
     Attributes:
-        conversations: to learn from.
-        annotations: of their images, where patches are drawn to words.
+        conversations: training data.
+        annotations: of their images, for patch alignment.
         source: folder or Hub id of the checkpoint.
         config: its configuration.
     """
@@ -59,199 +66,275 @@ class Start:
     source: str
     config: Any
 
-
-@dataclass(frozen=True)
-class Parts:
-    """A stage that could begin.
-
-    Attributes:
-        trainee: the model and what is trained beside it.
-        processor: of the checkpoint, with its special tokens.
-        config: of the checkpoint that it becomes.
-        teachers: by name.
-        encoder: makes model inputs of a conversation.
-        samples: encoded conversations.
-        collate: makes a batch of them.
-    """
-
-    trainee: Trainee
-    processor: Any
-    config: Any
-    teachers: dict[str, Teacher]
-    encoder: Encoder
-    samples: ConversationDataset
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    @property
+    def images(self) -> list[str]:
+        """Names of all images."""
+        return sorted({name for conversation in self.conversations for name in conversation.images})
 
 
-def open_start(recipe: DistillRecipe) -> Start:
+def load_inputs(recipe: DistillRecipe) -> StageInputs:
     """Reads conversations, annotations and the checkpoint's configuration.
 
     Raises:
         UserError: they cannot be used.
     """
     conversations = read_conversations(local_path(recipe.data.conversations), recipe.data.limit)
-    root, annotations = local_path(recipe.data.image_root), None
+    root = local_path(recipe.data.image_root)
     require_some_image(conversations, root)
-    if recipe.patches is not None:
-        annotated = local_path(recipe.patches.annotations.removeprefix("coco:"))
-        annotations = read_annotations(annotated, root, images_of(conversations))
     source = locate(recipe.checkpoint, "checkpoint")
     if llava_original.is_original(read_json(source, "config.json", recipe.revision)):
         raise UserError(
-            f"{recipe.checkpoint} is in LLaVA's original format, which is probed as it is, and not trained; give the "
-            "checkpoint converted to transformers' format"
+            f"{recipe.checkpoint} has LLaVA's original format, which cannot be trained; "
+            "convert it to transformers' format"
         )
     config = load_config(source, "checkpoint", revision=recipe.revision)
-    several = config.model_type == multi_encoder.MODEL_TYPE
-    if config.model_type != "llava" and not several:
+    if config.model_type not in ("llava", multi_encoder.MODEL_TYPE):
         raise UserError(f"{recipe.checkpoint} is no LLaVA checkpoint (model type {config.model_type!r})")
-    if several and (recipe.encoders is not None or recipe.embedding is not None):
-        raise UserError(f"{recipe.checkpoint} has several encoders already; leave out embedding and encoders")
-    return Start(conversations, annotations, source, config)
+    if config.model_type == multi_encoder.MODEL_TYPE and (recipe.encoders or recipe.embedding):
+        raise UserError(f"{recipe.checkpoint} has several encoders already; remove embedding and encoders")
+    inputs = StageInputs(conversations, None, source, config)
+    if recipe.patches is None:
+        return inputs
+    folder = local_path(recipe.patches.annotations.removeprefix("coco:"))
+    return StageInputs(conversations, read_annotations(folder, root, inputs.images), source, config)
 
 
-def images_of(conversations: list[Conversation]) -> list[str]:
-    """Names of all images."""
-    return sorted({name for conversation in conversations for name in conversation.images})
+@dataclass(frozen=True)
+class Stage:
+    """A stage that is ready to train.
+
+    Attributes:
+        recipe: of the stage.
+        inputs: conversations and checkpoint.
+        model: what is trained.
+        processor: of the new checkpoint, with its special tokens.
+        teachers: by name.
+        encoder: makes model inputs of a conversation.
+        patch_words: labels patches, for patch alignment.
+    """
+
+    recipe: DistillRecipe
+    inputs: StageInputs
+    model: DistillationModel
+    processor: Any
+    teachers: dict[str, Teacher]
+    encoder: Encoder
+    patch_words: PatchWords | None
+
+    @property
+    def is_multi_encoder(self) -> bool:
+        """Whether the checkpoint itself reads the teachers' features."""
+        return isinstance(self.model.model, multi_encoder.MultiEncoderForConditionalGeneration)
+
+    def dataset(self, cached: CachedTargets | None = None) -> ConversationDataset:
+        """Returns the encoded conversations, with teachers' features where they are cached."""
+        return ConversationDataset(
+            self.inputs.conversations,
+            local_path(self.recipe.data.image_root),
+            self.encoder,
+            squared=self.recipe.view == "square",
+            teachers={name: teacher.prepare for name, teacher in self.teachers.items()},
+            single=self.is_multi_encoder,
+            patches=self.patch_words,
+            cached_targets=cached,
+        )
+
+    @property
+    def collate(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Makes a micro-batch of samples; holds no weights, so that workers can carry it."""
+        pad_id = self.processor.tokenizer.pad_token_id
+        return functools.partial(_collate_pixels if self.is_multi_encoder else collate, pad_id=pad_id)
 
 
-def put_together(recipe: DistillRecipe, start: Start, device: torch.device) -> Parts:
+def _collate_pixels(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+    """Collates for a model that reads the teachers' pixels itself."""
+    batch = collate(samples, pad_id)
+    batch.pop("target_rows", None)
+    return batch | {f"pixel_values_{name}": pixels for name, pixels in batch.pop("teacher_pixels", {}).items()}
+
+
+def build_stage(recipe: DistillRecipe, inputs: StageInputs, device: torch.device) -> Stage:
     """Loads checkpoint and teachers.
 
     Args:
         recipe: the stage.
-        start: from `open_start`.
-        device: for the teachers; on the meta device no weights are read at all.
+        inputs: from `load_inputs`.
+        device: for the teachers; on the meta device no weights are read.
 
     Raises:
         UserError: something cannot be loaded, or does not fit the rest.
     """
-    source, config, squared = start.source, start.config, recipe.view == "square"
-    several = config.model_type == multi_encoder.MODEL_TYPE
-    place = device if device.type == "meta" else torch.device("cpu")  # the Trainer moves it
-    try:
-        processor: Any = AutoProcessor.from_pretrained(source, revision=recipe.revision)
-        use_tokenizer_template(processor)
-        # Weights are trained in float32, whatever they are stored in; bf16 is autocast.
-        loading: dict[str, Any] = {"revision": recipe.revision, "dtype": torch.float32}
-        if several:
-            model = multi_encoder.load_inner(source, config, place, **loading)
-        else:
-            model, missing, unexpected = pretrained(AutoModelForImageTextToText, source, config, place, **loading)
-            require_whole(source, missing, unexpected)
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {recipe.checkpoint} cannot be loaded: {first_line(error)}") from None
-    embedding: EmbeddingPredictors | None = None
+    model, processor = _load_checkpoint(recipe, inputs, META if device == META else CPU)
+    auxiliary: list[AuxiliaryLoss] = []
     teachers: dict[str, Teacher] = {}
+    predictors: EmbeddingPredictors | None = None
     if recipe.embedding is not None and recipe.embedding.tasks:
-        embedding, teachers = _embedding(recipe.embedding, recipe.seed, source, model, processor, device)
-    encoders: multi_encoder.Encoders | None = None
-    if several or recipe.encoders is not None:
-        if recipe.encoders is not None:
-            config = _several(recipe.encoders, config, processor, model)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            folder = Path(source) if several and device.type != "meta" else None
-            encoders = multi_encoder.open_encoders(config, processor.tokenizer, device, folder)
-        encoders.install(model)
-        teachers = encoders.teachers
-    fit_processor(processor, source, config, recipe.revision)
-    encoder = Encoder(processor, config.image_token_id, recipe.max_length, rendering_moment())
+        teachers = {
+            name: load_teacher(name, recipe.embedding.teachers[name], device) for name in recipe.embedding.tasks
+        }
+        predictors = _build_predictors(recipe, inputs.source, model, processor, teachers)
+    if recipe.encoders is not None:
+        names: list[str] = [name for name in SPECIAL if name in recipe.encoders.teachers]
+        teachers = _load_teachers(recipe.encoders.teachers, names, device)
+        model = _add_encoders(recipe.encoders, recipe.seed, model, processor, teachers)
+    elif isinstance(model, multi_encoder.MultiEncoderForConditionalGeneration):
+        teachers = model.model.teachers = multi_encoder.load_teachers(inputs.config, device)
+    fit_processor(processor, inputs.source, model.config, recipe.revision)
+    encoder = Encoder(processor, model.config.image_token_id, recipe.max_length, rendering_moment())
     encoder.require_usable()
-    labeller, alignment = None, None
-    if recipe.patches is not None and start.annotations is not None:
-        labeller = PatchWords(
-            start.annotations, processor.image_processor, tower_grid(config), recipe.patches.coverage, squared
-        )
-        _require_one_token_a_patch(processor, config.image_token_id, labeller.grid)
-        labeller.require_usable(images_of(start.conversations))
-        alignment = PatchAlignment.of(recipe.patches, processor.tokenizer, labeller.words)
+    patch_words = _patch_words(recipe, inputs, processor)
+    if patch_words is not None and recipe.patches is not None:
+        words = patch_words.words
+        auxiliary.append(PatchAlignmentLoss(recipe.patches, processor.tokenizer, words, model.get_input_embeddings))
+    several = isinstance(model, multi_encoder.MultiEncoderForConditionalGeneration)
+    ids = {} if several else special_ids(processor.tokenizer)
+    rows = None
+    if predictors is not None and recipe.embedding is not None:
+        if recipe.embedding.seek:
+            ids, rows = {name: ids[name] for name in teachers}, predictors.special_rows
+        image_token = model.config.image_token_id
+        auxiliary.append(EmbeddingLoss(predictors, teachers, recipe.embedding.contrastive, image_token, ids))
+    special = SpecialTokens(ids, model.get_input_embeddings(), rows) if ids else None
+    for module in filter(None, (predictors, special)):
+        module.queries.requires_grad_(recipe.trains_special_tokens)
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     if recipe.gradient_checkpointing:
-        # The LLM alone: asked of the whole model, transformers makes the frozen tower's inputs require gradients too,
-        # and the backward pass goes through it for nothing.
+        # Only the LLM: for the whole model, transformers makes the frozen tower's inputs require gradients too, and
+        # the backward pass would needlessly go through it.
         llm = model.model.language_model
         enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    trainee = Trainee(
-        model,
-        recipe.stage,
-        None,
-        embedding,
-        recipe.embedding.contrastive if recipe.embedding else 0.0,
-        {} if encoders else special_ids(processor.tokenizer),
-        recipe.trains_special_tokens,
-        encoders,
-        alignment,
-    )
-    prepare = {name: teacher.prepare for name, teacher in teachers.items()}
-    samples = ConversationDataset(
-        start.conversations,
-        local_path(recipe.data.image_root),
-        encoder,
-        squared,
-        prepare,
-        encoders is not None,
-        labeller,
-    )
-    pad = functools.partial(collate, pad_id=processor.tokenizer.pad_token_id)
-    return Parts(trainee.to(place), processor, config, teachers, encoder, samples, pad)
+    trained = DistillationModel(model, recipe.stage, auxiliary, special)
+    return Stage(recipe, inputs, trained, processor, teachers, encoder, patch_words)
 
 
-def _embedding(
-    recipe: EmbeddingRecipe, seed: int, source: str, model: Any, processor: Any, device: torch.device
-) -> tuple[EmbeddingPredictors, dict[str, Teacher]]:
-    """Predictors and teachers of a stage; gives the checkpoint special tokens where the recipe has some.
+def _load_checkpoint(recipe: DistillRecipe, inputs: StageInputs, device: torch.device) -> tuple[Any, Any]:
+    """Loads the LLaVA in float32, which is trained whatever the files hold, and its processor."""
+    source, config = inputs.source, inputs.config
+    loading: dict[str, Any] = {"revision": recipe.revision, "dtype": torch.float32}
+    try:
+        processor: Any = AutoProcessor.from_pretrained(source, revision=recipe.revision)
+        use_tokenizer_template(processor)
+        if config.model_type == multi_encoder.MODEL_TYPE:
+            return multi_encoder.load_model(source, config, device, **loading), processor
+        model, missing, unexpected = pretrained(AutoModelForImageTextToText, source, config, device, **loading)
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {recipe.checkpoint} cannot be loaded: {first_line(error)}") from None
+    require_whole(source, missing, unexpected)
+    return model, processor
+
+
+def _load_teachers(recipes: Mapping[Any, TeacherRecipe], names: list[str], device: torch.device) -> dict[str, Teacher]:
+    return {name: load_teacher(name, recipes[name], device) for name in names}
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds torch's random state in a block; on the meta device, creates tensors there."""
+    with torch.random.fork_rng(devices=[]), device if device == META else contextlib.nullcontext():
+        torch.manual_seed(seed)
+        yield
+
+
+def _build_predictors(
+    recipe: DistillRecipe, source: str, model: Any, processor: Any, teachers: dict[str, Teacher]
+) -> EmbeddingPredictors:
+    """Builds the predictors, or loads those of the checkpoint; adds special tokens to a checkpoint without them.
 
     Raises:
-        UserError: a teacher cannot be loaded, a layer is not in the LLM, or the checkpoint has other tokens or
-            predictors.
+        UserError: the LLM lacks a layer, or the checkpoint has other tokens or predictors.
     """
-    blocks, width = len(decoder_parts(model)[0]), model.config.text_config.hidden_size
-    chosen = {name: parse_layers(recipe.layers[name], blocks) for name in recipe.tasks}
-    for name, layers in chosen.items():
+    assert recipe.embedding is not None
+    blocks, embedding, tasks = len(decoder_parts(model)[0]), recipe.embedding, []
+    for name, teacher in teachers.items():
+        layers = parse_layers(embedding.layers[name], blocks)
         if not all(isinstance(layer, int) and layer > 0 for layer in layers):
-            raise UserError(f"embedding.layers.{name} is {recipe.layers[name]!r}; give decoder blocks, 1 to {blocks}")
-    teachers: dict[str, Teacher] = {name: load_teacher(name, recipe.teachers[name], device) for name in recipe.tasks}
-    tasks = [
-        Task(name, tuple(int(layer) for layer in chosen[name]), recipe.weights.get(name, 0.5), teachers[name].shape)
-        for name in recipe.tasks
-    ]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        embedding = EmbeddingPredictors(tasks, width, recipe.seek, recipe.keys, recipe.heads, recipe.dim_head)
-    saved = (Path(source) / FOLDER).is_dir()
-    if recipe.seek:
-        if special_ids(processor.tokenizer) and not saved:
             raise UserError(
-                f"{source} has special tokens and not the predictors whose queries they are; embedding losses go on "
-                f"from a folder with {FOLDER}/, as stage pt writes it"
+                f"embedding.layers.{name} is {embedding.layers[name]!r}; give decoder blocks, 1 to {blocks}"
             )
-        add_special_tokens(processor, model, recipe.tasks, recipe.seek)
-    if saved:
-        embedding.load(Path(source) / FOLDER)
-        logger.info("embedding predictors go on from %s", Path(source) / FOLDER)
-    return embedding, teachers
+        tasks.append(Task(name, tuple(map(int, layers)), embedding.weights.get(name, 0.5), teacher.shape))
+    with _seeded(recipe.seed, model.device):
+        predictors = EmbeddingPredictors(tasks, model.config.text_config.hidden_size, embedding)
+    folder = Path(source) / FOLDER
+    if embedding.seek:
+        if special_ids(processor.tokenizer) and not folder.is_dir():
+            raise UserError(
+                f"{source} has special tokens but no {FOLDER}/, which embedding losses resume from; use what pt wrote"
+            )
+        add_special_tokens(processor, model, embedding.tasks, embedding.seek)
+    if folder.is_dir() and model.device != META:
+        predictors.load(folder)
+        logger.info("embedding predictors resume from %s", folder)
+    return predictors
 
 
-def _require_one_token_a_patch(processor: Any, image_token_id: int, grid: tuple[int, int]) -> None:
-    """Raises UserError where image tokens are not the patches of the grid, one by one."""
-    ids = processor(images=[Image.new("RGB", (8, 8))], text=[processor.image_token], return_tensors="pt")["input_ids"]
-    tokens = int((ids == image_token_id).sum())
+def _add_encoders(
+    recipe: EncodersRecipe, seed: int, llava: Any, processor: Any, teachers: dict[str, Teacher]
+) -> multi_encoder.MultiEncoderForConditionalGeneration:
+    """Makes a LLaVA a multi-encoder one: shares its modules, and initialises the projectors of the teachers.
+
+    Raises:
+        UserError: a teacher's features cannot be pooled to equal groups, one per token.
+    """
+    ids = {}
+    if recipe.mode == "token":
+        for name, teacher in teachers.items():
+            count = teacher.shape[0]
+            if count > 1 and count % recipe.tokens:
+                choices = ", ".join(str(n) for n in range(1, 33) if count % n == 0)
+                raise UserError(
+                    f"encoders.tokens = {recipe.tokens} does not divide the {count} tokens of the {name} teacher; "
+                    f"choose {choices}"
+                )
+        ids = add_special_tokens(processor, llava, list(teachers), recipe.tokens)
+    grids = {str(name): teacher.grid for name, teacher in recipe.teachers.items()}
+    entries = {
+        name: {
+            "id": teacher.id,
+            "grid": grids[name],
+            "shape": list(teacher.shape),
+            "sha256": teacher.sha256,
+            "processor": describe_processor(teacher.prepare, "own"),
+        }
+        for name, teacher in teachers.items()
+    }
+    values = {name: value for name, value in llava.config.to_dict().items() if name != "model_type"}
+    values["encoders"] = {"mode": recipe.mode, "token_ids": ids, "teachers": entries}
+    with META:
+        model = multi_encoder.MultiEncoderForConditionalGeneration(multi_encoder.MultiEncoderConfig(**values))
+    core = model.model
+    core.vision_tower, core.language_model = llava.model.vision_tower, llava.model.language_model
+    model.lm_head, model.generation_config = llava.lm_head, llava.generation_config
+    if recipe.mode == "token":
+        core.multi_modal_projector = llava.model.multi_modal_projector
+    projectors = core.multi_modal_projector if recipe.mode == "feature" else core.teacher_projectors
+    projectors.to_empty(device=llava.device)
+    with _seeded(seed, llava.device):
+        for layer in projectors.modules():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+    core.teachers = teachers
+    return model
+
+
+def _patch_words(recipe: DistillRecipe, inputs: StageInputs, processor: Any) -> PatchWords | None:
+    """Makes the labels of patches for patch alignment.
+
+    Raises:
+        UserError: image tokens do not correspond to patches one by one, or no patch has a label.
+    """
+    if recipe.patches is None or inputs.annotations is None:
+        return None
+    grid, squared = tower_grid(inputs.config), recipe.view == "square"
+    image, text = Image.new("RGB", (8, 8)), processor.image_token
+    ids = processor(images=[image], text=[text], return_tensors="pt")["input_ids"]
+    tokens = int((ids == inputs.config.image_token_id).sum())
     if tokens != grid[0] * grid[1]:
         raise UserError(
-            f"the processor places {tokens} image tokens where the vision tower has {grid[0]} x {grid[1]} patches, so "
-            "these cannot be aligned; leave out patches, or give a checkpoint with a token per patch"
+            f"the processor makes {tokens} image tokens for {grid[0]} x {grid[1]} patches; remove patches, or use a "
+            "checkpoint with a token per patch"
         )
-
-
-def _several(recipe: EncodersRecipe, config: Any, processor: Any, model: Any) -> multi_encoder.MultiEncoderConfig:
-    """The configuration of a LLaVA that becomes a multi-encoder one; gives it tokens where the mode has some."""
-    names = [name for name in SPECIAL if name in recipe.teachers]
-    if recipe.mode == "token":
-        add_special_tokens(processor, model, names, recipe.tokens)
-    values = {name: value for name, value in model.config.to_dict().items() if name != "model_type"}
-    teachers = {name: {"id": recipe.teachers[name].id, "grid": recipe.teachers[name].grid} for name in names}
-    values["encoders"] = {"mode": recipe.mode, "tokens": recipe.tokens, "teachers": teachers}
-    return multi_encoder.MultiEncoderConfig(**values)
+    words = PatchWords(inputs.annotations, processor.image_processor, grid, recipe.patches.coverage, squared)
+    words.require_usable(inputs.images)
+    return words

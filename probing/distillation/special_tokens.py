@@ -1,14 +1,16 @@
-"""Special tokens <g>, <d> and <s> (OLA-VLM, arXiv:2412.09585, sec. 4): N_seek per task, right after every image.
+"""Special tokens <g>, <d> and <s> (OLA-VLM, arXiv:2412.09585, sec. 4): N_seek per task, after every image.
 
-They are entries of the vocabulary, written by the chat template after each image, so that a checkpoint with them is an
-ordinary LLaVA folder: processor, generation and probing need to know nothing. While they are trained, or frozen beside
-an LLM that is trained, their embeddings come from outside the embedding table; saving writes them into it.
+They are entries of the vocabulary that the chat template writes after each image, so that a checkpoint with them is an
+ordinary LLaVA folder. During training their embeddings are separate parameters, which can be trained next to a frozen
+embedding table, or be frozen next to a trained one; saving writes them into the table.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from probing.models.token_map import special_ids, token_name
 from probing.utils.errors import UserError
@@ -17,11 +19,11 @@ IMAGE = "<image>"
 
 
 def add_special_tokens(processor: Any, model: Any, tasks: Sequence[str], number: int) -> dict[str, list[int]]:
-    """Gives a checkpoint special tokens: in the tokenizer, the chat template and the embedding table.
+    """Adds special tokens to tokenizer, chat template and embedding table, in place.
 
     Args:
-        processor: of the checkpoint; changed in place.
-        model: a `LlavaForConditionalGeneration`; changed in place.
+        processor: of the checkpoint.
+        model: a `LlavaForConditionalGeneration`.
         tasks: in the order in which their tokens follow an image.
         number: N_seek, tokens per task.
 
@@ -29,36 +31,79 @@ def add_special_tokens(processor: Any, model: Any, tasks: Sequence[str], number:
         Ids of each task's tokens.
 
     Raises:
-        UserError: the chat template does not write images as `<image>`, or there are special tokens already that
-            are others.
+        UserError: the chat template does not write images as `<image>`, or there are other special tokens.
     """
     tokenizer = processor.tokenizer
-    there = special_ids(tokenizer)
-    if there:
-        counts = {task: len(ids) for task, ids in there.items()}
+    existing = special_ids(tokenizer)
+    if existing:
+        counts = {task: len(ids) for task, ids in existing.items()}
         if counts != dict.fromkeys(tasks, number):
             raise UserError(
-                f"the checkpoint has special tokens already ({counts}), other than the recipe's {number} for each of "
-                f"{', '.join(tasks)}; start from one without, or set the recipe's seek and tasks to these"
+                f"the checkpoint has special tokens already ({counts}); set the recipe's seek and tasks to these"
             )
-        return {task: there[task] for task in tasks}
+        return {task: existing[task] for task in tasks}
     template = processor.chat_template or ""
     if IMAGE not in template:
-        raise UserError(
-            f"the checkpoint's chat template does not write images as {IMAGE}, so special tokens cannot follow them; "
-            "give it one that does (chat_template.jinja)"
-        )
+        raise UserError(f"the chat template does not write images as {IMAGE}; replace chat_template.jinja")
     names = [token_name(task, k) for task in tasks for k in range(number)]
     tokenizer.add_tokens(names, special_tokens=True)
     processor.chat_template = template.replace(IMAGE, IMAGE + "".join(names))
-    found = special_ids(tokenizer, tasks)
-    table = model.get_input_embeddings()
-    if len(tokenizer) > table.num_embeddings:
+    added = special_ids(tokenizer, tasks)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    rows = [row for ids in found.values() for row in ids]
-    head = model.get_output_embeddings()
+    rows = [row for ids in added.values() for row in ids]
+    tables = {id(w): w for w in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
     with torch.no_grad():
-        for weight in {id(w): w for w in (model.get_input_embeddings().weight, head.weight)}.values():
-            others = torch.tensor(sorted(set(range(len(weight))) - set(rows)), device=weight.device)
+        for weight in tables.values():  # one, where they are tied
+            others = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+            others[rows] = False
             weight[rows] = weight[others].mean(dim=0)
-    return found
+    return added
+
+
+def pool_queries(queries: Iterable[Tensor], seek: int) -> Tensor:
+    """Averages each task's queries (n, H) over equal groups of neighbours; returns rows (tasks * seek, H)."""
+    return torch.cat([value.unflatten(0, (seek, -1)).mean(dim=1) for value in queries])
+
+
+class SpecialTokens(nn.Module):
+    """Embeddings of the special tokens during training, in place of their rows of the embedding table.
+
+    Attributes:
+        ids: ids of each task's tokens.
+        queries: (seek, H) per task; empty where predictors hold the queries.
+    """
+
+    flat_ids: Tensor
+    rows: Callable[[], Tensor]
+
+    def __init__(self, ids: dict[str, list[int]], table: nn.Module, rows: Callable[[], Tensor] | None = None) -> None:
+        """Hooks the embeddings into the LLM.
+
+        Args:
+            ids: ids of each task's tokens.
+            table: the LLM's input embeddings.
+            rows: computes the embeddings (tokens, H), in the order of `ids`; by default they start as the table's.
+        """
+        super().__init__()
+        self.ids, self.seek = ids, len(next(iter(ids.values())))
+        self.register_buffer("flat_ids", torch.tensor(list(chain(*ids.values()))), persistent=False)
+        self.queries = nn.ParameterDict()
+        if rows is None:
+            weight = cast(Tensor, table.weight).detach()
+            self.queries.update({task: nn.Parameter(weight[numbers].clone()) for task, numbers in ids.items()})
+        self.rows = rows or (lambda: pool_queries([self.queries[task] for task in ids], self.seek))
+        table.register_forward_hook(self._replace)
+
+    def _replace(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        match = args[0][..., None] == self.flat_ids
+        chosen = self.rows()[match.int().argmax(dim=-1)]
+        return torch.where(match.any(dim=-1, keepdim=True), chosen.to(output.dtype), output)
+
+    def write(self, table: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """Returns an embedding table with the trained rows, from the unsharded state of a `DistillationModel`."""
+        # the queries of a task lie under this module, or under the predictors
+        queries = [next(v for name, v in state.items() if name.endswith(f".queries.{task}")) for task in self.ids]
+        table = table.clone()
+        table[self.flat_ids.to(table.device)] = pool_queries(queries, self.seek).to(table)
+        return table

@@ -1,4 +1,4 @@
-"""A training stage of a LLaVA checkpoint, on transformers' Trainer."""
+"""Trains a stage of a LLaVA checkpoint with transformers' Trainer."""
 
 import copy
 import dataclasses
@@ -24,24 +24,20 @@ from transformers import PrinterCallback, Trainer
 from probing.data.coco import ImageList
 from probing.data.conversations import CachedTargets
 from probing.data.target_cache import CacheOptions, build_target_caches
-from probing.distillation.callbacks import AllStepsTaken, Bar, Losses, Watch
-from probing.distillation.model import Trainee
-from probing.distillation.patch_alignment import attach_pairs
+from probing.distillation.callbacks import AllStepsTaken, StageCallback
+from probing.distillation.data_log import DataLog
 from probing.distillation.predictors import FOLDER
 from probing.distillation.recipe import DistillRecipe
-from probing.distillation.sample_log import Notes
-from probing.distillation.setup import Parts, Start, images_of, open_start, put_together
-from probing.distillation.teacher_targets import attach_targets
-from probing.models import Identity, multi_encoder
+from probing.distillation.saving import save_stage
+from probing.distillation.setup import Stage, build_stage, load_inputs
+from probing.models import Identity
 from probing.models.chat_templates import rendering_at
 from probing.models.image_tokens import tower_grid
 from probing.models.llava import LlavaInputs
 from probing.recipe import dump_recipe, validate
 from probing.runs.compatibility import describe_inputs, recorded_moment, require_same, to_record, vocabulary
-from probing.runs.manifest import versions
-from probing.teachers import Teacher
 from probing.utils.errors import UserError, first_line
-from probing.utils.files import disk_errors, read_json, remove_left_overs, whole_folder, write_text
+from probing.utils.files import disk_errors, read_json, remove_left_overs, write_text
 from probing.utils.interrupt import Interrupted, Interruption
 from probing.utils.paths import is_file, local_path
 from probing.utils.pretrained import identity
@@ -50,9 +46,9 @@ from probing.utils.weights_hash import file_hash
 logger = logging.getLogger(__name__)
 
 INPUTS = "inputs.json"
-"""What a stage began with, in the folder of its states."""
+"""Description of a stage's inputs, in the folder of its states."""
 
-OWN_ARGUMENTS = {
+RECIPE_FIELDS = {
     "output_dir": "--out",
     "per_device_train_batch_size": "micro_batch",
     "gradient_accumulation_steps": "batch_size",
@@ -68,259 +64,247 @@ OWN_ARGUMENTS = {
     "save_steps": "save_steps",
     "dataloader_num_workers": "workers",
 }
-"""Arguments of the Trainer that the recipe sets itself, and where."""
-REFUSED = "the Trainer refuses the recipe"
-FIXED_ARGUMENTS = ("remove_unused_columns", "label_names", "average_tokens_across_devices", "save_only_model")
+"""Arguments of the Trainer that fields of the recipe set."""
+FIXED = ("remove_unused_columns", "label_names", "average_tokens_across_devices", "save_only_model")
+
+
+class LossLog:
+    """Named losses of the current step and since the last log line; a process's share of each."""
+
+    def __init__(self) -> None:
+        self.step: list[tuple[list[str], dict[str, torch.Tensor]]] = []
+        self.sums: dict[str, torch.Tensor] = {}
+        self.steps = 0
+
+    def add(self, samples: list[str], losses: dict[str, torch.Tensor]) -> None:
+        """Adds the losses of a micro-batch."""
+        self.step.append((samples, losses))
+
+    def not_finite(self, gradient_norm: float) -> str:
+        """Names the loss or gradient of the step that is not finite and its samples; empty if all are finite."""
+        if self.step:
+            finite = torch.stack([torch.stack(list(losses.values())) for _, losses in self.step]).isfinite().tolist()
+            for column, name in enumerate(self.step[0][1]):
+                bad = [n for (names, _), row in zip(self.step, finite, strict=True) if not row[column] for n in names]
+                if not all(row[column] for row in finite):
+                    return f"the loss {name} of {_shorten(bad)}"
+        if not math.isfinite(gradient_norm):
+            return f"the gradient of {_shorten([name for names, _ in self.step for name in names])}"
+        return ""
+
+    def end_step(self) -> None:
+        """Adds the losses of the step to the sums."""
+        for _, losses in self.step:
+            for name, value in losses.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+        self.step, self.steps = [], self.steps + 1
+
+    def take_means(self) -> dict[str, torch.Tensor]:
+        """Returns the mean of every loss over the steps since the last call."""
+        means = {name: value / max(self.steps, 1) for name, value in self.sums.items()}
+        self.sums, self.steps = {}, 0
+        return means
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 class StageTrainer(Trainer):
-    """The Trainer, with what losses are taken against in every batch, and every loss in the log."""
+    """Trainer that prepares auxiliary losses once per optimiser step, logs every loss, and stops at non-finite ones."""
 
-    def __init__(self, model: Trainee, teachers: dict[str, Teacher], **kwargs: Any) -> None:
-        super().__init__(model=model, **kwargs)
-        self.trainee, self.teachers = model, teachers
+    def __init__(self, stage: Stage, data_log: DataLog, **kwargs: Any) -> None:
+        super().__init__(model=stage.model, data_collator=stage.collate, **kwargs)
+        self.auxiliary, self.data_log, self.losses = stage.model.auxiliary, data_log, LossLog()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[Any, Any]:
-        """The micro-batches of one step, with `targets` and `patches`."""
+        """Returns the micro-batches of one step, prepared for the auxiliary losses."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.teachers:
-            attach_targets(batches, self.teachers, self.args.world_size)
-        if self.trainee.patches is not None:
-            attach_pairs(batches, self.trainee.patches.least, device, self.args.world_size)
+        for batch in batches:
+            self.data_log.take(batch)
+        for auxiliary in self.auxiliary:
+            auxiliary.prepare(batches, device, self.args.world_size)
         return batches, items
 
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Computes the loss of a micro-batch and logs its parts."""
+        names = inputs.pop("names")
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.losses.add(names, outputs["losses"])
+        return (loss, outputs) if return_outputs else loss
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Hands the norm of the gradient, which the Trainer computes in every step, to the check before the step."""
+        """Checks losses and gradient before the step; the last saved state stays.
+
+        Raises:
+            UserError: naming what is not finite, its samples and the step.
+        """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.trainee.gradient_norm = norm.item() if isinstance(norm, torch.Tensor) else norm
+        if bad := self.losses.not_finite(float(norm)):
+            raise UserError(
+                f"{bad} is not finite at step {self.state.global_step + 1}, which was not taken; "
+                "lower lr, or remove these samples"
+            )
+        self.losses.end_step()
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every named loss since the last log."""
         if "loss" in logs:
-            taken = self.trainee.take_logged()
-            values = torch.stack([value.to(self.args.device) for value in taken.values()])
-            summed = self.accelerator.reduce(values, "sum").tolist()
-            logs |= {f"loss/{name}": round(value, 6) for name, value in zip(taken, summed, strict=True)}
+            means = self.losses.take_means()
+            sums = self.accelerator.reduce(torch.stack([value.to(self.args.device) for value in means.values()]), "sum")
+            logs |= {f"loss/{name}": round(value, 6) for name, value in zip(means, sums.tolist(), strict=True)}
         super().log(logs, start_time)
 
 
 def run_stage(recipe: DistillRecipe, out: Path) -> Path:
-    """Runs one stage and writes an ordinary LLaVA folder.
+    """Runs one stage and writes a LLaVA folder.
 
-    An interrupted stage goes on from its last saved state when it is called again with the same recipe. That state lies
-    beside `out`, in a folder that is named as it and ends in `.training`, and is removed at the end.
+    An interrupted stage resumes from its last saved state, in a folder next to `out` whose name ends in `.training`,
+    if it is called again with the same recipe. That folder is removed at the end.
 
     Args:
         recipe: the stage.
-        out: folder of the new checkpoint; beside weights and processor it gets `training.json`.
-
-    Returns:
-        `out`.
+        out: folder of the new checkpoint, with weights, processor and `training.json`.
 
     Raises:
         UserError: checkpoint, data or recipe cannot be used, or `out` holds something else.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
-    work = out.parent / f"{out.name}.training"
+    work = work_folder(out)
     with disk_errors(out):
-        finished = _is_finished(recipe, out)
-    if finished:
-        logger.warning("%s is finished already", out)
-        if int(os.environ.get("RANK", "0")) == 0:  # it may have been killed before it cleared up
-            shutil.rmtree(work, ignore_errors=True)
-        return out
+        if is_finished(recipe, out):
+            logger.warning("%s is finished already", out)
+            if int(os.environ.get("RANK", "0")) == 0:  # it may have been killed before it removed the states
+                shutil.rmtree(work, ignore_errors=True)
+            return out
     recorded = None
-    if _last_state(work):
-        _require_same(recipe, work / "recipe.yaml")
-        file = work / INPUTS
-        recorded = read_json(file, f"remove {work} to train from the start") if file.exists() else {}
-    start = open_start(recipe)
-    arguments = _training_arguments(recipe, work, len(start.conversations))
+    if last_state(work):
+        require_same_recipe(recipe, work / "recipe.yaml")
+        recorded = read_json(work / INPUTS, f"remove {work} to train from the start")
+    inputs = load_inputs(recipe)
+    arguments = training_arguments(recipe, work, len(inputs.conversations))
     moment = [recorded_moment(recorded)]
     broadcast_object_list(moment)
     with rendering_at(moment[0]):
-        parts = put_together(recipe, start, arguments.device)
-        inputs = _inputs(recipe, start, parts)
-        recording = to_record(inputs)
+        stage = build_stage(recipe, inputs, arguments.device)
+        description = _describe(stage)
+        record = to_record(description)
     if recorded is not None:
-        require_same(recorded, inputs, out, f"put it back, or remove {work} to train from the start")
+        require_same(recorded, description, out, f"restore it, or remove {work} to train from the start")
     with disk_errors(work), arguments.main_process_first():
         if arguments.process_index == 0:
             remove_left_overs(out.parent.glob(f".{glob.escape(out.name)}.*.tmp"))
-            if not _last_state(work):  # what never reached a saved state tells nothing
+            if recorded is None:
                 shutil.rmtree(work, ignore_errors=True)
             write_text(work / "recipe.yaml", dump_recipe(recipe))
-            write_text(work / INPUTS, json.dumps(recording))
-    interruption = Interruption()
+            write_text(work / INPUTS, json.dumps(record))
     with disk_errors(work):
-        watch = Watch(interruption)
-        trainee = parts.trainee
-        trainee.notes = Notes(work, arguments.process_index)
-        cached = _cached_targets(recipe, parts.teachers, start, arguments)
-        samples = dataclasses.replace(parts.samples, cached_targets=cached)
-        try:
-            trainer = StageTrainer(
-                trainee,
-                parts.teachers,
-                args=arguments,
-                train_dataset=samples,
-                data_collator=parts.collate,
-                callbacks=[watch, Losses(trainee), Bar(f"stage {recipe.stage}")],
-            )
-            trainer.remove_callback(PrinterCallback)
-        except ValueError as error:
-            raise UserError(f"{REFUSED}: {first_line(error)}; see its section `trainer`") from None
-        saved = _last_state(work)
-        with interruption.watch():
-            try:
-                trainer.train(resume_from_checkpoint=saved)
-            except AllStepsTaken:
-                logger.info("all steps were taken already")
-            except pickle.UnpicklingError:
-                raise UserError(
-                    f"the saved state {saved} is a pickle that holds more than tensors, which may run code; remove "
-                    f"{work} to train from the start"
-                ) from None
-            if watch.stopped:
-                trainer.accelerator.wait_for_everyone()  # a launcher stops the others as soon as one has ended
-                raise Interrupted
-    # Gathered by all processes where weights are sharded over them.
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if trainer.is_world_process_zero():
-        notes = Notes.read(work)
-        if notes["skipped"]:
-            logger.warning("%d images could not be used, first: %s", len(notes["skipped"]), notes["skipped"][0])
-        if notes["cut"]:
-            logger.warning("%d conversations are longer than max_length and were cut", len(notes["cut"]))
-        missing, broken = start.annotations.missing if start.annotations else [], notes["unlabelled"]
-        if missing:
-            logger.warning("%d images have no annotations for patches, first: %s", len(missing), missing[0])
-        if broken:
-            logger.warning("%d annotations of images could not be used, first: %s", len(broken), broken[0])
-        if notes["scaled"]:
-            logger.warning(
-                "%d label maps were scaled to the size of their images, first: %s",
-                len(notes["scaled"]), notes["scaled"][0],
-            )  # fmt: skip
-        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-        record = {
-            "recipe": dump_recipe(recipe),
-            "started_from": identity(start.source, start.config),
-            "rendered_at": recording["rendered_at"],
-            "stage": recipe.stage,
-            "steps": trainer.state.global_step,
-            "final_loss": losses[-1],
-            "log": trainer.state.log_history,
-            "conversations": len(start.conversations),
-            **notes,
-            "not_annotated": len(missing),
-            "versions": versions(),
-        }
-        with disk_errors(out), whole_folder(out) as folder:
-            _save_checkpoint(trainee.model, parts.processor, trainee, state, folder)
-            if trainee.encoders is not None:
-                _save_encoders(trainee.encoders, parts.config, state, folder)
-            if trainee.embedding is not None:
-                own = {n.removeprefix("embedding."): t for n, t in state.items() if n.startswith("embedding.")}
-                trainee.embedding.load_state_dict(own)
-                used = {name: {"id": t.id, "sha256": t.sha256, "shape": t.shape} for name, t in parts.teachers.items()}
-                trainee.embedding.cpu().save(folder / FOLDER, {"teachers": used, "versions": versions()})
-            if (work / "runs").exists():  # TensorBoard's curves
-                shutil.copytree(work / "runs", folder / "runs")
-            (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(work, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+        trainer = train(stage, arguments, work)
+    with disk_errors(out):
+        save_stage(stage, trainer, out, record["rendered_at"])
     return out
 
 
-def _inputs(recipe: DistillRecipe, start: Start, parts: Parts) -> dict[str, Any]:
-    """What the numbers of a stage depend on, see `probing.runs.compatibility`."""
-    text = parts.encoder.sample_text()
-    prepare = LlavaInputs(parts.processor, text, start.config.image_token_id, tower_grid(start.config))
-    checkpoint = Identity("", start.source, "", identity(start.source, start.config), 0, 0, text, prepare)
-    said = hashlib.sha256()
-    for conversation in start.conversations:
-        said.update(repr(conversation).encode(errors="surrogatepass"))
-    predictors = sorted((Path(start.source) / FOLDER).glob("**/*.safetensors")) if recipe.embedding else []
-    data = {"conversations": said.hexdigest(), "embedding predictors": [file_hash(file) for file in predictors]}
-    return describe_inputs(checkpoint, parts.teachers, recipe.view, data) | vocabulary(checkpoint)
+def train(stage: Stage, arguments: Any, work: Path) -> StageTrainer:
+    """Trains a stage to its last step, from its last saved state if there is one.
+
+    Raises:
+        UserError: the Trainer refuses the recipe, a saved state is unsafe, or training cannot go on.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+    """
+    interruption = Interruption()
+    callback = StageCallback(interruption, f"stage {stage.recipe.stage}")
+    dataset, log = stage.dataset(_cached_targets(stage, arguments)), DataLog(work, arguments.process_index)
+    try:
+        trainer = StageTrainer(stage, log, args=arguments, train_dataset=dataset, callbacks=[callback])
+    except ValueError as error:
+        raise _refused(error) from None
+    trainer.remove_callback(PrinterCallback)
+    saved = last_state(work)
+    with interruption.watch():
+        try:
+            trainer.train(resume_from_checkpoint=saved)
+        except AllStepsTaken:
+            logger.info("all steps were taken already")
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"the state {saved} is a pickle that may run code; remove {work} to train from the start"
+            ) from None
+        if callback.stopped:
+            trainer.accelerator.wait_for_everyone()  # a launcher stops the others as soon as one has ended
+            raise Interrupted
+    return trainer
 
 
-def _cached_targets(
-    recipe: DistillRecipe, teachers: dict[str, Teacher], start: Start, arguments: Any
-) -> CachedTargets | None:
-    """Builds the target caches that the recipe requests, if there is room."""
+def _refused(error: Exception) -> UserError:
+    return UserError(f"the Trainer refuses the recipe: {first_line(error)}; change its section `trainer`")
+
+
+def _describe(stage: Stage) -> dict[str, Any]:
+    """Describes what the numbers of a stage depend on, see `probing.runs.compatibility`."""
+    inputs, text = stage.inputs, stage.encoder.sample_text()
+    prepare = LlavaInputs(stage.processor, text, inputs.config.image_token_id, tower_grid(inputs.config))
+    checkpoint = Identity("", inputs.source, "", identity(inputs.source, inputs.config), 0, 0, text, prepare)
+    conversations = hashlib.sha256()
+    for conversation in inputs.conversations:
+        conversations.update(repr(conversation).encode(errors="surrogatepass"))
+    predictors = sorted((Path(inputs.source) / FOLDER).glob("**/*.safetensors")) if stage.recipe.embedding else []
+    data = {
+        "conversations": conversations.hexdigest(),
+        "embedding predictors": [file_hash(file) for file in predictors],
+    }
+    return describe_inputs(checkpoint, stage.teachers, stage.recipe.view, data) | vocabulary(checkpoint)
+
+
+def _cached_targets(stage: Stage, arguments: Any) -> CachedTargets | None:
+    """Returns the teachers' features of all images on disk, if the recipe requests it and there is room."""
+    recipe, annotations = stage.recipe, stage.inputs.annotations
     if recipe.target_cache == "off":
         return None
     root = local_path(recipe.data.image_root)
-    turned = start.annotations.turned if start.annotations else frozenset()
-    names = [name for name in images_of(start.conversations) if is_file(root / name)]
+    names = [name for name in stage.inputs.images if is_file(root / name)]
+    turned = annotations.turned if annotations else frozenset()
     images = ImageList(root, "conversations", names, turned=turned)
     options = CacheOptions(
         recipe.target_cache, recipe.target_cache_dtype, recipe.view, recipe.micro_batch, recipe.workers
     )
-    caches = build_target_caches(teachers, images, options, arguments.process_index, arguments.world_size)
+    caches = build_target_caches(stage.teachers, images, options, arguments.process_index, arguments.world_size)
     return CachedTargets({name: row for row, name in enumerate(images.names)}, caches) if caches else None
 
 
-def _save_checkpoint(model: Any, processor: Any, trainee: Trainee, state: dict[str, Any], folder: Path) -> None:
-    """Writes an ordinary LLaVA folder; special tokens become rows of its embedding table."""
-    weights = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
-    if trainee.special_ids:
-        ids = [number for numbers in trainee.special_ids.values() for number in numbers]
-        with torch.no_grad():
-            rows = state["special"] if "special" in state else trainee.special_rows()
-            table = next(name for name in weights if name.endswith("embed_tokens.weight"))
-            weights[table] = weights[table].clone()
-            weights[table][ids] = rows.to(weights[table])
-    model.save_pretrained(folder, state_dict=weights)
-    processor.save_pretrained(folder)
+def work_folder(out: Path) -> Path:
+    """Returns where a stage saves its states until it is finished."""
+    return out.parent / f"{out.name}.training"
 
 
-def _save_encoders(encoders: multi_encoder.Encoders, config: Any, state: dict[str, Any], folder: Path) -> None:
-    """Writes what a multi-encoder checkpoint has beside a LLaVA."""
-    projector = "model.model.multi_modal_projector."
-    own = {name.removeprefix("encoders."): tensor for name, tensor in state.items() if name.startswith("encoders.")}
-    if encoders.mode == "feature":
-        trained = {name.removeprefix(projector): t for name, t in state.items() if name.startswith(projector)}
-        own |= {f"projector.{name}": tensor for name, tensor in trained.items()}
-    encoders.load_state_dict(own)
-    multi_encoder.save_encoders(encoders, config, folder)
+def require_same_recipe(recipe: DistillRecipe, file: Path) -> None:
+    """Raises UserError if a recipe, in a YAML or `training.json`, differs in a field that affects results."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".json":
+        try:
+            text = json.loads(text)["recipe"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{file} was not written by probing distill; choose another --out") from None
+    if difference := recipe.difference(validate(DistillRecipe, yaml.safe_load(text), str(file))):
+        raise UserError(f"{file.parent} holds another recipe ({difference}); choose another --out, or remove it")
 
 
-def _require_same(recipe: DistillRecipe, saved: Path, text: str | None = None) -> None:
-    """Compares with a saved recipe, where there is one.
-
-    Raises:
-        UserError: they differ in a field that moves a number.
-    """
-    if text is None:
-        if not saved.exists():
-            return
-        text = saved.read_text(encoding="utf-8")
-    difference = recipe.difference(validate(DistillRecipe, yaml.safe_load(text), str(saved)))
-    if difference:
-        raise UserError(f"{saved.parent} holds another recipe ({difference}); choose another --out, or remove it")
-
-
-def _is_finished(recipe: DistillRecipe, out: Path) -> bool:
-    """Whether `out` holds this stage already; raises UserError where it holds anything else."""
+def is_finished(recipe: DistillRecipe, out: Path) -> bool:
+    """Returns whether `out` holds this stage already; raises UserError if it holds anything else."""
     record = out / "training.json"
     if record.exists():
-        try:
-            text = json.loads(record.read_text(encoding="utf-8"))["recipe"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{record} is not written by probing distill; choose another --out") from None
-        _require_same(recipe, record, text)
+        require_same_recipe(recipe, record)
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty and holds no checkpoint of this recipe; choose another --out")
     return False
 
 
-def _last_state(work: Path) -> str | None:
-    """The newest saved state that is whole: the Trainer writes its own state file last."""
+def last_state(work: Path) -> str | None:
+    """Returns the newest complete state; the Trainer writes its own state file last."""
     for folder in sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True):
         try:
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
@@ -330,7 +314,8 @@ def _last_state(work: Path) -> str | None:
     return None
 
 
-def _training_arguments(recipe: DistillRecipe, work: Path, conversations: int) -> Any:
+def training_arguments(recipe: DistillRecipe, work: Path, conversations: int) -> Any:
+    """Makes the Trainer's arguments of a recipe; raises UserError if its section `trainer` cannot be used."""
     from transformers import TrainingArguments
     from transformers.integrations import get_available_reporting_integrations
 
@@ -340,14 +325,13 @@ def _training_arguments(recipe: DistillRecipe, work: Path, conversations: int) -
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "see transformers.TrainingArguments"
             raise UserError(f"unknown field 'trainer.{name}'; {hint}")
-        if name in OWN_ARGUMENTS:
-            raise UserError(f"'trainer.{name}' is the recipe's own; set {OWN_ARGUMENTS[name]} instead")
-        if name in FIXED_ARGUMENTS:
-            raise UserError(f"'trainer.{name}' cannot be changed; leave it out")
-    # From the launcher, not from accelerate's state: that would be set up here, before the Trainer's own device choice.
+        if name in RECIPE_FIELDS:
+            raise UserError(f"'trainer.{name}' is a field of the recipe; set {RECIPE_FIELDS[name]} instead")
+        if name in FIXED:
+            raise UserError(f"'trainer.{name}' cannot be changed; remove it")
+    # From the launcher: accelerate's state would be set up here, before the Trainer chooses its device.
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro, accumulated = recipe.cut_up(processes)
-    steps = recipe.steps(conversations)
+    micro, accumulated = recipe.micro_batches(processes)
     values: dict[str, Any] = {
         "output_dir": str(work),
         "per_device_train_batch_size": micro,
@@ -356,12 +340,12 @@ def _training_arguments(recipe: DistillRecipe, work: Path, conversations: int) -
         "max_steps": recipe.max_steps or -1,
         "learning_rate": recipe.peak_lr,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": math.ceil(recipe.warmup * steps),
+        "warmup_steps": math.ceil(recipe.warmup * recipe.steps(conversations)),
         "weight_decay": recipe.weight_decay,
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "bf16": recipe.bf16,
-        "use_cpu": not torch.accelerator.is_available(),  # else it refuses bf16 there
+        "use_cpu": not torch.accelerator.is_available(),  # without, it refuses bf16 on a CPU
         "save_steps": recipe.save_steps,
         "save_total_limit": 1,
         "logging_steps": 10,
@@ -372,21 +356,21 @@ def _training_arguments(recipe: DistillRecipe, work: Path, conversations: int) -
         "disable_tqdm": True,
         "label_names": ["labels"],
         "average_tokens_across_devices": True,
-        "ddp_find_unused_parameters": recipe.stage == "vpt",  # a tower has layers behind the one that is read
+        "ddp_find_unused_parameters": recipe.stage == "vpt",  # the tower has layers after the one that is read
     }
     try:
         arguments = TrainingArguments(**(values | copy.deepcopy(recipe.trainer)))  # it fills in fsdp_config in place
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"{REFUSED}: {first_line(error)}; see its section `trainer`") from None
+        raise _refused(error) from None
     if arguments.world_size != processes:
         raise UserError(
-            f"{processes} processes were started, and the Trainer takes part in {arguments.world_size}; on a machine "
-            "without accelerator set trainer.use_cpu=true"
+            f"{processes} processes were started, and the Trainer joins {arguments.world_size}; without accelerator "
+            "set trainer.use_cpu=true"
         )
     missing = [name for name in arguments.report_to or [] if name not in get_available_reporting_integrations()]
     if missing:
         raise UserError(f"trainer.report_to names {missing[0]!r}, which is not installed; install it or write none")
-    # One process, one device: the Trainer would otherwise split a single process's batches over every GPU it sees, and
-    # so multiply the batch size. Several GPUs are for `accelerate launch`.
+    # One device per process: the Trainer would otherwise split the batches of a single process over all GPUs, and so
+    # multiply the batch size. `accelerate launch` starts a process per GPU.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

@@ -18,7 +18,7 @@ from probing.utils.errors import UserError
 
 Layer = int | str
 FINAL = "final"
-PIXELS = ("pixel_", "teacher_pixels.")
+PIXELS = ("pixel_",)
 """Prefixes of inputs that hold the image itself."""
 Callback = Callable[[Layer, Tensor], None]
 

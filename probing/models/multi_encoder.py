@@ -1,349 +1,244 @@
 """LLaVA with the teachers as further vision encoders: OLA-VLM's multi-encoder baselines (arXiv:2412.09585, sec. 5.2).
 
-`feature`: the teachers' features are joined to the tower's channel by channel, and one projector reads them all.
-`token`: every teacher has a projector of its own, and some tokens of each follow the image tokens.
+`feature`: one projector reads the teachers' features, concatenated with the vision tower's channel by channel.
+`token`: each teacher has its own projector, and a few tokens per teacher follow the image tokens.
 
-A folder holds what a LLaVA folder holds, a model type of its own, so that nothing else takes it for one, and
-`encoders.safetensors` with the projectors.
+A checkpoint is a LLaVA folder with its own model type. The teachers are frozen and not part of its weights.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from itertools import chain
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import probing.utils.torchvision_shim  # noqa: F401  # isort: skip
-from transformers import AutoConfig, LlavaConfig
-from transformers.activations import ACT2FN
+from transformers import (
+    AutoConfig,
+    GenerationMixin,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaPreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from probing.models import llava
-from probing.models.base import Backbone, Batch
-from probing.models.decoder import decoder_parts
-from probing.models.token_map import SPECIAL, SpecialEmbeddings, special_ids
-from probing.recipe import BackboneRecipe, TeacherRecipe, model_name
+from probing.models.base import Backbone
+from probing.models.image_tokens import tower_grid
+from probing.models.token_map import SPECIAL
+from probing.recipe import BackboneRecipe, TeacherRecipe
 from probing.teachers import Teacher, load_teacher
 from probing.utils.checkpoint_files import loading
 from probing.utils.errors import UserError
-from probing.utils.pretrained import identity, pretrained, require_whole
+from probing.utils.precision import without_autocast
+from probing.utils.pretrained import pretrained, require_whole
 from probing.utils.processors import describe_processor, first_difference
 
 MODEL_TYPE = "llava_multi_encoder"
-WEIGHTS = "encoders.safetensors"
+PIXELS = tuple(f"pixel_values_{name}" for name in SPECIAL)
+"""Model inputs that hold the teachers' pixels."""
 
 
 class MultiEncoderConfig(LlavaConfig):
-    """A LLaVA's configuration, and `encoders`: mode, tokens per teacher, and the teachers."""
+    """A LLaVA's configuration and `encoders`: mode, ids of each teacher's tokens, and the teachers."""
 
     model_type = MODEL_TYPE
+
+    def teacher_entries(self) -> dict[str, dict[str, Any]]:
+        """Returns the teachers in the order of their features and tokens; JSON sorts a saved configuration."""
+        return {name: self.encoders["teachers"][name] for name in SPECIAL if name in self.encoders["teachers"]}
 
 
 AutoConfig.register(MODEL_TYPE, MultiEncoderConfig, exist_ok=True)
 
 
-class ConcatProjector(nn.Module):
-    """LLaVA's projector over the tower's features and those of the teachers, joined at every place.
+class MultiEncoderModel(LlavaModel):
+    """LLaVA without `lm_head`, whose image features include the teachers'.
 
     Attributes:
-        extra: features (B, N, sum of widths) of the images that are projected next.
+        teachers: by name; needed unless the caller gives `teacher_features`.
     """
 
-    extra: Tensor | None = None
-
-    def __init__(self, width: int, hidden: int, activation: str) -> None:
-        super().__init__()
-        self.linear_1, self.act = nn.Linear(width, hidden), ACT2FN[activation]
-        self.linear_2 = nn.Linear(hidden, hidden)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Tower features (B, N, C) → image tokens (B, N, H)."""
-        extra = self.extra
-        if extra is None:  # only to keep the projector in a backward pass without images
-            extra = features.new_zeros(*features.shape[:-1], self.linear_1.in_features - features.shape[-1])
-        joined = torch.cat((features, extra.to(features)), dim=-1)
-        return self.linear_2(self.act(self.linear_1(joined.to(self.linear_1.weight.dtype))))
-
-
-class Encoders(nn.Module):
-    """What a multi-encoder LLaVA has beside a LLaVA; the teachers are frozen and no part of its weights.
-
-    Attributes:
-        mode: `feature` or `token`.
-        tokens: tokens per teacher, in mode `token`.
-        teachers: by name, in the order gen, depth, seg.
-        special: puts projected tokens into the embedded sequence.
-    """
-
-    def __init__(self, config: Any, teachers: dict[str, Teacher], tokenizer: Any) -> None:
-        super().__init__()
-        self.mode, self.tokens = config.encoders["mode"], config.encoders["tokens"]
-        self.teachers = teachers
-        self.side = config.vision_config.image_size // config.vision_config.patch_size
-        hidden, activation = config.text_config.hidden_size, config.projector_hidden_act
-        widths = {name: teacher.shape[1] for name, teacher in teachers.items()}
-        if self.mode == "feature":
-            width = config.vision_config.hidden_size + sum(widths.values())
-            self.projector: nn.Module = ConcatProjector(width, hidden, activation)
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.teachers: dict[str, Teacher] = {}
+        self.grid = tower_grid(config)
+        self.concatenates = config.encoders["mode"] == "feature"
+        hidden, projector = config.text_config.hidden_size, self.multi_modal_projector
+        widths = {name: entry["shape"][1] for name, entry in config.teacher_entries().items()}
+        if self.concatenates:
+            projector.linear_1 = nn.Linear(projector.linear_1.in_features + sum(widths.values()), hidden)
         else:
-            for name, teacher in teachers.items():
-                count = teacher.shape[0]
-                if count > 1 and count % self.tokens:
-                    raise UserError(
-                        f"encoders.tokens = {self.tokens} does not divide the {count} tokens of the {name} teacher; "
-                        f"choose one of {', '.join(str(n) for n in range(1, 33) if count % n == 0)}"
-                    )
-            self.projectors = nn.ModuleDict(
-                {
-                    name: nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
-                    for name, width in widths.items()
-                }
-            )
-            ids = special_ids(tokenizer)
-            self.special = SpecialEmbeddings([number for name in teachers for number in ids[name]])
-        self.placed: Tensor | None = None
+            self.teacher_projectors = nn.ModuleDict()
+            for name, width in widths.items():
+                layers = nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden)
+                self.teacher_projectors[name] = nn.Sequential(*layers)
 
-    def install(self, model: Any) -> None:
-        """Lets a LLaVA use them."""
-        if self.mode == "feature":
-            model.model.multi_modal_projector = self.projector
-        else:
-            model.get_input_embeddings().register_forward_hook(self._place)
-
-    def _place(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output if self.placed is None else self.special.place(args[0], output, self.placed)
-
-    def begin(self, features: dict[str, Tensor], rows: Tensor, batch: int) -> None:
-        """Says what the next forward pass sees.
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        pixel_values_gen: Tensor | None = None,
+        pixel_values_depth: Tensor | None = None,
+        pixel_values_seg: Tensor | None = None,
+        teacher_features: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Projects the features of vision tower and teachers; `generate` calls this before the first token.
 
         Args:
-            features: per teacher (b, N, D), one row per image.
-            rows: (b) which samples of the batch have an image.
-            batch: number of samples.
+            pixel_values: (images, 3, S, S).
+            pixel_values_gen: pixels of the same images for the gen teacher.
+            pixel_values_depth: for the depth teacher.
+            pixel_values_seg: for the seg teacher.
+            teacher_features: (images, N, D) by teacher, in place of their pixels.
+            **kwargs: LLaVA's options, which the configuration decides.
+
+        Returns:
+            In `pooler_output` per image (tokens, H): the image tokens, then each teacher's in mode `token`.
         """
-        if self.mode == "feature":
-            assert isinstance(self.projector, ConcatProjector)
-            self.projector.extra = torch.cat([self._spread(features[name]) for name in self.teachers], dim=-1)
-            return
-        tokens = torch.cat([self._pool(name, features[name]) for name in self.teachers], dim=1)
-        self.placed = tokens.new_zeros(batch, *tokens.shape[1:]).index_copy(0, rows, tokens)
+        if teacher_features is None:
+            pixels: dict[str, Any] = {"gen": pixel_values_gen, "depth": pixel_values_depth, "seg": pixel_values_seg}
+            with without_autocast(pixel_values.device):
+                teacher_features = {name: teacher.target(pixels[name]) for name, teacher in self.teachers.items()}
+        extra = {name: teacher_features[name] for name in self.config.teacher_entries()}
+        hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        layers = self.config.vision_feature_layer
+        features = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+        if self.config.vision_feature_select_strategy == "default":
+            features = [layer[:, 1:] for layer in features]
+        if self.concatenates:
+            features += [self._resample(one).to(features[0]) for one in extra.values()]
+        projector = self.multi_modal_projector
+        tokens = [projector(torch.cat(features, dim=-1).to(projector.linear_1.weight.dtype))]
+        if not self.concatenates:
+            tokens += [self._project(name, one) for name, one in extra.items()]
+        per_image: Any = list(torch.cat(tokens, dim=1))
+        return BaseModelOutputWithPooling(pooler_output=per_image)
 
-    def end(self) -> None:
-        """Forgets it."""
-        self.placed = None
-        if self.mode == "feature":
-            assert isinstance(self.projector, ConcatProjector)
-            self.projector.extra = None
-
-    def _spread(self, features: Tensor) -> Tensor:
-        """Brings features to the places of the image tokens; a single token stands at every place."""
-        count, places = features.shape[1], self.side**2
-        if count == 1:
-            return features.expand(-1, places, -1)
-        if count == places:
-            return features
+    def _resample(self, features: Tensor) -> Tensor:
+        """Interpolates features (B, N, D) to the grid of the image tokens; repeats a single token."""
+        count, patches = features.shape[1], self.grid[0] * self.grid[1]
+        if count in (1, patches):
+            return features.expand(-1, patches, -1)
         side = round(count**0.5)
         plane = features.transpose(1, 2).unflatten(2, (side, side))
-        wide = F.interpolate(plane, size=(self.side, self.side), mode="bilinear", align_corners=False)
-        return wide.flatten(2).transpose(1, 2)
+        return F.interpolate(plane, size=self.grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
 
-    def _pool(self, name: str, features: Tensor) -> Tensor:
-        """A teacher's tokens, means over equally many neighbours; a single token is repeated."""
+    def _project(self, name: str, features: Tensor) -> Tensor:
+        """Projects a teacher's features as tokens: means over equal groups; repeats a single one."""
+        count = len(self.config.encoders["token_ids"][name])
+        projector = cast(nn.Sequential, self.teacher_projectors[name])
         if features.shape[1] == 1:
-            pooled = features.expand(-1, self.tokens, -1)
-        else:
-            pooled = features.unflatten(1, (self.tokens, -1)).mean(dim=2)
-        projector = self.projectors[name]
-        return projector(pooled.to(next(projector.parameters()).dtype))
+            features = features.expand(-1, count, -1)
+        return projector(features.unflatten(1, (count, -1)).mean(dim=2).to(next(projector.parameters()).dtype))
+
+    def get_placeholder_mask(self, input_ids: Any, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+        """Marks (B, T, 1) the positions that image features fill: image tokens and the teachers' tokens."""
+        ids = [self.config.image_token_id, *chain(*self.config.encoders["token_ids"].values())]
+        filled = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
+        return super().get_placeholder_mask(
+            input_ids.masked_fill(filled, self.config.image_token_id), inputs_embeds, image_features
+        )
+
+    def forward(self, pixel_values: Tensor | None = None, **kwargs: Any) -> Any:
+        """Runs LLaVA; takes the arguments of `get_image_features` next to LLaVA's."""
+        teachers = {name: kwargs.pop(name) for name in (*PIXELS, "teacher_features") if name in kwargs}
+        if pixel_values is not None:
+            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(pixel_values, **teachers)}
+        return super().forward(**kwargs)
 
 
-def open_encoders(config: Any, tokenizer: Any, device: torch.device, folder: Path | None) -> Encoders:
-    """Loads the teachers, and the projectors where there are some.
+class MultiEncoderForConditionalGeneration(LlavaForConditionalGeneration):
+    """A multi-encoder LLaVA with its `lm_head`."""
 
-    Args:
-        config: a `MultiEncoderConfig`.
-        tokenizer: of the checkpoint.
-        device: for the teachers.
-        folder: with `encoders.safetensors`; None starts afresh.
+    config_class = MultiEncoderConfig
 
-    Raises:
-        UserError: a teacher cannot be loaded or is another one, or the projectors do not fit.
-    """
-    teachers = {}
-    for name in (name for name in SPECIAL if name in config.encoders["teachers"]):  # a saved configuration is sorted
-        entry = config.encoders["teachers"][name]
-        teacher = load_teacher(name, TeacherRecipe(id=entry["id"], grid=entry.get("grid")), device)
-        if device.type != "meta" and entry.get("sha256", teacher.sha256) != teacher.sha256:
-            raise UserError(f"the {name} teacher {entry['id']} is not the one this checkpoint was trained with")
-        if "processor" in entry:
-            now = {f"{name} teacher's processor": describe_processor(teacher.prepare, "own")}
-            if changed := first_difference({f"{name} teacher's processor": entry["processor"]}, now):
-                raise UserError(f"the {changed} changed since {config.name_or_path} was trained; put it back")
-        teachers[name] = teacher
-    encoders = Encoders(config, teachers, tokenizer)
-    if folder is not None:
-        try:
-            encoders.load_state_dict(load_file(folder / WEIGHTS))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(
-                f"{folder / WEIGHTS} cannot be used ({str(error).splitlines()[0]}); copy the whole folder"
-            ) from None
-    return encoders
+    def __init__(self, config: Any) -> None:
+        LlavaPreTrainedModel.__init__(self, config)  # LLaVA's own would build a second LLM
+        self.model = MultiEncoderModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
 
-
-def save_encoders(encoders: Encoders, config: Any, folder: Path) -> None:
-    """Makes a multi-encoder folder of a LLaVA folder that was just saved."""
-    own = {name: tensor.detach().cpu().contiguous() for name, tensor in encoders.state_dict().items()}
-    save_file(own, folder / WEIGHTS, metadata={"format": "pt"})
-    values = config.to_dict()
-    for name, teacher in encoders.teachers.items():
-        processor = describe_processor(teacher.prepare, "own")
-        values["encoders"]["teachers"][name] |= {"sha256": teacher.sha256, "processor": processor}
-    values.pop("model_type", None)
-    MultiEncoderConfig(**values).save_pretrained(folder)
-
-
-def as_llava(config: Any) -> Any:
-    """The configuration of the LLaVA inside."""
-    values = config.to_dict()
-    for name in ("encoders", "model_type", "architectures"):
-        values.pop(name, None)
-    return LlavaConfig(**values)
-
-
-def load_inner(source: str, config: Any, device: torch.device, dtype: Any, **kwargs: Any) -> Any:
-    """The LLaVA inside; its projector is replaced afterwards, so it may have another size."""
-    from transformers import LlavaForConditionalGeneration
-
-    inner = as_llava(config)
-    model, missing, unexpected = pretrained(
-        LlavaForConditionalGeneration, source, inner, device, dtype, ignore_mismatched_sizes=True, **kwargs
-    )
-    require_whole(source, {name for name in missing if "multi_modal_projector." not in name}, unexpected)
-    return model
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Accepts the teachers' pixels in `generate`, which hands them to `get_image_features`."""
+        GenerationMixin._validate_model_kwargs(
+            cast(Any, self), {name: value for name, value in model_kwargs.items() if name not in PIXELS}
+        )
 
 
 @dataclass(frozen=True)
-class EncoderInputs:
-    """Images → `Batch`, with each teacher's pixels among the inputs."""
+class MultiEncoderInputs(llava.LlavaInputs):
+    """Prepares model inputs, with each teacher's pixels.
 
-    inputs: llava.LlavaInputs
-    prepare: dict[str, Any]
+    Attributes:
+        teachers: `Teacher.prepare` by name.
+    """
 
-    @property
-    def text(self) -> str:
-        """The rendered chat template."""
-        return self.inputs.text
+    teachers: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def processor(self) -> Any:
-        """The checkpoint's own."""
-        return self.inputs.processor
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the image tokens."""
-        return self.inputs.grid
-
-    def __call__(self, images: Sequence[Any]) -> Batch:
-        """Prepares a batch of RGB images."""
-        inputs = self.encode(images, [self.text] * len(images))
-        return Batch(inputs, self.inputs.token_map(inputs))
+    def inputs(self) -> llava.LlavaInputs:
+        """The LLaVA's own, by which checkpoints are compared."""
+        return llava.LlavaInputs(**{each.name: getattr(self, each.name) for each in fields(llava.LlavaInputs)})
 
     def encode(self, images: Sequence[Any], texts: Sequence[str]) -> dict[str, Tensor]:
-        """What the model takes, of images and as many rendered prompts."""
-        pixels = {f"teacher_pixels.{name}": prepare(images) for name, prepare in self.prepare.items()}
-        return self.inputs.encode(images, texts) | pixels
-
-
-class Core(nn.Module):
-    """The LLaVA without its head, which looks through the teachers first."""
-
-    def __init__(self, llava_core: nn.Module, encoders: Encoders) -> None:
-        super().__init__()
-        self.llava, self.encoders = llava_core, encoders
-
-    def forward(self, **inputs: Any) -> Any:
-        """One forward pass; every sample has one image, or none has."""
-        if "pixel_values" not in inputs:
-            return self.llava(**inputs)
-        return look_through(self.encoders, self.llava, inputs)
-
-
-def look_through(encoders: Encoders, model: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-    """Calls a model whose images the teachers see too; their pixels are among the inputs."""
-    own = {name: value for name, value in inputs.items() if not name.startswith("teacher_pixels.")}
-    features = {name: one.target(inputs[f"teacher_pixels.{name}"]) for name, one in encoders.teachers.items()}
-    batch = len(own["input_ids"])
-    encoders.begin(features, torch.arange(batch, device=own["input_ids"].device), batch)
-    try:
-        return model(**own)
-    finally:
-        encoders.end()
-
-
-@dataclass(frozen=True)
-class Writer:
-    """The whole model, which looks through the teachers before it writes."""
-
-    model: Any
-    encoders: Encoders
-
-    @property
-    def generation_config(self) -> Any:
-        """The model's own."""
-        return self.model.generation_config
-
-    def generate(self, **inputs: Any) -> Any:
-        """As transformers' `generate`."""
-        return look_through(self.encoders, self.model.generate, inputs)
+        """Returns the model inputs of images and as many rendered prompts."""
+        pixels = {f"pixel_values_{name}": prepare(images) for name, prepare in self.teachers.items()}
+        return super().encode(images, texts) | pixels
 
 
 def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> llava.LlavaInputs:
-    """The LLaVA's own inputs, for `probing inspect`."""
+    """Builds the LLaVA's own inputs; raises UserError also if the recipe removes the teachers' tokens."""
+    if recipe.special_tokens == "off" and config.encoders["mode"] == "token":
+        raise UserError(f"{source} reads its teachers through special tokens; leave out backbone.special_tokens")
     return llava.make_inputs(source, config, recipe)
+
+
+def load_model(source: str, config: Any, device: torch.device, **kwargs: Any) -> Any:
+    """Loads a checkpoint without its teachers, with arguments of `pretrained`; raises UserError for missing tensors."""
+    model, missing, unexpected = pretrained(MultiEncoderForConditionalGeneration, source, config, device, **kwargs)
+    require_whole(source, missing, unexpected)
+    return model
+
+
+def load_teachers(config: Any, device: torch.device) -> dict[str, Teacher]:
+    """Loads the configured teachers.
+
+    Raises:
+        UserError: a teacher's weights or preprocessing are not those that the checkpoint was trained with.
+    """
+    teachers = {}
+    for name, entry in config.teacher_entries().items():
+        teacher = load_teacher(name, TeacherRecipe(id=entry["id"], grid=entry["grid"]), device)
+        if device.type != "meta" and entry["sha256"] != teacher.sha256:
+            raise UserError(f"the {name} teacher {entry['id']} is not the one this checkpoint was trained with")
+        key, processor = f"{name} teacher's processor", describe_processor(teacher.prepare, "own")
+        if changed := first_difference({key: entry["processor"]}, {key: processor}):
+            raise UserError(f"the {changed} changed since {config.name_or_path} was trained; restore it")
+        teachers[name] = teacher
+    return teachers
 
 
 def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device, random_seed: int | None) -> Backbone:
     """Loads a multi-encoder checkpoint; see `probing.models.llava.load`.
 
-    In the random-weights control, LLM and projectors are drawn anew, and tower and teachers are kept.
+    The random-weights control re-initialises LLM and projectors, and keeps vision tower and teachers.
     """
     inputs = make_inputs(source, config, recipe)
     with loading(f"checkpoint {source}"):
-        model = load_inner(source, config, device, dtype=recipe.dtype, revision=recipe.revision)
-    fresh = random_seed is not None or device.type == "meta"
+        model = load_model(source, config, device, dtype=recipe.dtype, revision=recipe.revision)
     if random_seed is not None:
         model = llava.randomised(model, random_seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_seed or 0)
-        encoders = open_encoders(config, inputs.processor.tokenizer, device, None if fresh else Path(source))
-    encoders.to(model.dtype).install(model)
-    core = Core(model.model, encoders).to(device).eval().requires_grad_(False)
-    blocks, norm = decoder_parts(model)
-    prepare = {name: teacher.prepare for name, teacher in encoders.teachers.items()}
-    return Backbone(
-        name=model_name(source),
-        source=source,
-        family=MODEL_TYPE,
-        core=core,
-        blocks=blocks,
-        norm=norm,
-        hidden_size=config.text_config.hidden_size,
-        prepare=EncoderInputs(inputs, prepare),
-        sha256=identity(source, config, device),
-        words=model.get_input_embeddings(),
-        projector=model.model.multi_modal_projector,
-        head=model.get_output_embeddings(),
-        writer=Writer(model, encoders),
-    )
+    model.model.teachers = load_teachers(config, device)
+    prepare = {name: teacher.prepare for name, teacher in model.model.teachers.items()}
+    return llava.backbone_of(source, model, recipe, device, MultiEncoderInputs(**vars(inputs), teachers=prepare))
 
 
 def describe(config: Any, inputs: llava.LlavaInputs) -> dict[str, Any]:
-    """What `probing inspect` shows."""
-    teachers = {name: entry["id"] for name, entry in config.encoders["teachers"].items()}
+    """Returns what `probing inspect` shows."""
+    teachers = {name: entry["id"] for name, entry in config.teacher_entries().items()}
     return llava.describe(config, inputs) | {"encoders": {"mode": config.encoders["mode"], **teachers}}

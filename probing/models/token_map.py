@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from probing.recipe import TOKEN_KINDS
 
@@ -78,36 +78,6 @@ def special_ids(tokenizer: Any, tasks: Sequence[str] = SPECIAL) -> dict[str, lis
         while (name := token_name(task, len(ids.get(task, ())))) in vocabulary:
             ids.setdefault(task, []).append(vocabulary[name])
     return ids
-
-
-class SpecialEmbeddings(nn.Module):
-    """Replaces the embeddings of special tokens in the output of the embedding table.
-
-    Attributes:
-        ids: (tokens), ids of the special tokens.
-    """
-
-    ids: Tensor
-
-    def __init__(self, ids: Sequence[int]) -> None:
-        super().__init__()
-        self.register_buffer("ids", torch.tensor(list(ids)), persistent=False)
-
-    def place(self, inputs: Tensor, embedded: Tensor, special: Tensor) -> Tensor:
-        """Replaces rows of embedded input ids.
-
-        Args:
-            inputs: (B, T) ids.
-            embedded: (B, T, H).
-            special: (tokens, H), in the order of `ids`, or (B, tokens, H), different for each sample.
-        """
-        match = inputs[..., None] == self.ids
-        which = match.int().argmax(dim=-1)
-        if special.dim() == 2:
-            chosen = special[which]
-        else:
-            chosen = special.gather(1, which[..., None].expand(-1, -1, special.shape[-1]))
-        return torch.where(match.any(dim=-1, keepdim=True), chosen.to(embedded.dtype), embedded)
 
 
 def token_kinds(

@@ -20,10 +20,11 @@ import probing.utils.torchvision_shim  # noqa: F401  # isort: skip
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from probing.data.conversations import Conversation, ConversationDataset, Encoder, collate
-from probing.distillation.model import Trainee
+from probing.distillation.losses import EmbeddingLoss
+from probing.distillation.model import DistillationModel
 from probing.distillation.predictors import EmbeddingPredictors, Task
-from probing.distillation.special_tokens import add_special_tokens
-from probing.distillation.teacher_targets import attach_targets
+from probing.distillation.recipe import EmbeddingRecipe
+from probing.distillation.special_tokens import SpecialTokens, add_special_tokens
 from probing.recipe import TeacherRecipe
 from probing.teachers import load_teacher
 from tests.benchmarks.timing import best_in_turns
@@ -43,12 +44,14 @@ def make_step(root: Path, embedding: bool) -> Callable[[], None]:
         "seg": TeacherRecipe(id=str(tiny.seg_teacher(root / "seg")), grid=12),
     }
     teachers = {name: load_teacher(name, recipe, torch.device("cpu")) for name, recipe in recipes.items()}
-    predictors, ids = None, {}
+    auxiliary, special = [], None
     if embedding:
         tasks = [Task(name, (BLOCKS // 4, BLOCKS * 5 // 8), 0.5, teacher.shape) for name, teacher in teachers.items()]
         ids = add_special_tokens(processor, model, list(teachers), 8)
-        predictors = EmbeddingPredictors(tasks, HIDDEN, 8, ["system", "image", "special", "text"])
-    trainee = Trainee(model, "pt", None, predictors, 0.3, ids, train_special=True).train()
+        predictors = EmbeddingPredictors(tasks, HIDDEN, EmbeddingRecipe(teachers=recipes))
+        auxiliary = [EmbeddingLoss(predictors, teachers, 0.3, model.config.image_token_id, ids)]
+        special = SpecialTokens(ids, model.get_input_embeddings(), predictors.special_rows)
+    trainee = DistillationModel(model, "pt", auxiliary, special).train()
     turns = (("user", "Describe the image."), ("assistant", "a red cube on the left of a green sphere, before a wall"))
     conversations = [Conversation(str(k), (f"{k}.png",), turns, (1, 0)) for k in range(BATCH)]
     for k in range(BATCH):
@@ -57,9 +60,10 @@ def make_step(root: Path, embedding: bool) -> Callable[[], None]:
     prepare = {name: teacher.prepare for name, teacher in teachers.items()}
     samples = ConversationDataset(conversations, root, encoder, True, prepare)
     batch = collate([samples[k] for k in range(BATCH)], processor.tokenizer.pad_token_id)
-    attach_targets([batch], teachers, world=1)
-    if not embedding:
-        batch.pop("targets")
+    for loss in auxiliary:
+        loss.prepare([batch], torch.device("cpu"), 1)
+    for name in ("names", "teacher_pixels", "target_rows"):
+        batch.pop(name, None)
 
     def step() -> None:
         trainee(**batch)["loss"].backward()

@@ -52,7 +52,7 @@ def test_recipes_of_the_page_are_valid_and_keep_their_batch(command):
         assert load_recipe(ProbeRunRecipe, ROOT / recipe, overrides).fit.batch_size == 256
         return
     stage = load_recipe(DistillRecipe, ROOT / recipe, overrides)
-    micro, accumulated = stage.cut_up(devices)
+    micro, accumulated = stage.micro_batches(devices)
     assert micro * accumulated * devices == {"pt": 256, "ift": 128}[stage.stage]
 
 

@@ -13,10 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from analysis.planning.distillation import plan_stage
 from analysis.planning.plan import Devices
 from probing.cli import cli
-from probing.distillation.patch_alignment import attach_pairs
 from probing.distillation.recipe import DistillRecipe
-from probing.distillation.setup import open_start, put_together
-from probing.distillation.teacher_targets import attach_targets
+from probing.distillation.setup import build_stage, load_inputs
 from probing.recipe import dump_recipe
 from probing.toyworld.layout import write_world
 from probing.utils.errors import UserError
@@ -70,14 +68,13 @@ def recipe(models, data):
 def test_flops_are_within_15_percent_of_a_counted_step(recipe, stage, kind, again):
     wanted = recipe(kind, stage=stage, gradient_checkpointing=again)
     work = plan_stage(wanted).work
-    parts = put_together(wanted, open_start(wanted), CPU)
-    batch = parts.collate([parts.samples[index] for index in (0, 1)])
-    trainee = parts.trainee.train()
+    stage = build_stage(wanted, load_inputs(wanted), CPU)
+    batch = stage.collate([stage.dataset()[index] for index in (0, 1)])
+    trainee = stage.model.train()
+    del batch["names"]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        if parts.teachers:
-            attach_targets([batch], parts.teachers, 1)
-        if trainee.patches is not None:
-            attach_pairs([batch], trainee.patches.least, CPU, 1)
+        for auxiliary in trainee.auxiliary:
+            auxiliary.prepare([batch], CPU, 1)
         trainee(**batch, num_items_in_batch=torch.tensor(8))["loss"].backward()
     assert work.flops32 == pytest.approx(counter.get_total_flops() / 2, rel=0.15) and work.flops16 == 0
     assert f"of {batch['labels'].shape[1]} tokens" in work.samples and work.count == 8

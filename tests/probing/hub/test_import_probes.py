@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
@@ -74,7 +75,9 @@ def test_imported_predictors_score_as_in_training(checkpoint, models, coco, tmp_
 
     teachers = {name: load_teacher(name, TeacherRecipe(id=str(models[name])), CPU) for name in LAYERS}
     tasks = [Task(name, LAYERS[name], 0.5, teachers[name].shape) for name in ("gen", "depth")]
-    predictors = EmbeddingPredictors(tasks, 32, 4, ["system", "image", "special", "text"], 2, 8)
+    record = json.loads((checkpoint / "training.json").read_text())
+    recipe = DistillRecipe.model_validate(yaml.safe_load(record["recipe"]))
+    predictors = EmbeddingPredictors(tasks, 32, recipe.embedding)
     predictors.load(checkpoint / "predictors")
     backbone = load_backbone(BackboneRecipe(checkpoint=str(checkpoint), prompt="Which?"), CPU)
     images = images_of(coco / "val2017")

@@ -1,6 +1,7 @@
 """Multi-encoder baselines: trained by the stages, read by the backbone, seen from the numbers of their parts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from probing.distillation.trainer import run_stage
 from probing.models import describe_checkpoint, load_backbone
 from probing.models.generate import ask
 from probing.models.llava import prompt
-from probing.models.multi_encoder import as_llava, load_inner, open_encoders
+from probing.models.multi_encoder import load_model, load_teachers
 from probing.recipe import BackboneRecipe, ProbeRunRecipe, TeacherRecipe, validate
 from probing.teachers import load_teacher
 from probing.training.run import train
@@ -59,7 +60,7 @@ def images_of(data):
     return [Image.open(data / f"{k}.png").convert("RGB") for k in (1, 2)]
 
 
-def test_inspect_knows_it_and_nothing_else_takes_it_for_a_llava(trained):
+def test_inspect_describes_it_and_auto_model_refuses_it(trained):
     mode, _, folder = trained
     found = describe_checkpoint(BackboneRecipe(checkpoint=str(folder)))
     assert found["family"] == "llava_multi_encoder" and found["encoders"]["mode"] == mode
@@ -68,24 +69,25 @@ def test_inspect_knows_it_and_nothing_else_takes_it_for_a_llava(trained):
         AutoModelForImageTextToText.from_pretrained(folder)
 
 
-def test_what_enters_the_llm_is_computed_by_hand(trained, models, data):
+def test_llm_input_equals_projected_features(trained, models, data):
     """Layer 0 from the saved tensors: tower, teachers, projectors."""
     mode, _, folder = trained
     backbone = load_backbone(BackboneRecipe(checkpoint=str(folder), dtype="float32"), CPU)
     images = images_of(data)
     states, tokens = backbone.hidden_states(images, "0")
-    saved = load_file(folder / "encoders.safetensors")
+    saved = load_file(folder / "model.safetensors")
     config = load_config(str(folder), "checkpoint")
-    model = load_inner(str(folder), config, torch.device("cpu"), torch.float32)
+    model = load_model(str(folder), config, CPU, dtype=torch.float32)
     features = {}
     for name in ("gen", "depth", "seg"):
         teacher = load_teacher(name, teacher_recipe(models, name), CPU)
         features[name] = teacher.target(teacher.prepare(images))
     inputs = backbone.prepare(images).inputs
     tower = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
-    seen = tower.hidden_states[as_llava(config).vision_feature_layer][:, 1:]
+    seen = tower.hidden_states[config.vision_feature_layer][:, 1:]
 
     def mlp(x, first, second):
+        first, second = f"model.{first}", f"model.{second}"
         x = torch.nn.functional.gelu(x @ saved[f"{first}.weight"].T + saved[f"{first}.bias"])
         return x @ saved[f"{second}.weight"].T + saved[f"{second}.bias"]
 
@@ -93,33 +95,34 @@ def test_what_enters_the_llm_is_computed_by_hand(trained, models, data):
         plane = features["seg"].transpose(1, 2).unflatten(2, (2, 2))
         seg = torch.nn.functional.interpolate(plane, size=(4, 4), mode="bilinear").flatten(2).transpose(1, 2)
         joined = torch.cat([seen, features["gen"].expand(-1, 16, -1), features["depth"], seg], dim=-1)
-        expected = mlp(joined, "projector.linear_1", "projector.linear_2")
+        expected = mlp(joined, "multi_modal_projector.linear_1", "multi_modal_projector.linear_2")
         torch.testing.assert_close(states[0][tokens.mask("image")], expected.flatten(0, 1), rtol=1e-4, atol=1e-5)
     else:
         pooled = features["depth"].unflatten(1, (2, -1)).mean(2)
-        expected = mlp(pooled, "projectors.depth.0", "projectors.depth.2")
+        expected = mlp(pooled, "teacher_projectors.depth.0", "teacher_projectors.depth.2")
         torch.testing.assert_close(states[0][tokens.mask("depth")], expected.flatten(0, 1), rtol=1e-4, atol=1e-5)
-        gen = mlp(features["gen"].expand(-1, 2, -1), "projectors.gen.0", "projectors.gen.2")
+        gen = mlp(features["gen"].expand(-1, 2, -1), "teacher_projectors.gen.0", "teacher_projectors.gen.2")
         torch.testing.assert_close(states[0][tokens.mask("gen")], gen.flatten(0, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_each_stage_trains_the_projectors_and_never_a_teacher(trained, models):
+def test_every_stage_trains_the_projectors(trained, models):
     _, first, second = trained
-    before, after = (load_file(folder / "encoders.safetensors") for folder in (first, second))
-    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
-    one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
-    name = next(n for n in one if n.endswith("layers.0.self_attn.q_proj.weight") and "language" in n)
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
     start = load_file(models["llava"] / "model.safetensors")
-    assert torch.equal(one[name], start[name]) and not torch.equal(two[name], start[name])
+    projectors = [name for name in before if "projector" in name]
+    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in projectors)
+    query = "model.language_model.layers.0.self_attn.q_proj.weight"
+    old = next(name for name in start if name.endswith("layers.0.self_attn.q_proj.weight") and "language" in name)
+    assert torch.equal(before[query], start[old]) and not torch.equal(after[query], start[old])
 
 
-def test_probes_can_be_trained_on_it(trained, models, coco, tmp_path):
+def test_probes_train_on_it(trained, models, coco, tmp_path):
     _, _, folder = trained
     values = {
         "backbone": {"checkpoint": str(folder)},
         "data": {"path": f"coco:{coco}"},
         "teachers": {"gen": {"id": str(models["gen"])}},
-        "layers": "0,3",
+        "layers": "0",
         "controls": ["random"],
         "fit": {"epochs": 1, "batch_size": 6, "micro_batch": 3, "workers": 0},
     }
@@ -127,7 +130,7 @@ def test_probes_can_be_trained_on_it(trained, models, coco, tmp_path):
     assert run.manifest["checkpoint"]["family"] == "llava_multi_encoder"
 
 
-def test_conversations_with_several_images_are_left_out_and_named(trained, data, tmp_path):
+def test_conversations_with_several_images_are_skipped(trained, data, tmp_path):
     _, first, _ = trained
     turns = [{"from": "human", "value": "<image><image>\nSame?"}, {"from": "gpt", "value": "none"}]
     entries = json.loads((data / "data.json").read_text())
@@ -148,7 +151,7 @@ def test_conversations_with_several_images_are_left_out_and_named(trained, data,
     ]
 
 
-def test_what_does_not_go(trained, models, data, tmp_path):
+def test_invalid_encoders_are_refused(trained, models, data, tmp_path):
     _, first, _ = trained
     encoders = {"mode": "token", "tokens": 5, "teachers": {"depth": {"id": str(models["depth"])}}}
     values = {
@@ -163,28 +166,28 @@ def test_what_does_not_go(trained, models, data, tmp_path):
         run_stage(DistillRecipe.model_validate(values | {"checkpoint": str(models["llava"])}), tmp_path / "a")
     with pytest.raises(UserError, match="has several encoders already"):
         run_stage(DistillRecipe.model_validate(values | {"checkpoint": str(first)}), tmp_path / "b")
-    with pytest.raises(ValueError, match="cannot be had together"):
+    with pytest.raises(ValueError, match="exclude each other"):
         embedding = {"teachers": encoders["teachers"], "layers": {"depth": "1"}}
         DistillRecipe.model_validate(values | {"checkpoint": "x", "embedding": embedding})
     assert not Path(tmp_path / "a").exists()
 
 
-def test_it_answers_with_the_teachers_features(trained, data):
-    """Against a loop over whole forward passes of the LLaVA inside, told by hand what the teachers see."""
+def test_generate_reads_the_teachers(trained, data):
+    """Answers equal a loop over whole forward passes that computes the teachers' features first."""
     path = trained[2]
     recipe = BackboneRecipe(checkpoint=str(path), dtype="float32")
     backbone = load_backbone(recipe, CPU, with_head=True)
-    said = ask(backbone, recipe, images_of(data), ["Which?", "Which number is it?"], most=3)
+    questions = ["Which?", "Which number is it?"]
+    answers = ask(backbone, recipe, images_of(data), questions, most=3)
     config, processor = load_config(str(path), "checkpoint"), backbone.prepare.processor
-    model = load_inner(str(path), config, CPU, torch.float32).eval()
-    encoders = open_encoders(config, processor.tokenizer, CPU, path)
-    encoders.install(model)
-    for image, question, answer in zip(images_of(data), ["Which?", "Which number is it?"], said, strict=True):
+    model = load_model(str(path), config, CPU, dtype=torch.float32).eval()
+    teachers = load_teachers(config, CPU)
+    for image, question, answer in zip(images_of(data), questions, answers, strict=True):
         text = prompt(processor, recipe.model_copy(update={"prompt": question}))
         inputs = dict(processor(images=[image], text=[text], return_tensors="pt"))
         inputs.pop("token_type_ids", None)
         start = inputs["input_ids"].shape[1]
-        encoders.begin({n: t.target(t.prepare([image])) for n, t in encoders.teachers.items()}, torch.arange(1), 1)
+        inputs["teacher_features"] = {name: t.target(t.prepare([image])) for name, t in teachers.items()}
         for _ in range(3):
             with torch.no_grad():
                 token = model(**inputs, use_cache=False).logits[:, -1:].argmax(-1)
@@ -193,4 +196,22 @@ def test_it_answers_with_the_teachers_features(trained, data):
             if int(token) == processor.tokenizer.eos_token_id:
                 break
         assert answer == processor.tokenizer.decode(inputs["input_ids"][0, start:], skip_special_tokens=True).strip()
-    assert backbone.writer.encoders.placed is None  # nothing is left for the next forward pass
+
+
+def test_teacher_tokens_cannot_be_removed(trained):
+    mode, _, folder = trained
+    recipe = BackboneRecipe(checkpoint=str(folder), dtype="float32", special_tokens="off")
+    if mode == "token":
+        with pytest.raises(UserError, match="reads its teachers through special tokens"):
+            load_backbone(recipe, CPU)
+    else:
+        load_backbone(recipe, CPU)
+
+
+def test_changed_teacher_is_refused(trained, tmp_path):
+    folder = shutil.copytree(trained[2], tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["encoders"]["teachers"]["gen"]["sha256"] = "sha256:other"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"the gen teacher .* is not the one this checkpoint was trained with"):
+        load_backbone(BackboneRecipe(checkpoint=str(folder)), CPU)

@@ -47,9 +47,9 @@ STAGES = {
         "analysis.benchmarks.run.write_rows",
     ),
     "distill": (
-        "probing.distillation.trainer.put_together",
+        "probing.distillation.trainer.build_stage",
         "transformers.Trainer.training_step",
-        "probing.distillation.trainer._save_checkpoint",
+        "probing.distillation.saving.save_checkpoint",
     ),
     "import": (
         "probing.hub.import_probes.load_teachers",
