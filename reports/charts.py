@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.evaluation.metrics.frechet import is_distance
-from reports.results import AVERAGE, FINAL, RunResults, in_order, layer_rank, metric_label, teacher_title
+from analysis.evaluation.registry import describe
+from reports.results import AVERAGE, FINAL, RunResults, in_order, layer_rank, teacher_title
 from reports.styles import DOUBLE, LIGHT, PAPER, SCREEN, SINGLE, marker, tone
 
 SHOWN = {"blank": ("shown grey", "_"), "other": ("shown another image", "+"), "caption": ("told the caption", "*")}
@@ -125,7 +125,8 @@ def draw_panel(
     axes.set_title(teacher_title(teacher), loc="left", fontweight="bold")
     axes.set_xlabel(LAYER)
     if ylabel:
-        axes.set_ylabel(metric_label(metric, protocol) + (", less is better" if is_distance(metric) else ""))
+        info = describe(metric, protocol)
+        axes.set_ylabel(info.label + ("" if info.higher_is_better else ", less is better"))
 
 
 def levels(runs: Sequence[RunResults], teacher: str, metric: str, protocol: str) -> tuple[float | None, float | None]:
@@ -239,7 +240,7 @@ def difference_figure(
             axes.set_title(panel_title(teacher, probe), loc="left")
             axes.set_xlabel("LLM layer")
         for row in grid:
-            less = ",\nless is better" if is_distance(metric) else ""
+            less = ",\nless is better" if not describe(metric).higher_is_better else ""
             row[0].set_ylabel(f"difference from {d['reference'].iloc[0]}{less}")
         draw_legend(figure, figure.axes[0].get_legend_handles_labels()[0])
     return figure

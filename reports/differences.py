@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from reports.results import METRIC_LABELS
+from reports.results import sort_measures
 
 
 def references(differences: pd.DataFrame) -> list[str]:
@@ -33,6 +33,5 @@ def against(differences: pd.DataFrame, reference: str) -> pd.DataFrame:
 def measures_of(differences: pd.DataFrame, first: tuple[str, str]) -> list[tuple[str, str]]:
     """Metric and protocol of all differences of probes; the one that is read first stands first."""
     probed = differences[differences["probe"] != ""]
-    there = set(zip(probed["metric"], probed["protocol"], strict=True))
-    known = [key for key in dict.fromkeys([first, *METRIC_LABELS]) if key in there]
-    return known + sorted(there - set(known))
+    there = sort_measures(zip(probed["metric"], probed["protocol"], strict=True))
+    return sorted(there, key=lambda measure: measure != first)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData
 
-from analysis.evaluation.metrics.frechet import is_distance
+from analysis.evaluation.registry import describe
 from probing.utils.paths import ELSEWHERE
 from reports.charts import PROBES, layer_figure
 from reports.results import RunResults, best_layer, load_runs, metric_label, teacher_title
@@ -101,7 +101,7 @@ def _rows(run: RunResults, metric: str, protocol: str) -> Iterator[list[str]]:
 def _interval(row: pd.Series | None, metric: str) -> str:
     if row is None:
         return ""
-    digits = 1 if is_distance(metric) else 3
+    digits = describe(metric).digits
     value, low, high = (f"{row[name]:.{digits}f}" for name in ("value", "ci_low", "ci_high"))
     return f"{value} [{low}, {high}]"
 

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from analysis.evaluation.registry import ACCURACY
+from analysis.evaluation.registry import ACCURACY, describe
 from probing.runs.directory import is_alignment, is_benchmark, members
 from probing.utils.errors import UserError
 from probing.utils.files import disk_errors, whole_file, write_text
@@ -180,6 +180,7 @@ def render(
         convergence={run.label: convergence(run) for run in runs},
         sections=_sections(runs),
         table=decoded_table(runs),
+        metrics=[_explained(*measure) for measure in measures(runs)],
         viewers=viewers([(run, read_grids(run.path)) for run in runs]),
         tone=tone,
         compared=compared,
@@ -228,6 +229,12 @@ def _write_grids(runs: Sequence[RunResults], out: Path) -> None:
 def _title(label: str) -> str:
     """With a capital, except where the name has its own (mIoU)."""
     return label if label[1].isupper() else label[0].upper() + label[1:]
+
+
+def _explained(metric: str, protocol: str) -> tuple[str, str]:
+    """Label and meaning of a metric."""
+    info = describe(metric, protocol)
+    return _title(info.label), info.meaning
 
 
 def _sections(runs: Sequence[RunResults]) -> list[dict[str, Any]]:

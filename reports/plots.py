@@ -12,7 +12,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from analysis.evaluation.metrics.frechet import is_distance
+from analysis.evaluation.registry import describe
 from reports.charts import (
     LAYER,
     MEAN_LABEL,
@@ -112,7 +112,7 @@ def layer_plot(lines: Sequence[Series], teacher: str, probe: str, metric: str, p
         layer_ticks(deepest, final in labels),
         labels,
         references,
-        ylabel=metric_label(metric, protocol) + (", less is better" if is_distance(metric) else ""),
+        ylabel=metric_label(metric, protocol) + (", less is better" if not describe(metric).higher_is_better else ""),
         apart=(final - half, final + half) if final in labels else None,
     )
 

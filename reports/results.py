@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.evaluation.metrics.frechet import is_distance
+from analysis.evaluation.registry import describe, infos
 from probing.runs.directory import is_alignment, is_benchmark, members
 from probing.utils.errors import UserError
 from probing.utils.files import LOST, read_json, reading
@@ -16,20 +16,8 @@ TEACHERS = ("depth", "seg", "gen")
 TITLES = {"depth": "Depth", "seg": "Segmentation", "gen": "Generation"}
 FINAL, AVERAGE = "final", "mean"
 """What `results.csv` calls the state after the final norm, and the mean over the probed layers 1 … L."""
-METRIC_LABELS = {
-    ("cosine_centred", "strict"): "centred cosine similarity",
-    ("cosine", "strict"): "cosine similarity per token",
-    ("cosine", "paper"): "cosine similarity, flattened",
-    ("da2k", "strict"): "DA-2K accuracy",
-    ("miou", "blind"): "mIoU, probe alone",
-    ("miou", "strict"): "mIoU, with the image's true early stages",
-    ("miou", "paper"): "mIoU per image, early stages shrunk",
-    ("fid", "strict"): "FID",
-    ("kid", "strict"): "KID",
-}
 KEYS = ("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "variant", "split", "seed")
 """Columns of `results.csv` that identify a number."""
-FRECHET, KERNEL = "frechet_", "kernel_"
 
 
 def in_order(teachers: Iterable[str]) -> list[str]:
@@ -44,17 +32,24 @@ def teacher_title(teacher: str) -> str:
 
 
 def metric_label(metric: str, protocol: str) -> str:
-    """What a metric is called in figures and tables."""
-    if metric.startswith(FRECHET):
-        return f"Fréchet distance ({metric.removeprefix(FRECHET)} features)"
-    if metric.startswith(KERNEL):
-        return f"kernel distance ({metric.removeprefix(KERNEL)} features)"
-    return METRIC_LABELS.get((metric, protocol), f"{metric}, {protocol}")
+    """Returns the name of a metric in figures and tables."""
+    return describe(metric, protocol).label
+
+
+def sort_measures(measures: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Sorts pairs of metric and protocol as their descriptions are; those without one come last."""
+    known = infos()
+
+    def rank(measure: tuple[str, str]) -> int:
+        matches = (info.matches(measure[0]) and info.protocol == measure[1] for info in known)
+        return next((number for number, match in enumerate(matches) if match), len(known))
+
+    return sorted(sorted(set(measures)), key=rank)
 
 
 def best_layer(curve: pd.DataFrame, metric: str) -> pd.Series:
     """The row of the best layer of a curve."""
-    return curve.loc[curve["value"].idxmin() if is_distance(metric) else curve["value"].idxmax()]
+    return curve.loc[curve["value"].idxmax() if describe(metric).higher_is_better else curve["value"].idxmin()]
 
 
 @dataclass(frozen=True)
@@ -138,8 +133,7 @@ class RunResults:
     @property
     def measures(self) -> list[tuple[str, str]]:
         """Metric and protocol of everything that was evaluated, the known ones first."""
-        there = set(zip(self.results["metric"], self.results["protocol"], strict=True))
-        return [m for m in METRIC_LABELS if m in there] + sorted(there - set(METRIC_LABELS))
+        return sort_measures(zip(self.results["metric"], self.results["protocol"], strict=True))
 
     def teachers_of(self, metric: str, protocol: str) -> list[str]:
         """Teachers that a metric was computed for."""

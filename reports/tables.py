@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.evaluation.metrics.frechet import ENOUGH_IMAGES, is_distance
+from analysis.evaluation.registry import MetricInfo, describe
 from reports.charts import PROBES
-from reports.results import RunResults, best_layer, metric_label
+from reports.results import RunResults, best_layer
 
 CONTROLS = {"none": "", "random": ", random weights"}
 REFERENCES = (
@@ -28,9 +28,14 @@ class Column:
     protocol: str
 
     @property
+    def info(self) -> MetricInfo:
+        """What is known of the metric."""
+        return describe(self.metric, self.protocol)
+
+    @property
     def title(self) -> str:
         """Its name, and which way is better."""
-        return f"{metric_label(self.metric, self.protocol)} {'↓' if is_distance(self.metric) else '↑'}"
+        return f"{self.info.label} {'↑' if self.info.higher_is_better else '↓'}"
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,14 @@ class DecodedTable:
 
 
 def decoded_columns(runs: Sequence[RunResults]) -> list[Column]:
-    """The metrics that are read first: distance of generated images, depth pairs, mIoU of the probe alone."""
-    measures = list(dict.fromkeys(measure for run in runs for measure in run.measures))
-    distances = [m for m in measures if m[0] == "fid"] or [m for m in measures if m[0].startswith("frechet_")]
-    columns = [Column("gen", *measure) for measure in distances]
-    columns += [Column("depth", *m) for m in measures if m == ("da2k", "strict")]
-    return columns + [Column("seg", *m) for m in measures if m == ("miou", "blind")]
+    """The metrics with a column, by its position."""
+    measures = dict.fromkeys(measure for run in runs for measure in run.measures)
+    columns = [
+        Column(teacher, *measure)
+        for measure in measures
+        for teacher in dict.fromkeys(teacher for run in runs for teacher in run.teachers_of(*measure))
+    ]
+    return sorted((column for column in columns if column.info.column), key=lambda column: column.info.column)
 
 
 def decoded_table(runs: Sequence[RunResults]) -> DecodedTable | None:
@@ -85,7 +92,7 @@ def decoded_table(runs: Sequence[RunResults]) -> DecodedTable | None:
 def _cell(row: pd.Series | None, metric: str) -> str:
     if row is None:
         return ""
-    digits = 1 if is_distance(metric) else 3
+    digits = describe(metric).digits
     value, low, high = (f"{row[name]:.{digits}f}" for name in ("value", "ci_low", "ci_high"))
     return f"{value} [{low}, {high}]"
 
@@ -116,10 +123,10 @@ def _notes(runs: Sequence[RunResults], columns: Sequence[Column]) -> list[str]:
     for column in columns:
         r = pd.concat([run.results[run.results["metric"] == column.metric] for run in runs])
         n = r.loc[r["protocol"] == column.protocol, "n"]
-        if is_distance(column.metric) and n.min() < ENOUGH_IMAGES:
+        if n.min() < column.info.enough_images:
             notes.append(
-                f"{metric_label(column.metric, column.protocol)}: {n.min()} images. Below {ENOUGH_IMAGES} it is biased "
-                "upwards; compare only values of equally many images."
+                f"{column.info.label}: {n.min()} images. Below {column.info.enough_images} it is biased upwards; "
+                "compare only values of equally many images."
             )
     notes.append("The mean over layers is that of the probed layers 1 … L; layer 0 and final are not in it.")
     if any(run.manifest["fit"].get("imported") for run in runs):

@@ -1,8 +1,8 @@
 """The recipes of CONTRIBUTING.md, followed to the letter: each file into its package, each line where it is listed."""
 
-import ast
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from transformers import FastVlmForConditionalGeneration
 
 import analysis.evaluation.metrics
-from analysis.evaluation.registry import PROTOCOLS
+from analysis.evaluation.registry import REGISTRY, metrics
 from probing.cli import cli
 from probing.data.coco import list_images
 from probing.models import load_backbone
@@ -22,6 +22,7 @@ from probing.recipe import TeacherRecipe
 from probing.runs.directory import Run
 from probing.teachers import load_teacher
 from probing.utils.images import square
+from tests.helpers import explained
 from tests.helpers.new_parts import add_family, add_teacher, fast_vlm, segformer
 
 GUIDE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
@@ -39,7 +40,7 @@ def run_cli(monkeypatch):
         verb = cli.commands["evaluate"]
         for option in verb.params:  # made of the list when the command line was imported
             if option.name == "metrics":
-                monkeypatch.setattr(option.type, "choices", tuple(PROTOCOLS))
+                monkeypatch.setattr(option.type, "choices", tuple(metrics()))
         result = CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         return result.output
@@ -57,11 +58,10 @@ def place(monkeypatch, package, folder, name, text):
 
 @pytest.mark.slow
 def test_a_teacher_a_family_and_a_metric_are_a_file_and_a_line_each(monkeypatch, coco, tmp_path, run_cli):
-    monkeypatch.setitem(PROTOCOLS, "explained", None)
-    file, line = blocks("A metric")
-    assert len(ast.parse(line).body) == 1
-    place(monkeypatch, analysis.evaluation.metrics, tmp_path, "explained", file)
-    exec(line, {"PROTOCOLS": PROTOCOLS})  # as if it stood in the list
+    monkeypatch.setitem(REGISTRY, "explained", None)
+    monkeypatch.delitem(REGISTRY, "explained")
+    monkeypatch.delitem(sys.modules, "analysis.evaluation.metrics.explained", raising=False)
+    place(monkeypatch, analysis.evaluation.metrics, tmp_path, "explained", Path(explained.__file__).read_text())
     add_teacher(monkeypatch, tmp_path / "teachers")
     add_family(monkeypatch, tmp_path / "families")
     assert "logits on the grid" in run_cli("teachers")

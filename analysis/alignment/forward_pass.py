@@ -27,7 +27,7 @@ from analysis.alignment.metrics.similarity import PositionSimilarity
 from analysis.alignment.metrics.sparse_codes import SparseCodes
 from analysis.alignment.metrics.spectrum import Compression
 from analysis.alignment.metrics.word_match import WordMatch
-from analysis.evaluation.forward_pass import Tally
+from analysis.evaluation.forward_pass import ScoreAccumulator
 from analysis.evaluation.scores import ScoreFile
 from probing.data.dataloader import Prepared
 from probing.data.patch_labels import patch_labels
@@ -78,7 +78,7 @@ class MeasurePass:
         self.context, self.measures = context, measures
         self.sources = {source for measure in measures for source in measure.sources}
 
-    def __call__(self, prepared: Prepared, tally: Tally) -> None:
+    def __call__(self, prepared: Prepared, tally: ScoreAccumulator) -> None:
         """Scores one batch."""
         assert prepared.student is not None
         context = self.context
@@ -106,11 +106,11 @@ class MeasurePass:
                 self._score(states, batch, tally)
 
     @torch.no_grad()
-    def _score(self, states: States, batch: LabelledBatch, tally: Tally) -> None:
+    def _score(self, states: States, batch: LabelledBatch, tally: ScoreAccumulator) -> None:
         for measure in self.measures:
             if states.source in measure.sources:
                 for row in measure.update(states, batch):
-                    tally.note(row.key, row.values, row.summed, row.finite)
+                    tally.add(row.key, row.values, row.summed, row.finite)
 
     def _labelled(self, prepared: Prepared, done: int) -> LabelledBatch:
         """Adds labels and targets; `done` is the number of images so far, with those of the batch."""

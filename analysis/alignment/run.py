@@ -172,13 +172,11 @@ class AlignmentRun:
         sample = self._sample(context)
         centres = mean_states(sample, model.device)
         tally = gather(
-            "patches and words",
             self.images,
             self.recipe.micro_batch,
             context.read,
             MeasurePass(context, all_measures(context, centres)),
-            self._resumable("alignment"),
-            self.device,
+            self._resumable("alignment", "patches and words"),
         )
         layers, references = take_pooled(tally)
         scores = tally.file(self.images.split, self.settings)
@@ -207,7 +205,7 @@ class AlignmentRun:
         images = replace(self.images, names=self.images.names[: self.recipe.sample])
         batch = min(self.recipe.micro_batch, len(images))
         measures = MeasurePass(context, sample_measures(context))
-        tally = gather("sample", images, batch, context.read, measures, self._resumable("sample"), self.device)
+        tally = gather(images, batch, context.read, measures, self._resumable("sample", "sample"))
         if not tally.names:
             reason = next((f"{skip.image}: {skip.reason}" for skip in tally.skipped.values()), "")
             raise UserError(f"none of the first {len(images)} images can be used ({reason}); check {images.folder}")
@@ -219,9 +217,10 @@ class AlignmentRun:
             logger.warning("the projector's input is not one row of patches per image; nothing is measured before it")
         return sample
 
-    def _resumable(self, name: str) -> Resumable:
+    def _resumable(self, name: str, title: str) -> Resumable:
         hashes = [self.checkpoint.sha256, *(teacher.sha256 for teacher in self.teachers.values())]
-        return Resumable(self.states[name], f"{self.settings} {dump_recipe(self.recipe)} {hashes}", SAVE_MINUTES)
+        settings = f"{self.settings} {dump_recipe(self.recipe)} {hashes}"
+        return Resumable(title, self.states[name], settings, SAVE_MINUTES)
 
     def _manifest(self, scores: ScoreFile, sample: ScoreFile, seconds: float) -> dict[str, Any]:
         skipped = [*self.images.skipped, *(Skipped(*row) for row in scores.skipped)]

@@ -12,7 +12,7 @@ import pandas as pd
 from analysis.benchmarks.accuracy import PartSums, ScoredAnswer
 from analysis.benchmarks.tasks import BENCHMARKS, part_label, title
 from analysis.evaluation.bootstrap import paired_bootstrap
-from analysis.evaluation.compare import COLUMNS, Difference, higher_in, seeds_told
+from analysis.evaluation.compare import COLUMNS, Difference, describe_seeds, higher_in
 from analysis.evaluation.registry import ACCURACY
 from probing.recipe import read_yaml
 from probing.runs.directory import is_benchmark, members
@@ -113,13 +113,14 @@ def _differences(reference: CheckpointAnswers, checkpoint: CheckpointAnswers) ->
             np.stack([sums.table(np.array([answer.score for answer in answers])) for answers in one.seeds])
             for one in (checkpoint, reference)
         )
+        values = [sums.statistic(one.mean(axis=1)) for one in (table, base)]
         interval = paired_bootstrap(table, base, sums.statistic, seeds_paired=paired)
         yield Difference(
             checkpoint=str(checkpoint.path), reference=str(reference.path), teacher="", layer="", probe="",
             metric=ACCURACY, protocol=known.name, variant=part.name, split=known.split,
             value=interval.value, ci_low=interval.low, ci_high=interval.high, n=sums.count,
             seeds=f"{len(table)}, {len(base)}",
-            higher=f"{higher_in(table, base, sums.statistic)} of {len(table)}" if paired else "",
+            higher=f"{higher_in(*values)} of {len(table)}" if paired else "",
         )  # fmt: skip
 
 
@@ -135,6 +136,6 @@ def answer_statements(table: pd.DataFrame) -> list[str]:
             name, label = title(benchmark, {int(part["n"].max())}), part_label(row["variant"])
             sentences.append(
                 f"{name}, {label}: accuracy of {checkpoint} - {reference} = {row['value']:+.4f} [{row['ci_low']:+.4f}, "
-                f"{row['ci_high']:+.4f}] over the images of {row['n']} questions{seeds_told(row)}: {verdict}"
+                f"{row['ci_high']:+.4f}] over the images of {row['n']} questions{describe_seeds(row)}: {verdict}"
             )
     return sentences

@@ -1,4 +1,4 @@
-"""Confidence intervals that say over what they generalise."""
+"""Bootstrap confidence intervals over images, and over seeds × images."""
 
 import functools
 import math
@@ -24,15 +24,15 @@ class Interval:
 
 @functools.lru_cache(maxsize=4)
 def _shares(items: int, resamples: int, seed: int) -> NDArray[np.float64]:
-    """How large a share of each resample every item has, (resamples, items).
+    """Returns the share of every item in each resample, (resamples, items).
 
-    Kept between calls: every curve of a run is resampled over the same images, with the same draws.
+    Cached, because every series of a run is resampled over the same images with the same draws.
     """
     return np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=resamples) / items
 
 
 def share_mean(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The statistic of a plain mean: the shares of a resample add up to one, so its total is its mean."""
+    """Returns the mean: the shares of a resample add up to one, so its total is its mean."""
     return totals[..., 0]
 
 
@@ -41,7 +41,7 @@ Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 def _checked(scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Scores as (seeds, images, numbers); raises ValueError where there is none, or one is not finite."""
+    """Returns scores as (seeds, images, numbers); raises ValueError if there is none, or one is not finite."""
     table = np.asarray(scores, dtype=np.float64)
     if table.size == 0 or not np.isfinite(table).all():
         raise ValueError(f"cannot bootstrap {table.size} scores, {int((~np.isfinite(table)).sum())} of them not finite")
@@ -49,17 +49,17 @@ def _checked(scores: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def _values(table: NDArray[np.float64], statistic: Statistic, resamples: int, seed: int) -> NDArray[np.float64]:
-    """The statistic of every seed in every resample of the images, (resamples, seeds)."""
+    """Computes the statistic of every seed in every resample of the images, (resamples, seeds)."""
     share = _shares(table.shape[1], resamples, seed)
     return np.stack([statistic(share @ one) for one in table], axis=1)
 
 
 def _mean_over_seeds(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """The mean over resampled seeds, (resamples).
+    """Computes the mean over resampled seeds, (resamples).
 
-    Resampling a handful of seeds spreads too little, by √((S - 1) / S), and has the tails of a normal distribution
-    where Student's are due; deviations are widened by both, as Hesterberg (2015, arXiv:1411.5279) widens the
-    percentiles of small samples. Of two seeds little can be said, and the interval is wide.
+    Resampling a few seeds spreads too little, by √((S - 1) / S), and has the tails of a normal distribution in place
+    of Student's; deviations are widened by both, as Hesterberg (2015, arXiv:1411.5279) widens the percentiles of small
+    samples. Two seeds say little, and their interval is wide.
     """
     resamples, seeds = values.shape
     centre = values.mean(axis=1)
@@ -82,11 +82,11 @@ def _percentiles(drawn: NDArray[np.float64]) -> tuple[float, float]:
 def bootstrap(
     scores: NDArray[np.floating], statistic: Statistic = share_mean, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap of a statistic of sums over images (Efron & Tibshirani, 1993, ch. 13).
+    """Bootstraps a statistic of sums over images by percentiles (Efron & Tibshirani, 1993, ch. 13).
 
     Args:
-        scores: (seeds, images), or (seeds, images, numbers): what every image adds to the sums. Seeds and images are
-            resampled both, independently, so that the interval covers training noise too; see `_mean_over_seeds`.
+        scores: (seeds, images), or (seeds, images, numbers): every image's terms of the sums. Seeds and images are
+            resampled independently, so that the interval covers training noise too; see `_mean_over_seeds`.
         statistic: of the sums.
         resamples: number of bootstrap samples.
         seed: of the resampling.
@@ -110,14 +110,14 @@ def paired_bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """The same for the difference of two statistics of the same images: both see the same resampled images.
+    """Bootstraps the difference of two statistics over the same resampled images.
 
     Args:
         scores: as for `bootstrap`.
         reference: of the same images in the same order.
         statistic: of the sums of each.
-        seeds_paired: seed k of the one shares something with seed k of the other (the language model that two
-            checkpoints start from, say), and they are resampled together; otherwise each on its own.
+        seeds_paired: seed k of one shares something with seed k of the other (for example the language model that two
+            checkpoints start from), and they are resampled together; otherwise independently.
         resamples: number of bootstrap samples.
         seed: of the resampling.
 
@@ -125,7 +125,7 @@ def paired_bootstrap(
         Scores minus reference, and the 95 % interval of that.
 
     Raises:
-        ValueError: the images, or seeds that are pairs, differ in number, there is no score, or one is not finite.
+        ValueError: the numbers of images or of paired seeds differ, there is no score, or one is not finite.
     """
     one, two = _checked(scores), _checked(reference)
     if one.shape[1] != two.shape[1]:

@@ -1,25 +1,23 @@
-"""One pass of a split's images through one set of backbone weights; every layer's probes are scored on the way."""
+"""One pass of a split's images through the model; every layer's probes are scored while its states exist."""
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.evaluation.scorer import Row, Scorer
+from analysis.evaluation.registry import EvaluationBatch, Recorder
 from analysis.evaluation.scores import ScoreFile, ScoreKey, read_if_fits
 from probing.data.coco import ImageList, Skipped
-from probing.data.dataloader import MicroBatches, Prepared, micro_batches
-from probing.data.input_controls import SUBSTITUTES, caption_inputs, substitute
-from probing.data.target_cache import TargetCache
+from probing.data.dataloader import Prepared
+from probing.data.input_controls import SUBSTITUTES
 from probing.models import Backbone, Layer, layer_name
-from probing.models.base import Batch
 from probing.models.finite import finite_rows, zero_others
+from probing.models.token_map import TokenMap
 from probing.probes.bank import ProbeBank
 from probing.probes.ridge import RidgeReadout, place_states
 from probing.runs.directory import Run
@@ -31,10 +29,16 @@ from probing.utils.progress import Progress
 logger = logging.getLogger(__name__)
 
 PROBES = ("resampler", "ridge")
-ARMS = ("none", "random", *SUBSTITUTES)
-"""Passes of their own: the checkpoint, the same with random weights, and the checkpoint shown something else."""
+PASSES = ("none", "random", *SUBSTITUTES)
+"""Controls that need a forward pass: the checkpoint, the same with random weights, and other inputs."""
 WITHOUT_RIDGE = ("shuffled", "caption")
-"""Controls without a ridge readout: it is not trained on shuffled pairs, and a caption has no places."""
+"""Controls without ridge readout: it is not trained on shuffled pairs, and a caption has no image positions."""
+
+Kinds = tuple[str, ...]
+"""Kinds of tokens that a probe reads."""
+ProbeInputs = dict[Kinds, tuple[Tensor, Tensor | None]]
+IMAGE: Kinds = ()
+"""Stands for the image tokens in their grid, which the ridge readout reads."""
 
 
 @dataclass(frozen=True)
@@ -42,47 +46,50 @@ class Selection:
     """What to score.
 
     Attributes:
-        layers: some of those that were probed.
+        layers: some of the probed layers.
         probes: some of `PROBES`.
-        controls: some of `none`, `shuffled`, `random`, and of `probing.data.input_controls.SUBSTITUTES`.
+        controls: some of `shuffled` and `PASSES`.
     """
 
     layers: tuple[Layer, ...]
     probes: tuple[str, ...]
     controls: tuple[str, ...]
 
-    def arm(self, arm: str) -> "Selection":
-        """The part that is scored on one set of backbone weights, shown one kind of input."""
-        mine = [c for c in self.controls if (c if c in ARMS else "none") == arm]
-        return Selection(self.layers, self.probes, tuple(mine))
+    def in_pass(self, control: str) -> "Selection":
+        """Returns the part that is scored in one of `PASSES`; shuffled pairs are in that of the checkpoint."""
+        return replace(self, controls=tuple(c for c in self.controls if (c if c in PASSES else "none") == control))
 
-    def lacking(
-        self, scorer: Scorer, seeds: Sequence[int], probed: dict[str, list[str]], there: set[ScoreKey]
-    ) -> "Selection":
-        """The same with only those layers of which a curve is missing; `probed` names the layers of each teacher."""
+    def keys(self, layer: Layer, teacher: str, seeds: Sequence[int]) -> Iterator[ScoreKey]:
+        """Yields the keys of one layer's probes, without metric."""
+        for control in self.controls:
+            for probe in self.probes:
+                if probe == "resampler" or control not in WITHOUT_RIDGE:
+                    for seed in seeds if probe == "resampler" else seeds[:1]:
+                        yield ScoreKey(teacher, layer_name(layer), probe, control, "", seed=seed)
 
-        def curves(layer: Layer) -> Iterable[ScoreKey]:
-            for teacher in (name for name in scorer.teachers if layer_name(layer) in probed[name]):
-                for metric, protocol in scorer.measures(teacher):
-                    place = {"teacher": teacher, "layer": layer_name(layer), "metric": metric, "protocol": protocol}
-                    for control in self.controls:
-                        if "resampler" in self.probes:
-                            yield from (ScoreKey(probe="resampler", control=control, seed=s, **place) for s in seeds)
-                        if "ridge" in self.probes and control not in WITHOUT_RIDGE:
-                            yield ScoreKey(probe="ridge", control=control, seed=seeds[0], **place)
-
-        layers = tuple(layer for layer in self.layers if not there.issuperset(curves(layer)))
-        return Selection(layers, self.probes, self.controls)
+    def includes(self, key: ScoreKey) -> bool:
+        """Whether a series is selected, or belongs to no layer."""
+        names = map(layer_name, self.layers)
+        return not key.layer or (key.layer in names and key.probe in self.probes and key.control in self.controls)
 
 
-def _trained(control: str) -> str:
-    """The control whose probes are scored: what is shown in place of the image is new to those of the checkpoint."""
+def trained_control(control: str) -> str:
+    """Returns the control whose probes are scored: other inputs are given to those of the checkpoint."""
     return "none" if control in SUBSTITUTES else control
 
 
 @dataclass
-class Tally:
-    """What a pass has gathered so far."""
+class ScoreAccumulator:
+    """Values that a pass has computed so far.
+
+    Attributes:
+        scores: batches of values per image.
+        sums: series that are stored as one sum.
+        names: images scored.
+        skipped: images that could not be read, by name.
+        not_finite: as in `ScoreFile`.
+        done: images processed, readable or not.
+    """
 
     scores: dict[ScoreKey, list[Tensor]] = field(default_factory=dict)
     sums: dict[ScoreKey, Tensor] = field(default_factory=dict)
@@ -91,14 +98,14 @@ class Tally:
     not_finite: dict[str, list[int]] = field(default_factory=dict)
     done: int = 0
 
-    def note(self, curve: ScoreKey, values: Tensor, summed: bool, finite: Tensor | None = None) -> None:
-        """Adds what one batch scored.
+    def add(self, key: ScoreKey, values: Tensor, summed: bool = False, finite: Tensor | None = None) -> None:
+        """Adds the values of one batch.
 
         Args:
-            curve: what the scores belong to.
+            key: of the series.
             values: (B, …), per image.
-            summed: whether only their sum is kept.
-            finite: (B), False for images that do not count: their scores are NaN (pictures: 0), and no part of a sum.
+            summed: store only their sum.
+            finite: (B), False for images to leave out: their scores become NaN (pictures: 0), and no part of a sum.
         """
         if finite is not None and not bool(finite.all()):
             finite = finite.to(values.device)
@@ -109,223 +116,182 @@ class Tally:
                 values[~finite] = torch.nan
         if summed:
             total = values.sum(dim=0)
-            self.sums[curve] = self.sums[curve] + total if curve in self.sums else total
+            self.sums[key] = total + self.sums[key].to(total.device) if key in self.sums else total
         else:
             narrow = {torch.float64: torch.float32, torch.int64: torch.int32}
-            self.scores.setdefault(curve, []).append(values.to("cpu", narrow.get(values.dtype, values.dtype)))
+            self.scores.setdefault(key, []).append(values.to("cpu", narrow.get(values.dtype, values.dtype)))
 
     def leave_out(self, kind: str, name: str, finite: Tensor) -> None:
-        """Notes the images of the batch at hand (B) whose features of a `layer` or `teacher` are not finite."""
+        """Records the images of the current batch (B) whose features of a `layer` or `teacher` are not finite."""
         if not bool(finite.all()):
             first = len(self.names) - len(finite)
             rows = (first + (~finite).nonzero().flatten().cpu()).tolist()
             self.not_finite.setdefault(f"{kind} {name}", []).extend(rows)
 
     def file(self, split: str, settings: str) -> ScoreFile:
-        """Everything so far, ready to be written."""
-        table = {curve: torch.cat(parts).numpy() for curve, parts in self.scores.items()}
-        sums = {curve: total.cpu().numpy() for curve, total in self.sums.items()}
+        """Returns everything in the form of a file."""
+        table = {key: torch.cat(parts).numpy() for key, parts in self.scores.items()}
+        sums = {key: total.cpu().numpy() for key, total in self.sums.items()}
         skipped = [[s.image, s.split, s.reason] for s in self.skipped.values()]
         return ScoreFile(table, self.names, split, settings, sums, self.done, skipped, self.not_finite)
 
     @classmethod
-    def resumed(cls, found: ScoreFile, device: torch.device) -> "Tally":
-        """The inverse of `file`."""
-        scores = {curve: [torch.from_numpy(values)] for curve, values in found.table.items()}
-        sums = {curve: torch.from_numpy(total).to(device) for curve, total in found.sums.items()}
-        skipped = {row[0]: Skipped(*row) for row in found.skipped}
-        return cls(scores, sums, found.names, skipped, found.not_finite, found.done)
-
-
-def score_arm(
-    run: Run,
-    arm: str,
-    backbone: Backbone,
-    scorer: Scorer,
-    selection: Selection,
-    batch: int,
-    settings: str,
-    kept: Mapping[str, TargetCache],
-) -> ScoreFile:
-    """Scores what was trained on one set of backbone weights, from the last saved state where there is one.
-
-    Args:
-        run: the run.
-        arm: one of `ARMS`.
-        backbone: with the weights of that arm.
-        scorer: the metric.
-        selection: layers, probes and controls.
-        batch: images per forward pass.
-        settings: what the scores depend on besides the run.
-        kept: features of teachers that are read instead of being computed, where the metric needs nothing else of them.
-
-    Returns:
-        The scores, with the images that could not be read.
-
-    Raises:
-        Interrupted: Ctrl-C or SIGTERM; the state is saved.
-    """
-    selection = selection.arm(arm)
-    asked = f"{settings} {','.join(map(layer_name, selection.layers))} {selection.probes} {selection.controls}"
-    predict = _Predictor(run, arm, backbone, scorer, selection)
-    prepare = {name: teacher.prepare for name, teacher in scorer.teachers.items()}
-
-    student: Any = backbone.prepare
-    if arm == "caption":
-        student = caption_inputs(student, run.recipe.backbone)
-    show = substitute(arm, scorer.images) if arm in SUBSTITUTES else None
-
-    def read(plan: list[list[int]]) -> Iterator[Prepared]:
-        view, workers = run.recipe.data.view, run.recipe.fit.workers
-        dataset = MicroBatches(scorer.images, plan, student, prepare, view, target_caches=kept or {}, replace=show)
-        return micro_batches(dataset, workers, backbone.device)
-
-    what = f"{scorer.stem.removeprefix('scores/')} ({'checkpoint' if arm == 'none' else arm})"
-    resumable = Resumable(pass_state(run, scorer, arm), asked, run.recipe.fit.save_minutes)
-    tally = gather(what, scorer.images, batch, read, predict, resumable, backbone.device)
-    return tally.file(scorer.images.split, settings)
+    def from_file(cls, saved: ScoreFile) -> "ScoreAccumulator":
+        """Inverts `file`."""
+        scores = {key: [torch.from_numpy(values)] for key, values in saved.table.items()}
+        sums = {key: torch.from_numpy(total) for key, total in saved.sums.items()}
+        skipped = {row[0]: Skipped(*row) for row in saved.skipped}
+        return cls(scores, sums, saved.names, skipped, saved.not_finite, saved.done)
 
 
 @dataclass(frozen=True)
 class Resumable:
-    """Where an unfinished pass is kept.
+    """State of an unfinished pass.
 
     Attributes:
-        file: the state.
-        asked: what it depends on; the state of another pass is not used.
-        minutes: between saved states.
+        title: of the pass, for the progress bar.
+        file: where it is saved.
+        settings: what it depends on; a state with other settings is ignored.
+        minutes: between saves.
     """
 
+    title: str
     file: Path
-    asked: str
+    settings: str
     minutes: float
 
 
 def gather(
-    what: str,
     images: ImageList,
     batch: int,
     read: Callable[[list[list[int]]], Iterator[Prepared]],
-    each: Callable[[Prepared, Tally], None],
+    score: Callable[[Prepared, ScoreAccumulator], None],
     resumable: Resumable,
-    device: torch.device,
-) -> Tally:
-    """Goes through a split once, from the last saved state where there is one.
+) -> ScoreAccumulator:
+    """Scores every image of a split, from the last saved state if there is one.
 
     Args:
-        what: is done, for the progress bar.
         images: of the split.
         batch: images per forward pass.
         read: image indices of each batch → the batches.
-        each: scores one batch.
-        resumable: where the state is kept; the caller removes it once the scores are safe.
-        device: of sums.
+        score: scores one batch.
+        resumable: saved state; the caller removes it once the scores are written.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
-    saved = read_if_fits(resumable.file, resumable.asked)
-    tally = Tally.resumed(saved, device) if saved else Tally()
+    saved = read_if_fits(resumable.file, resumable.settings)
+    scores = ScoreAccumulator.from_file(saved) if saved else ScoreAccumulator()
     if saved:
-        logger.info("%s: going on after %d images", what, tally.done)
-    plan = [list(range(i, min(i + batch, len(images)))) for i in range(tally.done, len(images), batch)]
+        logger.info("%s: resuming after %d images", resumable.title, scores.done)
+    plan = [list(range(i, min(i + batch, len(images)))) for i in range(scores.done, len(images), batch)]
     if not plan:
-        return tally  # interrupted after its last batch
+        return scores  # interrupted after its last batch
     last = time.monotonic()
-    with torch.no_grad(), Interruption().watch() as interruption, Progress(what, len(plan), unit="batches") as bar:
+    bar = Progress(resumable.title, len(plan), unit="batches")
+    with torch.no_grad(), Interruption().watch() as interruption, bar:
         for indices, prepared in zip(plan, read(plan), strict=True):
-            tally.skipped |= {skip.image: skip for skip in prepared.skipped}
+            scores.skipped |= {skip.image: skip for skip in prepared.skipped}
             if prepared.student is not None:
-                tally.names += [images.names[index] for index in prepared.indices]
-                each(prepared, tally)
-            tally.done += len(indices)
+                scores.names += [images.names[index] for index in prepared.indices]
+                score(prepared, scores)
+            scores.done += len(indices)
             bar.advance()
             due = time.monotonic() - last >= 60 * resumable.minutes
-            if interruption.asked or (due and tally.done < len(images)):
+            if interruption.asked or (due and scores.done < len(images)):
                 with disk_errors(resumable.file.parent):
-                    tally.file(images.split, resumable.asked).write(resumable.file)
+                    scores.file(images.split, resumable.settings).write(resumable.file)
                 last = time.monotonic()
                 if interruption.asked:
                     raise Interrupted
-    return tally
+    return scores
 
 
-def pass_state(run: Run, scorer: Scorer, arm: str) -> Path:
-    """Where an unfinished pass is kept."""
-    return run.path / "state" / "evaluate" / f"{scorer.stem.replace('/', '-')}-{arm}.safetensors"
+class ProbePass:
+    """Scores the probes of every selected layer on one batch after the other.
 
+    Args:
+        run: its probes, ridge readouts and mean targets are scored.
+        control: one of `PASSES`.
+        backbone: the model, with the weights of that control.
+        recorder: computes the scores.
+        selection: layers, probes and controls of this pass.
+    """
 
-class _Predictor:
-    """Everything that predicts from the states of one arm, and hands its predictions to the scorer."""
-
-    def __init__(self, run: Run, arm: str, backbone: Backbone, scorer: Scorer, selection: Selection) -> None:
-        device = backbone.device
-        self.run, self.arm, self.backbone, self.scorer, self.selection = run, arm, backbone, scorer, selection
-        resampled, layers = "resampler" in selection.probes, ",".join(map(layer_name, selection.layers))
+    def __init__(self, run: Run, control: str, backbone: Backbone, recorder: Recorder, selection: Selection) -> None:
+        device, layers = backbone.device, ",".join(map(layer_name, selection.layers))
+        self.control, self.backbone, self.recorder, self.selection = control, backbone, recorder, selection
+        self.seed = run.recipe.fit.seeds[0]
         self.banks = {
-            control: ProbeBank.load(run.probes(_trained(control)), device, scorer.teachers, layers)
-            for control in (selection.controls if resampled else ())
+            name: ProbeBank.load(run.probes(trained_control(name)), device, recorder.teachers, layers)
+            for name in (selection.controls if "resampler" in selection.probes else ())
         }
-        ridged = "ridge" in selection.probes and arm in selection.controls and arm not in WITHOUT_RIDGE
-        self.ridge = RidgeReadout.load(run.ridge(_trained(arm)), device) if ridged else RidgeReadout({})
+        has_ridge = "ridge" in selection.probes and control in selection.controls and control not in WITHOUT_RIDGE
+        self.ridge = RidgeReadout.load(run.ridge(trained_control(control)), device) if has_ridge else RidgeReadout({})
         self.means = run.mean_targets(device)
         rows = [row for row in run.manifest.get("convergence", []) if row["state"] == NOT_TRAINED]
         self.untrained = {(row["control"], row["teacher"], row["layer"], row["seed"]) for row in rows}
 
-    def __call__(self, prepared: Prepared, tally: Tally) -> None:
+    def __call__(self, prepared: Prepared, scores: ScoreAccumulator) -> None:
         """Scores one batch."""
         assert prepared.student is not None
-        scorer, seed = self.scorer, self.run.recipe.fit.seeds[0]
-        targets = {name: prepared.target(teacher) for name, teacher in scorer.teachers.items()}
+        recorder = self.recorder
+        targets = {name: prepared.target(teacher) for name, teacher in recorder.teachers.items()}
         finite = {name: finite_rows(target) for name, target in targets.items()}
-        targets = {name: zero_others(target, finite[name]) for name, target in targets.items()}
-        for name, rows_of in finite.items():
-            tally.leave_out("teacher", name, rows_of)
-        context = scorer.begin(prepared, targets)
-        batch = prepared.student.to(self.backbone.device)
+        for name, rows in finite.items():
+            scores.leave_out("teacher", name, rows)
+            targets[name] = zero_others(targets[name], rows)
+        names = [recorder.images.names[index] for index in prepared.indices]
+        batch = EvaluationBatch(prepared.indices, names, prepared.pixels, targets)
+        batch = replace(batch, extra=recorder.prepare(batch))
 
-        def note(place: tuple[str, str, str, str], seed: int, rows: Iterable[Row], counted: Tensor) -> None:
-            for metric, protocol, values in rows:
-                tally.note(ScoreKey(*place, metric, protocol, seed=seed), values, metric in scorer.summed, counted)
+        def add(key: ScoreKey, values: dict[tuple[str, str], Tensor], counted: Tensor) -> None:
+            for (metric, protocol), value in values.items():
+                key = replace(key, metric=metric, protocol=protocol)
+                scores.add(key, value, metric in recorder.summed, counted)
 
-        def predicted(teacher: str, layer: str, probe: str, control: str, seed: int, prediction: Tensor) -> None:
-            counted = finite_rows(prediction) & finite[teacher].to(prediction.device)
-            rows = scorer.score(teacher, zero_others(prediction, counted), context)
-            note((teacher, layer, probe, control), seed, rows, counted)
+        def score(key: ScoreKey, prediction: Tensor) -> None:
+            counted = finite_rows(prediction) & finite[key.teacher].to(prediction.device)
+            add(key, recorder.update(key.teacher, zero_others(prediction, counted), batch), counted)
 
+        inputs = prepared.student.to(self.backbone.device)
+
+        @torch.no_grad()
         def visit(layer: Layer, hidden: Tensor) -> None:
-            with torch.no_grad():
-                tally.leave_out("layer", layer_name(layer), self._layer(layer, hidden, batch, predicted))
+            hidden = hidden.to(self.backbone.device)
+            states = self._probe_inputs(layer, hidden, inputs.tokens)
+            everything = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+            rows = [everything, *(finite_rows(own) for own, _ in states.values())]
+            scores.leave_out("layer", layer_name(layer), torch.stack(rows).all(dim=0))
+            for key, prediction in self._predictions(layer, states, inputs.tokens.grid):
+                score(key, prediction)
 
-        self.backbone.stream(batch, self.selection.layers, visit)
-        if self.arm == "none":
-            for name, target in targets.items():
-                predicted(name, "", "constant", "mean", seed, self.means[name].expand_as(target))
-            for name, probe, control, rows in scorer.references(targets, context):
-                note((name, "", probe, control), seed, rows, finite[name])
+        self.backbone.stream(inputs, self.selection.layers, visit)
+        if self.control == "none":
+            for teacher, target in targets.items():
+                key = ScoreKey(teacher, "", "constant", "mean", "", seed=self.seed)
+                score(key, self.means[teacher].expand_as(target))
+                for probe, control, values in recorder.references(teacher, batch):
+                    add(replace(key, probe=probe, control=control), values, finite[teacher])
 
-    def _layer(self, layer: Layer, hidden: Tensor, batch: Batch, predicted: Callable[..., None]) -> Tensor:
-        """Scores one layer; returns which images have finite states there, (B)."""
-        scorer, device, where = self.scorer, self.backbone.device, layer_name(layer)
-        selected: dict[tuple[str, ...], tuple[Tensor, Tensor | None]] = {}
-        finite = torch.ones(len(hidden), dtype=torch.bool, device=device)
+    def _probe_inputs(self, layer: Layer, hidden: Tensor, tokens: TokenMap) -> ProbeInputs:
+        """Selects states (B, n, H) and their mask by the kinds of tokens that a probe reads; `IMAGE` for the ridge."""
+        kinds = {tuple(bank.keys[key.teacher]) for bank in self.banks.values() for key, _ in bank.at(layer)}
+        states = {some: tokens.select(hidden.float(), some) for some in kinds}
+        return states | ({IMAGE: (tokens.image_states(hidden), None)} if self.ridge.maps else {})
+
+    def _predictions(
+        self, layer: Layer, states: ProbeInputs, grid: tuple[int, int]
+    ) -> Iterator[tuple[ScoreKey, Tensor]]:
+        """Yields the prediction (B, N, D) of every probe of a layer."""
+        name = layer_name(layer)
         for control, bank in self.banks.items():
             for key, probe in bank.at(layer):
-                kinds = tuple(bank.keys[key.teacher])
-                if kinds not in selected:
-                    selected[kinds] = batch.tokens.select(hidden.to(device).float(), kinds)
-                    finite &= finite_rows(selected[kinds][0])
-                prediction = probe(*selected[kinds])
-                if (_trained(control), key.teacher, where, key.seed) in self.untrained:
+                prediction = probe(*states[tuple(bank.keys[key.teacher])])
+                if (trained_control(control), key.teacher, name, key.seed) in self.untrained:
                     prediction = torch.full_like(prediction, torch.nan)
-                predicted(key.teacher, where, "resampler", control, key.seed, prediction)
-        if not self.ridge.maps:
-            return finite
-        image_states = batch.tokens.image_states(hidden.to(device))
-        finite &= finite_rows(image_states)
+                yield ScoreKey(key.teacher, name, "resampler", control, "", seed=key.seed), prediction
         for teacher, weight, bias in self.ridge.at(layer):
-            if teacher in scorer.teachers:
-                placed = place_states(image_states, batch.tokens.grid, scorer.teachers[teacher].grid)
-                seed = self.run.recipe.fit.seeds[0]
-                predicted(teacher, where, "ridge", self.arm, seed, F.linear(placed, weight, bias))
-        return finite
+            if teacher in self.recorder.teachers:
+                placed = place_states(states[IMAGE][0], grid, self.recorder.teachers[teacher].grid)
+                yield ScoreKey(teacher, name, "ridge", self.control, "", seed=self.seed), F.linear(placed, weight, bias)

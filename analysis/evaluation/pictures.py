@@ -1,7 +1,10 @@
-"""Pictures of what the decoders make of each layer's predictions, for the grids of the report."""
+"""Pictures of every layer's predictions, as the teachers decode them, for the report."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import json
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,110 +12,108 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from analysis.evaluation.metrics.generated_images import image_seeds
-from analysis.evaluation.scorer import Reference, Row
-from probing.data.coco import ImageList
-from probing.data.dataloader import Prepared
-from probing.teachers import Teacher, depth
-from probing.teachers.gen import GenDecoder
-from probing.teachers.seg import SegDecoder, label_map, replace_early
+from analysis.evaluation.context import EvaluationContext
+from analysis.evaluation.metrics.generated_images.generation import image_seeds
+from analysis.evaluation.registry import EvaluationBatch, Recorder, Series
+from probing.teachers import depth
+from probing.teachers.seg import label_map, replace_early
+from probing.utils.files import disk_errors, write_text
 from probing.utils.images import square
 
 SIDE = 256
-"""Longest side of a stored picture; smaller where the model itself sees less."""
+"""Longest side of a stored picture; smaller if the teacher's input is."""
+LANCZOS = Image.Resampling.LANCZOS
 
 
-@dataclass(frozen=True)
-class Context:
-    """What one batch is drawn with: photographs (B, S, S, 3), pixels per teacher, and seeds of the noise."""
+class Inputs(NamedTuple):
+    """Photographs (B, S, S, 3), and a seed of the noise for each."""
 
     photographs: Tensor
-    pixels: dict[str, Tensor]
     seeds: list[int]
 
 
-Draw = Callable[[Tensor, Context], Tensor]
-"""Prediction (B, N, D) and context → pictures (B, S, S) or (B, S, S, 3)."""
+class Pictures(Recorder):
+    """Decodes a few images at every layer through one teacher's decoder."""
+
+    protocol = "strict"
+
+    def __init__(self, context: EvaluationContext, teacher: str) -> None:
+        self.context, self.stem = context, f"pictures/{teacher}"
+        self.images = replace(context.images, names=context.images.names[: context.options.pictures])
+        self.teachers = {teacher: context.teachers[teacher]}
+        self.side = min(SIDE, self.teachers[teacher].prepare([Image.new("RGB", (SIDE, SIDE))]).shape[-1])
+        self.series = [("picture", self.protocol)]
+        self.settings = f"{self.images.digest()} {self.side} {self.decoder_settings()}"
+
+    def decoder_settings(self) -> str:
+        """Returns what else the pictures depend on."""
+        return ""
+
+    @abstractmethod
+    def decode(self, prediction: Tensor, batch: EvaluationBatch) -> Tensor:
+        """Decodes predictions (B, N, D) to pictures (B, S, S) or (B, S, S, 3)."""
+
+    def prepare(self, batch: EvaluationBatch) -> Inputs:
+        """Reads the photographs, square as the models see them."""
+        squares = [square(self.images.read(index)).resize((self.side, self.side), LANCZOS) for index in batch.indices]
+        return Inputs(torch.from_numpy(np.stack([np.asarray(one) for one in squares])), image_seeds(batch.names))
+
+    def update(self, teacher: str, prediction: Tensor, batch: EvaluationBatch) -> dict[Series, Tensor]:
+        """Decodes a prediction."""
+        return {self.series[0]: self.decode(prediction, batch)}
+
+    def references(self, teacher: str, batch: EvaluationBatch) -> Iterator[tuple[str, str, dict[Series, Tensor]]]:
+        """Yields the decoded target and the photographs."""
+        yield "target", "teacher", self.update(teacher, batch.targets[teacher], batch)
+        yield "photograph", "teacher", {self.series[0]: batch.extra.photographs}
 
 
-@dataclass
-class Pictures:
-    """Decodes a few images at every layer.
+class DepthPictures(Pictures):
+    """Depth maps (B, S, S), float16, in the teacher's unit; larger is nearer."""
 
-    Attributes:
-        images: which.
-        teachers: one, whose decoder draws.
-        draw: made by `draw_depth`, `draw_seg` or `draw_gen`.
-        side: of the pictures, in pixels.
-        made_with: what the decoder was told, as text.
-    """
+    def decoder_settings(self) -> str:
+        """Returns the direction of the teacher's values."""
+        return "" if depth.larger_is_nearer(self.teachers["depth"]) else "metric"
 
-    images: ImageList
-    teachers: dict[str, Teacher]
-    draw: Draw
-    side: int
-    made_with: str = ""
-    summed: frozenset[str] = frozenset()
-
-    @property
-    def stem(self) -> str:
-        """One file per teacher."""
-        return f"pictures/{next(iter(self.teachers))}"
-
-    def measures(self, teacher: str) -> list[tuple[str, str]]:
-        """One; segmentation is drawn from the probe alone."""
-        return [("picture", "blind" if teacher == "seg" else "strict")]
-
-    def settings(self) -> str:
-        """The images, and how they are drawn."""
-        return f"{self.images.digest()} {self.side} {self.made_with}"
-
-    def begin(self, prepared: Prepared, targets: dict[str, Tensor]) -> Context:
-        """The photographs as the models see them, pixels for the true stages of seg, and seeds for gen."""
-        size = (self.side, self.side)
-        squares = [square(self.images.read(index)) for index in prepared.indices]
-        small = np.stack([np.asarray(s.resize(size, Image.Resampling.LANCZOS)) for s in squares])
-        seeds = image_seeds([self.images.names[index] for index in prepared.indices])
-        return Context(torch.from_numpy(small), prepared.pixels, seeds)
-
-    def score(self, teacher: str, prediction: Tensor, context: Context) -> Iterable[Row]:
-        """What the teacher's decoder makes of a prediction."""
-        yield "picture", self.measures(teacher)[0][1], self.draw(prediction, context)
-
-    def references(self, targets: dict[str, Tensor], context: Context) -> Iterable[Reference]:
-        """The target feature through the same decoder, and the photographs."""
-        for name, target in targets.items():
-            yield name, "target", "teacher", self.score(name, target, context)
-            yield name, "photograph", "teacher", [("picture", self.measures(name)[0][1], context.photographs)]
+    def decode(self, prediction: Tensor, batch: EvaluationBatch) -> Tensor:
+        """Decodes maps."""
+        maps = depth.decode(self.teachers["depth"], prediction)[:, None].float()
+        return F.interpolate(maps, size=(self.side, self.side), mode="bilinear", align_corners=False)[:, 0].half()
 
 
-def draw_depth(teacher: Teacher, side: int) -> Draw:
-    """Draws depth maps (B, S, S), float16, in the teacher's own unit; larger is nearer."""
+class SegPictures(Pictures):
+    """Label maps (B, S, S), uint8, decoded blindly."""
 
-    def draw(prediction: Tensor, context: Context) -> Tensor:
-        maps = depth.decode(teacher, prediction)[:, None].float()
-        return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)[:, 0].half()
+    protocol = "blind"
 
-    return draw
+    def decoder_settings(self) -> str:
+        """Writes the names of the classes next to the pictures."""
+        folder = self.context.run.path
+        with disk_errors(folder):
+            write_text(folder / "pictures" / "classes.json", json.dumps(self.context.seg_decoder.names))
+        return ""
+
+    def decode(self, prediction: Tensor, batch: EvaluationBatch) -> Tensor:
+        """Decodes label maps."""
+        decoder = self.context.seg_decoder
+        stages = replace_early(decoder.stages(batch.pixels["seg"]), "blind", self.context.early_means)
+        maps = [label_map(one, (self.side, self.side)) for one in decoder.decode(prediction, stages)]
+        return torch.stack(maps).to(torch.uint8)
 
 
-def draw_seg(decoder: SegDecoder, means: list[Tensor], side: int) -> Draw:
-    """Draws label maps (B, S, S), uint8, with a constant in place of the image's own early stages."""
+class GenPictures(Pictures):
+    """Images (B, S, S, 3), uint8, generated from the same noise at every layer."""
 
-    def draw(prediction: Tensor, context: Context) -> Tensor:
-        stages = decoder.stages(context.pixels["seg"])
-        scores = decoder.decode(prediction, replace_early(stages, "blind", means))
-        return torch.stack([label_map(one, (side, side)) for one in scores]).to(torch.uint8)
+    def decoder_settings(self) -> str:
+        """Returns the options of the diffusion."""
+        return f"{self.context.options.steps} {self.context.options.guidance}"
 
-    return draw
-
-
-def draw_gen(decoder: GenDecoder, side: int) -> Draw:
-    """Draws images (B, S, S, 3), uint8, painted from the same noise at every layer."""
-
-    def draw(prediction: Tensor, context: Context) -> Tensor:
-        painted = [Image.fromarray(one) for one in decoder.decode(prediction[:, 0], context.seeds)]
-        small = [np.asarray(one.resize((side, side), Image.Resampling.LANCZOS)) for one in painted]
+    def decode(self, prediction: Tensor, batch: EvaluationBatch) -> Tensor:
+        """Generates images."""
+        images = self.context.gen_decoder.decode(prediction[:, 0], batch.extra.seeds)
+        small = [np.asarray(Image.fromarray(one).resize((self.side, self.side), LANCZOS)) for one in images]
         return torch.from_numpy(np.stack(small))
 
-    return draw
+
+PICTURES: dict[str, type[Pictures]] = {"depth": DepthPictures, "seg": SegPictures, "gen": GenPictures}
+"""By teacher."""

@@ -5,19 +5,20 @@ from pathlib import Path
 
 import torch
 
-from analysis.evaluation.forward_pass import ARMS, WITHOUT_RIDGE, Selection
-from analysis.evaluation.metrics.generated_images import feature_folder
-from analysis.evaluation.metrics.image_features import Extractor, classifier, inception, inception_file, reference_file
-from analysis.evaluation.run import GENERATED, Options, protocols_of, require_protocols, selection
+from analysis.evaluation.forward_pass import PASSES, WITHOUT_RIDGE, Selection
+from analysis.evaluation.metrics.generated_images import GeneratedImages
+from analysis.evaluation.metrics.generated_images.features import reference_file
+from analysis.evaluation.metrics.generated_images.generation import feature_folder
+from analysis.evaluation.options import Options
+from analysis.evaluation.registry import metrics
+from analysis.evaluation.run import require_protocols, selection
 from analysis.evaluation.scores import score_file
 from analysis.planning.plan import Plan
 from probing.data.coco import ImageList
-from probing.data.da2k import read_pairs
 from probing.models import count_blocks, layer_name
 from probing.recipe import ProbeRunRecipe
 from probing.runs.directory import Run, members
 from probing.training.run import held_out_images
-from probing.utils.errors import UserError
 from probing.utils.pretrained import locate
 
 
@@ -58,17 +59,14 @@ def plan_metrics(recipe: ProbeRunRecipe, options: Options, run: Run | None = Non
     facts: dict[str, str] = {}
     for metric in options.metrics:
         chosen = selection(recipe, blocks, options, metric)
-        if metric in GENERATED:
-            facts |= _generation(run, recipe, metric, chosen, images, options)
+        kind = metrics()[metric]
+        if issubclass(kind, GeneratedImages):
+            facts |= _generation(run, recipe, kind, chosen, images, options)
             continue
-        count, split = min(len(images), (metric != "cosine" and options.images) or len(images)), images.split
-        if metric == "da2k":
-            if options.da2k is None:
-                raise UserError("the metric da2k needs its images and pairs; give --da2k DIR")
-            count, split = min(len(read_pairs(options.da2k)), options.images or len(images)), "da2k"
-        work = f"{count:,} images x {sum(bool(chosen.arm(arm).controls) for arm in ARMS)} forward passes"
-        if metric != "cosine":
-            curves, protocols = len(_curves(chosen, recipe)), len(protocols_of(metric, options.protocols))
+        count, split = kind.count_images(options, images)
+        work = f"{count:,} images x {sum(bool(chosen.in_pass(one).controls) for one in PASSES)} forward passes"
+        if kind.teacher:
+            curves, protocols = len(_curves(chosen, recipe)), len(kind.select_protocols(options.protocols))
             decodings = f"{count * curves * protocols:,} decodings"
             work += f"; {count:,} x {curves} curves x {protocols} protocols = {decodings}"
         file = score_file(run.path, f"scores/{metric}", split) if run else None
@@ -79,19 +77,25 @@ def plan_metrics(recipe: ProbeRunRecipe, options: Options, run: Run | None = Non
 
 
 def _generation(
-    run: Run | None, recipe: ProbeRunRecipe, metric: str, chosen: Selection, images: ImageList, options: Options
+    run: Run | None,
+    recipe: ProbeRunRecipe,
+    kind: type[GeneratedImages],
+    chosen: Selection,
+    images: ImageList,
+    options: Options,
 ) -> dict[str, str]:
     """Counts images that the diffusion model generates, and the features of real ones."""
-    images = replace(images, names=images.names[: options.images])
+    kind.require_options(options)
+    metric, images = kind.name, replace(images, names=images.names[: options.images])
     curves = [*_curves(chosen, recipe), "constant-mean", "target-teacher"]
     generated, calls = len(curves) * len(images), options.steps * (2 if options.guidance > 1 else 1)
     work = (
         f"{len(curves)} sets x {len(images):,} images = {generated:,} images x {calls} calls of the diffusion model = "
         f"{generated * calls:,} calls"
     )
-    extractor = _extractor(metric, options)
-    if extractor is None:
-        return {metric: f"{work}; exists: nothing", f"{metric}, real images": "features; downloads Inception"}
+    if kind.downloads(options):
+        return {metric: f"{work}; exists: nothing", f"{metric}, real images": "features; downloads the network"}
+    extractor = kind.load_extractor(options, torch.device("cpu"))
     exists = 0
     if run is not None:
         teacher = run.manifest["teachers"]["gen"]["sha256"]
@@ -114,13 +118,3 @@ def _curves(chosen: Selection, recipe: ProbeRunRecipe) -> list[str]:
         if probe != "ridge" or control not in WITHOUT_RIDGE
         for seed in (recipe.fit.seeds if probe == "resampler" else recipe.fit.seeds[:1])
     ]
-
-
-def _extractor(metric: str, options: Options) -> Extractor | None:
-    """Loads the network for image features, unless it would be downloaded."""
-    if metric == "fid":
-        file = options.inception_weights or inception_file()
-        return inception(file, torch.device("cpu")) if file else None
-    if options.extractor is None:
-        raise UserError("the metric frechet needs a network for its features; give --extractor DIR, or use fid")
-    return classifier(options.extractor, torch.device("cpu"))

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from analysis.evaluation.registry import PROTOCOLS
+from analysis.evaluation.registry import metrics
 from probing.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from analysis.evaluation.run import Options
+    from analysis.evaluation.options import Options
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -29,8 +29,9 @@ EVALUATION_OPTIONS = (
         "--metric",
         "metrics",
         multiple=True,
-        type=click.Choice(list(PROTOCOLS)),
-        help="Repeat for several. Default: cosine.",
+        type=click.Choice(list(metrics())),
+        help=f"{'; '.join(f'{name}: {metric.help}' for name, metric in metrics().items())}. Repeat for several. "
+        "Default: cosine.",
     ),
     click.option(
         "--protocol",
@@ -86,7 +87,7 @@ def evaluation_options(verb: F) -> F:
 
 def evaluation(options: dict[str, Any]) -> "Options":
     """What `evaluation_options` say."""
-    from analysis.evaluation.run import Options
+    from analysis.evaluation.options import Options
 
     return Options(**options | {"metrics": tuple(dict.fromkeys(options["metrics"])) or ("cosine",)})
 

@@ -96,11 +96,7 @@ def train(
 def evaluate(run: Path, dry_run: bool, **options: Any) -> None:
     """Score the probes of RUN on held-out images; writes results.csv.
 
-    cosine: similarity with the teacher's features. The others go through the teacher's own decoder. da2k: accuracy on
-    depth pairs. miou: mean IoU of the segmentation. fid: distance of generated images from real ones, with KID;
-    frechet: the same between the features of another network.
-
-    What was scored with the same settings is kept; an interrupted evaluation goes on.
+    Scores with identical settings are reused; interrupted evaluations resume.
     """
     quiet_libraries()
     if dry_run:

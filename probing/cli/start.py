@@ -72,7 +72,7 @@ def plan(
     if not math.isfinite(tflops + tflops_long):
         raise UserError("--tflops and --tflops-long are numbers of TFLOP/s; write such as 150")
     quiet_libraries()
-    from analysis.evaluation.run import Options
+    from analysis.evaluation.options import Options
     from analysis.planning.distillation import plan_stage
     from analysis.planning.evaluation import plan_evaluation, plan_metrics
     from analysis.planning.plan import Devices

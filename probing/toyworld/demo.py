@@ -16,7 +16,8 @@ from analysis.alignment.run import AlignRecipe, align
 from analysis.benchmarks.compare import answer_statements, compare_answers
 from analysis.benchmarks.run import BenchRecipe, bench
 from analysis.evaluation.compare import compare, statements
-from analysis.evaluation.run import Options, evaluate
+from analysis.evaluation.options import Options
+from analysis.evaluation.run import evaluate
 from probing.recipe import ProbeRunRecipe, validate
 from probing.toyworld.cvbench import write_cvbench
 from probing.toyworld.layout import write_world

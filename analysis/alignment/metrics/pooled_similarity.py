@@ -22,8 +22,8 @@ from analysis.alignment.metrics.similarity import (
     u_centred,
 )
 from analysis.alignment.metrics.word_match import derangement
-from analysis.evaluation.forward_pass import Tally
-from analysis.evaluation.metrics.frechet import Jackknife
+from analysis.evaluation.forward_pass import ScoreAccumulator
+from analysis.evaluation.jackknife import Jackknife
 from analysis.evaluation.scores import EMPTY, ScoreKey, Summary, Table
 from probing.models.finite import finite_rows
 
@@ -54,7 +54,7 @@ class PooledSimilarity(Measure):
             yield Row(key, states.values[: batch.pooled].mean(dim=1), states.finite[: batch.pooled])
 
 
-def take_pooled(tally: Tally) -> tuple[Pooled, Pooled]:
+def take_pooled(tally: ScoreAccumulator) -> tuple[Pooled, Pooled]:
     """Removes mean states from the tally; returns those of the layers, and of tower and teachers."""
     layers: Pooled = {}
     references: Pooled = {}
@@ -107,7 +107,7 @@ def compare_pooled(layers: Pooled, references: Pooled, split: str) -> tuple[Tabl
             table[replace(key, metric="mutual_knn", variant=f"k={k}")] = overlap
             jackknife = jackknives.get(pair)
             interval = jackknife.interval() if jackknife else EMPTY
-            rows.append(Summary(key, split, "0", interval, int(images.sum()), distances=jackknife))
+            rows.append(Summary(key, split, "0", interval, int(images.sum()), jackknife=jackknife))
     if too_few:
         logger.warning("too few images with finite states to compare layers with references: %s", ", ".join(too_few))
     return table, rows

@@ -1,1 +1,1 @@
-"""One file per metric."""
+"""One file per metric; see `analysis.evaluation.registry`."""

@@ -1,20 +1,17 @@
 """Cosine similarity between predicted and true teacher features."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from analysis.evaluation.scorer import Reference, Row
-from probing.data.coco import ImageList
-from probing.data.dataloader import Prepared
-from probing.teachers import Teacher
+from analysis.evaluation.registry import EvaluationBatch, Metric, MetricInfo, Series, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def token_cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of the cosine of each token (protocol `strict`).
+    """Computes the mean over tokens of the cosine per token (protocol `strict`).
 
     Args:
         prediction: (B, N, D).
@@ -23,54 +20,55 @@ def token_cosine(prediction: Tensor, target: Tensor) -> Tensor:
     Returns:
         (B); a zero vector has cosine 0 with everything.
     """
-    return F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean(dim=-1)
+    from torch.nn.functional import cosine_similarity
+
+    return cosine_similarity(prediction.float(), target.float(), dim=-1).mean(dim=-1)
 
 
 def centred_cosine(prediction: Tensor, target: Tensor, mean: Tensor) -> Tensor:
-    """`token_cosine` after the training split's mean target (N, D) is taken from both."""
+    """Computes `token_cosine` after subtracting the training split's mean target (N, D) from both."""
     return token_cosine(prediction.float() - mean, target.float() - mean)
 
 
 def flat_cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """One cosine over the flattened feature of each image (protocol `paper`, OLA-VLM's released evaluation)."""
-    return F.cosine_similarity(prediction.float().flatten(1), target.float().flatten(1), dim=-1)
+    """Computes one cosine per flattened feature (protocol `paper`, OLA-VLM's released evaluation)."""
+    return token_cosine(prediction.flatten(1)[:, None], target.flatten(1)[:, None])
 
 
-@dataclass
-class Cosine:
-    """Cosine similarity with the target; see `analysis.evaluation.metrics.cosine`."""
+@register
+class Cosine(Metric):
+    """Cosine similarity with the target."""
 
-    images: ImageList
-    teachers: dict[str, Teacher]
-    means: dict[str, Tensor]
-    protocols: Sequence[str]
-    stem: str = "scores/cosine"
-    summed: frozenset[str] = frozenset()
+    name = "cosine"
+    help = "similarity with the teacher's features"
+    infos = (
+        MetricInfo(
+            "cosine_centred",
+            "strict",
+            "centred cosine similarity",
+            "Mean over tokens of the cosine per token, after the training split's mean target is subtracted from "
+            "prediction and target; a constant scores 0.",
+        ),
+        MetricInfo(
+            "cosine",
+            "strict",
+            "cosine similarity per token",
+            "Mean over tokens of the cosine per token; most of it is the mean target.",
+        ),
+        MetricInfo(
+            "cosine",
+            "paper",
+            "cosine similarity, flattened",
+            "One cosine over the whole feature of an image, as in the paper's released evaluation.",
+        ),
+    )
 
-    def measures(self, teacher: str) -> list[tuple[str, str]]:
-        """Up to three ways to compute it."""
-        every = [("cosine", "strict"), ("cosine_centred", "strict"), ("cosine", "paper")]
-        return [(metric, protocol) for metric, protocol in every if protocol in self.protocols]
-
-    def settings(self) -> str:
-        """The images."""
-        return self.images.digest()
-
-    def begin(self, prepared: Prepared, targets: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The targets."""
-        return targets
-
-    def score(self, teacher: str, prediction: Tensor, context: dict[str, Tensor]) -> Iterator[Row]:
-        """One number per image and way to compute it."""
-        target, mean = context[teacher], self.means[teacher]
-        ways: dict[tuple[str, str], Callable[[], Tensor]] = {
-            ("cosine", "strict"): lambda: token_cosine(prediction, target),
-            ("cosine_centred", "strict"): lambda: centred_cosine(prediction, target, mean),
-            ("cosine", "paper"): lambda: flat_cosine(prediction, target),
-        }
-        for metric, protocol in self.measures(teacher):
-            yield metric, protocol, ways[metric, protocol]()
-
-    def references(self, targets: dict[str, Tensor], context: Any) -> Iterator[Reference]:
-        """None: a target's cosine with itself is 1."""
-        yield from ()
+    def update(self, teacher: str, prediction: Tensor, batch: EvaluationBatch) -> dict[Series, Tensor]:
+        """Scores every image."""
+        target, scores = batch.targets[teacher], {}
+        if "strict" in self.protocols:
+            scores["cosine_centred", "strict"] = centred_cosine(prediction, target, self.context.mean_targets[teacher])
+            scores["cosine", "strict"] = token_cosine(prediction, target)
+        if "paper" in self.protocols:
+            scores["cosine", "paper"] = flat_cosine(prediction, target)
+        return scores

@@ -1,36 +1,43 @@
 """Relative depth: which of two points is closer, as DA-2K asks (Depth Anything V2, arXiv:2406.09414, sec. 6)."""
 
+from __future__ import annotations
+
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from analysis.evaluation.scorer import Reference, Row
-from probing.data.coco import ImageList, Skipped
-from probing.data.da2k import Pair, read_pairs
-from probing.data.dataloader import Prepared
-from probing.data.image_modes import image_size, orientation
-from probing.teachers import Teacher, depth
+from analysis.evaluation.registry import EvaluationBatch, Metric, MetricInfo, Series, register
 from probing.utils.errors import UserError
-from probing.utils.paths import is_file
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from analysis.evaluation.context import EvaluationContext
+    from analysis.evaluation.options import Options
+    from analysis.evaluation.scores import ScoreFile
+    from probing.data.coco import ImageList
+    from probing.data.da2k import Pair
+
+logger = logging.getLogger(__name__)
+
+SPLIT = "da2k"
 
 
 def score_pairs(depth: NDArray[np.floating], pairs: Sequence[Pair]) -> NDArray[np.float64]:
     """Scores one map.
 
     Args:
-        depth: (rows, columns) at the image's own size; larger is closer.
+        depth: (rows, columns) at the image's original size; larger is closer.
         pairs: of that image.
 
     Returns:
-        Per pair: 1 where the closer point has the larger value, 0.5 where both are equal, else 0. A constant map
+        Per pair 1 where the closer point has the larger value, 0.5 where both are equal, else 0; a constant map
         therefore scores one half.
     """
     near = np.array([depth[pair.closer] for pair in pairs])
@@ -39,123 +46,170 @@ def score_pairs(depth: NDArray[np.floating], pairs: Sequence[Pair]) -> NDArray[n
 
 
 def row_score(pairs: Sequence[Pair]) -> NDArray[np.float64]:
-    """What the image row alone scores: the point further down is taken for the closer one."""
+    """Scores the guess that the point further down in the image is the closer one."""
     return np.array([0.5 + 0.5 * np.sign(pair.closer[0] - pair.farther[0]) for pair in pairs])
 
 
 def pair_accuracy(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Share of pairs that are right, from sums (…, 2) of scores and of numbers of pairs."""
+    """Divides summed scores by summed numbers of pairs, (…, 2) → (…)."""
     return totals[..., 0] / totals[..., 1]
 
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class DepthPairs:
+@register
+class DepthPairs(Metric):
     """Accuracy on pairs of points, from decoded depth maps."""
 
-    images: ImageList
-    teachers: dict[str, Teacher]
-    pairs: dict[str, list[Pair]]
-    sizes: dict[str, tuple[int, int]]
-    stem: str = "scores/da2k"
-    summed: frozenset[str] = frozenset()
+    name = "da2k"
+    help = "accuracy on pairs of points, from decoded depth"
+    teacher = "depth"
+    requires = ("da2k",)
+    infos = (
+        MetricInfo(
+            "da2k",
+            "strict",
+            "DA-2K accuracy",
+            "Share of point pairs ordered correctly. The depth teacher's neck and head decode the predicted feature; "
+            "the point with the larger value is the closer one, at the image's original size. Ties count half, so a "
+            "constant scores one half.",
+            chance=0.5,
+            statistic=pair_accuracy,
+            column=2,
+        ),
+    )
 
-    def measures(self, teacher: str) -> list[tuple[str, str]]:
-        """One."""
-        return [("da2k", "strict")]
-
-    def settings(self) -> str:
-        """The images, their pairs, and the direction of a metric teacher."""
-        pairs = repr([self.pairs[name] for name in self.images.names])
-        metric = "" if depth.larger_is_nearer(self.teachers["depth"]) else " metric"
-        return hashlib.sha256(f"{self.images.digest()} {pairs}{metric}".encode()).hexdigest()
-
-    @classmethod
-    def of(cls, root: Path, teachers: dict[str, Teacher], limit: int | None) -> "DepthPairs":
-        """Reads a folder in DA-2K's layout; missing images, and pairs outside theirs, are left out and named.
+    def __init__(self, context: EvaluationContext) -> None:
+        """Reads images and pairs; what cannot be used is skipped and named.
 
         Raises:
-            UserError: the run has no depth teacher, the folder is broken, or no image is left.
+            UserError: the folder is broken, or no image can be used.
         """
-        if "depth" not in teachers:
-            raise UserError("da2k needs the depth teacher, which this run was made without")
-        found = {name: some for name, some in read_pairs(root).items() if some}
-        names = [name for name in found if is_file(root / name)]
-        missing = [Skipped(name, "da2k", "missing") for name in found if name not in set(names)]
-        if not names:
-            raise UserError(f"none of the {len(found)} images that {root / 'annotations.json'} names is there")
-        if missing:
-            logger.warning("da2k: %d of %d images are missing, first %s", len(missing), len(found), missing[0].image)
-        turned = _turned_by_points(root, {name: found[name] for name in names})
-        sizes: dict[str, tuple[int, int]] = {}
-        outside: list[Skipped] = []
-        for name in names[:limit]:
-            try:
-                width, height = image_size(root / name, name in turned)
-            except OSError:
-                continue  # the loader reads it again, and notes why it is left out
-            sizes[name] = (height, width)
-            inside = [pair for pair in found[name] if pair.inside(height, width)]
-            if len(inside) < len(found[name]):
-                number = len(found[name]) - len(inside)
-                outside.append(Skipped(name, "da2k", f"{number} pairs outside its {width} x {height} pixels"))
-            found[name] = inside
-        if outside:
-            logger.warning(
-                "da2k: points outside %d images are left out, first %s: %s",
-                len(outside), outside[0].image, outside[0].reason,
-            )  # fmt: skip
-        names = [name for name in names[:limit] if found[name]]
-        if not names:
-            raise UserError(
-                f"{root / outside[0].image} has {outside[0].reason}, and so have all; use the published images"
-            )
-        unusable = [skip for skip in outside if not found[skip.image]]
-        images = ImageList(root, "da2k", names, missing + unusable, turned=turned)
-        return cls(images, {"depth": teachers["depth"]}, found, sizes)
+        from probing.data.da2k import read_pairs
+        from probing.teachers import depth
 
-    def begin(self, prepared: Prepared, targets: dict[str, Tensor]) -> tuple[list[str], Tensor]:
-        """Names of the images, and their pixels for the teacher's own answer."""
-        return [self.images.names[index] for index in prepared.indices], prepared.pixels["depth"]
+        super().__init__(context)
+        root = Path(context.options.da2k or "")
+        self.images, self.pairs, self.sizes = read_images(root, read_pairs(root), context.options.images)
+        direction = "" if depth.larger_is_nearer(self.teachers["depth"]) else " metric"
+        text = f"{self.images.digest()} {[self.pairs[name] for name in self.images.names]}{direction}"
+        self.settings = hashlib.sha256(text.encode()).hexdigest()
 
-    def score(self, teacher: str, prediction: Tensor, context: tuple[list[str], Tensor]) -> Iterator[Row]:
-        """Decodes, and counts right pairs and pairs of every image."""
-        yield "da2k", "strict", self._counts(depth.decode(self.teachers[teacher], prediction), context[0])
+    @classmethod
+    def count_images(cls, options: Options, images: ImageList) -> tuple[int, str]:
+        """Counts the annotated images."""
+        from probing.data.da2k import read_pairs
 
-    def references(self, targets: dict[str, Tensor], context: Any) -> Iterator[Reference]:
-        """The target feature through the same decoder, the teacher from its four features, and the image row alone."""
-        yield "depth", "target", "teacher", self.score("depth", targets["depth"], context)
-        own = depth.predict(self.teachers["depth"], context[1])
-        yield "depth", "teacher", "teacher", [("da2k", "strict", self._counts(own, context[0]))]
-        rows = [row_score(self.pairs[name]) for name in context[0]]
-        counts = torch.tensor([[one.sum(), len(one)] for one in rows])
-        yield "depth", "image_row", "baseline", [("da2k", "strict", counts)]
+        cls.require_options(options)
+        return len(list(read_pairs(Path(options.da2k or "")))[: options.images]), SPLIT
 
-    def _counts(self, maps: Tensor, names: list[str]) -> Tensor:
+    def update(self, teacher: str, prediction: Tensor, batch: EvaluationBatch) -> dict[Series, Tensor]:
+        """Decodes a feature and scores the pairs."""
+        from probing.teachers import depth
+
+        return self._scores(depth.decode(self.teachers[teacher], prediction), batch.names)
+
+    def references(self, teacher: str, batch: EvaluationBatch) -> Iterator[tuple[str, str, dict[Series, Tensor]]]:
+        """Scores the decoded target, the teacher's own depth, and the image row alone."""
+        import torch
+
+        from probing.teachers import depth
+
+        yield "target", "teacher", self.update(teacher, batch.targets[teacher], batch)
+        own = depth.predict(self.teachers[teacher], batch.pixels[teacher])
+        yield "teacher", "teacher", self._scores(own, batch.names)
+        rows = [row_score(self.pairs[name]) for name in batch.names]
+        yield "image_row", "baseline", {("da2k", "strict"): torch.tensor([[row.sum(), len(row)] for row in rows])}
+
+    def finish(self, scores: ScoreFile) -> None:
+        """Warns if near and far look swapped."""
+        warn_if_inverted(scores)
+
+    def _scores(self, maps: Tensor, names: Sequence[str]) -> dict[Series, Tensor]:
+        import torch
+        from torch.nn.functional import interpolate
+
         rows = []
-        for one, name in zip(maps.float(), names, strict=True):
-            size = self.sizes[name]
-            full = torch.nn.functional.interpolate(one[None, None], size=size, mode="bilinear", align_corners=False)
+        for depth_map, name in zip(maps.float(), names, strict=True):
+            full = interpolate(depth_map[None, None], size=self.sizes[name], mode="bilinear", align_corners=False)
             scores = score_pairs(full[0, 0].cpu().numpy(), self.pairs[name])
             rows.append([scores.sum(), len(scores)])
-        return torch.tensor(np.array(rows))
+        return {("da2k", "strict"): torch.tensor(np.array(rows))}
 
 
-def _turned_by_points(root: Path, pairs: dict[str, list[Pair]]) -> frozenset[str]:
-    """Finds the images that are turned upright as their EXIF orientation says: all, where points show it of one."""
-    turned, upright = [], False
-    for name, own in pairs.items():
+def warn_if_inverted(scores: ScoreFile) -> None:
+    """Warns if the depth teacher's own maps order the pairs worse than chance."""
+    from analysis.evaluation.scores import summaries
+
+    own = {key: values for key, values in scores.table.items() if key.probe == "teacher"}
+    for row in summaries(replace(scores, table=own), [0]):
+        if row.interval.high < 0.5:
+            logger.warning(
+                "da2k: the depth teacher itself scores %.2f, below chance: near and far look swapped; check "
+                "depth_estimation_type in its config.json",
+                row.interval.value,
+            )
+
+
+def read_images(
+    root: Path, pairs: dict[str, list[Pair]], limit: int | None
+) -> tuple[ImageList, dict[str, list[Pair]], dict[str, tuple[int, int]]]:
+    """Selects usable images; those that are missing, and pairs outside their image, are skipped and named.
+
+    Returns:
+        The images, the pairs of each, and (rows, columns) of those whose size can be read.
+
+    Raises:
+        UserError: no image can be used.
+    """
+    from probing.data.coco import ImageList, Skipped
+    from probing.data.image_modes import image_size
+    from probing.utils.paths import is_file
+
+    annotated = {name: some for name, some in pairs.items() if some}
+    pairs = {name: some for name, some in annotated.items() if is_file(root / name)}
+    missing = [Skipped(name, SPLIT, "missing") for name in annotated if name not in pairs]
+    if not pairs:
+        raise UserError(f"none of the {len(annotated)} images that {root / 'annotations.json'} names exists; copy them")
+    if missing:
+        logger.warning("da2k: %d of %d images are missing, first %s", len(missing), len(annotated), missing[0].image)
+    turned = find_upright(root, pairs)
+    sizes: dict[str, tuple[int, int]] = {}
+    outside: list[Skipped] = []
+    for name in list(pairs)[:limit]:
+        try:
+            width, height = image_size(root / name, name in turned)
+        except OSError:
+            continue  # the data loader reports it as corrupt
+        sizes[name] = (height, width)
+        inside = [pair for pair in pairs[name] if pair.inside(height, width)]
+        if number := len(pairs[name]) - len(inside):
+            outside.append(Skipped(name, SPLIT, f"{number} pairs outside its {width} x {height} pixels"))
+        pairs[name] = inside
+    names = [name for name in list(pairs)[:limit] if pairs[name]]
+    if outside:
+        first = outside[0]
+        logger.warning("da2k: %d images have points outside, first %s: %s", len(outside), first.image, first.reason)
+        if not names:
+            raise UserError(f"{root / first.image} has {first.reason}, and so have all; use the published images")
+    unusable = [skip for skip in outside if not pairs[skip.image]]
+    return ImageList(root, SPLIT, names, missing + unusable, turned=turned), pairs, sizes
+
+
+def find_upright(root: Path, pairs: dict[str, list[Pair]]) -> frozenset[str]:
+    """Returns the images to rotate by EXIF: all that have it, if points lie inside one of them only when rotated."""
+    from probing.data.image_modes import image_size, orientation
+
+    rotated, upright = [], False
+    for name, points in pairs.items():
         try:
             if orientation(root / name) == 1:
                 continue
-            (width, height), (wide, high) = image_size(root / name, upright=False), image_size(root / name)
+            stored, shown = image_size(root / name, upright=False), image_size(root / name)
         except OSError:
             continue
-        turned.append(name)
-        upright |= all(pair.inside(high, wide) for pair in own) and not all(pair.inside(height, width) for pair in own)
-    if turned:
-        how = "turned upright" if upright else "read as stored: no point says otherwise"
-        logger.warning("da2k: %d images with an EXIF orientation are %s, first %s", len(turned), how, turned[0])
-    return frozenset(turned if upright else ())
+        rotated.append(name)
+        fits = [all(pair.inside(*size[::-1]) for pair in points) for size in (stored, shown)]
+        upright |= fits == [False, True]
+    if rotated:
+        how = "rotated by it" if upright else "read as stored: no point lies outside"
+        logger.warning("da2k: %d images with an EXIF orientation are %s, first %s", len(rotated), how, rotated[0])
+    return frozenset(rotated if upright else ())

@@ -1,35 +1,40 @@
-"""Mean intersection over union from one confusion matrix over a whole split."""
+"""Mean intersection over union, from one confusion matrix over a whole split."""
+
+from __future__ import annotations
 
 import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from analysis.evaluation.scorer import Reference, Row
-from probing.data.coco import ImageList, Skipped
-from probing.data.dataloader import Prepared
-from probing.data.instances import LabelledImages, fitting
-from probing.data.panoptic import Panoptic, read_panoptic
-from probing.teachers import Teacher
-from probing.teachers.seg import SegDecoder, label_map, replace_early
+from analysis.evaluation.registry import EvaluationBatch, Metric, MetricInfo, Series, register
 from probing.utils.errors import UserError
-from probing.utils.images import square
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from analysis.evaluation.context import EvaluationContext
+    from probing.data.coco import ImageList
+    from probing.data.panoptic import Panoptic
+    from probing.teachers.seg import SegDecoder
+
+logger = logging.getLogger(__name__)
+
+MEAN_OVER = 256
+"""Training images whose early stages are averaged for blind decoding."""
 
 
-def confusion(truth: Tensor, found: Tensor, classes: int) -> Tensor:
+def confusion(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
     """Counts pixels by true and predicted class, on the device of the maps.
 
     Args:
         truth: (rows, columns) classes; anything outside 0 … classes - 1 is unlabeled.
-        found: (rows, columns) predicted classes; anything outside is a prediction of no class.
+        predicted: (rows, columns) classes; anything outside is a prediction of no class.
         classes: number of classes.
 
     Returns:
@@ -39,157 +44,187 @@ def confusion(truth: Tensor, found: Tensor, classes: int) -> Tensor:
     Raises:
         ValueError: the maps have different sizes.
     """
-    if truth.shape != found.shape:
-        raise ValueError(f"truth has {tuple(truth.shape)} pixels and the prediction {tuple(found.shape)}")
-    true, predicted = (
-        torch.where((labels >= 0) & (labels < classes), labels.long(), classes) for labels in (truth, found)
-    )
-    flat = torch.bincount((true * (classes + 1) + predicted).flatten(), minlength=(classes + 1) ** 2)
-    return flat.view(classes + 1, classes + 1)
+    import torch
+
+    if truth.shape != predicted.shape:
+        raise ValueError(f"truth has {tuple(truth.shape)} pixels and the prediction {tuple(predicted.shape)}")
+    row, column = (torch.where((x >= 0) & (x < classes), x.long(), classes) for x in (truth, predicted))
+    counts = torch.bincount((row * (classes + 1) + column).flatten(), minlength=(classes + 1) ** 2)
+    return counts.view(classes + 1, classes + 1)
 
 
 def class_counts(matrix: Tensor) -> Tensor:
-    """What one image adds to a split's IoU: (3 · classes) pixels in both, in the truth, and in the prediction.
+    """Returns one image's terms of the split's IoU, (3 · classes): pixels in both, in the truth, in the prediction.
 
-    Unlabeled pixels are left out, of truth and prediction alike.
+    Unlabeled pixels are left out of truth and prediction.
     """
+    import torch
+
     labelled = matrix[:-1]
     return torch.cat([labelled.diagonal(), labelled.sum(dim=1), labelled.sum(dim=0)[:-1]])
 
 
 def class_iou(totals: NDArray[np.floating]) -> NDArray[np.float64]:
-    """IoU per class (…, classes), from sums (…, 3 · classes) of `class_counts`; NaN for a class that is nowhere."""
-    both, true, found = np.split(np.asarray(totals, dtype=np.float64), 3, axis=-1)
-    union = true + found - both
+    """Computes IoU per class (…, classes) from sums (…, 3 · classes); NaN for a class that does not occur."""
+    both, true, predicted = np.split(np.asarray(totals, dtype=np.float64), 3, axis=-1)
+    union = true + predicted - both
     return np.divide(both, union, out=np.full_like(union, np.nan), where=union > 0)
 
 
 def mean_iou(totals: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Mean of `class_iou` over the classes that occur in the truth (…); NaN where none does."""
-    there = np.split(totals, 3, axis=-1)[1] > 0
-    number = there.sum(axis=-1).astype(np.float64)
-    total = np.where(there, class_iou(totals), 0.0).sum(axis=-1)
+    """Averages `class_iou` over the classes of the truth (…); NaN if it has none."""
+    occurs = np.split(totals, 3, axis=-1)[1] > 0
+    number = occurs.sum(axis=-1).astype(np.float64)
+    total = np.where(occurs, class_iou(totals), 0.0).sum(axis=-1)
     return np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
 
 
 def paper_iou(matrix: Tensor) -> Tensor:
-    """Mean IoU of one image as OLA-VLM's released evaluation computes it (protocol `paper`).
+    """Computes one image's mean IoU as OLA-VLM's released evaluation does (protocol `paper`).
 
-    The mean is over the classes of this image's truth, and what is predicted on unlabeled pixels counts in the union.
+    The mean is over the classes of this image's truth, and predictions on unlabeled pixels count in the union.
 
     Args:
-        matrix: of one image, from `confusion`.
+        matrix: from `confusion`.
 
     Returns:
-        A number, 0 where the truth has no class.
+        A number, 0 if the truth has no class.
     """
     matrix = matrix.double()
-    both, true, found = matrix.diagonal()[:-1], matrix[:-1].sum(dim=1), matrix.sum(dim=0)[:-1]
-    there = true > 0
-    return (both[there] / (true + found - both)[there]).sum() / there.sum().clamp(min=1)
+    both, true, predicted = matrix.diagonal()[:-1], matrix[:-1].sum(dim=1), matrix.sum(dim=0)[:-1]
+    occurs = true > 0
+    return (both[occurs] / (true + predicted - both)[occurs]).sum() / occurs.sum().clamp(min=1)
 
 
-logger = logging.getLogger(__name__)
-MEAN_OVER = 256
-"""Training images whose early stages give the constant of blind decoding."""
-
-
-@dataclass
-class Segmentation:
+@register
+class Segmentation(Metric):
     """Mean IoU over a split, from decoded class scores."""
 
-    images: ImageList
-    teachers: dict[str, Teacher]
-    decoder: SegDecoder
-    panoptic: Panoptic
-    protocols: Sequence[str]
-    means: list[Tensor]
-    stem: str = "scores/miou"
-    summed: frozenset[str] = frozenset({"confusion"})
+    name = "miou"
+    help = "mean IoU of the decoded segmentation"
+    teacher = "seg"
+    infos = (
+        MetricInfo(
+            "miou",
+            "blind",
+            "mIoU, probe alone",
+            "The predicted feature replaces the last stage of the seg teacher, whose decoder classifies every pixel; "
+            "one confusion matrix over the split, without unlabeled pixels. A constant replaces the image's early "
+            "stages.",
+            statistic=mean_iou,
+            column=3,
+        ),
+        MetricInfo(
+            "miou",
+            "strict",
+            "mIoU, with the image's true early stages",
+            "The same, but the decoder sees the image's true early stages, so that even the mean target scores high.",
+            statistic=mean_iou,
+        ),
+        MetricInfo(
+            "miou",
+            "paper",
+            "mIoU per image, early stages shrunk",
+            "Mean over images, with the early stages shrunk, as in the paper's released evaluation.",
+        ),
+    )
+    summed = frozenset({"confusion"})
 
-    def measures(self, teacher: str) -> list[tuple[str, str]]:
-        """Each protocol, with the confusion matrix that any variant can be computed from."""
-        return [(metric, protocol) for protocol in self.protocols for metric in ("miou", "confusion")]
-
-    def settings(self) -> str:
-        """The images and what is known of their segments."""
-        truth = repr([self.panoptic.segments[name] for name in self.images.names])
-        return hashlib.sha256(f"{self.images.digest()} {truth}".encode()).hexdigest()
-
-    @classmethod
-    def of(
-        cls,
-        root: Path,
-        images: ImageList,
-        teachers: dict[str, Teacher],
-        decoder: SegDecoder,
-        means: list[Tensor],
-        protocols: Sequence[str],
-        limit: int | None,
-    ) -> "Segmentation":
-        """Takes the images of a split that have panoptic annotations of their size; the others are left out and named.
+    def __init__(self, context: EvaluationContext) -> None:
+        """Reads panoptic annotations and loads the decoder.
 
         Raises:
-            UserError: there are no annotations, their classes are not the teacher's, or no labelled image is left.
+            UserError: annotations are missing, have other classes than the teacher, or label no image.
         """
-        panoptic = read_panoptic(root, images.split)
-        if len(panoptic.names) != len(decoder.names):
-            raise UserError(
-                f"{root} has {len(panoptic.names)} classes and the seg teacher {len(decoder.names)}; mIoU needs a "
-                "teacher of the same classes"
-            )
-        there = {name: (panoptic.folder / png).is_file() for name, (png, _) in panoptic.segments.items()}
-        names = [name for name in images.names if there.get(name)]
-        left_out = [
-            Skipped(name, images.split, "no panoptic PNG" if name in there else "no panoptic annotation")
-            for name in images.names
-            if not there.get(name)
-        ]
-        if left_out:
-            first = left_out[0]
-            logger.warning("%d images have no panoptic truth, first %s (%s)", len(left_out), first.image, first.reason)
-        if not names:
-            raise UserError(f"no image of {images.split} has a panoptic annotation with its PNG; unpack them there")
-        if not any(panoptic.segments[name][1] for name in names[:limit]):
-            raise UserError(f"no image of {images.split} has a labelled segment; check {root / 'annotations'}")
-        fit = fitting(replace(images, names=names[:limit], skipped=left_out), panoptic)
-        chosen = LabelledImages(**vars(fit), maps=panoptic)
-        return cls(chosen, {"seg": teachers["seg"]}, decoder, panoptic, protocols, means)
+        from probing.data.panoptic import read_panoptic
+        from probing.utils.paths import local_path
 
-    def begin(self, prepared: Prepared, targets: dict[str, Tensor]) -> tuple[list[Any], list[Tensor]]:
-        """True label maps, and the true stages of the backbone."""
+        super().__init__(context)
+        root = local_path(context.run.recipe.data.path.removeprefix("coco:"))
+        self.panoptic, self.decoder = read_panoptic(root, self.images.split), context.seg_decoder
+        classes, own = len(self.panoptic.names), len(self.decoder.names)
+        if classes != own:
+            raise UserError(f"{root} has {classes} classes and the seg teacher {own}; use a teacher of these classes")
+        self.images = labelled_images(context.images, self.panoptic, context.options.images)
+        self.early_means = context.early_means if "blind" in self.protocols else None
+        self.series = [(name, protocol) for protocol in self.protocols for name in ("miou", "confusion")]
+        truth = [self.panoptic.segments[name] for name in self.images.names]
+        self.settings = hashlib.sha256(f"{self.images.digest()} {truth!r}".encode()).hexdigest()
+
+    def prepare(self, batch: EvaluationBatch) -> tuple[list[NDArray[np.uint8]], list[Tensor]]:
+        """Reads the true label maps and computes the true stages of the teacher."""
         truths = []
-        for name in (self.images.names[index] for index in prepared.indices):
+        for name in batch.names:
             try:
                 truths.append(self.panoptic.labels(name))
             except OSError as error:
-                raise UserError(f"the panoptic PNG of {name} cannot be read ({error}); unpack it again") from None
-        return truths, self.decoder.stages(prepared.pixels["seg"])
+                raise UserError(f"cannot read the panoptic PNG of {name} ({error}); unpack it again") from None
+        return truths, self.decoder.stages(batch.pixels["seg"])
 
-    def score(self, teacher: str, prediction: Tensor, context: tuple[list[Any], list[Tensor]]) -> Iterator[Row]:
-        """Decodes once per protocol and counts pixels per class."""
-        truths, stages = context
+    def update(self, teacher: str, prediction: Tensor, batch: EvaluationBatch) -> dict[Series, Tensor]:
+        """Decodes once per protocol and counts pixels."""
+        from probing.teachers.seg import replace_early
+
+        truths, stages = batch.extra
+        counts: dict[Series, Tensor] = {}
         for protocol in self.protocols:
-            scores = self.decoder.decode(prediction, replace_early(stages, protocol, self.means))
-            yield from self._rows(protocol, scores, truths)
+            scores = self.decoder.decode(prediction, replace_early(stages, protocol, self.early_means))
+            counts |= self._counts(protocol, scores, truths)
+        return counts
 
-    def references(self, targets: dict[str, Tensor], context: Any) -> Iterator[Reference]:
-        """The target feature through the same decoder, and the teacher as it is."""
-        yield "seg", "target", "teacher", self.score("seg", targets["seg"], context)
-        yield "seg", "teacher", "teacher", self._rows("strict", self.decoder.predict(context[1]), context[0])
+    def references(self, teacher: str, batch: EvaluationBatch) -> Iterator[tuple[str, str, dict[Series, Tensor]]]:
+        """Scores the decoded target and the teacher's own segmentation."""
+        truths, stages = batch.extra
+        yield "target", "teacher", self.update(teacher, batch.targets[teacher], batch)
+        yield "teacher", "teacher", self._counts("strict", self.decoder.predict(stages), truths)
 
-    def _rows(self, protocol: str, scores: Tensor, truths: list[Any]) -> Iterator[Row]:
-        count = paper_iou if protocol == "paper" else class_counts
+    def _counts(self, protocol: str, scores: Tensor, truths: Sequence[NDArray[np.uint8]]) -> dict[Series, Tensor]:
+        import torch
+
+        from probing.teachers.seg import label_map
+
         matrices = []
-        for one, truth in zip(scores, truths, strict=True):
-            true = torch.from_numpy(truth).to(one.device)
-            matrices.append(confusion(true, label_map(one, truth.shape), len(self.panoptic.names)))
-        yield "miou", protocol, torch.stack([count(matrix) for matrix in matrices])
-        yield "confusion", protocol, torch.stack(matrices)
+        for image, labels in zip(scores, truths, strict=True):
+            truth = torch.from_numpy(labels).to(image.device)
+            matrices.append(confusion(truth, label_map(image, labels.shape), len(self.panoptic.names)))
+        count = paper_iou if protocol == "paper" else class_counts
+        return {
+            ("miou", protocol): torch.stack([count(matrix) for matrix in matrices]),
+            ("confusion", protocol): torch.stack(matrices),
+        }
+
+
+def labelled_images(images: ImageList, panoptic: Panoptic, limit: int | None) -> ImageList:
+    """Selects the images with panoptic annotations of their size; the others are skipped and named.
+
+    Raises:
+        UserError: no labelled image is left.
+    """
+    from probing.data.coco import Skipped
+    from probing.data.instances import LabelledImages, fitting
+
+    exists = {name: (panoptic.folder / png).is_file() for name, (png, _) in panoptic.segments.items()}
+    names = [name for name in images.names if exists.get(name)]
+    skipped = [
+        Skipped(name, images.split, "no panoptic PNG" if name in exists else "no panoptic annotation")
+        for name in images.names
+        if not exists.get(name)
+    ]
+    if skipped:
+        first = skipped[0]
+        logger.warning("%d images have no panoptic truth, first %s (%s)", len(skipped), first.image, first.reason)
+    if not names:
+        raise UserError(f"no image of {images.split} has a panoptic annotation with its PNG; unpack them there")
+    if not any(panoptic.segments[name][1] for name in names[:limit]):
+        raise UserError(f"no image of {images.split} has a labelled segment; check annotations/ of the data")
+    fit = fitting(replace(images, names=names[:limit], skipped=skipped), panoptic)
+    return LabelledImages(**vars(fit), maps=panoptic)
 
 
 def early_means(decoder: SegDecoder, training: ImageList, batch: int = 8) -> list[Tensor]:
-    """Mean (C) over training images and places of every early stage; images that cannot be read are passed over."""
+    """Averages every early stage over training images and positions, (C) each; unreadable images are skipped."""
+    from probing.utils.images import square
+
     totals: list[Tensor] = []
     count = 0
     for first in range(0, min(len(training), MEAN_OVER), batch):

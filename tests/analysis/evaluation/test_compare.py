@@ -12,7 +12,8 @@ import pytest
 
 from analysis.evaluation.bootstrap import bootstrap, paired_bootstrap
 from analysis.evaluation.compare import compare, statements
-from analysis.evaluation.run import Options, evaluate
+from analysis.evaluation.options import Options
+from analysis.evaluation.run import evaluate
 from analysis.evaluation.scores import ScoreFile, score_file
 from probing.recipe import ProbeRunRecipe, validate
 from probing.training.run import train
@@ -46,7 +47,7 @@ def test_differences_are_taken_image_by_image(runs):
     assert not table.duplicated(["teacher", "layer", "probe", "metric", "protocol"]).any()
     assert set(table["layer"]) == {"0", "1", "3", "final", "mean"} and set(table["probe"]) == {"resampler", "ridge"}
     files = [ScoreFile.read(score_file(run, "scores/cosine", "val2017")) for run in runs]
-    place = ("depth", "3", "resampler", "none", "cosine_centred", "strict")
+    place = ("depth", "3", "resampler", "none", "cosine_centred", "strict", "")
     both = [np.mean([f.table[c] for c in f.table if tuple(vars(c).values())[:-1] == place], axis=0) for f in files]
     row = table[(table["teacher"] == "depth") & (table["layer"] == "3") & (table["metric"] == "cosine_centred")]
     row = row[row["probe"] == "resampler"].iloc[0]

@@ -13,10 +13,11 @@ import torch
 from analysis.alignment.run import AlignRecipe, align
 from analysis.evaluation.bootstrap import Interval
 from analysis.evaluation.compare import compare, statements
-from analysis.evaluation.forward_pass import Tally
-from analysis.evaluation.metrics.frechet import Gaussian, frechet_distance
-from analysis.evaluation.metrics.generated_images import summarise
-from analysis.evaluation.run import Options, evaluate
+from analysis.evaluation.forward_pass import ScoreAccumulator
+from analysis.evaluation.metrics.generated_images.distances import Gaussian, frechet_distance
+from analysis.evaluation.metrics.generated_images.generation import summarise
+from analysis.evaluation.options import Options
+from analysis.evaluation.run import evaluate
 from analysis.evaluation.scores import ScoreFile, ScoreKey, Summary, score_file, write_rows
 from probing.data.coco import list_images
 from probing.recipe import ProbeRunRecipe
@@ -73,7 +74,7 @@ def both(trained, coco, tmp_path_factory):
 
 def test_scores_are_those_of_the_other_images(both):
     clean, bad = (read_results(run / "results.csv") for run in both)
-    place = ["teacher", "layer", "probe", "control", "metric", "protocol", "seed"]
+    place = ["teacher", "layer", "probe", "control", "metric", "protocol", "variant", "seed"]
     assert bad[place].equals(clean[place])  # every row is there, in its order
     file = ScoreFile.read(score_file(both[0], "scores/cosine", "val2017"))
     for curve, scores in file.table.items():
@@ -170,7 +171,7 @@ def test_results_without_a_value_are_empty_cells(tmp_path):
         for layer, interval, n in (("1", Interval(0.5, 0.4, 0.6), 3), ("", nothing, 0))
     ]
     file = write_rows(tmp_path / "results.csv", "nan", rows)
-    assert file.read_text().splitlines()[-1] == "nan,gen,,resampler,no,cosine,strict,val2017,0,,,,0"
+    assert file.read_text().splitlines()[-1] == "nan,gen,,resampler,none,cosine,strict,,val2017,0,,,,0,"
     table = read_results(file)
     assert table["checkpoint"].tolist() == ["nan", "nan"] and table["layer"].tolist() == ["1", ""]
     assert table["value"].isna().tolist() == [False, True]
@@ -179,10 +180,10 @@ def test_results_without_a_value_are_empty_cells(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int32])
 def test_tally_marks_images_that_do_not_count(dtype):
     curve, counts = ScoreKey("t", "1", "p", "none", "m", "s"), torch.tensor([True, False])
-    tally = Tally()
-    tally.note(curve, torch.tensor([[1, 2], [3, 4]], dtype=dtype), False)
-    tally.note(curve, torch.tensor([[5, 6], [7, 8]], dtype=dtype), False, counts)
-    tally.note(curve, torch.tensor([[5, 6], [7, 8]], dtype=dtype), True, counts)
+    tally = ScoreAccumulator()
+    tally.add(curve, torch.tensor([[1, 2], [3, 4]], dtype=dtype), False)
+    tally.add(curve, torch.tensor([[5, 6], [7, 8]], dtype=dtype), False, counts)
+    tally.add(curve, torch.tensor([[5, 6], [7, 8]], dtype=dtype), True, counts)
     tally.names = ["a", "b", "c", "d"]
     found = tally.file("val", "settings")
     np.testing.assert_array_equal(found.table[curve], [[1, 2], [3, 4], [5, 6], [math.nan, math.nan]])
@@ -198,16 +199,15 @@ def test_distances_are_between_the_images_that_count():
         painted[list(lacking)] = math.nan
         features[ScoreKey("gen", layer, "resampler", "none", "embedding", "strict")] = painted
     run = SimpleNamespace(recipe=SimpleNamespace(fit=SimpleNamespace(seeds=[0])), manifest={})
-    painter = SimpleNamespace(extractor=SimpleNamespace(metrics=("fid", "kid")))
 
     def summarised(layers):
         chosen = {curve: values for curve, values in features.items() if curve.layer in layers}
-        rows = summarise(run, chosen, real, painter, ScoreFile({}, names, "val", ""))
-        return {row.curve.layer: row for row in rows if row.curve.metric == "fid"}
+        rows = summarise(run, ScoreFile(chosen, names, "val", ""), real, ("fid", "kid"))
+        return {row.key.layer: row for row in rows if row.key.metric == "fid"}
 
     def distance(layer, lacking):
         painted = next(values for curve, values in features.items() if curve.layer == layer)
-        return frechet_distance(*(Gaussian.of(np.delete(one, lacking, axis=0)) for one in (painted, real)))
+        return frechet_distance(*(Gaussian.fit(np.delete(one, lacking, axis=0)) for one in (painted, real)))
 
     rows = summarised("12")
     assert [rows[layer].n for layer in ("1", "2", "mean")] == [8, 8, 7]

@@ -11,7 +11,9 @@ from PIL import Image
 
 from analysis.evaluation import forward_pass
 from analysis.evaluation.metrics.segmentation import class_counts, mean_iou
-from analysis.evaluation.run import Options, evaluate, protocols_of
+from analysis.evaluation.options import Options
+from analysis.evaluation.registry import metrics
+from analysis.evaluation.run import evaluate
 from analysis.evaluation.scores import ScoreFile, score_file
 from probing.data.coco import list_images
 from probing.data.input_controls import caption_inputs
@@ -120,10 +122,10 @@ def test_what_a_metric_needs_and_does_not_find(evaluated, tmp_path):
     run, world, _ = evaluated
     for options, message in (
         (Options(metrics=("da2k",)), "give --da2k DIR"),
-        (decoded(world, "da2k", protocols=("paper",)), "no metric asked for has the protocol 'paper': da2k has strict"),
+        (decoded(world, "da2k", protocols=("paper",)), "no requested metric has the protocol 'paper': da2k has strict"),
         (Options(metrics=("frechet",)), "give --extractor DIR"),
         (Options(layers="0,3"), "no layer '3'; it has 0, 6"),
-        (Options(controls=("random",)), "no control 'random'; it has no, shuffled"),
+        (Options(controls=("random",)), "no control 'random'; it has none, shuffled"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate(run, options)
@@ -216,7 +218,7 @@ def test_what_was_scored_is_kept_and_a_layer_can_be_added(evaluated, tmp_path, c
     before = file.stat().st_mtime_ns
     caplog.set_level("INFO")
     evaluate(copy, decoded(world))
-    assert file.stat().st_mtime_ns == before and "there already" in caplog.text
+    assert file.stat().st_mtime_ns == before and "exists; remove it" in caplog.text
     shutil.rmtree(copy / "scores")
     evaluate(copy, decoded(world, layers="6"))
     part = pd.read_csv(copy / "results.csv", dtype={"layer": str}, keep_default_na=False)
@@ -293,5 +295,8 @@ def test_what_is_shown_in_place_of_the_image(evaluated):
 
 
 def test_a_protocol_is_for_the_metrics_that_have_it():
-    assert protocols_of("miou", ("blind",)) == ["blind"] and protocols_of("da2k", ("blind",)) == ["strict"]
-    assert protocols_of("cosine", ("paper", "blind")) == ["paper"] and len(protocols_of("miou", ())) == 3
+    known = metrics()
+    assert known["miou"].select_protocols(["blind"]) == ["blind"]
+    assert known["da2k"].select_protocols(["blind"]) == ["strict"]
+    assert known["cosine"].select_protocols(["paper", "blind"]) == ["paper"]
+    assert len(known["miou"].select_protocols([])) == 3

@@ -13,8 +13,9 @@ from scipy import stats
 
 from analysis.evaluation.bootstrap import Interval
 from analysis.evaluation.compare import compare, statements
-from analysis.evaluation.metrics.frechet import Jackknife
-from analysis.evaluation.run import Options, evaluate
+from analysis.evaluation.jackknife import Jackknife
+from analysis.evaluation.options import Options
+from analysis.evaluation.run import evaluate
 from analysis.evaluation.scores import ScoreFile, ScoreKey, Summary, score_file, write_summaries
 from probing.recipe import ProbeRunRecipe, validate
 from probing.training.run import train
@@ -128,9 +129,9 @@ def keep_distances(run, values):
     rows = []
     for layer in ("2", "mean"):
         place = replace(curve, layer=layer)
-        rows.append(Summary(place, "val2017", "0", values.interval(), 500, "images", values))
+        rows.append(Summary(place, "val2017", "0", values.interval(), 500, images="images", jackknife=values))
     kernel = Interval(values.whole[0] / 10, 0.0, 5.0)
-    rows.append(Summary(replace(curve, metric="kid"), "val2017", "0", kernel, 500, "images"))
+    rows.append(Summary(replace(curve, metric="kid"), "val2017", "0", kernel, 500, images="images"))
     write_summaries(run / "scores" / "fid-val2017.json", rows)
 
 

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from analysis.alignment.context import Annotator
-from analysis.evaluation.metrics.depth_pairs import DepthPairs
+from analysis.evaluation.metrics.depth_pairs import read_images
 from probing.data.coco import find_turned, list_images, read_image, same_shape
+from probing.data.da2k import read_pairs
 from probing.data.instances import LabelledImages, fitting, labels_on, read_label_maps
 from probing.data.patch_words import PatchWords, read_annotations
 from probing.utils.errors import UserError
@@ -164,19 +165,18 @@ def test_depth_pairs_say_how_images_are_turned(tmp_path, models, caplog):
         save(tmp_path / f"{number}.jpg", upright(), turn)
     pair = {"point1": [2, 3], "point2": [9, 8], "closer_point": "point1"}
     low = pair | {"point2": [39, 8]}
-    teachers = {"depth": object()}
     for last, turned in ((low, {"1.jpg", "2.jpg"}), (pair, set())):
         outside = pair | {"point1": [40, 0]}
         pairs = {"1.jpg": [pair], "2.jpg": [last], "3.jpg": [outside, pair], "4.jpg": [outside]}
         (tmp_path / "annotations.json").write_text(json.dumps(pairs))
-        scorer = DepthPairs.of(tmp_path, teachers, None)
-        assert scorer.images.turned == turned
-        assert scorer.sizes["1.jpg"] == ((40, 30) if turned else (30, 40))
+        images, usable, sizes = read_images(tmp_path, read_pairs(tmp_path), None)
+        assert images.turned == turned
+        assert sizes["1.jpg"] == ((40, 30) if turned else (30, 40))
         reason = "1 pairs outside its 30 x 40 pixels"
-        assert [(s.image, s.reason) for s in scorer.images.skipped] == [("4.jpg", reason)]
-        assert len(scorer.pairs["3.jpg"]) == 1 and "4.jpg" not in scorer.images.names
-    assert "points outside 2 images are left out, first 3.jpg" in caplog.text
-    assert "2 images with an EXIF orientation are turned upright" in caplog.text
+        assert [(s.image, s.reason) for s in images.skipped] == [("4.jpg", reason)]
+        assert len(usable["3.jpg"]) == 1 and "4.jpg" not in images.names
+    assert "2 images have points outside, first 3.jpg" in caplog.text
+    assert "2 images with an EXIF orientation are rotated by it" in caplog.text
     assert "2 images with an EXIF orientation are read as stored" in caplog.text
 
 

@@ -10,7 +10,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from analysis.evaluation.run import Options, evaluate
+from analysis.evaluation.options import Options
+from analysis.evaluation.run import evaluate
 from probing.cli import cli
 from probing.data import target_cache
 from probing.data.coco import list_images

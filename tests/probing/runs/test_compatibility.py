@@ -15,7 +15,8 @@ from transformers.utils import chat_template_utils
 
 from analysis.alignment.run import AlignRecipe, align
 from analysis.benchmarks.run import BenchRecipe, bench
-from analysis.evaluation.run import Options, evaluate
+from analysis.evaluation.options import Options
+from analysis.evaluation.run import evaluate
 from probing.models import identify, load_backbone
 from probing.recipe import BackboneRecipe, ProbeRunRecipe, TeacherRecipe
 from probing.runs import compatibility

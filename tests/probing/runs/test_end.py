@@ -33,7 +33,7 @@ STAGES = {
     ),
     "evaluate": (
         "analysis.evaluation.run.load_teachers",
-        "analysis.evaluation.forward_pass._Predictor.__call__",
+        "analysis.evaluation.forward_pass.ProbePass.__call__",
         "analysis.evaluation.run.write_results",
     ),
     "align": (

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from analysis.evaluation.metrics.frechet import Gaussian, frechet_distance
-from analysis.evaluation.metrics.image_features import classifier
+from analysis.evaluation.metrics.generated_images.distances import Gaussian, frechet_distance
+from analysis.evaluation.metrics.generated_images.features import classifier
 from probing.cli import cli
 from probing.data.coco import list_images
 from probing.recipe import TeacherRecipe
@@ -69,7 +69,7 @@ def test_the_classifier_tells_real_scenes_from_noise(world):
     real = extractor.features([images.read(index) for index in range(120)])
     noise = np.random.default_rng(0).integers(0, 255, (60, 48, 48, 3), dtype=np.uint8)
     other = extractor.features([Image.fromarray(one) for one in noise])
-    halves, far = (frechet_distance(Gaussian.of(real[:60]), Gaussian.of(x)) for x in (real[60:], other))
+    halves, far = (frechet_distance(Gaussian.fit(real[:60]), Gaussian.fit(x)) for x in (real[60:], other))
     assert far > 5 * halves
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from analysis.evaluation.metrics.image_features import Extractor, reference_features
+from analysis.evaluation.metrics.generated_images.features import Extractor, reference_features
 from probing.cli import cli
 from probing.data.coco import ImageList
 from probing.utils import cache_dir

@@ -9,10 +9,13 @@ import torch
 from PIL import Image
 from transformers import DepthAnythingForDepthEstimation
 
-from analysis.evaluation.metrics.depth_pairs import DepthPairs
-from analysis.evaluation.pictures import draw_depth
-from analysis.evaluation.run import warn_if_upside_down
-from analysis.evaluation.scores import ScoreFile, ScoreKey, score_file
+from analysis.evaluation.context import EvaluationContext
+from analysis.evaluation.metrics.depth_pairs import DepthPairs, warn_if_inverted
+from analysis.evaluation.options import Options
+from analysis.evaluation.pictures import DepthPictures
+from analysis.evaluation.registry import EvaluationBatch
+from analysis.evaluation.scores import ScoreFile, ScoreKey
+from probing.data.coco import list_images
 from probing.recipe import TeacherRecipe
 from probing.teachers import depth, describe_teacher, load_teacher
 from probing.toyworld.layout import write_world
@@ -43,17 +46,21 @@ def metric(tmp_path_factory):
     return folder
 
 
+def context(teacher, world) -> EvaluationContext:
+    options = Options(da2k=world / "da2k")
+    return EvaluationContext(SimpleNamespace(), options, CPU, list_images(world, "val2017"), {"depth": teacher})
+
+
 def own_scores(teacher, world) -> dict[str, float]:
     """DA-2K accuracy of a teacher's own answer, of its decoded target, and of the image row."""
-    scorer = DepthPairs.of(world / "da2k", {"depth": teacher}, None)
-    images = [scorer.images.read(index) for index in range(len(scorer.images.names))]
-    prepared = SimpleNamespace(indices=range(len(images)), pixels={"depth": teacher.prepare(images)})
-    targets = {"depth": teacher.target(prepared.pixels["depth"])}
-    found = {}
-    for _, probe, _, rows in scorer.references(targets, scorer.begin(prepared, targets)):
-        ((_, _, counts),) = rows
-        found[probe] = float(counts[:, 0].sum() / counts[:, 1].sum())
-    return found
+    metric = DepthPairs(context(teacher, world))
+    pixels = teacher.prepare([metric.images.read(index) for index in range(len(metric.images))])
+    batch = EvaluationBatch([], metric.images.names, {"depth": pixels}, {"depth": teacher.target(pixels)})
+    return {
+        probe: float(counts[:, 0].sum() / counts[:, 1].sum())
+        for probe, _, scores in metric.references("depth", batch)
+        for counts in scores.values()
+    }
 
 
 def test_metric_and_relative_teachers_score_alike(world, metric):
@@ -65,7 +72,7 @@ def test_metric_and_relative_teachers_score_alike(world, metric):
         assert relative[row] > 0.8 and metres[row] == pytest.approx(relative[row], abs=0.05)
 
 
-def test_metric_maps_are_transformers_negative_metres(metric):
+def test_metric_maps_are_transformers_negative_metres(metric, world):
     teacher = load_teacher("depth", TeacherRecipe(id=str(metric)), CPU)
     pixels = teacher.prepare([Image.effect_noise((60, 60), 50).convert("RGB")])
     reference = DepthAnythingForDepthEstimation.from_pretrained(metric).eval()
@@ -76,27 +83,25 @@ def test_metric_maps_are_transformers_negative_metres(metric):
     assert float(metres.min()) > 0
     torch.testing.assert_close(depth.predict(teacher, pixels), -metres)
     torch.testing.assert_close(depth.decode(teacher, teacher.target(pixels)), -decoded)
-    picture = draw_depth(teacher, metres.shape[-1])(teacher.target(pixels), None)
+    picture = DepthPictures(context(teacher, world), "depth").decode(teacher.target(pixels), None)
     assert int(picture.flatten().argmax()) == int(decoded.half().flatten().argmin())  # near is bright
 
 
-def test_scores_of_another_direction_are_not_reused(world, models, tmp_path):
-    own = {"depth": load_teacher("depth", TeacherRecipe(id=str(models["depth"])), CPU)}
-    before = DepthPairs.of(world / "da2k", own, None).settings()
-    own["depth"].model.config.depth_estimation_type = "metric"
-    assert DepthPairs.of(world / "da2k", own, None).settings() != before
+def test_scores_of_another_direction_are_not_reused(world, models):
+    teacher = load_teacher("depth", TeacherRecipe(id=str(models["depth"])), CPU)
+    before = DepthPairs(context(teacher, world)).settings
+    teacher.model.config.depth_estimation_type = "metric"
+    assert DepthPairs(context(teacher, world)).settings != before
 
 
 @pytest.mark.parametrize(("share", "warned"), [(0.1, True), (0.5, False), (0.9, False)])
-def test_a_teacher_below_chance_is_named(share, warned, tmp_path, caplog):
+def test_a_teacher_below_chance_is_named(share, warned, caplog):
     right = np.random.default_rng(0).binomial(5, share, 40)
     scores = np.stack([right, np.full(40, 5)], axis=1).astype(float)
     curves = {ScoreKey("depth", "", "teacher", "teacher", "da2k", "strict"): scores}
     curves[ScoreKey("depth", "1", "resampler", "none", "da2k", "strict")] = 0 * scores  # of a probe that is no fault
-    file = score_file(tmp_path, "scores/da2k", "da2k")
-    ScoreFile(curves, [str(k) for k in range(40)], "da2k", "").write(file)
     with caplog.at_level(logging.WARNING):
-        warn_if_upside_down(tmp_path)
+        warn_if_inverted(ScoreFile(curves, [str(k) for k in range(40)], "da2k", ""))
     assert ["near and far look swapped" in record.message for record in caplog.records] == [True] * warned
 
 

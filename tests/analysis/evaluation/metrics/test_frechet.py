@@ -5,20 +5,21 @@ import pytest
 import scipy.linalg
 
 import probing.utils.torchvision_shim  # noqa: F401
-from analysis.evaluation.metrics.frechet import (
+from analysis.evaluation.jackknife import Jackknife
+from analysis.evaluation.metrics.generated_images.distances import (
     Gaussian,
-    Jackknife,
     frechet_distance,
+    frechet_jackknife,
     kernel_distances,
-    sample_spread,
     squared_mmd,
+    subset_spread,
 )
 
 
 def test_it_is_the_closed_form_for_diagonal_gaussians():
     rng = np.random.default_rng(0)
     m1, m2, v1, v2 = rng.normal(size=(4, 32))
-    one, two = Gaussian(m1, np.diag(v1**2), 10), Gaussian(m2, np.diag(v2**2), 10)
+    one, two = Gaussian(m1, np.diag(v1**2)), Gaussian(m2, np.diag(v2**2))
     expected = ((m1 - m2) ** 2).sum() + ((abs(v1) - abs(v2)) ** 2).sum()
     assert frechet_distance(one, two) == pytest.approx(expected, rel=1e-9)
 
@@ -28,7 +29,7 @@ def features(rng, n=500, width=64):
 
 
 def test_it_equals_the_matrix_root():
-    one, two = map(Gaussian.of, features(np.random.default_rng(1)))
+    one, two = map(Gaussian.fit, features(np.random.default_rng(1)))
     root = scipy.linalg.sqrtm(one.covariance @ two.covariance).real
     expected = ((one.mean - two.mean) ** 2).sum() + np.trace(one.covariance + two.covariance - 2 * root)
     assert frechet_distance(one, two) == pytest.approx(expected, rel=1e-6)
@@ -39,7 +40,7 @@ def test_it_equals_the_matrix_root():
 def test_it_equals_pytorch_fids_own_function():
     from pytorch_fid.fid_score import calculate_frechet_distance
 
-    one, two = map(Gaussian.of, features(np.random.default_rng(9)))
+    one, two = map(Gaussian.fit, features(np.random.default_rng(9)))
     expected = calculate_frechet_distance(one.mean, one.covariance, two.mean, two.covariance)
     assert frechet_distance(one, two) == pytest.approx(expected, rel=1e-6)
 
@@ -49,14 +50,14 @@ def test_directions_without_variance_change_nothing():
     rng = np.random.default_rng(2)
     x, y = features(rng, width=16)
     wide = np.linalg.qr(rng.normal(size=(80, 80)))[0][:16]
-    expected = frechet_distance(Gaussian.of(x), Gaussian.of(y))
-    assert frechet_distance(Gaussian.of(x @ wide), Gaussian.of(y @ wide)) == pytest.approx(expected, rel=1e-6)
+    expected = frechet_distance(Gaussian.fit(x), Gaussian.fit(y))
+    assert frechet_distance(Gaussian.fit(x @ wide), Gaussian.fit(y @ wide)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_covariance_is_the_unbiased_one():
     x = np.random.default_rng(2).normal(size=(30, 5))
     centred = x - x.mean(0)
-    np.testing.assert_allclose(Gaussian.of(x).covariance, centred.T @ centred / 29)
+    np.testing.assert_allclose(Gaussian.fit(x).covariance, centred.T @ centred / 29)
 
 
 def test_kid_is_the_unbiased_estimate_summed_pair_by_pair():
@@ -82,7 +83,7 @@ def test_kid_is_torch_fidelitys():
 def test_kid_is_about_zero_for_one_distribution_and_says_its_spread():
     rng = np.random.default_rng(4)
     x, y = rng.normal(size=(2, 800, 16))
-    same = sample_spread(kernel_distances(x, y, subsets=50, subset_size=200))
+    same = subset_spread(kernel_distances(x, y, subsets=50, subset_size=200))
     assert same.low < 0 < same.high
     assert kernel_distances(x, y + 1, subsets=50, subset_size=200).mean() > 10 * (same.high - same.low)
 
@@ -99,27 +100,27 @@ def test_the_jackknife_covers_the_distance_and_narrows_with_more_images():
     point is the mean over draws, not the limit of infinitely many images.
     """
     rng = np.random.default_rng(7)
-    reference = Gaussian(np.zeros(4), np.eye(4), 1000)
-    intervals = [Jackknife.of(rng.normal(0.5, 1.5, size=(1, 200, 4)), reference).interval() for _ in range(60)]
+    reference = Gaussian(np.zeros(4), np.eye(4))
+    intervals = [frechet_jackknife(rng.normal(0.5, 1.5, size=(1, 200, 4)), reference).interval() for _ in range(60)]
     centre = np.mean([i.value for i in intervals])
     assert 0.85 <= np.mean([i.low <= centre <= i.high for i in intervals]) <= 1
-    wide = Jackknife.of(rng.normal(0.5, 1.5, size=(1, 3200, 4)), reference).interval()
+    wide = frechet_jackknife(rng.normal(0.5, 1.5, size=(1, 3200, 4)), reference).interval()
     assert 2.5 < np.mean([i.high - i.low for i in intervals]) / (wide.high - wide.low) < 6.5
 
 
 def test_seeds_widen_the_interval_and_layers_are_averaged():
     rng = np.random.default_rng(8)
-    reference, x = Gaussian(np.zeros(3), np.eye(3), 100), rng.normal(size=(100, 3))
-    one = Jackknife.of(np.stack([x, x + 1]), reference)
+    reference, x = Gaussian(np.zeros(3), np.eye(3)), rng.normal(size=(100, 3))
+    one = frechet_jackknife(np.stack([x, x + 1]), reference)
     assert one.interval().high - one.interval().low > 5 * np.ptp(
-        [Jackknife.of(x[None], reference).interval().high, Jackknife.of(x[None], reference).interval().low]
+        [frechet_jackknife(x[None], reference).interval().high, frechet_jackknife(x[None], reference).interval().low]
     )
-    layers = [Jackknife.of(x[None] + shift, reference) for shift in (0, 1)]
-    expected = np.mean([frechet_distance(Gaussian.of(x + shift), reference) for shift in (0, 1)])
+    layers = [frechet_jackknife(x[None] + shift, reference) for shift in (0, 1)]
+    expected = np.mean([frechet_distance(Gaussian.fit(x + shift), reference) for shift in (0, 1)])
     assert Jackknife.mean(layers).interval().value == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("bad", [np.zeros((1, 4)), np.full((5, 4), np.nan), np.zeros(4)])
 def test_features_that_fit_no_gaussian(bad):
     with pytest.raises(ValueError, match="Gaussian"):
-        Gaussian.of(bad)
+        Gaussian.fit(bad)

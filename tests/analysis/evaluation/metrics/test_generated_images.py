@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from analysis.evaluation.metrics.frechet import Gaussian, frechet_distance
-from analysis.evaluation.metrics.generated_images import image_seeds
-from analysis.evaluation.metrics.image_features import inception
-from analysis.evaluation.run import Options, evaluate
+from analysis.evaluation.metrics.generated_images.distances import Gaussian, frechet_distance
+from analysis.evaluation.metrics.generated_images.features import inception
+from analysis.evaluation.metrics.generated_images.generation import image_seeds
+from analysis.evaluation.options import Options
+from analysis.evaluation.run import evaluate
 from analysis.evaluation.scores import ScoreFile, ScoreKey, score_file
 from probing.data.coco import list_images
 from probing.recipe import ProbeRunRecipe, TeacherRecipe, validate
@@ -69,7 +70,7 @@ def test_the_teachers_own_row_is_computed_by_hand(evaluated, unclip, coco, incep
         [decoder.decode(embeds[i : i + 1], image_seeds(images.names)[i : i + 1]) for i in range(6)]
     )
     fake = extractor.features([Image.fromarray(one) for one in painted])
-    expected = frechet_distance(Gaussian.of(fake), Gaussian.of(extractor.features(pictures)))
+    expected = frechet_distance(Gaussian.fit(fake), Gaussian.fit(extractor.features(pictures)))
     found = results(evaluated).query("metric == 'fid' and probe == 'target'")["value"].item()
     assert found == pytest.approx(expected, rel=1e-3)
 

@@ -1,4 +1,4 @@
-"""Features of whole images, between whose distributions FID, KID and their like are measured."""
+"""Features of whole images: the networks, and a cache of the features of real images."""
 
 import contextlib
 import hashlib
@@ -26,17 +26,17 @@ from probing.utils.pretrained import identity, load_config, locate
 from probing.utils.progress import Progress
 
 INCEPTION_SIDE = 256
-"""Side to which images are brought before Inception, which then resizes to its own 299 pixels."""
+"""Side of images for Inception, which resizes them to 299 pixels."""
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A frozen network and how images go into it.
+    """A frozen network with its preprocessing.
 
     Attributes:
-        name: `fid` and `kid` are Inception's names of the two distances; others are `frechet_<name>`, `kernel_<name>`.
-        side: side in pixels of the images it is given.
+        name: `inception`, or the name that the metrics get.
+        side: side in pixels of its input images.
         encode: images (B, side, side, 3), uint8 → features (B, D).
         identity: hash of the weights.
     """
@@ -48,40 +48,38 @@ class Extractor:
 
     @property
     def metrics(self) -> tuple[str, str]:
-        """Names of the Fréchet and of the kernel distance between these features."""
+        """Names of the Fréchet and of the kernel distance between its features."""
         return ("fid", "kid") if self.name == "inception" else (f"frechet_{self.name}", f"kernel_{self.name}")
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """Features (B, D) of square images of any size, brought to `side` with Lanczos' filter."""
+        """Computes features (B, D) of square images of any size, resized with Lanczos' filter."""
         size = (self.side, self.side)
         small = [np.asarray(i if i.size == size else i.resize(size, Image.Resampling.LANCZOS)) for i in images]
         return self.encode(np.stack(small)).float().cpu().numpy()
 
 
 def inception(weights: Path | None, device: torch.device) -> Extractor:
-    """pytorch-fid's Inception: the features that FID is defined with (arXiv:1706.08500).
+    """Loads pytorch-fid's Inception, which defines FID (arXiv:1706.08500).
 
     Args:
-        weights: its file `pt_inception-2015-12-05-6726825d.pth`; by default it is downloaded once by torch.hub.
-        device: where to put it.
+        weights: its file `pt_inception-2015-12-05-6726825d.pth`; by default torch.hub downloads it once.
+        device: for the network.
 
     Raises:
-        UserError: pytorch-fid is not installed, or the weights cannot be had or are others.
+        UserError: pytorch-fid is not installed, or the weights are missing or broken.
     """
     try:
         from pytorch_fid import inception as reference
     except ImportError:
-        raise UserError(
-            "fid needs pytorch-fid, which is not installed; type: pip install 'mllm-probing[decode]'"
-        ) from None
+        raise UserError("fid needs pytorch-fid; install it with: pip install 'mllm-probing[decode]'") from None
     try:
         with _read_from(reference, weights):
             model = reference.InceptionV3().eval().to(device)
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        where = f"cannot be read from {weights}" if weights else "cannot be downloaded"
+        where = f"be read from {weights}" if weights else "be downloaded"
         raise UserError(
-            f"Inception's weights {where} ({first_line(error)}); give --inception-weights FILE, a copy of "
+            f"Inception's weights cannot {where} ({first_line(error)}); give --inception-weights FILE, a copy of "
             f"{reference.FID_WEIGHTS_URL}"
         ) from None
 
@@ -93,14 +91,14 @@ def inception(weights: Path | None, device: torch.device) -> Extractor:
 
 
 def inception_file() -> Path | None:
-    """Where torch.hub keeps pytorch-fid's weights, if it has downloaded them."""
+    """Returns the weights that torch.hub has downloaded; None if it has not."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
     return file if file.is_file() else None
 
 
 @contextlib.contextmanager
 def _read_from(reference: Any, weights: Path | None) -> Iterator[None]:
-    """Lets pytorch-fid read its weights from a file: it has no option for one."""
+    """Makes pytorch-fid read its weights from a file, which it has no option for."""
     download = reference.load_state_dict_from_url
     if weights is not None:
         state = torch.load(weights, map_location="cpu", weights_only=True)
@@ -119,14 +117,14 @@ def _identity(model: torch.nn.Module) -> str:
 
 
 def classifier(source: str, device: torch.device) -> Extractor:
-    """Pooled features of any image classifier of transformers; named after its folder, never FID.
+    """Loads an image classifier of transformers for its pooled features; the metrics are named after its folder.
 
     Args:
         source: folder or Hub id.
-        device: where to put it.
+        device: for the network.
 
     Raises:
-        UserError: there is no such model, or it has no pooled features.
+        UserError: the model does not exist, or has no pooled features.
     """
     from transformers import AutoImageProcessor, AutoModel
 
@@ -155,13 +153,10 @@ def classifier(source: str, device: torch.device) -> Extractor:
 
 
 def reference_features(extractor: Extractor, images: ImageList) -> tuple[NDArray[np.float32], bool]:
-    """Features (n, D) of real images, as the teachers see them: squashed to a square.
-
-    They are computed once and kept in the cache folder, under a hash of the network and of the images' paths, sizes
-    and dates.
+    """Computes features (n, D) of real images squashed to squares, or reads them from the cache folder.
 
     Returns:
-        The features, and whether they were in the cache.
+        The features, and whether they come from the cache.
 
     Raises:
         UserError: an image cannot be read.
@@ -184,7 +179,7 @@ def reference_features(extractor: Extractor, images: ImageList) -> tuple[NDArray
 
 
 def reference_file(extractor: Extractor, images: ImageList) -> Path:
-    """Where the features of real images are cached."""
+    """Returns the cache file: a hash of the network and of the images' paths, sizes and dates."""
     digest = hashlib.sha256(f"{extractor.identity} {extractor.side}".encode())
     for name in images.names:
         path = (images.folder / name).resolve()
