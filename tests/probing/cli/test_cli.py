@@ -342,7 +342,7 @@ def test_plan_of_a_recipe_and_of_a_run(finished, models, coco, tmp_path):
     # Two layers, two seeds, the mean target and the true feature; ten steps, each twice for guidance.
     assert "6 sets x 4 images = 24 images x 20 calls" in said and "= 480 calls" in said
     assert str(finished / "scores" / "cosine-val2017.safetensors") in probing("plan", finished).stdout
-    assert "PFLOP" in probing("plan", tmp_path / "recipe.yaml", "fit.epochs=1000000000").stdout
+    assert "EFLOP, " in probing("plan", tmp_path / "recipe.yaml", "fit.epochs=1000000000").stdout
     assert "--tflops" in probing("plan", tmp_path / "recipe.yaml", "--tflops", "nan", code=2).stderr
     assert "no layer '2'; it has 0, 3" in probing("plan", tmp_path / "recipe.yaml", "--layers", "2", code=2).stderr
 

@@ -1,0 +1,26 @@
+"""A Hub that does not answer, and a model that is not downloaded, are one line with the advice."""
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from probing.utils.errors import UserError
+from probing.utils.pretrained import load_config, locate
+
+
+def test_unreachable_hub_is_one_line(monkeypatch):
+    def fail(*args, **kwargs):
+        raise LocalEntryNotFoundError("cannot connect")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", fail)
+    for look in (lambda: locate("org/name", "checkpoint"), lambda: load_config("org/name", "checkpoint")):
+        with pytest.raises(UserError, match="org/name is not downloaded; check the network, or set HF_HUB_OFFLINE=1"):
+            look()
+
+
+def test_offline_looks_for_no_hub(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert locate("org/name", "checkpoint") == "org/name"
+    with pytest.raises(UserError, match="org/name is no folder and not downloaded; unset HF_HUB_OFFLINE"):
+        load_config("org/name", "checkpoint")
