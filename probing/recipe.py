@@ -112,15 +112,14 @@ class DataRecipe(Strict):
     eval_split: str = "val2017"
     """Held-out split the probes are scored on."""
     train_limit: int | None = Field(default=None, ge=2)
-    """Take only the first so many training images."""
+    """Use only the first N training images; default: all."""
     eval_limit: int | None = Field(default=None, ge=2)
-    """Take only the first so many held-out images."""
+    """Use only the first N held-out images; default: all."""
     view: Literal["square", "own"] = "square"
     """`square`: student and teachers see the same image squashed to a square, so that grids line up (the paper's
     evaluation view); `own`: each applies its own preprocessing to the original image (the paper's training view)."""
     target_cache: str = "off"
-    """Teachers' features are kept on disk and not computed again: `off`, `auto` (the user's cache folder, if there is
-    room), or a folder."""
+    """Cache for teacher features on disk: `off`, `auto` (the user's cache folder, if it has room), or a folder."""
     target_cache_dtype: Literal["float32", "float16"] = "float32"
     """Of what is kept; float16 takes half the disk and rounds features to 11 bits."""
 
@@ -199,9 +198,9 @@ class LayersRecipe(Strict):
     backbone: BackboneRecipe
     data: DataRecipe
     teachers: dict[TeacherName, TeacherRecipe] = {}
-    """Whose features the layers are held against."""
+    """Teacher NAME, or NAME=FOLDER_OR_HUB_ID; any name but depth, seg and gen is a plain vision encoder. Repeatable."""
     layers: str = "all"
-    """`all` (0 to L), or a list such as `0,4,8-12,final`; `final` is the state after the last norm."""
+    """`all` (0 to L), or a list such as `0,4,8-12,final`; `final` is the state after the final norm."""
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -226,11 +225,12 @@ class ProbeRunRecipe(LayersRecipe):
     """A whole run of `probing train`."""
 
     teachers: dict[TeacherName, TeacherRecipe] = Field(min_length=1)
+    """Teacher NAME, or NAME=FOLDER_OR_HUB_ID; any name but depth, seg and gen is a plain vision encoder. Repeatable."""
     probe: ProbeRecipe = ProbeRecipe()
     fit: FitRecipe = FitRecipe()
     controls: list[Control] = ["shuffled"]
     """Trained controls: `shuffled` pairs every image with another image's target; `random` probes the same
-    architecture with random weights in LLM and projector. The mean-target control is always there."""
+    architecture with random weights in LLM and projector. The mean-target control is always computed."""
 
     @field_validator("controls")
     @classmethod
@@ -294,6 +294,8 @@ def _explain(error: ValidationError, model: type[BaseModel], source: str) -> str
         near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(valid)}"
         return f"{source}: unknown field {where!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{source}: no {where}; set {where}=VALUE"
     message = first["msg"].removeprefix("Value error, ")
     return f"{source}: {where + ': ' if where else ''}{message}"
 
@@ -324,14 +326,18 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
         key, sign, text = override.partition("=")
         if not sign or not key:
             raise UserError(f"override {override!r} is not of the form key=value; write e.g. fit.lr=3e-3")
-        *parents, last = key.split(".")
-        section = values
-        for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise UserError(f"override {override!r}: {parent!r} is a value, not a section")
-        section[last] = parse_scalar(text)
+        set_field(values, key, parse_scalar(text))
     return values
+
+
+def set_field(values: dict[str, Any], key: str, value: Any) -> None:
+    """Sets one field of nested plain values; raises UserError where a dotted key passes through a value."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{key}: {parent!r} is a value, not a section; see examples/")
+    values[last] = value
 
 
 def parse_scalar(text: str) -> Any:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = {"probing": 0, "analysis": 1, "reports": 2}
-FREE = ("probing.cli", "probing.__main__", "probing.toyworld.demo")
+FREE = ("probing.cli", "probing.__main__", "probing.api", "probing.toyworld.demo")
 
 
 def imports() -> list[tuple[str, str]]:

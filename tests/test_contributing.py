@@ -9,12 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from click.testing import CliRunner
 from transformers import FastVlmForConditionalGeneration
 
 import analysis.evaluation.metrics
-from analysis.evaluation.registry import REGISTRY, metrics
-from probing.cli import cli
+from analysis.evaluation.registry import REGISTRY
 from probing.data.coco import list_images
 from probing.models import load_backbone
 from probing.probes.ridge import RidgeReadout, place_states
@@ -22,7 +20,7 @@ from probing.recipe import TeacherRecipe
 from probing.runs.directory import Run
 from probing.teachers import load_teacher
 from probing.utils.images import square
-from tests.helpers import explained
+from tests.helpers import cli, explained
 from tests.helpers.new_parts import add_family, add_teacher, fast_vlm, segformer
 
 GUIDE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
@@ -35,17 +33,8 @@ def blocks(heading):
 
 
 @pytest.fixture
-def run_cli(monkeypatch):
-    def run(*args):
-        verb = cli.commands["evaluate"]
-        for option in verb.params:  # made of the list when the command line was imported
-            if option.name == "metrics":
-                monkeypatch.setattr(option.type, "choices", tuple(metrics()))
-        result = CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        return result.output
-
-    return run
+def run_cli():
+    return lambda *arguments: cli.probing(*arguments).output
 
 
 def place(monkeypatch, package, folder, name, text):

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from analysis.alignment.context import AlignmentContext
 from analysis.alignment.forward_pass import MeasurePass, all_measures, mean_states, sample_measures
 from analysis.alignment.metrics.base import LAYER, TOWER
 from analysis.alignment.metrics.pooled_similarity import compare_pooled, neighbour_count, take_pooled
 from analysis.alignment.pictures import write_pictures
+from analysis.alignment.recipe import AlignRecipe
 from analysis.evaluation.forward_pass import Resumable, gather
 from analysis.evaluation.scores import (
     ScoreFile,
@@ -34,11 +34,11 @@ from probing.data.coco import ImageList, Skipped, list_images
 from probing.data.image_modes import image_size
 from probing.data.instances import Instances, fitting, read_label_maps
 from probing.data.panoptic import Panoptic
-from probing.data.patch_labels import COVERAGE, patch_labels
+from probing.data.patch_labels import patch_labels
 from probing.models import Identity, identify, load_backbone
 from probing.models.chat_templates import rendering_at
 from probing.models.finite import not_finite_rows, report_not_finite
-from probing.recipe import LayersRecipe, dump_recipe
+from probing.recipe import dump_recipe
 from probing.runs.compatibility import (
     describe_inputs,
     inputs_file,
@@ -59,21 +59,6 @@ logger = logging.getLogger(__name__)
 
 SAVE_MINUTES = 10.0
 """Time between saved states of an unfinished pass."""
-
-
-class AlignRecipe(LayersRecipe):
-    """A whole run of `probing align`."""
-
-    coverage: float = Field(default=COVERAGE, gt=0, le=1)
-    """Fraction of a patch that a class must cover to be its label."""
-    sample: int = Field(default=64, ge=1)
-    """Images for expensive measures: spectra, the whole vocabulary, sums of words, positions of teachers."""
-    micro_batch: int = Field(default=16, ge=1)
-    """Images per forward pass."""
-    workers: int = Field(default=2, ge=0)
-    """Processes that read images and annotations."""
-    pictures: int = Field(default=4, ge=0)
-    """Images whose patches' words are saved for the page."""
 
 
 def align(recipe: AlignRecipe, out: Path) -> Path:

@@ -8,14 +8,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from accelerate import Accelerator
 from PIL import Image, UnidentifiedImageError
-from pydantic import Field, field_validator
 
 from analysis.benchmarks.accuracy import ScoredAnswer, summarise
 from analysis.benchmarks.questions import digest, read_questions
+from analysis.benchmarks.recipe import BenchRecipe
 from analysis.benchmarks.tasks import BENCHMARKS, Question
 from analysis.evaluation.scores import write_rows
 from probing import __version__
@@ -23,7 +23,7 @@ from probing.data.coco import Skipped, read_image
 from probing.models import Identity, identify, load_backbone
 from probing.models.chat_templates import rendering_at
 from probing.models.generate import ask, sample_conversation
-from probing.recipe import BackboneRecipe, Strict, dump_recipe
+from probing.recipe import dump_recipe
 from probing.runs.compatibility import (
     describe_inputs,
     inputs_file,
@@ -45,39 +45,6 @@ logger = logging.getLogger(__name__)
 
 Raw = tuple[str | None, str]
 """Hash of the image and the checkpoint's answer; None and the reason where the image is unreadable."""
-
-
-class BenchRecipe(Strict):
-    """A whole run of `probing bench`."""
-
-    backbone: BackboneRecipe
-    benchmark: str
-    """One of the tasks in `analysis/benchmarks/tasks/`."""
-    data: str
-    """Folder of its published files, or one of them."""
-    suffix: str | None = "auto"
-    """Text after every question; `auto` is the benchmark's usual one, and `suffix=` omits it."""
-    max_new_tokens: int = Field(default=128, ge=1)
-    """Maximal tokens of an answer."""
-    micro_batch: int = Field(default=8, ge=1)
-    """Questions per forward pass."""
-
-    @field_validator("benchmark")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        if name not in BENCHMARKS:
-            raise ValueError(f"is not one of {', '.join(BENCHMARKS)}")
-        return name
-
-    def with_absolute_paths(self) -> Self:
-        """Copies the recipe with absolute local folders, so that the run can be used from anywhere."""
-        recipe = self.model_copy(deep=True)
-        for field in ("checkpoint", "base"):
-            source = getattr(recipe.backbone, field)
-            if source and local_path(source).is_dir():
-                setattr(recipe.backbone, field, str(local_path(source).absolute()))
-        recipe.data = str(local_path(self.data).absolute())
-        return recipe
 
 
 def bench(recipe: BenchRecipe, out: Path) -> Path:

@@ -1,9 +1,11 @@
-"""The command line. Each verb imports its own weight, so that `--help` answers at once."""
+"""The command line. Verbs import what they run, so that `--help` answers at once."""
 
 import logging
 import os
 import sys
-from typing import NoReturn
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import click
 
@@ -16,68 +18,71 @@ from probing.utils.environment import prepare_environment
 from probing.utils.errors import UserError
 from probing.utils.interrupt import exit_interrupted, raise_on_signals
 
+VERBS = (demo, inspect, teachers, plan, distill, train, evaluate, compare, report, align, bench, import_, push, pull)
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+class CommandLine(click.Group):
+    """A group that lists verbs in pipeline order and turns errors into exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Returns names in the order in which they were added."""
+        return list(self.commands)
+
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        """Runs a verb; the only handler of errors.
+
+        Exit codes: 2 and one line where the user can fix it, 130 and the command to resume after an interruption, 1 and
+        a traceback for anything else.
+        """
+        args = list(sys.argv[1:] if args is None else args)
+        try:
+            return super().main(args, **extra | {"standalone_mode": False})
+        except UserError as error:
+            _fail(str(error))
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else "probing"
+            _fail(f"{error.format_message()} See: {path} --help")
+        except click.ClickException as error:
+            _fail(error.format_message())
+        except click.Abort as abort:  # click's name for Ctrl-C, and for EOFError: the end of input, or of a broken file
+            if isinstance(abort.__cause__, EOFError):
+                raise abort.__cause__ from None
+            exit_interrupted(args)
+        except KeyboardInterrupt:
+            exit_interrupted(args)
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"probing: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+@click.group(cls=CommandLine, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="probing")
-@click.option("--quiet", "-q", is_flag=True, help="Only warnings and errors.")
-def cli(quiet: bool) -> None:
-    """What does each layer of a multimodal LLM know about the picture?
+@click.option("--quiet", "-q", is_flag=True, help="Print only warnings and errors.")
+@click.pass_context
+def cli(ctx: click.Context, quiet: bool) -> None:
+    """Measure what each layer of a multimodal LLM knows about the image.
 
-    Start with `probing demo`. On your own checkpoint: train, evaluate, report.
+    Start with `probing demo`. For your own checkpoint: train, evaluate, report.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    level = logging.WARNING if quiet else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for library in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(library, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar for every tiny model hides our own lines
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    handler = logging.StreamHandler()
+    logging.getLogger().addHandler(handler)
+    ctx.call_on_close(lambda: logging.getLogger().removeHandler(handler))
     for package in ("probing", "analysis", "reports"):
-        logging.getLogger(package).setLevel(level)
+        logging.getLogger(package).setLevel(logging.WARNING if quiet else logging.INFO)
 
 
-for verb in (
-    demo,
-    teachers,
-    inspect,
-    plan,
-    distill,
-    train,
-    evaluate,
-    compare,
-    report,
-    align,
-    bench,
-    import_,
-    push,
-    pull,
-):
+for verb in VERBS:
     cli.add_command(verb)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"probing: {' '.join(message.split())}", err=True)
-    sys.exit(code)
-
-
 def main() -> None:
-    """Runs the command line.
-
-    Exit codes: 2 and one line where the user can fix it, 130 and the command to resume after Ctrl-C or SIGTERM, 1 and a
-    traceback for our faults.
-    """
+    """Runs the command line as a process."""
     raise_on_signals()
     prepare_environment()
-    try:
-        cli.main(prog_name="probing", standalone_mode=False)
-    except UserError as error:
-        _fail(str(error), 2)
-    except click.UsageError as error:
-        path = error.ctx.command_path if error.ctx else "probing"
-        _fail(f"{error.format_message()} See: {path} --help", 2)
-    except click.ClickException as error:
-        _fail(error.format_message(), 2)
-    except click.Abort as abort:
-        if isinstance(abort.__cause__, EOFError):  # to click, the end of what a user types; to us, a file cut short
-            raise abort.__cause__ from None
-        exit_interrupted()
-    except KeyboardInterrupt:
-        exit_interrupted()
+    cli(prog_name="probing")

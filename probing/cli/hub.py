@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from probing.cli.options import quiet_libraries
+from probing.cli.options import OVERRIDES
 
 
 @click.command()
@@ -31,7 +31,7 @@ def push(run: Path, repo: str, licence: str | None, private: bool) -> None:
 @click.argument("out", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--layer", "layers", multiple=True, help="Keep this layer's probes, e.g. 12; repeatable. Default: all.")
 @click.option("--teacher", "teachers", multiple=True, help="Download this teacher's probes; repeatable. Default: all.")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@OVERRIDES
 def pull(repo: str, out: Path, layers: tuple[str, ...], teachers: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Download a published run into DIR.
 
@@ -48,14 +48,13 @@ def pull(repo: str, out: Path, layers: tuple[str, ...], teachers: tuple[str, ...
 @click.argument("checkpoint")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--data", required=True, help="coco:DIR, a folder in COCO's official layout.")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@OVERRIDES
 def import_(checkpoint: str, run: Path, data: str, overrides: tuple[str, ...]) -> None:
     """Turn the probes inside CHECKPOINT into a run.
 
     Reads the embedding predictors of probing distill, or OLA-VLM's published probes. KEY=VALUE sets fields of the run's
     recipe, e.g. data.eval_limit=500 or teachers.depth.id=DIR.
     """
-    quiet_libraries()
     from probing.hub.import_probes import import_probes
 
     imported = import_probes(checkpoint, data, run, overrides)

@@ -1,102 +1,112 @@
-"""Options that verbs of the command line share, and what becomes of them; like the verbs, it imports late."""
+"""Options made from the fields of pydantic models, which are imported only to parse or show them."""
 
+import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from analysis.evaluation.registry import metrics
 from probing.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from analysis.evaluation.options import Options
+    from pydantic import BaseModel
 
-F = TypeVar("F", bound=Callable[..., None])
+    from analysis.planning.plan import Devices, Plan
 
-TARGET_CACHE = click.option(
-    "--target-cache",
-    metavar="off|auto|DIR",
-    help="Keep the teachers' features on disk: auto is the user's cache folder, if there is room. Default: off, or as "
-    "in training.",
-)
-DRY_RUN = click.option(
-    "--dry-run", is_flag=True, help="Check what is given, say what would be done, and write nothing."
-)
-EVALUATION_OPTIONS = (
-    click.option(
-        "--metric",
-        "metrics",
-        multiple=True,
-        type=click.Choice(list(metrics())),
-        help=f"{'; '.join(f'{name}: {metric.help}' for name, metric in metrics().items())}. Repeat for several. "
-        "Default: cosine.",
-    ),
-    click.option(
-        "--protocol",
-        "protocols",
-        multiple=True,
-        type=click.Choice(["strict", "paper", "blind"]),
-        help="For the metrics that have it; the others, and without, all that a metric has.",
-    ),
-    click.option("--layers", help="Some of the probed layers, such as 0,4,8-12,final. Default: all."),
-    click.option(
-        "--probe",
-        "probes",
-        multiple=True,
-        type=click.Choice(["resampler", "ridge"]),
-        help="Default: both; for fid and frechet the resampler.",
-    ),
-    click.option(
-        "--control",
-        "controls",
-        multiple=True,
-        type=click.Choice(["none", "shuffled", "random", "blank", "other", "caption"]),
-        help="no is the checkpoint itself. Default: all the run has; for fid and frechet no. blank, other and caption "
-        "show the checkpoint a grey image, the next one, or the caption as text in place of the image.",
-    ),
-    click.option("--images", type=click.IntRange(1), help="Images per decoded metric. Default: all."),
-    click.option("--da2k", type=click.Path(path_type=Path), help="Folder in DA-2K's layout, for --metric da2k."),
-    click.option(
-        "--inception-weights",
-        type=click.Path(path_type=Path, exists=True, dir_okay=False),
-        help="pytorch-fid's weights, for --metric fid. Default: download.",
-    ),
-    click.option("--extractor", help="Image classifier (folder or Hub id) whose features --metric frechet compares."),
-    click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="Diffusion steps per image."),
-    click.option("--guidance", type=click.FloatRange(1), default=10.0, show_default=True, help="Diffusion guidance."),
-    click.option(
-        "--pictures",
-        type=click.IntRange(0),
-        default=4,
-        show_default=True,
-        help="Images to draw at every layer, where a metric is decoded.",
-    ),
-    click.option("--micro-batch", type=click.IntRange(1), help="Images per forward pass. Default: as in training."),
-    TARGET_CACHE,
-)
+    R = TypeVar("R", bound=BaseModel)
+
+CLICK_TYPES = {int: click.INT, float: click.FLOAT, Path: click.Path(path_type=Path)}
+OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Check the inputs, print the plan, and write nothing.")
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
-def evaluation_options(verb: F) -> F:
-    """Options that say what to score, for the verbs that do it or say what it costs."""
-    for option in reversed(EVALUATION_OPTIONS):
-        verb = option(verb)
-    return verb
+class FieldCommand(click.Command):
+    """A command with options made from a model's fields: type, choices, default and help.
+
+    Args:
+        model: `module:Class`; importing it on demand keeps `probing --help` fast.
+        fields: option name → field; sections are separated by `__`. By default every field is an option.
+    """
+
+    def __init__(self, *args: Any, model: str, fields: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model, self.fields = model, fields
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Adds the options of fields to those declared on the function."""
+        module, name = self.model.split(":")
+        model = getattr(importlib.import_module(module), name)
+        fields = self.fields or {field: field for field in model.model_fields}
+        return [*(field_option(model, *pair) for pair in fields.items()), *super().get_params(ctx)]
 
 
-def evaluation(options: dict[str, Any]) -> "Options":
-    """What `evaluation_options` say."""
-    from analysis.evaluation.options import Options
+def field_option(model: type["BaseModel"], name: str, key: str) -> click.Option:
+    """Makes an option from a field; the default stays with the field, so that a missing option is None or empty."""
+    *sections, last = key.split("__")
+    for section in sections:
+        model = model.model_fields[section].annotation  # type: ignore[assignment]
+    field = model.model_fields[last]
+    kind: Any = field.annotation
+    if get_origin(kind) is UnionType:  # with None
+        kind = get_args(kind)[0]
+    multiple = get_origin(kind) in (list, tuple, dict)
+    if get_origin(kind) in (list, tuple):
+        kind, name = get_args(kind)[0], name.removesuffix("s")
+    extra: Any = field.json_schema_extra or {}
+    choices = get_args(kind) if get_origin(kind) is Literal else extra.get("choices", tuple)()
+    text = " ".join((field.description or "").replace("`", "").split())
+    if isinstance(field.default, (int, float, str)):
+        text += f"  [default: {field.default}]"
+    return click.Option(
+        [f"--{name.replace('_', '-')}", key],
+        type=click.Choice(list(choices)) if choices else CLICK_TYPES.get(kind, click.STRING),
+        multiple=multiple,
+        metavar="NAME[=ID]" if get_origin(kind) is dict else None,
+        callback=(lambda ctx, option, value: teacher_values(value)) if get_origin(kind) is dict else None,
+        help=text,
+    )
 
-    return Options(**options | {"metrics": tuple(dict.fromkeys(options["metrics"])) or ("cosine",)})
 
-
-def teacher_values(options: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """Section `teachers` of a recipe, from `--teacher NAME[=ID]`.
+def build_recipe(
+    model: type["R"],
+    values: dict[str, Any],
+    options: Mapping[str, Any],
+    overrides: Iterable[str] = (),
+    source: str = "command line",
+) -> "R":
+    """Builds a recipe from plain values, then options that are set, then KEY=VALUE.
 
     Raises:
-        UserError: a name of its own has no id, or is given twice.
+        UserError: a field is unknown, missing or invalid.
+    """
+    from probing.recipe import apply_overrides, set_field, validate
+
+    for name, value in options.items():
+        *sections, _ = name.split("__")
+        for section in sections:
+            values.setdefault(section, {})  # so that an error names the missing field, not its section
+        if value not in (None, (), {}):
+            set_field(values, name.replace("__", "."), value)
+    return validate(model, apply_overrides(values, overrides), source)
+
+
+def print_plan(plan: "Plan", devices: "Devices | None" = None) -> None:
+    """Prints a plan for some devices; by default for the processes that a launcher started."""
+    from analysis.planning.plan import Devices
+    from probing.utils.distributed import started
+
+    click.echo("\n".join(plan.lines(devices or Devices(started()))))
+
+
+def teacher_values(options: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Builds section `teachers` of a recipe from `NAME[=ID]`.
+
+    Raises:
+        UserError: a name that has no default id comes without one, or is repeated.
     """
     from probing.teachers.registry import CATALOGUE
 
@@ -105,28 +115,16 @@ def teacher_values(options: tuple[str, ...]) -> dict[str, dict[str, str]]:
         name, _, identifier = option.partition("=")
         if name not in CATALOGUE and not identifier:
             raise UserError(
-                f"no teacher is called {name!r}; there are {', '.join(CATALOGUE)}, and any vision encoder: --teacher "
+                f"no teacher is called {name!r}; use {', '.join(CATALOGUE)}, or any vision encoder: --teacher "
                 f"{name or 'NAME'}=FOLDER_OR_HUB_ID"
             )
         if name in values:
-            raise UserError(f"two teachers are called {name!r}; give each a name of its own, such as {name}2=…")
+            raise UserError(f"two teachers are called {name!r}; rename one, such as {name}2=…")
         values[name] = {"id": identifier or CATALOGUE[name].default_id}
     return values
 
 
-def quiet_libraries() -> None:
-    """Loading bars of every tiny model would bury the program's own lines."""
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    import probing.utils.torchvision_shim  # noqa: F401
-
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def as_lines(values: dict[str, Any]) -> str:
+def as_lines(values: Mapping[str, Any]) -> str:
     """Formats a description as lines of name and value."""
     lines = []
     for name, value in values.items():

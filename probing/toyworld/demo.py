@@ -5,7 +5,6 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +84,15 @@ def demo_options(models: Path, world: Path, recipe: ProbeRunRecipe, layers: str)
     if importlib.util.find_spec("diffusers") is None:
         logger.warning("diffusers is not installed: no images are generated; pip install 'mllm-probing[decode]'")
         metrics = metrics[:-1]
-    common = Options(metrics, layers=layers, images=DECODED_IMAGES, micro_batch=32)
+    common = Options(metrics=metrics, layers=layers, images=DECODED_IMAGES, micro_batch=32)
     controls = tuple(control for control in ("none", "random") if control in ("none", *recipe.controls))
     return [
         Options(micro_batch=32),
-        replace(common, da2k=world / "da2k", extractor=str(models / "toy"), steps=STEPS, guidance=GUIDANCE),
+        common.model_copy(
+            update={"da2k": world / "da2k", "extractor": str(models / "toy"), "steps": STEPS, "guidance": GUIDANCE}
+        ),
         # The probe alone: the dearest decoder, so neither the protocols that leak nor the shuffled control.
-        replace(common, metrics=("miou",), protocols=("blind",), controls=controls),
+        common.model_copy(update={"metrics": ("miou",), "protocols": ("blind",), "controls": controls}),
     ]
 
 

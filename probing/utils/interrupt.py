@@ -11,8 +11,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MOMENT = 2.0
@@ -87,11 +88,11 @@ def _kill_workers() -> None:
         worker.kill()
 
 
-def exit_interrupted() -> None:
-    """Prints the command that resumes this process, and exits with 130."""
+def exit_interrupted(arguments: Sequence[str]) -> NoReturn:
+    """Prints the `probing` command that resumes the work, and exits with 130."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # a launcher's copy of the signal must not interrupt the exit
     if os.environ.get("RANK", "0") == "0":
         launcher = " the same launcher and" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        sys.stderr.write(f"interrupted; resume with{launcher}: {shlex.join(['probing', *sys.argv[1:]])}\n")
+        sys.stderr.write(f"interrupted; resume with{launcher}: {shlex.join(['probing', *arguments])}\n")
     sys.exit(130)

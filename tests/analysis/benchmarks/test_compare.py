@@ -6,14 +6,13 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
 
 from analysis.benchmarks.accuracy import ScoredAnswer, summarise
 from analysis.benchmarks.compare import answer_statements, compare_answers
 from analysis.evaluation.scores import write_rows
-from probing.cli import cli
 from probing.utils.errors import UserError
 from reports.page import write_report
+from tests.helpers.cli import error_line, probing
 from tests.helpers.report_runs import make_run
 
 PLACES = [
@@ -164,7 +163,7 @@ def test_several_benchmarks_are_kept_apart(tmp_path, scores):
 def test_command_prints_and_page_shows_differences(tmp_path, scores):
     worse, better = np.zeros(80, dtype=int), np.ones(80, dtype=int)
     runs = [write(tmp_path / name, name, row) for name, row in (("a", worse), ("b", better), ("c", scores[0]))]
-    said = CliRunner().invoke(cli, ["compare", *map(str, runs), "--out", str(tmp_path / "out")], catch_exceptions=False)
+    said = probing("compare", *runs, "--out", tmp_path / "out")
     assert said.exit_code == 0
     told = (
         "CV-Bench-like (80 questions), Overall: accuracy of b - a = +1.0000 [+1.0000, +1.0000] over the images of 80 "
@@ -188,10 +187,7 @@ def test_command_refuses_before_it_works(tmp_path, scores):
         ([runs[0], tmp_path / "b" / ".." / "a"], tmp_path / "new" / "out", "is given twice"),
         ([probed, *runs], tmp_path / "new" / "out", "probed is the only run with probes"),
     ):
-        with pytest.raises(UserError, match=said):
-            CliRunner().invoke(
-                cli, ["compare", *map(str, arguments), "--out", str(out)], catch_exceptions=False, standalone_mode=False
-            )
+        assert said in error_line("compare", *arguments, "--out", out)
     with pytest.raises(UserError, match="holds runs"):
         write_report(runs, runs[0])
     assert before == {run: (run / "results.csv").read_bytes() for run in runs} and not (tmp_path / "new").exists()

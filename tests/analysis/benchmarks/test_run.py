@@ -3,20 +3,18 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 
-import click
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
 
 from analysis.benchmarks import run as bench_module
 from analysis.benchmarks import tasks
 from analysis.benchmarks.questions import read_questions
-from probing.cli import cli
 from probing.toyworld.cvbench import write_cvbench
 from probing.toyworld.models import ASSETS
 from probing.toyworld.scenes import COLOURS, generate
@@ -33,6 +31,7 @@ from tests.helpers.benchmark_files import (
     png,
     realworldqa_rows,
 )
+from tests.helpers.cli import error_line, probing
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +39,17 @@ def checkpoint(tmp_path_factory):
     return tiny.llava(tmp_path_factory.mktemp("bench") / "llava", seed=3)
 
 
-def run_bench(checkpoint, name, data, out, *more):
-    arguments = ["bench", checkpoint, "--benchmark", name, "--data", data, "--out", out, "max_new_tokens=3", *more]
-    said = CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
+def command(checkpoint, name, data, out, *more):
+    return ["bench", checkpoint, "--benchmark", name, "--data", data, "--out", out, "max_new_tokens=3", *more]
+
+
+def refused(*arguments):
+    return error_line(*command(*arguments))
+
+
+def run_bench(*arguments):
+    out = arguments[3]
+    said = probing(*command(*arguments))
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     return said, lines, pd.read_csv(out / "results.csv", keep_default_na=False)
 
@@ -107,8 +114,7 @@ def test_interrupted_run_resumes_to_the_same_answers(checkpoint, tmp_path, monke
     monkeypatch.setattr(bench_module, "ask", stopped)
     out = tmp_path / "run"
     arguments = ["bench", checkpoint, "--benchmark", "cvbench", "--data", data, "--out", out, "max_new_tokens=3"]
-    said = CliRunner().invoke(cli, [*map(str, arguments), "micro_batch=2"], standalone_mode=False)
-    assert isinstance(said.exception, click.Abort)  # `main` makes 130 and the command to resume of it
+    assert "resume with: probing bench" in probing(*arguments, "micro_batch=2", code=130).stderr
     assert not (out / "results.csv").exists()
     with (out / "state" / "answers.jsonl").open("a") as file:  # as a process leaves it that is killed while it writes
         file.write('["0123", "left"]\n["01')
@@ -125,10 +131,8 @@ def test_changed_questions_are_refused(checkpoint, tmp_path):
     run_bench(checkpoint, "cvbench", data, tmp_path / "run")
     shutil.rmtree(data)
     as_parquet(data, cvbench_rows(8))
-    with pytest.raises(UserError, match="the questions changed since"):
-        run_bench(checkpoint, "cvbench", data, tmp_path / "run")
-    with pytest.raises(UserError, match="another recipe"):
-        run_bench(checkpoint, "cvbench", data, tmp_path / "run", "micro_batch=3")
+    assert "the questions changed since" in refused(checkpoint, "cvbench", data, tmp_path / "run")
+    assert "another recipe" in refused(checkpoint, "cvbench", data, tmp_path / "run", "micro_batch=3")
 
 
 def bad_answer(data):
@@ -162,9 +166,7 @@ def bad_answer(data):
 def test_bad_input_is_a_user_error(checkpoint, tmp_path, name, spoil, said):
     data = as_jsonl(tmp_path / "data", cvbench_rows())
     spoil(data)
-    with pytest.raises(UserError, match=said) as raised:
-        run_bench(checkpoint, name, data, tmp_path / "run")
-    assert "\n" not in str(raised.value)
+    assert re.search(said, refused(checkpoint, name, data, tmp_path / "run"))
 
 
 def test_parquet_without_pyarrow_is_a_user_error(tmp_path, monkeypatch):
@@ -265,8 +267,8 @@ def test_benchmark_without_images_is_a_user_error(checkpoint, tmp_path):
     data = as_jsonl(tmp_path / "data", cvbench_rows(4))
     for file in (data / "img").rglob("*.png"):
         spoil_png(file)
-    with pytest.raises(UserError, match="no image of CV-Bench can be read, first corrupt"):
-        run_bench(checkpoint, "cvbench", data, tmp_path / "run")
+    line = refused(checkpoint, "cvbench", data, tmp_path / "run")
+    assert "no image of CV-Bench can be read, first corrupt" in line
 
 
 NEW_TASK = """
@@ -300,5 +302,4 @@ def test_new_benchmark_is_one_file(checkpoint, tmp_path, monkeypatch):
 
 
 def test_unknown_benchmark_is_a_user_error(checkpoint, tmp_path):
-    with pytest.raises(UserError, match="is not one of cvbench"):
-        run_bench(checkpoint, "vqa", tmp_path, tmp_path / "run")
+    assert "is not one of cvbench" in refused(checkpoint, "vqa", tmp_path, tmp_path / "run")

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,6 +17,7 @@ from probing.training.run import train
 from probing.utils.errors import UserError
 from reports.differences import against
 from tests.helpers import tiny
+from tests.helpers.cli import probing
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +132,7 @@ def test_other_training_and_other_metrics_are_refused(runs, tmp_path):
 
 
 def test_the_command_prints_sentences_and_draws_the_differences(runs, tmp_path):
-    arguments = [sys.executable, "-m", "probing", "compare", *map(str, runs), "--out", str(tmp_path / "out")]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(__file__).parents[3])
-    assert done.returncode == 0, done.stderr
+    done = probing("compare", *runs, "--out", tmp_path / "out")
     assert "depth, resampler, cosine_centred (strict): other - llava = " in done.stdout
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Paired differences from <span data-chosen>llava</span>" in page and "probing.compare" not in page

@@ -1,10 +1,7 @@
 """Folders of runs that differ by the seed of their checkpoint alone."""
 
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,6 +18,7 @@ from probing.recipe import ProbeRunRecipe, validate
 from probing.training.run import train
 from probing.utils.errors import UserError
 from tests.helpers import tiny
+from tests.helpers.cli import probing
 
 SEEDS = 3
 
@@ -88,12 +86,7 @@ def test_without_pairs_seeds_are_resampled_apart(arms, tmp_path):
 
 
 def test_the_commands_take_folders(arms, tmp_path):
-    def probing(*arguments):
-        command = [sys.executable, "-m", "probing", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
-
     done = probing("compare", arms / "base", arms / "other", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
     page = (tmp_path / "index.html").read_text()
     assert "depth, ridge, cosine_centred (strict): other - base = " in done.stdout
     assert "over 6 images and 3 runs." in page and "the first of 3, whose seeds differ" in page

@@ -288,7 +288,7 @@ def test_inspect_takes_fields_of_the_recipe(tmp_path):
     assert count_blocks(BackboneRecipe(checkpoint=str(tmp_path / "model"))) == 3
     found = json.loads(inspect("--json", "backbone.template=vicuna_v1").stdout)
     assert found["prompt"].endswith("ASSISTANT:") and found["family"] == "original llava_llama"
-    assert "write backbone.template=" in str(inspect("template=vicuna_v1").exception)
+    assert "write backbone.template=" in inspect("template=vicuna_v1").stderr
 
 
 def test_it_is_probed_and_not_trained(tmp_path):

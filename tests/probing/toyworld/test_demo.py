@@ -119,4 +119,4 @@ def test_the_page_opens_in_the_browser_where_it_is_asked_for(tmp_path, monkeypat
     monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or browser)
     done = CliRunner().invoke(cli, ["demo", "--out", str(tmp_path / "a b"), *asked], catch_exceptions=False)
     assert done.exit_code == 0 and opened == [f"file://{tmp_path}/a%20b/report/index.html"] * len(asked)
-    assert ("no browser was found" in done.stderr) == (not browser)
+    assert ("no browser found" in done.stderr) == (not browser)

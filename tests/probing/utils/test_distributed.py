@@ -29,7 +29,7 @@ sys.stdout.write(f"process {place.process_index} of {int(sum)}\\n")
 STOPPED = """
 import os, signal, time
 from probing import cli; from probing.training import trainer
-step, resume = trainer.Fit._step, fit.Fit._resume
+step, resume = trainer.Fit._step, trainer.Fit._resume
 def stopped(self, state, *rest, **more):
     if state.step == int(os.environ["STOP"]) and self.accelerator.process_index == 1:
         signal.raise_signal(signal.SIGTERM)
@@ -37,7 +37,7 @@ def stopped(self, state, *rest, **more):
 def late(self, state):
     time.sleep(3 * self.accelerator.process_index)
     resume(self, state)
-trainer.Fit._step, fit.Fit._resume = stopped, late
+trainer.Fit._step, trainer.Fit._resume = stopped, late
 cli.main()
 """
 

@@ -14,15 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from click.testing import CliRunner
 
 from analysis.evaluation.metrics.generated_images.features import Extractor, reference_features
-from probing.cli import cli
 from probing.data.coco import ImageList
 from probing.utils import cache_dir
 from probing.utils.environment import SPIN_COUNT, prepare_environment
 from probing.utils.errors import UserError
 from probing.utils.files import disk_errors
+from tests.helpers.cli import error_line
 
 ROOT = Path(__file__).parents[3]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -93,9 +92,8 @@ def test_a_cache_that_cannot_be_written_is_named(recipe_values, monkeypatch, tmp
     monkeypatch.setenv("MLLM_PROBING_CACHE", str(tmp_path / "file"))
     recipe_values["data"]["target_cache"] = where.format(file=tmp_path / "file")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_values), encoding="utf-8")
-    done = CliRunner().invoke(cli, ["train", "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")])
-    said = str(done.exception)
-    assert isinstance(done.exception, UserError) and str(tmp_path / "file") in said and "--out" not in said
+    said = error_line("train", "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
+    assert str(tmp_path / "file") in said and "--out" not in said
     assert ("MLLM_PROBING_CACHE" if where == "auto" else "give another folder") in said
 
 
