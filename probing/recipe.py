@@ -1,8 +1,4 @@
-"""Typed recipes: a YAML file, dotted overrides, and the resolved copy that every run keeps.
-
-A recipe fully describes a run. Its fields are declared once, here, as pydantic models; a field that does not exist is
-answered with the nearest one that does.
-"""
+"""The schema of recipes: YAML files that fully describe a run, with dotted overrides."""
 
 import difflib
 import re
@@ -18,45 +14,45 @@ from probing.utils.paths import ELSEWHERE, local_path
 
 DEFAULT_PROMPT = "Describe the image in two lines."
 TOKEN_KINDS = ("system", "cls", "image", "tile", "newline", "gen", "depth", "seg", "text", "answer", "padding")
-"""`image` is the patches of the whole image; `tile` its enlarged parts and `newline` ends of rows, where a family has
-them; `cls` the vision tower's class and register tokens, where the LLM gets them."""
+"""`image`: patches of the whole image; `tile`: its enlarged parts; `newline`: ends of rows; `cls`: class and register
+tokens of the vision tower."""
 
 TokenKind = Literal["system", "cls", "image", "tile", "newline", "gen", "depth", "seg", "text", "answer"]
 R = TypeVar("R", bound=BaseModel)
-NO_YAML = (yaml.YAMLError, *BROKEN)
-"""What the YAML reader raises; a date of the 13th month is a ValueError, for instance."""
+YAML_ERRORS = (yaml.YAMLError, *BROKEN)
+"""What the YAML parser raises; an invalid date is a ValueError, for instance."""
 
 
 class Strict(BaseModel):
-    """Base of every recipe: unknown fields are errors, values are checked on assignment too."""
+    """Base of all recipes: unknown fields are errors, and assignments are validated."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
 
 
 class BackboneRecipe(Strict):
-    """Which checkpoint is probed, and how it is loaded and asked."""
+    """The checkpoint, how it is loaded, and its prompt."""
 
     checkpoint: str
     """Folder or Hub id of the checkpoint."""
     revision: str | None = None
     """Hub revision."""
     base: str | None = None
-    """Folder or Hub id of the base model, for a checkpoint that is an adapter or a projector alone."""
+    """Folder or Hub id of the base model of an adapter or a projector-only checkpoint."""
     prompt: str = DEFAULT_PROMPT
-    """The user's turn; it goes through the checkpoint's own chat template, after the image."""
+    """The user's turn, after the image in the checkpoint's chat template."""
     template: str | None = None
-    """Chat template where the checkpoint has none, or another is wanted: vicuna_v1, …, or one in Jinja."""
+    """Chat template that replaces the checkpoint's: vicuna_v1, …, or Jinja text."""
     vision_tower: str | None = None
-    """Folder or Hub id of its vision tower, where the path that it names does not exist."""
+    """Folder or Hub id of the vision tower, if the path in the checkpoint does not exist."""
     image_size: int | None = Field(default=None, ge=1)
-    """Pixels that square images are resized to before the processor of a family that takes every size."""
+    """Side in pixels to which images are resized, for families that accept any size."""
     whole_image: Literal["first", "last"] | None = None
-    """Which part shows the whole image, where a family without a file of its own cuts images into parts."""
+    """Which crop shows the whole image, for generic families that split images into crops."""
     special_tokens: Literal["auto", "on", "off"] = "auto"
-    """OLA-VLM's special tokens after the image: `auto` keeps them where the checkpoint has them, `on` insists, `off`
-    leaves them out of the prompt."""
+    """OLA-VLM's special tokens after the image: `auto` uses them if the checkpoint has them, `on` requires them, `off`
+    omits them."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Numbers the checkpoint is loaded in; `auto` is its own type, but float32 for bfloat16 on a CPU without it."""
+    """dtype of the loaded checkpoint; `auto`: its own, but float32 instead of bfloat16 on CPUs without bfloat16."""
     device_map: str | None = None
     """Passed to transformers, for checkpoints larger than one device."""
     quantization_config: dict[str, Any] | None = None
@@ -64,36 +60,36 @@ class BackboneRecipe(Strict):
     attn_implementation: str | None = None
     """Passed to transformers: sdpa, flash_attention_2, eager."""
     trust_remote_code: bool = False
-    """Run code that comes with the checkpoint. Off unless asked for."""
+    """Run code from the checkpoint."""
 
 
 def _teacher_name(name: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", name):
-        raise ValueError("a teacher's name is a small letter and then up to 31 small letters, digits, - or _")
-    if name in NO_TEACHER:
-        raise ValueError(f"{name!r} means something else in results; name the teacher differently")
+        raise ValueError("a teacher's name is a lowercase letter and up to 31 lowercase letters, digits, - or _")
+    if name in RESERVED_NAMES:
+        raise ValueError(f"{name!r} has another meaning in results; choose another name")
     return name
 
 
-NO_TEACHER = ("tower", "tokens", "words", "na", "nan", "none", "null")
-"""What results name otherwise, or readers of CSV take for nothing."""
+RESERVED_NAMES = ("tower", "tokens", "words", "na", "nan", "none", "null")
+"""Names with another meaning in results, or that CSV readers parse as missing values."""
 TeacherName = Annotated[str, AfterValidator(_teacher_name)]
-"""What folders and results call a teacher: one of the catalogue, or any other for a plain encoder."""
+"""Name of a teacher in folders and results: one of the catalogue, or any other for a plain encoder."""
 
 
 class TeacherRecipe(Strict):
-    """One teacher: where it comes from and what its target is."""
+    """One teacher: its source and its target."""
 
     id: str
     """Folder or Hub id of the teacher."""
     revision: str | None = None
     """Hub revision."""
     grid: int | None = Field(default=None, ge=1)
-    """Side of the target grid of a spatial teacher; by default the teacher's own, at most 24 (the paper's)."""
+    """Side of a spatial teacher's target grid; by default the teacher's, at most 24 as in the paper."""
     features: Literal["patches", "pooled"] = "patches"
-    """Of a plain encoder: its features of every patch, or its pooled output, a single token."""
+    """Target of a plain encoder: features of all patches, or the pooled output as a single token."""
     trust_remote_code: bool = False
-    """Run code that comes with a plain encoder. Off unless asked for."""
+    """Run code from a plain encoder."""
 
     @model_validator(mode="after")
     def _grid_of_patches(self) -> Self:
@@ -103,25 +99,25 @@ class TeacherRecipe(Strict):
 
 
 class DataRecipe(Strict):
-    """Which images the probes are trained and scored on."""
+    """The images on which probes are trained and scored."""
 
     path: str
     """`coco:DIR`, a folder in COCO's official layout."""
     train_split: str = "train2017"
-    """Split the probes are trained on."""
+    """Split on which probes are trained."""
     eval_split: str = "val2017"
-    """Held-out split the probes are scored on."""
+    """Held-out split on which probes are scored."""
     train_limit: int | None = Field(default=None, ge=2)
     """Use only the first N training images; default: all."""
     eval_limit: int | None = Field(default=None, ge=2)
     """Use only the first N held-out images; default: all."""
     view: Literal["square", "own"] = "square"
-    """`square`: student and teachers see the same image squashed to a square, so that grids line up (the paper's
-    evaluation view); `own`: each applies its own preprocessing to the original image (the paper's training view)."""
+    """`square`: checkpoint and teachers see the same image squashed to a square, so that grids line up (the paper's
+    evaluation); `own`: each preprocesses the original image (the paper's training)."""
     target_cache: str = "off"
-    """Cache for teacher features on disk: `off`, `auto` (the user's cache folder, if it has room), or a folder."""
+    """Cache for teacher features on disk: `off`, `auto` (the user's cache folder, if it has space), or a folder."""
     target_cache_dtype: Literal["float32", "float16"] = "float32"
-    """Of what is kept; float16 takes half the disk and rounds features to 11 bits."""
+    """dtype of cached features; float16 halves the disk usage and rounds features to 11 bits."""
 
     @field_validator("path")
     @classmethod
@@ -141,45 +137,45 @@ class ProbeRecipe(Strict):
     ff_mult: int = Field(default=1, ge=1)
     """Hidden width of the feed-forward block, in multiples of the probe's width."""
     keys: list[TokenKind] = Field(default=list(get_args(TokenKind)), min_length=1)
-    """Kinds of tokens the probe may attend to; the default is the whole sequence without padding."""
+    """Kinds of tokens to which the probe may attend; by default all but padding."""
 
 
 class FitRecipe(Strict):
-    """How the probes are trained."""
+    """Training of the probes."""
 
     epochs: int = Field(default=2, ge=1)
     """Passes over the training images."""
     batch_size: int = Field(default=256, ge=2)
     """Images per optimiser step, over all processes."""
     micro_batch: int = Field(default=16, ge=2)
-    """Images per forward pass and process; the rest of the batch is accumulated."""
+    """Images per forward pass and process; gradients accumulate over the batch."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
-    """Share of the steps over which the rate rises linearly; then it falls as a cosine to zero."""
+    """Fraction of the steps with linear warm-up, before cosine decay to zero."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's weight decay."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Gradient clipping, per probe, so that no probe depends on another."""
+    """Maximal gradient norm per probe."""
     seeds: list[int] = Field(default=[0], min_length=1)
-    """One probe bank per seed, all trained in the same pass. The seed sets initialisation; the order of the images
-    follows the first."""
+    """One probe bank per seed, all trained in the same pass. A seed sets the initialisation, the first also the order
+    of the images."""
     ridge: bool = True
-    """Also gather the sums for the closed-form ridge readout."""
+    """Also fit the closed-form ridge readout."""
     ridge_penalty: float = Field(default=1e-3, gt=0)
     """Ridge penalty, as a multiple of the mean eigenvalue of the states' covariance."""
     save_minutes: float = Field(default=10.0, ge=0)
-    """Minutes between saved training states; 0 saves after every step."""
+    """Minutes between saved training states; 0: save after every step."""
     workers: int = Field(default=2, ge=0)
     """Processes that read and preprocess images."""
     spread: Literal["auto", "images", "layers"] = "auto"
-    """What several processes share among them: `images`, each with all probes; `layers`, each with all images, where
-    the probes do not fit one device; `auto`: layers where they do not fit the GPU's memory."""
+    """What several processes divide among them: `images` (each trains all probes), `layers` (each sees all images), or
+    `auto` (layers if the probes exceed the GPU's memory)."""
     bf16: bool = False
-    """Products in bfloat16 (autocast); weights, gradients, sums and losses stay float32."""
+    """Train with bfloat16 autocast; weights, gradients, sums and losses stay float32."""
     report_to: str = "tensorboard"
-    """Who is told of losses and learning rate meanwhile: tensorboard (in the run's folder), wandb, mlflow or another
-    tracker that accelerate knows, or none."""
+    """Experiment tracker for losses and learning rate: tensorboard (in the run's folder), wandb, mlflow or another that
+    accelerate supports, or none."""
 
     @field_validator("seeds")
     @classmethod
@@ -193,7 +189,7 @@ Control = Literal["shuffled", "random"]
 
 
 class LayersRecipe(Strict):
-    """What every look at the layers of a checkpoint is told."""
+    """Fields shared by all runs over a checkpoint's layers."""
 
     backbone: BackboneRecipe
     data: DataRecipe
@@ -205,10 +201,10 @@ class LayersRecipe(Strict):
     @field_validator("layers", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int) else value  # one layer alone is a number in YAML
+        return str(value) if isinstance(value, int) else value  # a single layer is a number in YAML
 
     def with_absolute_paths(self) -> Self:
-        """A copy whose existing local folders are absolute, so that the run can be used from anywhere."""
+        """Copies the recipe with absolute local folders, so that the run can be used from anywhere."""
         recipe = self.model_copy(deep=True)
         recipe.backbone.checkpoint = _absolute(recipe.backbone.checkpoint)
         if recipe.backbone.base:
@@ -259,18 +255,18 @@ def _absolute(source: str) -> str:
 
 
 def cached_repository(source: str) -> str | None:
-    """The repository (`org/name`) whose snapshot in the Hub's cache a path is; None for any other path."""
+    """Returns the repository (`org/name`) of a snapshot in the Hub's cache; None for other paths."""
     parts = re.search(r"(?:^|[/\\])models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$", source)
     return parts[1].replace("--", "/", 1) if parts else None
 
 
 def model_name(source: str) -> str:
-    """What a checkpoint is called: its repository where it lies in the Hub's cache, else the last part of its path."""
+    """Returns a checkpoint's name: its repository if in the Hub's cache, else the last part of its path."""
     return cached_repository(source) or source.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _fields_of(model: type[BaseModel], location: Iterable[str | int]) -> list[str]:
-    """Names of the fields valid where an unknown one was found."""
+    """Lists the valid fields at a location."""
     current: Any = model
     for part in location:
         field = getattr(current, "model_fields", {}).get(part)
@@ -284,7 +280,7 @@ def _fields_of(model: type[BaseModel], location: Iterable[str | int]) -> list[st
 
 
 def _explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
-    """One line for the first problem of a recipe."""
+    """Describes the first problem of a recipe in one line."""
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     where = ".".join(str(part) for part in first["loc"] if part != "[key]")
@@ -304,7 +300,7 @@ def validate(model: type[R], values: Any, source: str) -> R:
     """Builds a recipe from plain values.
 
     Raises:
-        UserError: a field is unknown, missing, of the wrong type or contradicts another; the message names it.
+        UserError: a field is unknown, missing, of the wrong type or contradicts another.
     """
     try:
         recipe = model.model_validate(values)
@@ -312,7 +308,7 @@ def validate(model: type[R], values: Any, source: str) -> R:
     except ValidationError as error:
         raise UserError(_explain(error, model, source)) from None
     except BROKEN as error:
-        raise UserError(f"{source} holds what cannot be written down again: {error}; use plain values") from None
+        raise UserError(f"{source} has values that YAML cannot store: {error}; use plain values") from None
     return recipe
 
 
@@ -320,7 +316,7 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
     """Sets dotted `key=value` pairs in nested plain values; values are read as YAML.
 
     Raises:
-        UserError: an override has no `=`, or goes through something that is not a section.
+        UserError: an override has no `=`, or its parent is not a section.
     """
     for override in overrides:
         key, sign, text = override.partition("=")
@@ -341,10 +337,10 @@ def set_field(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def parse_scalar(text: str) -> Any:
-    """Reads one value as YAML, and `1e-3` as the number that YAML 1.1 takes for a string."""
+    """Parses one value as YAML; `1e-3` is a number, although a string in YAML 1.1."""
     try:
         value = yaml.safe_load(text)
-    except NO_YAML:
+    except YAML_ERRORS:
         return text
     if isinstance(value, str):
         try:
@@ -358,7 +354,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Reads the plain values of a recipe file.
 
     Raises:
-        UserError: the file is missing, is not YAML, or holds no fields.
+        UserError: the file is missing, not YAML, or has no fields.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -366,10 +362,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"no recipe at {path}; see examples/ for recipes to start from") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} cannot be read: {error}") from None
-    except NO_YAML as error:
+    except YAML_ERRORS as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         at = "" if line is None else f" (line {line + 1})"
-        raise UserError(f"recipe {path} is not valid YAML{at}; mend it or start from one in examples/") from None
+        raise UserError(f"recipe {path} is not valid YAML{at}; fix it or start from one in examples/") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} holds no fields; start from one in examples/")
     return values
@@ -379,15 +375,15 @@ def load_recipe(model: type[R], path: Path, overrides: Iterable[str] = ()) -> R:
     """Reads a recipe file and applies overrides.
 
     Raises:
-        UserError: the file is missing, is not YAML, or does not describe a valid recipe.
+        UserError: the file is missing, not YAML, or not a valid recipe.
     """
     return validate(model, apply_overrides(read_yaml(path), overrides), str(path))
 
 
 def dump_recipe(recipe: BaseModel) -> str:
-    """The resolved recipe as YAML, every default written out."""
+    """Returns the resolved recipe as YAML, with all defaults."""
     values = recipe.model_dump(mode="json")
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    if any(mark in text for mark in "\x85\u2028\u2029"):  # line ends to YAML, which it would read back as others
+    if any(mark in text for mark in "\x85\u2028\u2029"):  # YAML would read these line breaks back as others
         return yaml.safe_dump(values, sort_keys=False)
     return text

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from analysis.alignment.headlines import HEADLINE_METRICS
-from probing.runs.directory import members
+from probing.runs.directory import runs_in
 from probing.utils.errors import UserError
-from probing.utils.files import LOST, read_json, reading
+from probing.utils.files import RESTORE_ADVICE, read_json, reading
 from reports.charts import LAYER
 from reports.plots import Line, Plot, named_plot, table_line
 from reports.results import AVERAGE, FINAL, in_order, read_results, teacher_title, unique_labels
@@ -144,16 +144,16 @@ def load_alignments(paths: Sequence[Path]) -> list[AlignmentResults]:
     """
     found = []
     for path in paths:
-        runs = members(path)
+        runs = runs_in(path)
         if not (path / "results.csv").exists():
             again = f"probing evaluate {path}" if runs else "the probing align that made it once more"
             raise UserError(f"{path} has no results; type {again}")
         results = read_results(path / "results.csv")
         first = (runs or [path])[0]
-        manifest = read_json(first / "manifest.json", LOST)
+        manifest = read_json(first / "manifest.json", RESTORE_ADVICE)
         found.append((first, results, manifest | ({"runs": len(runs)} if runs else {})))
     names = [
-        path.resolve().name if members(path) else manifest["checkpoint"]["name"]
+        path.resolve().name if runs_in(path) else manifest["checkpoint"]["name"]
         for path, (_, _, manifest) in zip(paths, found, strict=True)
     ]
     return [

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from analysis.benchmarks.rank_correlation import FEW, LEAST, RankCorrelation, rank_correlation
 from analysis.benchmarks.tasks import BENCHMARKS, part_label, title
 from analysis.evaluation.registry import ACCURACY
-from probing.runs.directory import members
+from probing.runs.directory import runs_in
 from probing.utils.errors import UserError
-from probing.utils.files import LOST, read_json
+from probing.utils.files import RESTORE_ADVICE, read_json
 from reports.charts import PROBES
 from reports.images import picture
 from reports.results import RunResults, load_runs, metric_label, read_results, teacher_title, unique_labels
@@ -67,11 +67,11 @@ def load_benchmarks(paths: Sequence[Path]) -> list[BenchmarkResults]:
         UserError: one has no results.
     """
     found = []
-    for folder, run in ((path, run) for path in paths for run in members(path) or [path]):
+    for folder, run in ((path, run) for path in paths for run in runs_in(path) or [path]):
         if not (run / "results.csv").exists():
             raise UserError(f"{run} has no results; type the probing bench that made it once more")
-        manifest = read_json(run / "manifest.json", LOST)
-        name = f"{folder.resolve().name}, {run.name}" if members(folder) else manifest["checkpoint"]["name"]
+        manifest = read_json(run / "manifest.json", RESTORE_ADVICE)
+        name = f"{folder.resolve().name}, {run.name}" if runs_in(folder) else manifest["checkpoint"]["name"]
         found.append((name, run, read_results(run / "results.csv"), manifest))
     labels = labels_by_benchmark([(name, run, manifest["benchmark"]) for name, run, _, manifest in found])
     return [
@@ -88,8 +88,8 @@ def arm_labels(paths: Sequence[Path]) -> list[str]:
     """
     found = []
     for path in paths:
-        manifest = read_json((members(path) or [path])[0] / "manifest.json", LOST)
-        name = path.resolve().name if members(path) else manifest["checkpoint"]["name"]
+        manifest = read_json((runs_in(path) or [path])[0] / "manifest.json", RESTORE_ADVICE)
+        name = path.resolve().name if runs_in(path) else manifest["checkpoint"]["name"]
         found.append((name, path, manifest["benchmark"]))
     return labels_by_benchmark(found)
 
@@ -352,7 +352,7 @@ def chapter(
     single = [
         (run, number)
         for number, path in enumerate(probed)
-        for run in members(path) or [path]
+        for run in runs_in(path) or [path]
         if (run / "results.csv").exists()
     ]
     runs = load_runs([run for run, _ in single])

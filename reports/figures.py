@@ -8,7 +8,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from probing.utils.files import whole_file
+from probing.utils.files import atomic_file
 from reports.charts import column_figure, difference_figure, layer_figure, shown_probes, teachers_of
 from reports.differences import against, measures_of, references
 from reports.results import RunResults
@@ -36,7 +36,7 @@ def save(figure: Figure, folder: Path, name: str, style: Style) -> None:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once, not for every format again
         for kind, values in kinds.items():
-            with whole_file(folder / "figures" / f"{slug(name)}.{kind}") as file:
+            with atomic_file(folder / "figures" / f"{slug(name)}.{kind}") as file:
                 figure.savefig(file, format=kind, **values)
 
 

@@ -9,9 +9,9 @@ import jinja2
 import pandas as pd
 
 from analysis.evaluation.registry import ACCURACY, describe
-from probing.runs.directory import is_alignment, is_benchmark, members
+from probing.runs.directory import is_alignment, is_benchmark, runs_in
 from probing.utils.errors import UserError
-from probing.utils.files import disk_errors, whole_file, write_text
+from probing.utils.files import atomic_file, disk_errors, write_text
 from reports.alignment import AlignmentResults, difference_table, load_alignments
 from reports.alignment_chapter import chapter, chapter_plots
 from reports.benchmarks import BenchmarkResults, load_benchmarks, quality_figure
@@ -87,7 +87,7 @@ def require_apart(runs: Sequence[Path], out: Path) -> None:
         for run, place in zip(runs, places, strict=True):
             if places.count(place) > 1:
                 raise UserError(f"{run} is given twice; leave one out")
-        if (out / "recipe.yaml").exists() or members(out):
+        if (out / "recipe.yaml").exists() or runs_in(out):
             raise UserError(f"{out} holds runs, and the report would replace their results; choose another --out")
 
 
@@ -222,7 +222,7 @@ def _write_grids(runs: Sequence[RunResults], out: Path) -> None:
     for run in runs:
         suffix = "" if len(runs) == 1 else f"_{slug(run.label)}"
         for grid in read_grids(run.path):
-            with whole_file(folder / f"grid_{grid.teacher}_{grid.probe}{suffix}.png") as file:
+            with atomic_file(folder / f"grid_{grid.teacher}_{grid.probe}{suffix}.png") as file:
                 grid_figure(grid).savefig(file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.05)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 
 from analysis.evaluation.registry import describe, infos
-from probing.runs.directory import is_alignment, is_benchmark, members
+from probing.runs.directory import is_alignment, is_benchmark, runs_in
 from probing.utils.errors import UserError
-from probing.utils.files import LOST, read_json, reading
+from probing.utils.files import RESTORE_ADVICE, read_json, reading
 
 TEACHERS = ("depth", "seg", "gen")
 TITLES = {"depth": "Depth", "seg": "Segmentation", "gen": "Generation"}
@@ -155,7 +155,7 @@ def load_runs(paths: Sequence[Path]) -> list[RunResults]:
     """
     found = []
     for path in paths:
-        runs = members(path)
+        runs = runs_in(path)
         for run in runs or [path]:
             if is_alignment(run):
                 raise UserError(f"{run} is a run of probing align, which has no probes to compare; leave it out")
@@ -197,7 +197,7 @@ def _curves(runs: Sequence[Path]) -> pd.DataFrame:
     """Learning curves of one run, or of several, whose number stands for the seed then."""
     curves = []
     for run in runs:
-        with reading(run / "learning_curves.csv", LOST):
+        with reading(run / "learning_curves.csv", RESTORE_ADVICE):
             curves.append(pd.read_csv(run / "learning_curves.csv", dtype={"layer": str}))
     if len(runs) == 1:
         return curves[0]
@@ -206,7 +206,7 @@ def _curves(runs: Sequence[Path]) -> pd.DataFrame:
 
 def _manifest(runs: Sequence[Path]) -> dict[str, Any]:
     """What the first run was made of, with what was noticed while training any of them."""
-    manifests = [read_json(run / "manifest.json", LOST) for run in runs]
+    manifests = [read_json(run / "manifest.json", RESTORE_ADVICE) for run in runs]
     if len(runs) == 1:
         return manifests[0]
     keys = ("convergence", "skipped", "not_finite")

@@ -15,7 +15,7 @@ import analysis.evaluation.metrics
 from analysis.evaluation.registry import REGISTRY
 from probing.data.coco import list_images
 from probing.models import load_backbone
-from probing.probes.ridge import RidgeReadout, place_states
+from probing.probes.ridge import RidgeReadout, resize_states
 from probing.recipe import TeacherRecipe
 from probing.runs.directory import Run
 from probing.teachers import load_teacher
@@ -89,7 +89,7 @@ def _ridge_by_hand(run, folder, coco, own):
         with torch.no_grad():
             whole = model(**backbone.prepare([picture]).inputs, output_hidden_states=True)
         torch.testing.assert_close(states[2], whole.hidden_states[2], atol=1e-5, rtol=1e-4)
-        placed = place_states(tokens.image_states(states[2]), tokens.grid, teacher.grid)[0]
+        placed = resize_states(tokens.image_states(states[2]), tokens.grid, teacher.grid)[0]
         errors = [
             (((weight @ state + bias) - t).square().sum(), (m - t).square().sum())
             for state, t, m in zip(placed, target, mean, strict=True)

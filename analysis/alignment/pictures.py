@@ -14,7 +14,7 @@ from analysis.alignment.context import AlignmentContext
 from analysis.alignment.metrics.sparse_codes import pursue
 from analysis.alignment.metrics.word_match import cosines, nearest_words
 from probing.models import Layer, layer_name
-from probing.utils.files import whole_file, write_text
+from probing.utils.files import atomic_file, write_text
 from probing.utils.images import square
 
 SIDE = 256
@@ -59,7 +59,7 @@ def write_pictures(context: AlignmentContext, centres: dict[str, Tensor], folder
         entries.append({"image": name, "labels": names, "words": words, "sums": sums})
     content = {"grid": list(context.annotate.grid), "layers": list(map(layer_name, layers)), "images": entries}
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "patches.safetensors") as file:
+    with atomic_file(folder / "patches.safetensors") as file:
         save_file(tensors, file)
     write_text(folder / "patches.json", json.dumps(content))
 

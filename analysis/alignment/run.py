@@ -39,20 +39,20 @@ from probing.models import Identity, identify, load_backbone
 from probing.models.chat_templates import rendering_at
 from probing.models.finite import not_finite_rows, report_not_finite
 from probing.recipe import dump_recipe
+from probing.runs.claim import claim, holds_run
 from probing.runs.compatibility import (
     describe_inputs,
     inputs_file,
     recorded_inputs,
     recorded_moment,
-    require_same,
     to_record,
 )
-from probing.runs.manifest import made_of, versions
+from probing.runs.manifest import manifest_header, versions
 from probing.teachers import load_teacher
 from probing.teachers.base import Teacher
-from probing.utils.distributed import alone
+from probing.utils.distributed import require_single_process
 from probing.utils.errors import UserError
-from probing.utils.files import disk_errors, left_overs, remove_left_overs, write_text
+from probing.utils.files import disk_errors, write_text
 from probing.utils.paths import local_path
 
 logger = logging.getLogger(__name__)
@@ -75,13 +75,13 @@ def align(recipe: AlignRecipe, out: Path) -> Path:
         UserError: checkpoint, teachers, data or annotations cannot be used, or `out` holds another run.
         Interrupted: stopped by the user; the same call resumes.
     """
-    device = alone("align").device
-    require_free(out, recipe)
+    device = require_single_process("align").device
+    holds_run(out, recipe)
     recorded = recorded_inputs(out, any((*(out / "state").glob("*.safetensors"), *(out / "scores").glob("*"))))
     with rendering_at(recorded_moment(recorded)):
         maps, images = labelled_images(recipe)
         run = AlignmentRun(recipe, out, maps, images, device)
-        run.claim(recorded)
+        claim(out, recipe, to_record(run.inputs), recorded)
         run.measure()
     files = [file for file in run.scores.values() if file.exists()]
     rows = [row for file in files for row in summaries(ScoreFile.read(file), [0])]
@@ -90,13 +90,6 @@ def align(recipe: AlignRecipe, out: Path) -> Path:
         for file in run.states.values():  # of a process that was killed before it removed them
             file.unlink(missing_ok=True)
         return write_rows(out / "results.csv", run.checkpoint.name, rows)
-
-
-def require_free(out: Path, recipe: AlignRecipe) -> None:
-    """Raises UserError where a folder holds another run."""
-    saved = out / "recipe.yaml"
-    if saved.exists() and saved.read_text(encoding="utf-8") != dump_recipe(recipe):
-        raise UserError(f"{out} holds another run, or one of another recipe; choose another --out, or remove it")
 
 
 def labelled_images(recipe: AlignRecipe) -> tuple[Panoptic | Instances, ImageList]:
@@ -135,16 +128,6 @@ class AlignmentRun:
             name: score_file(out, f"scores/{name}", images.split) for name in ("alignment", "sample", "likeness")
         }
         self.states = {name: out / "state" / f"{name}.safetensors" for name in ("sample", "alignment")}
-
-    def claim(self, recorded: dict[str, Any] | None) -> None:
-        """Writes recipe and inputs into the folder; raises UserError where its inputs changed since it began."""
-        if recorded is not None:
-            require_same(recorded, self.inputs, self.out, "put it back, or choose another --out")
-        with disk_errors(self.out):
-            remove_left_overs(left_overs(self.out))
-            write_text(self.out / "recipe.yaml", dump_recipe(self.recipe))
-            if not (self.out / "manifest.json").exists():
-                write_text(inputs_file(self.out), json.dumps(to_record(self.inputs)))
 
     def measure(self) -> None:
         """Runs both passes, and writes everything that follows from them."""
@@ -212,7 +195,7 @@ class AlignmentRun:
         patches = [values[:, 1] for key, values in scores.table.items() if key.metric == "word_retrieval"]
         return {
             "kind": "alignment",
-            **made_of(self.checkpoint, self.recipe.backbone.prompt, self.teachers),
+            **manifest_header(self.checkpoint, self.recipe.backbone.prompt, self.teachers),
             "data": {
                 "path": self.recipe.data.path,
                 "eval_split": self.images.split,

@@ -15,9 +15,9 @@ from analysis.evaluation.bootstrap import paired_bootstrap
 from analysis.evaluation.compare import COLUMNS, Difference, describe_seeds, higher_in
 from analysis.evaluation.registry import ACCURACY
 from probing.recipe import read_yaml
-from probing.runs.directory import is_benchmark, members
+from probing.runs.directory import is_benchmark, runs_in
 from probing.utils.errors import UserError
-from probing.utils.files import LOST, read_json, read_json_lines, reading
+from probing.utils.files import RESTORE_ADVICE, read_json, read_json_lines, reading
 
 SHARED_FIELDS = ("suffix", "max_new_tokens")
 """Fields of the recipe that two runs must share."""
@@ -37,7 +37,7 @@ class CheckpointAnswers:
     @classmethod
     def read(cls, path: Path) -> "CheckpointAnswers":
         """Reads a finished run, or a folder of runs whose checkpoints differ by their seed."""
-        runs = members(path) or [path]
+        runs = runs_in(path) or [path]
         first, *others = [cls._read_run(run) for run in runs]
         for other in others:
             if other.benchmark != first.benchmark:
@@ -51,11 +51,11 @@ class CheckpointAnswers:
         if not (run / "manifest.json").exists():
             raise UserError(f"{run} has not finished; run its probing bench again")
         if not (run / "recipe.yaml").exists():
-            raise UserError(f"{run} has no recipe.yaml; {LOST}")
+            raise UserError(f"{run} has no recipe.yaml; {RESTORE_ADVICE}")
         if not is_benchmark(run):
             raise UserError(f"{run} is no run of probing bench; move other runs to another folder")
-        recipe, manifest = read_yaml(run / "recipe.yaml"), read_json(run / "manifest.json", LOST)
-        with reading(run / "answers.jsonl", LOST):
+        recipe, manifest = read_yaml(run / "recipe.yaml"), read_json(run / "manifest.json", RESTORE_ADVICE)
+        with reading(run / "answers.jsonl", RESTORE_ADVICE):
             answers = [ScoredAnswer(**line) for line in read_json_lines(run / "answers.jsonl")]
             if len(answers) != manifest["data"]["questions"]:
                 raise ValueError(f"{len(answers)} answers to {manifest['data']['questions']} questions")

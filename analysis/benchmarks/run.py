@@ -24,18 +24,18 @@ from probing.models import Identity, identify, load_backbone
 from probing.models.chat_templates import rendering_at
 from probing.models.generate import ask, sample_conversation
 from probing.recipe import dump_recipe
+from probing.runs.claim import claim, holds_run
 from probing.runs.compatibility import (
     describe_inputs,
     inputs_file,
     recorded_inputs,
     recorded_moment,
-    require_same,
     to_record,
     vocabulary,
 )
-from probing.runs.manifest import made_of, versions
+from probing.runs.manifest import manifest_header, versions
 from probing.utils.errors import UserError, first_line
-from probing.utils.files import LOST, disk_errors, read_json, read_json_lines, remove_left_overs, write_text
+from probing.utils.files import RESTORE_ADVICE, disk_errors, read_json, read_json_lines, write_text
 from probing.utils.interrupt import Interrupted, Interruption
 from probing.utils.paths import local_path
 from probing.utils.progress import Progress
@@ -65,15 +65,16 @@ def bench(recipe: BenchRecipe, out: Path) -> Path:
     known = BENCHMARKS[recipe.benchmark]
     if len(questions) != known.size:
         logger.warning("%d questions; %s as published has %d", len(questions), known.title, known.size)
-    _require_free(out, recipe)
+    holds_run(out, recipe)
     recorded = recorded_inputs(out, (out / "state" / "answers.jsonl").exists())
     with rendering_at(recorded_moment(recorded)):
         checkpoint = identify(recipe.backbone)
-        record = _claim(out, recipe, checkpoint, questions, recorded)
+        record = to_record(_describe_inputs(recipe, checkpoint, questions))
+        claim(out, recipe, record, recorded)
         if not (out / "manifest.json").exists():
             _answer_all(recipe, out, checkpoint, questions, record)
     answers = [ScoredAnswer(**line) for line in read_json_lines(out / "answers.jsonl")]
-    manifest = read_json(out / "manifest.json", LOST)
+    manifest = read_json(out / "manifest.json", RESTORE_ADVICE)
     if skipped := manifest["skipped"]:
         first = f"{skipped[0]['image']}: {skipped[0]['reason']}"
         logger.warning("%d questions are skipped, first %s", len(skipped), first)
@@ -84,30 +85,11 @@ def bench(recipe: BenchRecipe, out: Path) -> Path:
         return write_rows(out / "results.csv", checkpoint.name, list(summarise(recipe.benchmark, answers)))
 
 
-def _require_free(out: Path, recipe: BenchRecipe) -> None:
-    """Raises UserError where a folder holds another run, or other files."""
-    saved = out / "recipe.yaml"
-    if saved.exists() and saved.read_text(encoding="utf-8") != dump_recipe(recipe):
-        raise UserError(f"{out} holds another run, or one of another recipe; choose another --out, or remove it")
-    if not saved.exists() and out.is_dir() and any(p for p in out.iterdir() if not p.name.startswith(".")):
-        raise UserError(f"{out} is not empty and holds no run; choose another --out")
-
-
-def _claim(
-    out: Path, recipe: BenchRecipe, checkpoint: Identity, questions: Sequence[Question], recorded: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Writes recipe and inputs into a folder, and returns the inputs; raises UserError where they changed."""
+def _describe_inputs(recipe: BenchRecipe, checkpoint: Identity, questions: Sequence[Question]) -> dict[str, Any]:
     texts = sample_conversation(checkpoint.prepare.processor, recipe.backbone)
     inputs = describe_inputs(checkpoint, {}, "own", {"questions": digest(questions)}, texts) | vocabulary(checkpoint)
     inputs["generation settings"] = generation_settings(Path(checkpoint.path))
-    if recorded is not None:
-        require_same(recorded, inputs, out, "put it back, or choose another --out")
-    with disk_errors(out):
-        remove_left_overs(out.rglob(".*.tmp"))
-        write_text(out / "recipe.yaml", dump_recipe(recipe))
-        if not (out / "manifest.json").exists():
-            write_text(inputs_file(out), json.dumps(to_record(inputs)))
-    return to_record(inputs)
+    return inputs
 
 
 def _answer_all(
@@ -122,7 +104,7 @@ def _answer_all(
         raise UserError(f"no image of {known.title} can be read, first {skipped[0].reason}; get the files again")
     manifest = {
         "kind": "benchmark",
-        **made_of(checkpoint, "the benchmark's questions", {}),
+        **manifest_header(checkpoint, "the benchmark's questions", {}),
         "benchmark": recipe.benchmark,
         "data": {
             "path": recipe.data,
@@ -188,7 +170,7 @@ def _ask_all(recipe: BenchRecipe, questions: Sequence[Question], state: Path) ->
                 file.write("".join(json.dumps(pair) + "\n" for pair in raw))
             yield from raw
             bar.advance()
-            if interruption.asked:
+            if interruption.requested:
                 raise Interrupted
 
 

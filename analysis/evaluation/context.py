@@ -14,7 +14,7 @@ from probing.runs.directory import Run
 from probing.teachers import Teacher
 from probing.teachers.gen import GenDecoder
 from probing.teachers.seg import SegDecoder
-from probing.training.run import caches_of, held_out_images, load_teachers, training_images
+from probing.training.run import held_out_images, load_teachers, open_target_caches, training_images
 
 
 @dataclass
@@ -63,4 +63,4 @@ class EvaluationContext:
         """Caches of the held-out images' targets."""
         recipe = self.run.recipe.model_copy(deep=True)
         recipe.data.target_cache = self.options.target_cache or recipe.data.target_cache
-        return caches_of(recipe, self.teachers, self.images)
+        return open_target_caches(recipe, self.teachers, self.images)

@@ -19,7 +19,7 @@ from probing.models import Backbone, Layer, layer_name
 from probing.models.finite import finite_rows, zero_others
 from probing.models.token_map import TokenMap
 from probing.probes.bank import ProbeBank
-from probing.probes.ridge import RidgeReadout, place_states
+from probing.probes.ridge import RidgeReadout, resize_states
 from probing.runs.directory import Run
 from probing.training.convergence import NOT_TRAINED
 from probing.utils.files import disk_errors
@@ -198,11 +198,11 @@ def gather(
             scores.done += len(indices)
             bar.advance()
             due = time.monotonic() - last >= 60 * resumable.minutes
-            if interruption.asked or (due and scores.done < len(images)):
+            if interruption.requested or (due and scores.done < len(images)):
                 with disk_errors(resumable.file.parent):
                     scores.file(images.split, resumable.settings).write(resumable.file)
                 last = time.monotonic()
-                if interruption.asked:
+                if interruption.requested:
                     raise Interrupted
     return scores
 
@@ -293,5 +293,5 @@ class ProbePass:
                 yield ScoreKey(key.teacher, name, "resampler", control, "", seed=key.seed), prediction
         for teacher, weight, bias in self.ridge.at(layer):
             if teacher in self.recorder.teachers:
-                placed = place_states(states[IMAGE][0], grid, self.recorder.teachers[teacher].grid)
+                placed = resize_states(states[IMAGE][0], grid, self.recorder.teachers[teacher].grid)
                 yield ScoreKey(teacher, name, "ridge", self.control, "", seed=self.seed), F.linear(placed, weight, bias)

@@ -29,9 +29,9 @@ from probing.models.finite import not_finite_rows, report_not_finite
 from probing.probes.bank import bank_layers
 from probing.recipe import ProbeRunRecipe
 from probing.runs.compatibility import describe_inputs, recorded_moment, require_same, vocabulary
-from probing.runs.directory import Run, members
-from probing.training.run import arm_backbone
-from probing.utils.distributed import alone
+from probing.runs.directory import Run, runs_in
+from probing.training.run import load_run_backbone
+from probing.utils.distributed import require_single_process
 from probing.utils.errors import UserError
 from probing.utils.files import disk_errors, write_text
 
@@ -56,8 +56,8 @@ def evaluate(path: Path, options: Options | None = None) -> Path:
         Interrupted: Ctrl-C or SIGTERM; the same call resumes.
     """
     options = options or Options()
-    device = alone("evaluate").device
-    if members(path):
+    device = require_single_process("evaluate").device
+    if runs_in(path):
         runs = open_runs(path)
         for run in (run for run in runs if isinstance(run, Run)):  # `probing align` has scored its own
             logger.info("%s", run.path)
@@ -65,7 +65,7 @@ def evaluate(path: Path, options: Options | None = None) -> Path:
         with disk_errors(path):
             return write_pooled(path, runs)
     run = Run.open(path)
-    run.remove_left_overs(idle=3600)  # another process may be scoring another metric
+    run.remove_temporary_files(idle=3600)  # another process may be scoring another metric
     require_protocols(options)
     with rendering_at(recorded_moment(run.manifest)):
         context = EvaluationContext.load(run, options, device)
@@ -154,7 +154,7 @@ def _run_passes(context: EvaluationContext, control: str, jobs: Iterable[Job]) -
             _pass_state(run, recorder, control).unlink(missing_ok=True)  # of a process killed before it removed it
     if not due:
         return
-    backbone = arm_backbone(run.recipe, control, context.device)
+    backbone = load_run_backbone(run.recipe, control, context.device)
     now = describe_inputs(
         backbone.identity, context.teachers, run.recipe.data.view, {"held-out images": context.images.digest()}
     )

@@ -22,7 +22,7 @@ from analysis.evaluation.metrics.depth_pairs import pair_accuracy
 from analysis.evaluation.metrics.segmentation import mean_iou
 from analysis.evaluation.registry import describe
 from probing.utils.errors import UserError
-from probing.utils.files import reading, whole_file, write_text
+from probing.utils.files import atomic_file, reading, write_text
 
 if TYPE_CHECKING:
     from probing.models.finite import NotFinite
@@ -124,7 +124,7 @@ class ScoreFile:
         tensors = {f"image:{key.key()}": np.ascontiguousarray(values) for key, values in self.table.items()}
         tensors |= {f"sum:{key.key()}": np.ascontiguousarray(total) for key, total in self.sums.items()}
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("table", "sums")}
-        with whole_file(file) as temporary:
+        with atomic_file(file) as temporary:
             save_file(tensors, temporary, {"pass": json.dumps(rest)})
 
     def merge(self, other: ScoreFile) -> bool:

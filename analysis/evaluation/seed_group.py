@@ -19,7 +19,7 @@ from analysis.evaluation.scores import (
     summaries,
     write_rows,
 )
-from probing.runs.directory import SPEED_ONLY, AlignmentRun, Run, is_alignment, members
+from probing.runs.directory import SPEED_ONLY, AlignmentRun, Run, is_alignment, runs_in
 from probing.utils.errors import UserError
 
 Scored = Run | AlignmentRun
@@ -66,7 +66,7 @@ def open_runs(path: Path) -> Sequence[Scored]:
         UserError: no run exists, one is unfinished, or those of a folder differ in more than the checkpoint or have
             several probe seeds, which would be mixed with those of the checkpoints.
     """
-    folders = members(path) or [path]
+    folders = runs_in(path) or [path]
     runs = [AlignmentRun(folder) if is_alignment(folder) else Run.open(folder) for folder in folders]
     for run in runs[1:]:
         require_alike(runs[0], run)

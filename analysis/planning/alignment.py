@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from analysis.alignment.run import AlignRecipe, labelled_images, require_free
+from analysis.alignment.run import AlignRecipe, labelled_images
 from analysis.evaluation.scores import score_file
 from analysis.planning.plan import Plan
 from probing.data.panoptic import Panoptic
 from probing.models import count_blocks, layer_name, parse_layers
+from probing.runs.claim import holds_run
 from probing.utils.pretrained import locate
 
 
@@ -19,7 +20,7 @@ def plan_alignment(recipe: AlignRecipe, out: Path) -> Plan:
     maps, images = labelled_images(recipe)
     layers = parse_layers(recipe.layers, count_blocks(recipe.backbone))
     teachers = {name: locate(one.id, f"{name} teacher") for name, one in recipe.teachers.items()}
-    require_free(out, recipe)
+    holds_run(out, recipe)
 
     def state(name: str) -> str:
         if score_file(out, f"scores/{name}", images.split).exists():

@@ -154,5 +154,5 @@ def _batch(parts: Stage, shown: list[int]) -> dict[str, Any]:
             return parts.collate([sample])
         skipped = skipped or sample["skipped"]
     if skipped:
-        raise UserError(f"none of {len(shown)} conversations could be used, first: {skipped}; mend image_root")
+        raise UserError(f"none of {len(shown)} conversations could be used, first: {skipped}; fix image_root")
     return {}

@@ -17,7 +17,7 @@ from analysis.planning.plan import Plan
 from probing.data.coco import ImageList
 from probing.models import count_blocks, layer_name
 from probing.recipe import ProbeRunRecipe
-from probing.runs.directory import Run, members
+from probing.runs.directory import Run, runs_in
 from probing.training.run import held_out_images
 from probing.utils.pretrained import locate
 
@@ -29,7 +29,7 @@ def plan_evaluation(path: Path, options: Options) -> Plan:
         UserError: as evaluating, except for faults in the weights.
     """
     facts = {}
-    runs = [Run.open(folder) for folder in members(path) or [path]]
+    runs = [Run.open(folder) for folder in runs_in(path) or [path]]
     for run in runs:
         which = f" of {run.path.name}" if len(runs) > 1 else ""
         locate(run.recipe.backbone.checkpoint, "checkpoint")

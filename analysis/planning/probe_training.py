@@ -21,9 +21,10 @@ from probing.data.coco import ImageList
 from probing.models import FINAL, Backbone, layer_name, load_backbone, parse_layers
 from probing.probes.bank import probe_configs
 from probing.recipe import ProbeRunRecipe
+from probing.runs.claim import holds_run
 from probing.runs.directory import Run
 from probing.teachers import Teacher
-from probing.training.run import ARMS, held_out_images, load_teachers, summary_file, training_images
+from probing.training.run import WEIGHTS, held_out_images, load_teachers, summary_file, training_images
 from probing.training.schedule import count_steps, require_enough
 from probing.training.sizes import disk_bytes, probe_parameters, ridge_bytes
 from probing.training.trackers import require_tracker
@@ -31,7 +32,7 @@ from probing.utils.errors import UserError
 from probing.utils.files import reading, require_space
 from probing.utils.images import square
 
-WEIGHTS = dict(zip(ARMS, ("pretrained weights", "random weights"), strict=True))
+TITLES = {"none": "pretrained weights", "random": "random weights"}
 
 
 def plan_training(recipe: ProbeRunRecipe, out: Path | None = None, processes: int = 1) -> Plan:
@@ -118,19 +119,19 @@ def _first_image(images: ImageList, view: str) -> Image.Image:
 
 def _state(out: Path, recipe: ProbeRunRecipe, steps: int, disk: int) -> str:
     """Says how far a run is; raises UserError where training would refuse the folder."""
-    begun = Run.is_begun(out, recipe)
+    begun = holds_run(out, recipe)
     if (out / "manifest.json").exists():
         return "finished; nothing to do"
     require_space(out, disk)
     if not begun:
         return "new"
-    arms = ARMS if "random" in recipe.controls else ARMS[:1]
-    return "; ".join(f"{WEIGHTS[arm]}: {_progress(Run(out, recipe), arm, steps)}" for arm in arms)
+    run, trained = Run(out, recipe), WEIGHTS if "random" in recipe.controls else WEIGHTS[:1]
+    return "; ".join(f"{TITLES[weights]}: {_progress(run, weights, steps)}" for weights in trained)
 
 
-def _progress(run: Run, arm: str, steps: int) -> str:
-    state = run.path / "state" / arm / "state.pt"
-    if summary_file(run, arm).exists():
+def _progress(run: Run, weights: str, steps: int) -> str:
+    state = run.path / "state" / weights / "state.pt"
+    if summary_file(run, weights).exists():
         return "trained"
     if parts := list(state.parent.glob("state_*.pt")):  # of processes that share the layers
         done = min(int(part.suffixes[0][1:]) for part in parts)

@@ -2,7 +2,7 @@
 
     python examples/patches/make.py FOLDER --seed 0 --seed 1 --seed 2
 
-What is there already is kept; FOLDER may be that of examples/study, whose teachers, world and checkpoints are these. On
+Existing files are reused; FOLDER may be that of examples/study, whose teachers, world and checkpoints are these. On
 one core, a checkpoint takes about a quarter of an hour.
 """
 

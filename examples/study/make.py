@@ -2,7 +2,7 @@
 
     python examples/study/make.py FOLDER --seed 0 --seed 1 --seed 2 --seed 3 --seed 4
 
-What is there already is kept, and once teachers and tower are there, several of these may run side by side, each with
+Existing files are reused, and once teachers and tower are there, several of these may run side by side, each with
 seeds of its own. On one core, a seed takes about three quarters of an hour.
 """
 

@@ -49,9 +49,9 @@ def distill(recipe_file: Path, out: Path, dry_run: bool, overrides: tuple[str, .
     recipe = load_recipe(DistillRecipe, recipe_file, overrides)
     if dry_run:
         from analysis.planning.distillation import plan_stage
-        from probing.utils.distributed import started
+        from probing.utils.distributed import world_size
 
-        print_plan(plan_stage(recipe, out, started()))
+        print_plan(plan_stage(recipe, out, world_size()))
         return
     from probing.distillation.trainer import run_stage
 

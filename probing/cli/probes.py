@@ -41,9 +41,9 @@ def train(recipe_file: Path | None, out: Path, dry_run: bool, overrides: tuple[s
     recipe = recipe.with_absolute_paths()
     if dry_run:
         from analysis.planning.probe_training import plan_training
-        from probing.utils.distributed import started
+        from probing.utils.distributed import world_size
 
-        print_plan(plan_training(recipe, out, started()))
+        print_plan(plan_training(recipe, out, world_size()))
         return
     from probing.training.run import train
 

@@ -39,7 +39,7 @@ class StageCallback(TrainerCallback):
         """Stops all processes after the same step; logs the last step."""
         assert self.progress is not None
         self.progress.advance(self.note)
-        signalled = torch.tensor(int(self.interruption.asked), device=args.device)
+        signalled = torch.tensor(int(self.interruption.requested), device=args.device)
         if args.world_size > 1:  # a signal may reach the processes in different steps
             torch.distributed.all_reduce(signalled, op=torch.distributed.ReduceOp.MAX)
         if state.global_step >= state.max_steps:

@@ -13,7 +13,7 @@ from probing.distillation.predictors import FOLDER
 from probing.distillation.setup import Stage
 from probing.recipe import dump_recipe
 from probing.runs.manifest import versions
-from probing.utils.files import whole_folder
+from probing.utils.files import atomic_folder
 from probing.utils.pretrained import identity
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def save_stage(stage: Stage, trainer: "Trainer", out: Path, rendered_at: str | N
     work = Path(str(trainer.args.output_dir))
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        with whole_folder(out) as folder:
+        with atomic_folder(out) as folder:
             save_checkpoint(stage, state, folder)
             if (work / "runs").exists():  # TensorBoard's curves
                 shutil.copytree(work / "runs", folder / "runs")

@@ -37,7 +37,7 @@ from probing.models.llava import LlavaInputs
 from probing.recipe import dump_recipe, validate
 from probing.runs.compatibility import describe_inputs, recorded_moment, require_same, to_record, vocabulary
 from probing.utils.errors import UserError, first_line
-from probing.utils.files import disk_errors, read_json, remove_left_overs, write_text
+from probing.utils.files import disk_errors, read_json, remove_temporary_files, write_text
 from probing.utils.interrupt import Interrupted, Interruption
 from probing.utils.paths import is_file, local_path
 from probing.utils.pretrained import identity
@@ -196,7 +196,7 @@ def run_stage(recipe: DistillRecipe, out: Path) -> Path:
         require_same(recorded, description, out, f"restore it, or remove {work} to train from the start")
     with disk_errors(work), arguments.main_process_first():
         if arguments.process_index == 0:
-            remove_left_overs(out.parent.glob(f".{glob.escape(out.name)}.*.tmp"))
+            remove_temporary_files(out.parent.glob(f".{glob.escape(out.name)}.*.tmp"))
             if recorded is None:
                 shutil.rmtree(work, ignore_errors=True)
             write_text(work / "recipe.yaml", dump_recipe(recipe))
@@ -212,7 +212,7 @@ def train(stage: Stage, arguments: Any, work: Path) -> StageTrainer:
     """Trains a stage to its last step, from its last saved state if there is one.
 
     Raises:
-        UserError: the Trainer refuses the recipe, a saved state is unsafe, or training cannot go on.
+        UserError: the Trainer refuses the recipe, a saved state is unsafe, or training cannot resume.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     interruption = Interruption()

@@ -25,15 +25,16 @@ from probing.models.finite import finite_rows
 from probing.probes.bank import ProbeBank, ProbeKey, bank_config, bank_teachers
 from probing.probes.resampler import Resampler, ResamplerConfig
 from probing.recipe import ProbeRecipe, ProbeRunRecipe, apply_overrides, validate
+from probing.runs.claim import claim
 from probing.runs.compatibility import recorded_moment
 from probing.runs.directory import Run
 from probing.teachers import Teacher
 from probing.teachers.registry import CATALOGUE
 from probing.training.run import held_out_images, load_teachers, provenance_of, training_images, write_manifest
 from probing.utils.checkpoint_files import read_json, read_tensors
-from probing.utils.distributed import alone
+from probing.utils.distributed import require_single_process
 from probing.utils.errors import UserError
-from probing.utils.files import disk_errors, reading, whole_file, whole_folder, write_text
+from probing.utils.files import atomic_file, atomic_folder, disk_errors, reading, write_text
 from probing.utils.pretrained import locate
 from probing.utils.progress import Progress
 
@@ -73,7 +74,7 @@ def import_probes(checkpoint: str, data: str, out: Path, overrides: Sequence[str
     config = read_json(source, "config.json")
     found = _published_probes(source, config) if config.get("probe_mode") else _predictors(source, config)
     recipe = _recipe(checkpoint, data, found, overrides)
-    device = alone("import").device
+    device = require_single_process("import").device
     train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
     with rendering_at(recorded_moment(None)):
         identity = identify(recipe.backbone)
@@ -82,15 +83,16 @@ def import_probes(checkpoint: str, data: str, out: Path, overrides: Sequence[str
     provenance["checkpoint"]["name"] += f" {found.kind}"
     _require_teachers(found, identity.hidden_size, teachers)
     bank = _select(found.bank, recipe, identity.layers)
-    run = Run.create(out, recipe)
+    claim(out, recipe)
+    run = Run(out, recipe)
     if run.finished:
         return run
     means, skipped = mean_targets(recipe, teachers, train_images, device)
     with disk_errors(out):
-        with whole_folder(run.probes("none")) as folder:
+        with atomic_folder(run.probes("none")) as folder:
             origin = {name: value for name, value in provenance.items() if name not in ("inputs", "rendered_at")}
             bank.save(folder, {"control": "none", **origin})
-        with whole_file(run.means) as file:
+        with atomic_file(run.means) as file:
             save_file(means, file)
         write_text(out / "learning_curves.csv", "control,teacher,layer,seed,step,loss\n")
         training = found.training | {"seeds": recipe.fit.seeds, "imported": True}

@@ -19,7 +19,7 @@ from probing.recipe import ProbeRunRecipe, apply_overrides, cached_repository, d
 from probing.runs.directory import Run
 from probing.utils.cache_dir import home_folder
 from probing.utils.errors import UserError, first_line
-from probing.utils.files import disk_errors, read_json, whole_folder, write_text
+from probing.utils.files import atomic_folder, disk_errors, read_json, write_text
 from probing.utils.paths import ELSEWHERE, local_path, looks_like_path
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def push(path: Path, repo: str, write_card: Callable[[Path, str], None], private
         _require_no_secrets(folder, run)
         if _is_folder(repo):
             target = local_path(repo)
-            with disk_errors(target, "give another folder"), whole_folder(target) as new:
+            with disk_errors(target, "give another folder"), atomic_folder(target) as new:
                 for source in (target, folder) if target.exists() else (folder,):
                     shutil.copytree(source, new, dirs_exist_ok=True)
             return repo
@@ -204,7 +204,7 @@ def pull(
         if exists:
             write_text(out / "recipe.yaml", dump_recipe(recipe))
         else:
-            with whole_folder(out) as folder:
+            with atomic_folder(out) as folder:
                 _copy_run(source, folder, layers, teachers)
                 write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
                 write_text(folder / "recipe.yaml", dump_recipe(recipe))

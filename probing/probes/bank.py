@@ -1,4 +1,4 @@
-"""The probes of a run: build, save, load."""
+"""Probe banks: build, save, load."""
 
 import hashlib
 import json
@@ -22,16 +22,16 @@ from probing.utils.files import reading
 if TYPE_CHECKING:
     from probing.teachers import Teacher
 
-LOST = "put it back, or train the probes anew"
+RETRAIN_ADVICE = "put it back, or train the probes again"
 LAYER_CONVENTION = (
     "0 = embedded input sequence; k = after decoder block k, before any final norm; final = after the final norm"
 )
-"""What a bank's layer numbers mean; one that says otherwise is refused."""
+"""Meaning of layer numbers; banks with another convention are refused."""
 
 
 @dataclass(frozen=True, order=True)
 class ProbeKey:
-    """Which probe: a teacher, a layer, a seed."""
+    """Identifies a probe by teacher, layer and seed."""
 
     teacher: str
     layer: Layer
@@ -39,18 +39,18 @@ class ProbeKey:
 
     @property
     def prefix(self) -> str:
-        """Prefix of its tensors in a file."""
+        """Prefix of its tensor names in files."""
         return f"seed_{self.seed}.layer_{layer_name(self.layer)}."
 
 
 def _initial_seed(key: ProbeKey) -> int:
-    """A seed of its own for every probe, so that training more probes changes none of them."""
+    """Returns a separate seed per probe, so that training more probes changes none of them."""
     text = f"{key.seed}/{key.teacher}/{layer_name(key.layer)}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def probe_configs(probe: ProbeRecipe, key_width: int, teachers: Mapping[str, "Teacher"]) -> dict[str, ResamplerConfig]:
-    """Returns the sizes of one layer's probes, by teacher; `key_width` is that of the hidden states."""
+    """Returns the sizes of one layer's probes by teacher; `key_width` is the width of the hidden states."""
     return {
         name: ResamplerConfig(
             key_width=key_width,
@@ -67,11 +67,11 @@ def probe_configs(probe: ProbeRecipe, key_width: int, teachers: Mapping[str, "Te
 
 @dataclass
 class ProbeBank:
-    """Probes of all (teacher, layer, seed) of one arm of a run.
+    """The probes of all teachers, layers and seeds of one control.
 
     Attributes:
-        probes: the probes.
-        keys: per teacher the kinds of tokens that its probes read.
+        probes: by teacher, layer and seed.
+        keys: kinds of tokens that a teacher's probes attend to.
     """
 
     probes: dict[ProbeKey, Resampler]
@@ -86,7 +86,7 @@ class ProbeBank:
         keys: Sequence[str],
         device: torch.device,
     ) -> "ProbeBank":
-        """Fresh probes, one resampler per teacher, layer and seed, which all read the same kinds of tokens."""
+        """Initialises one resampler per teacher, layer and seed; all attend to the same kinds of tokens."""
         layers, seeds, probes = list(layers), list(seeds), {}
         for teacher, config in configs.items():
             for layer in layers:
@@ -98,11 +98,11 @@ class ProbeBank:
         return cls(probes, {teacher: list(keys) for teacher in configs})
 
     def at(self, layer: Layer) -> Iterator[tuple[ProbeKey, Resampler]]:
-        """The probes of one layer."""
+        """Yields the probes of one layer."""
         return ((key, probe) for key, probe in self.probes.items() if key.layer == layer)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Parameters of all probes, in a fixed order."""
+        """Yields the parameters of all probes, in a fixed order."""
         for probe in self.probes.values():
             yield from probe.parameters()
 
@@ -135,13 +135,13 @@ class ProbeBank:
     def load(
         cls, folder: Path, device: torch.device, teachers: Iterable[str] | None = None, layers: str | None = None
     ) -> "ProbeBank":
-        """Reads probes, only those asked for.
+        """Reads the requested probes.
 
         Args:
             folder: written by `save`.
-            device: where to put them.
-            teachers: names; by default every sub-folder.
-            layers: comma-separated layer names, of which every teacher must have one; by default all.
+            device: device of the probes.
+            teachers: names; by default all.
+            layers: comma-separated layer names; by default all.
 
         Raises:
             UserError: a teacher is not in the folder, or has none of the layers.
@@ -151,12 +151,12 @@ class ProbeBank:
         for teacher in teachers if teachers is not None else bank_teachers(folder):
             config = bank_config(folder, teacher)
             keys[teacher] = config["keys"]
-            wanted = config["layers"] if layers is None else layers.split(",")
-            chosen = [layer for layer in wanted if layer in config["layers"]]
+            requested = config["layers"] if layers is None else layers.split(",")
+            chosen = [layer for layer in requested if layer in config["layers"]]
             if not chosen:
                 raise UserError(f"{folder / teacher} has no layer {layers}; it has {', '.join(config['layers'])}")
             weights = folder / teacher / "model.safetensors"
-            with reading(weights, LOST), safe_open(weights, framework="pt") as file:
+            with reading(weights, RETRAIN_ADVICE), safe_open(weights, framework="pt") as file:
                 for text in chosen:
                     for seed in config["seeds"]:
                         key = ProbeKey(teacher, text if text == FINAL else int(text), seed)
@@ -200,38 +200,36 @@ class ProbeBank:
 
 
 def bank_teachers(folder: Path) -> list[str]:
-    """Teachers that a folder has probes of."""
+    """Lists the teachers whose probes a folder holds."""
     return sorted(path.parent.name for path in folder.glob("*/config.json"))
 
 
 def bank_layers(folder: Path) -> dict[str, list[str]]:
-    """Names of the layers that each teacher's probes are of; those of one run need not have the same."""
+    """Returns the layer names of each teacher's probes, which may differ."""
     return {teacher: bank_config(folder, teacher)["layers"] for teacher in bank_teachers(folder)}
 
 
 def bank_config(folder: Path, teacher: str) -> dict[str, Any]:
-    """What a bank says of the probes of one teacher.
+    """Reads the configuration of one teacher's probes.
 
     Raises:
-        UserError: it has none, or counts layers otherwise.
+        UserError: there is none, it is not a bank's, or it has another layer convention.
     """
+    file = folder / teacher / "config.json"
     try:
-        config = json.loads((folder / teacher / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
         missing = {"resampler", "layers", "seeds", "keys", "layer_convention"} - config.keys()
     except FileNotFoundError:
         raise UserError(f"no probes for {teacher!r} in {folder}; train them with: probing train") from None
     except (OSError, ValueError, AttributeError, RecursionError):
-        raise UserError(f"{folder / teacher / 'config.json'} is no JSON object that can be read; {LOST}") from None
+        raise UserError(f"{file} is no JSON object; {RETRAIN_ADVICE}") from None
     if missing:
-        raise UserError(
-            f"{folder / teacher / 'config.json'} is no probe bank's: {', '.join(sorted(missing))} is missing"
-        )
+        raise UserError(f"{file} is no probe bank's: {', '.join(sorted(missing))} is missing; {RETRAIN_ADVICE}")
     if config["layer_convention"] != LAYER_CONVENTION:
         raise UserError(
-            f"{folder / teacher / 'config.json'} counts layers otherwise ({config['layer_convention']!r}); the probes "
-            f"that can be read here count: {LAYER_CONVENTION}"
+            f"{file} has the layer convention {config['layer_convention']!r}; only this can be read: {LAYER_CONVENTION}"
         )
     for name, kind in (("resampler", dict), ("layers", list), ("seeds", list), ("keys", list)):
         if not isinstance(config[name], kind):
-            raise UserError(f"{folder / teacher / 'config.json'} is no probe bank's: {name} is {config[name]!r}")
+            raise UserError(f"{file} is no probe bank's: {name} is {config[name]!r}; {RETRAIN_ADVICE}")
     return dict(config)

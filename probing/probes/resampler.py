@@ -1,7 +1,7 @@
-"""The single-layer Perceiver resampler: probe at every layer, and embedding predictor inside distillation.
+"""The single-layer Perceiver resampler: a probe, or an embedding predictor inside distillation.
 
-The block is the resampler of OLA-VLM's probes (arXiv:2412.09585, sec. 3 and Fig. 4) in the tensor layout of its
-published checkpoints, so that those load by name.
+The architecture is that of OLA-VLM's probes (arXiv:2412.09585, sec. 3 and Fig. 4), with the tensor names of its
+published checkpoints.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,13 +17,13 @@ class ResamplerConfig:
     """Sizes of one resampler.
 
     Attributes:
-        key_width: width H of the hidden states it reads.
-        queries: number of latent queries, i.e. of target tokens.
-        width: inner width D; the paper sets it to the target's width.
+        key_width: width H of the hidden states.
+        queries: number of latent queries, which is the number of target tokens.
+        width: inner width D; in the paper the width of the target.
         output_width: width of the target.
         heads: attention heads.
         dim_head: width of one head.
-        ff_mult: hidden width of the feed-forward block over D.
+        ff_mult: hidden width of the feed-forward block, divided by D.
     """
 
     key_width: int
@@ -35,7 +35,7 @@ class ResamplerConfig:
     ff_mult: int = 1
 
     def to_dict(self) -> dict[str, int]:
-        """Plain values, for `config.json`."""
+        """Returns plain values, for `config.json`."""
         return asdict(self)
 
 
@@ -57,8 +57,8 @@ class PerceiverAttention(nn.Module):
 
         Args:
             x: keys (B, T, D).
-            latents: (1, Nq, D), the same for every sample, so that what depends on them alone is computed once.
-            mask: (B, T), True for keys in use.
+            latents: (1, Nq, D), shared by all samples, so that their projections are computed once.
+            mask: (B, T), True for keys that may be attended to.
 
         Returns:
             (B, Nq, D).
@@ -66,15 +66,15 @@ class PerceiverAttention(nn.Module):
         batch, queries = len(x), latents.shape[1]
         latents = self.norm2(latents)
         q = self._heads(self.to_q(latents)).expand(batch, -1, -1, -1)
-        keys, own = (self._heads(self.to_kv(tokens)) for tokens in (self.norm1(x), latents))
-        k, v = torch.cat((keys, own.expand(batch, -1, -1, -1)), dim=2).chunk(2, dim=1)
+        keys, latent_keys = (self._heads(self.to_kv(tokens)) for tokens in (self.norm1(x), latents))
+        k, v = torch.cat((keys, latent_keys.expand(batch, -1, -1, -1)), dim=2).chunk(2, dim=1)
         if mask is not None:
             mask = torch.cat((mask, mask.new_ones(batch, queries)), dim=1)[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
     def _heads(self, tokens: Tensor) -> Tensor:
-        """(B, T, n * heads * dim_head) → (B, n * heads, T, dim_head)."""
+        """Splits heads: (B, T, n * heads * dim_head) → (B, n * heads, T, dim_head)."""
         return tokens.unflatten(-1, (-1, self.dim_head)).transpose(1, 2)
 
 
@@ -104,11 +104,10 @@ class Resampler(nn.Module):
         Args:
             states: hidden states of one layer, (B, T, H), in the dtype of the probe.
             mask: (B, T), True where a position may be attended to; None uses every position.
-            queries: (Nq, H) in place of the own latents, as an embedding predictor has them: they share `proj_in` with
-                the states.
+            queries: (Nq, H), which replace the latents in an embedding predictor; they share `proj_in` with the states.
 
         Returns:
-            The prediction (B, Nq, O), a LayerNorm's output.
+            The prediction (B, Nq, O), after a LayerNorm.
         """
         latents = self.latents if queries is None else self.proj_in(queries)[None]
         x = self.proj_in(states)

@@ -1,7 +1,7 @@
-"""The ridge readout: a linear map from image token to target at the same place, in closed form.
+"""The ridge readout: a linear map from image token to target at the same grid position, in closed form.
 
-Only sums are gathered during the pass over the data, so the readout needs no optimisation and no stored states: what
-it scores is a property of the layer, not of how well a probe happened to train.
+The pass over the data gathers only sums, so the readout needs no optimisation and no stored states, and its score does
+not depend on how well a probe trained.
 """
 
 import json
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from probing.models.base import FINAL, Layer, layer_name
 from probing.models.finite import zero_others
-from probing.probes.bank import LAYER_CONVENTION
+from probing.probes.bank import LAYER_CONVENTION, RETRAIN_ADVICE
 from probing.utils.files import reading
 
 RidgeKey = tuple[str, Layer]
 """Teacher and layer."""
 
 
-def place_states(states: Tensor, grid: tuple[int, int], target_grid: tuple[int, int] | None) -> Tensor:
-    """Brings image-token states to the places of a target.
+def resize_states(states: Tensor, grid: tuple[int, int], target_grid: tuple[int, int] | None) -> Tensor:
+    """Resizes image-token states to the grid of a target, bilinearly.
 
     Args:
         states: (B, rows * columns, H).
@@ -33,7 +33,7 @@ def place_states(states: Tensor, grid: tuple[int, int], target_grid: tuple[int, 
         target_grid: rows and columns of the target; None for a single-token target, which gets the mean state.
 
     Returns:
-        (B, N, H), float32; grids that differ are resized bilinearly.
+        (B, N, H), float32.
     """
     states = states.float()
     if target_grid is None:
@@ -46,40 +46,40 @@ def place_states(states: Tensor, grid: tuple[int, int], target_grid: tuple[int, 
 
 @dataclass
 class RidgeSums:
-    """Running sums of one (teacher, layer): enough for the regression, independent of the number of images.
+    """Running sums for the regression of one teacher and layer.
 
-    They are kept in float64, because the centred covariance is a small difference of large sums.
+    They are in float64, because the centred covariance is a small difference of large sums.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, states: Tensor, target: Tensor, chosen: Tensor) -> None:
-        """Adds a batch: states (B, N, H) at the places of the target (B, N, D), of the images chosen (B), bool."""
-        if states.device.type == "mps":  # has no float64
+        """Adds the chosen images (B), bool, of a batch: states (B, N, H) and target (B, N, D), on the same grid."""
+        if states.device.type == "mps":  # no float64
             states, target, chosen = states.cpu(), target.cpu(), chosen.cpu()
-        number = chosen.sum().double() * states.shape[1]
+        count = chosen.sum().double() * states.shape[1]
         states, target = zero_others(states, chosen), zero_others(target, chosen)
         x, y = states.flatten(0, 1).double(), target.flatten(0, 1).double()
-        new = {"xx": x.T @ x, "xy": x.T @ y, "x": x.sum(0), "y": y.sum(0), "n": number}
+        new = {"xx": x.T @ x, "xy": x.T @ y, "x": x.sum(0), "y": y.sum(0), "n": count}
         for name, value in new.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     @classmethod
-    def of_nothing(cls, width: int, target_width: int, device: torch.device) -> "RidgeSums":
-        """The sums of no images: zeros of the right shapes."""
+    def zeros(cls, width: int, target_width: int, device: torch.device) -> "RidgeSums":
+        """Returns the sums of no images."""
         sums = cls()
         states, target = (torch.zeros(1, 0, w, device=device) for w in (width, target_width))
         sums.add(states, target, torch.ones(1, dtype=torch.bool, device=device))
         return sums
 
     def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
-        """Ridge regression with an intercept that is not penalised (Hastie et al., ESL, sec. 3.4.1).
+        """Solves ridge regression with an unpenalised intercept (Hastie et al., ESL, sec. 3.4.1).
 
         Args:
             penalty: multiple of the mean eigenvalue of the states' covariance.
 
         Returns:
-            weight (D, H) and bias (D), float32: prediction = states @ weight.T + bias. Without any image both are NaN.
+            weight (D, H) and bias (D), float32: prediction = states @ weight.T + bias. Without images both are NaN.
         """
         xx, xy, x, y, n = (self.sums[name] for name in ("xx", "xy", "x", "y", "n"))
         if not n:
@@ -94,13 +94,13 @@ class RidgeSums:
 
 @dataclass
 class RidgeReadout:
-    """Solved readouts of one arm of a run: {(teacher, layer): (weight (D, H), bias (D))}."""
+    """Solved readouts of a control: {(teacher, layer): (weight (D, H), bias (D))}."""
 
     maps: dict[RidgeKey, tuple[Tensor, Tensor]]
 
     def at(self, layer: Layer) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Teacher, weight and bias of every readout of one layer."""
-        return ((teacher, w, b) for (teacher, where), (w, b) in self.maps.items() if where == layer)
+        """Yields teacher, weight and bias of every readout of one layer."""
+        return ((teacher, w, b) for (teacher, key), (w, b) in self.maps.items() if key == layer)
 
     def save(self, folder: Path, provenance: dict[str, Any]) -> None:
         """Writes `<teacher>/config.json` and `<teacher>/model.safetensors` below a folder."""
@@ -118,10 +118,10 @@ class RidgeReadout:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> "RidgeReadout":
-        """Reads what `save` wrote; empty where the folder does not exist."""
+        """Reads what `save` wrote; empty if the folder does not exist."""
         maps: dict[RidgeKey, tuple[Tensor, Tensor]] = {}
         for path in sorted(folder.glob("*/model.safetensors")):
-            with reading(path, "put it back, or train the probes anew"):
+            with reading(path, RETRAIN_ADVICE):
                 tensors = load_file(path, device=str(device))
                 for name in tensors:
                     text, _, leaf = name.removeprefix("layer_").partition(".")

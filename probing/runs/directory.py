@@ -1,7 +1,6 @@
-"""A run is a directory: recipe, probes, manifest, scores, results, report.
+"""The directory of a run: recipe, probes, manifest, scores, results, report.
 
-Everything is written beside its place and renamed into it, and the manifest comes last: a run without manifest is
-unfinished, a file that exists is whole.
+Files are written atomically and the manifest last, so a run without manifest is unfinished.
 """
 
 import json
@@ -9,33 +8,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from probing.recipe import ProbeRunRecipe, dump_recipe, read_yaml, validate
+from probing.recipe import ProbeRunRecipe, read_yaml, validate
 from probing.utils.errors import UserError
-from probing.utils.files import LOST, disk_errors, left_overs, read_json, reading, remove_left_overs, write_text
+from probing.utils.files import (
+    RESTORE_ADVICE,
+    read_json,
+    reading,
+    remove_temporary_files,
+    temporary_files,
+)
 
 if TYPE_CHECKING:
     import torch
 
 SPEED_ONLY = ("fit.workers", "fit.save_minutes", "fit.spread", "fit.report_to", "data.target_cache")
-"""Fields that a resumed run may change: they do not move a number."""
+"""Fields that a resumed run may change, because they do not affect any number."""
 
 
 def is_alignment(path: Path) -> bool:
-    """Whether a folder is a finished run of `probing align`, or a folder of them."""
+    """Returns whether a folder is a finished run of `probing align`, or holds such runs."""
     return _kind(path) == "alignment"
 
 
 def is_benchmark(path: Path) -> bool:
-    """Whether a folder is a run of `probing bench`, finished or not, or a folder of them."""
-    recipe = (members(path) or [path])[0] / "recipe.yaml"
+    """Returns whether a folder is a run of `probing bench`, finished or not, or holds such runs."""
+    recipe = (runs_in(path) or [path])[0] / "recipe.yaml"
     return _kind(path) == "benchmark" or (recipe.is_file() and "benchmark" in read_yaml(recipe))
 
 
 def _kind(path: Path) -> Any:
     try:
-        manifest = json.loads(((members(path) or [path])[0] / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(((runs_in(path) or [path])[0] / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return manifest.get("kind") if isinstance(manifest, dict) else None
@@ -43,61 +46,21 @@ def _kind(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory.
-
-    Attributes:
-        path: the directory.
-        recipe: its resolved recipe.
-    """
+    """A run directory with its resolved recipe."""
 
     path: Path
     recipe: ProbeRunRecipe
 
-    @staticmethod
-    def is_begun(path: Path, recipe: ProbeRunRecipe) -> bool:
-        """Whether a folder holds this run already; writes nothing.
-
-        Raises:
-            UserError: the folder holds another run, or something else.
-        """
-        saved = path / "recipe.yaml"
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file; choose another --out")
-        if not saved.exists():
-            if path.exists() and any(p for p in path.iterdir() if not p.name.startswith(".")):
-                raise UserError(f"{path} is not empty and holds no run; choose another --out")
-            return False
-        difference = _first_difference(read_yaml(saved), yaml.safe_load(dump_recipe(recipe)))
-        if difference:
-            raise UserError(f"{path} holds another run ({difference}); choose another --out, or remove it")
-        return True
-
-    @classmethod
-    def create(cls, path: Path, recipe: ProbeRunRecipe) -> "Run":
-        """Starts a run, or takes up an unfinished one with the same recipe.
-
-        Raises:
-            UserError: the folder holds another run, or something else.
-        """
-        if not cls.is_begun(path, recipe):
-            with disk_errors(path):
-                write_text(path / "recipe.yaml", dump_recipe(recipe))
-        return cls(path, recipe)
-
-    def remove_left_overs(self, idle: float = 0.0) -> None:
-        """Removes what a killed process was writing.
-
-        Args:
-            idle: only what nobody has touched for so many seconds: where other processes may be writing.
-        """
-        remove_left_overs(left_overs(self.path), idle)
+    def remove_temporary_files(self, idle: float = 0.0) -> None:
+        """Removes temporary files of killed processes that have not changed for `idle` seconds."""
+        remove_temporary_files(temporary_files(self.path), idle)
 
     @classmethod
     def open(cls, path: Path) -> "Run":
         """Opens a finished run.
 
         Raises:
-            UserError: there is no run, or its training has not finished.
+            UserError: there is no run, or its training is unfinished.
         """
         saved = path / "recipe.yaml"
         if is_alignment(path):
@@ -110,38 +73,38 @@ class Run:
         run = cls(path, recipe)
         if not run.finished:
             raise UserError(
-                f"the training of {path} has not finished; go on with: probing train --recipe {saved} --out {path}"
+                f"the training of {path} has not finished; resume with: probing train --recipe {saved} --out {path}"
             )
         return run
 
     @property
     def finished(self) -> bool:
-        """Whether training is over."""
+        """Whether training is finished."""
         return (self.path / "manifest.json").exists()
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the run was made of; raises UserError where it cannot be read."""
-        return read_json(self.path / "manifest.json", LOST)
+        """Reads the manifest; raises UserError if it is unreadable."""
+        return read_json(self.path / "manifest.json", RESTORE_ADVICE)
 
     def probes(self, control: str) -> Path:
-        """Folder of the resamplers of a control (`none`, `shuffled`, `random`)."""
+        """Returns the folder of the resamplers of a control (`none`, `shuffled`, `random`)."""
         return self.path / ("probes" if control == "none" else f"controls/{control}/probes")
 
     def ridge(self, control: str) -> Path:
-        """Folder of the ridge readouts of a control (`none`, `random`)."""
+        """Returns the folder of the ridge readouts of a control (`none`, `random`)."""
         return self.path / ("ridge" if control == "none" else f"controls/{control}/ridge")
 
     @property
     def means(self) -> Path:
-        """File of the training split's mean targets."""
+        """File with the mean targets of the training split."""
         return self.path / "mean_targets.safetensors"
 
     def mean_targets(self, device: "torch.device") -> dict[str, "torch.Tensor"]:
-        """The training split's mean target (N, D) per teacher; raises UserError where they cannot be read."""
+        """Reads the mean target (N, D) of each teacher over the training split; raises UserError if unreadable."""
         from safetensors.torch import load_file
 
-        with reading(self.means, LOST):
+        with reading(self.means, RESTORE_ADVICE):
             return load_file(self.means, device=str(device))
 
 
@@ -153,38 +116,20 @@ class AlignmentRun:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the run was made of; raises UserError where it cannot be read."""
-        return read_json(self.path / "manifest.json", LOST)
+        """Reads the manifest; raises UserError if it is unreadable."""
+        return read_json(self.path / "manifest.json", RESTORE_ADVICE)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Fields of its recipe that its numbers depend on, besides the checkpoint, and what the manifest names.
-
-        Raises:
-            UserError: the recipe cannot be read.
-        """
+        """Recipe fields that affect its numbers and are not in the manifest; raises UserError if unreadable."""
         saved = self.path / "recipe.yaml"
-        with reading(saved, LOST):
+        with reading(saved, RESTORE_ADVICE):
             recipe = read_yaml(saved)
             return {name: recipe[name] for name in ("layers", "coverage", "sample")}
 
 
-def members(path: Path) -> list[Path]:
-    """The runs inside a folder that is none itself, by name: those of one checkpoint trained with several seeds."""
+def runs_in(path: Path) -> list[Path]:
+    """Lists the runs in a folder that is not a run itself: those of one checkpoint trained with several seeds."""
     if (path / "recipe.yaml").exists() or not path.is_dir():
         return []
     return sorted(folder for folder in path.iterdir() if (folder / "recipe.yaml").exists())
-
-
-def _first_difference(old: Any, new: Any, where: str = "") -> str:
-    """Names the first field in which two recipes differ, or returns an empty string."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(k for k in new if k not in old)]:
-            name = f"{where}.{key}".lstrip(".")
-            if name in SPEED_ONLY:
-                continue
-            inner = _first_difference(old.get(key), new.get(key), name)
-            if inner:
-                return inner
-        return ""
-    return "" if old == new else f"{where} is {old!r} there and {new!r} here"

@@ -1,4 +1,4 @@
-"""What a run was made of: hashes of weights, versions, licences."""
+"""The manifest's header: hashes of weights, licences, versions."""
 
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ PACKAGES = ("mllm-probing", "torch", "torchvision", "transformers", "accelerate"
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that numbers depend on."""
+    """Returns the versions of the packages that affect numbers."""
     found = {}
     for package in PACKAGES:
         try:
@@ -21,8 +21,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def made_of(checkpoint: "Identity", prompt: str, teachers: dict[str, "Teacher"]) -> dict[str, Any]:
-    """The part of a manifest that names checkpoint, prompt and teachers; `prompt` is the user's turn."""
+def manifest_header(checkpoint: "Identity", prompt: str, teachers: dict[str, "Teacher"]) -> dict[str, Any]:
+    """Returns the part of a manifest on checkpoint, prompt (the user's turn) and teachers."""
     return {
         "checkpoint": {name: value for name, value in vars(checkpoint).items() if name not in ("prompt", "prepare")},
         "prompt": prompt,

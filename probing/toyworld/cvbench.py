@@ -13,7 +13,7 @@ from PIL import Image
 
 from probing.toyworld.language import NUMBERS
 from probing.toyworld.scenes import COLOURS, SIZE, Scenes
-from probing.utils.files import whole_folder
+from probing.utils.files import atomic_folder
 
 SOURCE = "toy world"
 LETTERS = "ABCD"
@@ -31,7 +31,7 @@ def write_cvbench(folder: Path, scenes: Scenes, seed: int) -> Path:
         return folder
     rng = np.random.default_rng(seed)
     rows: dict[str, list[dict[str, Any]]] = {"2D": [], "3D": []}
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         (part / "img").mkdir()
         for index in range(len(scenes)):
             name = f"{index:06d}.png"

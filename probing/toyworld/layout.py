@@ -13,7 +13,7 @@ from PIL import Image
 from probing.recipe import DEFAULT_PROMPT
 from probing.toyworld.language import caption, questions
 from probing.toyworld.scenes import CLASSES, SHAPES, SIZE, SKY_DEPTH, Scenes, generate
-from probing.utils.files import whole_folder
+from probing.utils.files import atomic_folder
 
 NOTE = "Procedural toy world; its numbers are its own."
 MAX_ROWS_APART = 3
@@ -34,7 +34,7 @@ def write_world(root: Path, train: int, val: int, seed: int, test: int = 0) -> P
     """
     if (root / "annotations").exists():
         return root
-    with whole_folder(root) as folder:
+    with atomic_folder(root) as folder:
         start = 1
         splits = [("train2017", train, 2 * seed), ("val2017", val, 2 * seed + 1), ("test2017", test, seed + 10**6)]
         for offset, (split, count, scenes_seed) in enumerate(splits):

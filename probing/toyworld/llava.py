@@ -18,7 +18,7 @@ from probing.recipe import BackboneRecipe
 from probing.toyworld.language import CHAT_TEMPLATE, KINDS, caption, make_tokenizer
 from probing.toyworld.scenes import SIZE, Scenes, batches
 from probing.toyworld.teachers import PATCH, grid_positions, image_processor, pixels, train_loop
-from probing.utils.files import whole_folder
+from probing.utils.files import atomic_folder
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def train_tower(scenes: Scenes, steps: int, seed: int = 0) -> Any:
 def make_tower(scenes: Scenes, folder: Path, steps: int, seed: int = 0) -> Path:
     """Makes the vision tower that all checkpoints share; one that is there is kept."""
     if not (folder / "config.json").exists():
-        with whole_folder(folder) as part:
+        with atomic_folder(folder) as part:
             train_tower(scenes, steps, seed).save_pretrained(part)
     return folder
 
@@ -116,7 +116,7 @@ def make_reader(
     if not (start / "config.json").exists():
         model, processor = build(layers, width, seed + 1)
         model.model.vision_tower = CLIPVisionModel.from_pretrained(tower)
-        with whole_folder(start) as part:
+        with atomic_folder(start) as part:
             model.save_pretrained(part)
             processor.save_pretrained(part)
     return _stage(world, "text.json", start, folder / "text", "ift", schedule.text, 2e-3, seed)

@@ -17,7 +17,7 @@ from probing.toyworld.llava import Schedule, answer_accuracy, make_llava, make_r
 from probing.toyworld.scenes import generate
 from probing.toyworld.teachers import Quality, train_depth, train_gen, train_seg
 from probing.toyworld.unclip import train_classifier, train_unclip
-from probing.utils.files import whole_folder, write_text
+from probing.utils.files import atomic_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Sizes:
 
 
 def make_models(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
-    """Makes teachers and checkpoints; what is there already is kept.
+    """Makes teachers and checkpoints; existing files are reused.
 
     Args:
         folder: gets what `make_teachers` and `make_checkpoints` write, and a folder per finished checkpoint.
@@ -58,7 +58,7 @@ def make_models(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
     quality = make_teachers(folder, sizes, seed)
     found = make_checkpoints(folder, sizes.llava, seed)
     for name in (name for name in found if name not in quality):
-        with whole_folder(folder / name) as part:
+        with atomic_folder(folder / name) as part:
             shutil.copytree(folder / "stages" / f"seed_{seed}" / name / "ift", part, dirs_exist_ok=True)
         quality[name] = found[name]
         write_text(folder / "quality.json", json.dumps(quality, indent=2) + "\n")
@@ -66,7 +66,7 @@ def make_models(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
 
 
 def make_teachers(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
-    """Makes what does not depend on a checkpoint; what is there already is kept.
+    """Makes what does not depend on a checkpoint; existing files are reused.
 
     Args:
         folder: gets `world/`, for the conversations, a folder per teacher, `stages/tower/` and `quality.json`.
@@ -94,7 +94,7 @@ def make_teachers(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
     for name, make in makers.items():
         if name not in quality:
             started = time.monotonic()
-            with whole_folder(folder / name) as part:
+            with atomic_folder(folder / name) as part:
                 quality[name] = make(part)
             quality[name]["seconds"] = round(time.monotonic() - started)
             write_text(file, json.dumps(quality, indent=2) + "\n")
@@ -104,7 +104,7 @@ def make_teachers(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
 
 
 def make_study(folder: Path) -> tuple[Path, Path]:
-    """Makes what the studies in examples/ share, so that they can share a folder; what is there already is kept.
+    """Makes what the studies in examples/ share, so that they can share a folder; existing files are reused.
 
     Args:
         folder: gets `models/`, filled by `make_teachers`, and `world/`.
@@ -170,7 +170,7 @@ def write_assets(folder: Path, assets: Path = ASSETS) -> float:
         folder: made by `make_models`.
         assets: where the package keeps them.
     """
-    with whole_folder(assets) as target:
+    with atomic_folder(assets) as target:
         for path in sorted(path for name in SHIPPED for path in (folder / name).rglob("*") if path.is_file()):
             copy = target / path.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Was a probe still learning when its training ended?
+"""Judges whether a probe was still learning when its training ended.
 
-A curve that is flat at its end proves little: the learning rate has fallen to zero by then. Only a longer training can
-tell; toy probes that were flat after 1,000 steps scored up to .05 higher after 2,000.
+A curve that is flat at the end proves little, because the learning rate has decayed to zero: toy probes that were flat
+after 1,000 steps scored up to .05 higher after 2,000.
 """
 
 import math
@@ -11,24 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 FALLING = 0.01
-"""A probe whose loss fell by more than this share between the last two tenths of its training was still learning."""
+"""Relative decrease of the loss between the last two tenths of training, above which a probe is `still falling`."""
 STUCK = 0.98
-"""A probe whose final loss is above this share of the mean target's has learned no more than the mean."""
+"""Ratio of the final loss to the mean target's loss, above which a probe is `stuck at the mean`."""
 
 NOT_TRAINED = "not trained"
-"""State of a probe that took no step: no loss was finite."""
+"""State of a probe without any finite loss."""
 
 
 @dataclass(frozen=True)
 class Convergence:
-    """How a probe's training ended.
+    """The end of a probe's learning curve.
 
     Attributes:
-        state: `flat`, `still falling`, `stuck at the mean`, or `not trained` where no step had a finite loss and the
-            numbers are NaN.
+        state: `flat`, `still falling`, `stuck at the mean`, or `not trained`, with NaN for all numbers.
         last_loss: mean training loss of the last tenth of the steps.
         mean_loss: loss of the running mean target over the same steps.
-        slope_percent: change from the last tenth but one to the last, in percent (negative: falling).
+        slope_percent: change from the second-last tenth to the last, in percent.
     """
 
     state: str
@@ -40,9 +39,9 @@ class Convergence:
 def judge(losses: NDArray[np.float64], mean_losses: NDArray[np.float64]) -> Convergence:
     """Judges a learning curve.
 
-    A fall counts when it exceeds both `FALLING` and two standard errors of the difference: the loss of a step is that
-    of its batch, and batches differ. Steps whose loss is zero or not finite do not count: none of their images could be
-    used, or too few to be shuffled.
+    The loss is `still falling` if its decrease exceeds both `FALLING` and two standard errors of the difference:
+    batches differ in difficulty. Steps with a zero or non-finite loss are excluded: they had no usable image, or a
+    single one, which cannot be shuffled.
 
     Args:
         losses: training loss per step; NaN where the probe took no step.
@@ -59,8 +58,8 @@ def judge(losses: NDArray[np.float64], mean_losses: NDArray[np.float64]) -> Conv
     if not len(before):
         return Convergence("still falling", final, reference, math.nan)
     change = final / float(before.mean()) - 1
-    # Batch difficulty moves both curves alike: the spread of the ratio to the mean target's loss is the probe's own.
-    difficulty = np.where(mean_losses > 0, mean_losses, np.inf)  # the mean of a single image is the image: no loss
+    # Batch difficulty affects both curves equally; the spread of their ratio is due to the probe.
+    difficulty = np.where(mean_losses > 0, mean_losses, np.inf)  # the mean of a single image is the image: loss 0
     ratio_last, ratio_before = last / difficulty[-tenth:], before / difficulty[-2 * tenth : -tenth]
     spread = float(np.sqrt((ratio_last.var() + ratio_before.var()) / tenth))
     relative = float(ratio_last.mean() - ratio_before.mean())

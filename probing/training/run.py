@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +22,47 @@ from probing.models import Backbone, Identity, Layer, load_backbone, parse_layer
 from probing.models.chat_templates import rendering_at
 from probing.models.finite import not_finite_rows, report_not_finite
 from probing.recipe import DataRecipe, ProbeRunRecipe
+from probing.runs.claim import claim, holds_run
 from probing.runs.compatibility import (
     describe_inputs,
-    inputs_file,
     recorded_inputs,
     recorded_moment,
-    require_same,
     to_record,
     vocabulary,
 )
 from probing.runs.directory import Run
-from probing.runs.manifest import made_of, versions
+from probing.runs.manifest import manifest_header, versions
 from probing.teachers import Teacher, load_teacher
 from probing.training.convergence import NOT_TRAINED, judge
 from probing.training.sizes import disk_bytes, probe_parameters
 from probing.training.spread import spread_layers
 from probing.training.state import summary
 from probing.training.trackers import require_tracker
-from probing.training.trainer import Fit
-from probing.utils.distributed import others_alive, together
+from probing.training.trainer import ProbeTrainer
+from probing.utils.distributed import init_accelerator, report_dead_ranks
 from probing.utils.errors import UserError
-from probing.utils.files import disk_errors, read_json, require_space, whole_file, whole_folder, write_text
+from probing.utils.files import atomic_file, atomic_folder, disk_errors, read_json, require_space, write_text
 from probing.utils.paths import local_path
 
 logger = logging.getLogger(__name__)
 
 RANDOM_WEIGHTS_SEED = 2412_09585
-"""Seed of the random-weights control: no checkpoint's own initialisation."""
+"""Seed of the random-weights control; unlikely to be that of a checkpoint's initialisation."""
+WEIGHTS = ("none", "random")
+"""Weights of the backbone: `none` is the checkpoint's, `random` a re-initialised LLM and projector."""
 
-ARMS = ("none", "random")
-"""Sets of backbone weights that probes are trained on: the checkpoint's own, and random ones."""
+
+@dataclass(frozen=True)
+class _TrainingInputs:
+    """Everything that the trainings on both weights share."""
+
+    run: Run
+    teachers: dict[str, Teacher]
+    target_caches: dict[str, TargetCache]
+    images: ImageList
+    layers: Sequence[Layer]
+    provenance: dict[str, Any]
+    accelerator: Accelerator
 
 
 def _images(data: DataRecipe, split: str, limit: int | None) -> ImageList:
@@ -61,41 +73,41 @@ def _images(data: DataRecipe, split: str, limit: int | None) -> ImageList:
 
 
 def training_images(data: DataRecipe) -> ImageList:
-    """Images the probes are trained on; raises UserError as `probing.data.coco.list_images` does."""
+    """Lists the images that probes are trained on; raises UserError as `probing.data.coco.list_images` does."""
     return _images(data, data.train_split, data.train_limit)
 
 
 def held_out_images(data: DataRecipe) -> ImageList:
-    """Images the probes are scored on; raises UserError as `probing.data.coco.list_images` does."""
+    """Lists the images that probes are scored on; raises UserError as `probing.data.coco.list_images` does."""
     return _images(data, data.eval_split, data.eval_limit)
 
 
 def load_teachers(recipe: ProbeRunRecipe, device: torch.device) -> dict[str, Teacher]:
-    """The teachers of a recipe."""
+    """Loads the teachers of a recipe."""
     return {name: load_teacher(name, teacher, device) for name, teacher in recipe.teachers.items()}
 
 
-def caches_of(
+def open_target_caches(
     recipe: ProbeRunRecipe,
     teachers: dict[str, Teacher],
     images: ImageList,
-    process: int = 0,
-    processes: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> dict[str, TargetCache]:
-    """Builds the target caches that the recipe requests."""
+    """Builds the target caches that a recipe requests."""
     data, fit = recipe.data, recipe.fit
     options = CacheOptions(data.target_cache, data.target_cache_dtype, data.view, fit.micro_batch, fit.workers)
-    return build_target_caches(teachers, images, options, process, processes)
+    return build_target_caches(teachers, images, options, rank, world_size)
 
 
-def arm_backbone(recipe: ProbeRunRecipe, arm: str, device: torch.device) -> Backbone:
-    """The checkpoint (`none`), or the same architecture with random weights (`random`)."""
-    return load_backbone(recipe.backbone, device, RANDOM_WEIGHTS_SEED if arm == "random" else None)
+def load_run_backbone(recipe: ProbeRunRecipe, weights: str, device: torch.device) -> Backbone:
+    """Loads the checkpoint (`none`), or its architecture with random weights (`random`)."""
+    return load_backbone(recipe.backbone, device, RANDOM_WEIGHTS_SEED if weights == "random" else None)
 
 
-@others_alive()
+@report_dead_ranks()
 def train(recipe: ProbeRunRecipe, out: Path) -> Run:
-    """Trains the probe banks of a run, or goes on with an unfinished one.
+    """Trains the probe banks of a run, or resumes an unfinished one.
 
     Args:
         recipe: the whole run.
@@ -105,134 +117,118 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
         The finished run.
 
     Raises:
-        UserError: something in recipe, checkpoint, teachers or data does not fit; nothing is written then.
-        Interrupted: stopped by the user; the same call goes on.
+        UserError: recipe, checkpoint, teachers or data cannot be used; nothing is written then.
+        Interrupted: stopped by the user; the same call resumes.
     """
     require_tracker(recipe.fit.report_to)
-    accelerator = together()
+    accelerator = init_accelerator()
     with disk_errors(out):
-        moment = [recorded_moment(_recorded(out))]
-    broadcast_object_list(moment)  # else processes that start around midnight would render other prompts
+        recorded = recorded_inputs(out, any((out / "state").glob("*/*")))
+    moment = [recorded_moment(recorded)]
+    broadcast_object_list(moment)  # processes that start around midnight would render different prompts
     with rendering_at(moment[0]):
-        return _train(recipe, out, accelerator)
+        return _train(recipe, out, recorded, accelerator)
 
 
-def _train(recipe: ProbeRunRecipe, out: Path, accelerator: Accelerator) -> Run:
+def _train(recipe: ProbeRunRecipe, out: Path, recorded: dict[str, Any] | None, accelerator: Accelerator) -> Run:
     train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
-    backbone = arm_backbone(recipe, "none", accelerator.device)
+    backbone = load_run_backbone(recipe, "none", accelerator.device)
     layers = parse_layers(recipe.layers, backbone.layers)
     teachers = load_teachers(recipe, accelerator.device)
-    with disk_errors(out), accelerator.main_process_first():
-        if not (out / "manifest.json").exists():
+    run, main = Run(out, recipe), accelerator.is_main_process
+    with disk_errors(out):
+        holds_run(out, recipe)
+        if not run.finished:
             require_space(out, disk_bytes(recipe, backbone.hidden_size, teachers, layers))
-        run = Run.create(out, recipe)
-        if accelerator.is_main_process:
-            run.remove_left_overs()
-    arms: list[tuple[str, list[str]]] = [(ARMS[0], ["none", *(["shuffled"] if "shuffled" in recipe.controls else [])])]
+    controls = {"none": ["none", *(["shuffled"] if "shuffled" in recipe.controls else [])]}
     if "random" in recipe.controls:
-        arms.append((ARMS[1], ["random"]))
-    finished, due = run.finished, [one for one in arms if not summary_file(run, one[0]).exists()]
-    accelerator.wait_for_everyone()  # all have looked before the main one goes on, and writes or clears away
+        controls["random"] = ["random"]
+    finished, due = run.finished, [weights for weights in controls if not summary_file(run, weights).exists()]
+    accelerator.wait_for_everyone()  # before the main process writes or removes any of these files
     if finished:
         logger.info("%s is finished already", out)
-        if accelerator.is_main_process:  # it may have been killed before it cleared up
-            for arm in ARMS:
-                shutil.rmtree(run.path / "state" / arm, ignore_errors=True)
+        if main:  # an earlier process may have been killed before it removed them
+            run.remove_temporary_files()
+            for weights in WEIGHTS:
+                shutil.rmtree(run.path / "state" / weights, ignore_errors=True)
         return run
     provenance = provenance_of(recipe, backbone.identity, teachers, train_images, eval_images)
-    _check_same_inputs(run, provenance, accelerator)
-    place = accelerator.process_index, accelerator.num_processes
-    kept = caches_of(recipe, teachers, train_images, *place)
-    for arm, controls in due:
-        if arm == "random":
+    scoring_only = ("held-out images", "tokenizer's vocabulary")  # may change until the probes are scored
+    inputs = {name: value for name, value in provenance["inputs"].items() if name not in scoring_only}
+    with accelerator.main_process_first():
+        claim(out, recipe, {"rendered_at": provenance["rendered_at"], "inputs": inputs}, recorded, write=main)
+    caches = open_target_caches(recipe, teachers, train_images, accelerator.process_index, accelerator.num_processes)
+    shared = _TrainingInputs(run, teachers, caches, train_images, layers, provenance, accelerator)
+    for weights in due:
+        if weights == "random":
             del backbone
             gc.collect()
-            backbone = arm_backbone(recipe, arm, accelerator.device)
+            backbone = load_run_backbone(recipe, weights, accelerator.device)
         accelerator.wait_for_everyone()
-        _train_arm(run, arm, controls, backbone, teachers, kept, train_images, layers, provenance, accelerator)
-    if accelerator.is_main_process:
+        _train_on(weights, controls[weights], backbone, shared)
+    if main:
         with disk_errors(out):
-            _finish(run, [arm for arm, _ in arms], provenance, train_images, eval_images)
+            _finish(run, list(controls), provenance, train_images, eval_images)
     accelerator.wait_for_everyone()
     return run
 
 
-def summary_file(run: Run, arm: str) -> Path:
-    """Says, once it is there, that the probes of one set of backbone weights are in place."""
-    return run.path / "state" / arm / "summary.json"
+def summary_file(run: Run, weights: str) -> Path:
+    """Returns the file that exists once all probes on some weights are trained and saved."""
+    return run.path / "state" / weights / "summary.json"
 
 
-def _train_arm(
-    run: Run,
-    arm: str,
-    controls: list[str],
-    backbone: Backbone,
-    teachers: dict[str, Teacher],
-    kept: dict[str, TargetCache],
-    images: ImageList,
-    layers: Sequence[Layer],
-    provenance: dict[str, Any],
-    accelerator: Accelerator,
-) -> None:
-    """Trains on one set of backbone weights; its summary, written last, says that its probes are in place."""
-    folder, tracked = run.path / "state" / arm, run.path / "tensorboard" / arm
-    fit = Fit(run.recipe, backbone, teachers, images, layers, controls, folder, accelerator, kept, tracked=tracked)
-    parameters = len(layers) * len(controls) * probe_parameters(run.recipe, backbone.hidden_size, teachers)
-    fit.spread = spread_layers(run.recipe.fit, 16 * parameters, accelerator)
-    if fit.spread:
-        if len(layers) < accelerator.num_processes:
-            raise UserError(f"{accelerator.num_processes} processes for {len(layers)} layers; start fewer")
-        fit.layers = layers[accelerator.process_index :: accelerator.num_processes]
-    state = fit.run()
+def _train_on(weights: str, controls: list[str], backbone: Backbone, shared: _TrainingInputs) -> None:
+    """Trains and saves the probes on some weights; the summary is written last."""
+    run, layers, accelerator = shared.run, shared.layers, shared.accelerator
+    parameters = len(layers) * len(controls) * probe_parameters(run.recipe, backbone.hidden_size, shared.teachers)
+    spread = spread_layers(run.recipe.fit, 16 * parameters, accelerator)
+    if spread and len(layers) < accelerator.num_processes:
+        raise UserError(f"{accelerator.num_processes} processes for {len(layers)} layers; start fewer")
+    trainer = ProbeTrainer(
+        run.recipe,
+        backbone,
+        shared.teachers,
+        shared.images,
+        layers[accelerator.process_index :: accelerator.num_processes] if spread else layers,
+        controls,
+        run.path / "state" / weights,
+        accelerator,
+        shared.target_caches,
+        spread,
+        run.path / "tensorboard" / weights,
+    )
+    state = trainer.run()
     if not accelerator.is_main_process:
         return
-    if fit.spread:
-        state = fit.whole(layers, state.step)
+    if spread:
+        state = trainer.merge_processes(layers, state.step)
     with disk_errors(run.path):
-        made = {name: value for name, value in provenance.items() if name not in ("inputs", "rendered_at")}
+        header = {name: value for name, value in shared.provenance.items() if name not in ("inputs", "rendered_at")}
         for control, bank in state.banks.items():
-            with whole_folder(run.probes(control)) as folder:
-                bank.save(folder, {"control": control, **made})
+            with atomic_folder(run.probes(control)) as folder:
+                bank.save(folder, {"control": control, **header})
         if run.recipe.fit.ridge:
-            with whole_folder(run.ridge(arm)) as folder:
-                fit.readout(state).save(folder, {"control": arm, **made})
-        if arm == "none":
-            with whole_file(run.means) as file:
-                save_file(fit.means(state), file)
-        report_not_finite(state.not_finite, images.names, len(images) - len(state.skipped), arm)
-        left_out = not_finite_rows(state.not_finite, images.names, images.split, arm)
-        write_text(summary_file(run, arm), json.dumps(summary(state, list(teachers), left_out)))
-
-
-def _recorded(out: Path) -> dict[str, Any] | None:
-    return recorded_inputs(out, any((out / "state").glob("*/*")))
-
-
-def _check_same_inputs(run: Run, provenance: dict[str, Any], accelerator: Accelerator) -> None:
-    """Refuses to resume with a checkpoint, teacher or data that changed since the run began.
-
-    Raises:
-        UserError: naming what changed.
-    """
-    scoring = ("held-out images", "tokenizer's vocabulary")  # of no effect before the probes are scored
-    now = {name: value for name, value in provenance["inputs"].items() if name not in scoring}
-    if (recorded := _recorded(run.path)) is not None:
-        require_same(recorded, now, run.path, "put it back or choose another --out")
-    elif accelerator.is_main_process:
-        with disk_errors(run.path):
-            written = {"rendered_at": provenance["rendered_at"], "inputs": now}
-            write_text(inputs_file(run.path), json.dumps(written))
+            with atomic_folder(run.ridge(weights)) as folder:
+                trainer.readout(state).save(folder, {"control": weights, **header})
+        if weights == "none":
+            with atomic_file(run.means) as file:
+                save_file(trainer.means(state), file)
+        images = shared.images
+        report_not_finite(state.not_finite, images.names, len(images) - len(state.skipped), weights)
+        excluded = not_finite_rows(state.not_finite, images.names, images.split, weights)
+        write_text(summary_file(run, weights), json.dumps(summary(state, list(shared.teachers), excluded)))
 
 
 def provenance_of(
     recipe: ProbeRunRecipe, checkpoint: Identity, teachers: dict[str, Teacher], train: ImageList, held_out: ImageList
 ) -> dict[str, Any]:
-    """What a run is made of: checkpoint, prompt, teachers, data and versions."""
+    """Describes checkpoint, prompt, teachers, data and versions for the manifest."""
     train_digest, eval_digest = train.digest(), held_out.digest()
     data = {"training images": train_digest, "held-out images": eval_digest}
     inputs = describe_inputs(checkpoint, teachers, recipe.data.view, data) | vocabulary(checkpoint)
     return {
-        **made_of(checkpoint, recipe.backbone.prompt, teachers),
+        **manifest_header(checkpoint, recipe.backbone.prompt, teachers),
         **to_record(inputs),
         "data": {
             "path": recipe.data.path,
@@ -251,67 +247,67 @@ def provenance_of(
     }
 
 
-def _finish(run: Run, arms: list[str], provenance: dict[str, Any], train: ImageList, held_out: ImageList) -> None:
-    """Writes learning curves and, last, the manifest; then the training state is no longer needed."""
-    summaries = [read_json(summary_file(run, arm), "remove it and type the same command again") for arm in arms]
+def _finish(run: Run, trained: list[str], provenance: dict[str, Any], train: ImageList, held_out: ImageList) -> None:
+    """Writes learning curves and, last, the manifest; then removes the training state."""
+    summaries = [
+        read_json(summary_file(run, weights), "remove it and run the same command again") for weights in trained
+    ]
     lines = ["control,teacher,layer,seed,step,loss"]
     convergence = []
-    for one in summaries:
-        for curve in one["curves"]:
-            place = [curve["control"], curve["teacher"], curve["layer"], curve["seed"]]
-            lines += [f"{','.join(map(str, place))},{step},{loss:.6g}" for step, loss in enumerate(curve["losses"])]
-            verdict = judge(np.asarray(curve["losses"]), np.asarray(one["mean_losses"][curve["teacher"]]))
-            names = ("control", "teacher", "layer", "seed")
-            numbers = {name: None if value != value else value for name, value in vars(verdict).items()}
-            not_taken = int(np.isnan(curve["losses"]).sum())
-            convergence.append({**dict(zip(names, place, strict=True)), **numbers, "steps_not_taken": not_taken})
+    for part in summaries:
+        for curve in part["curves"]:
+            key = {name: curve[name] for name in ("control", "teacher", "layer", "seed")}
+            prefix = ",".join(map(str, key.values()))
+            lines += [f"{prefix},{step},{loss:.6g}" for step, loss in enumerate(curve["losses"])]
+            verdict = judge(np.asarray(curve["losses"]), np.asarray(part["mean_losses"][curve["teacher"]]))
+            values = {name: None if value != value else value for name, value in vars(verdict).items()}
+            convergence.append({**key, **values, "steps_not_taken": int(np.isnan(curve["losses"]).sum())})
     write_text(run.path / "learning_curves.csv", "\n".join(lines) + "\n")
-    skipped = {(s["image"], s["split"]): s for one in summaries for s in one["skipped"]}
+    skipped = {(s["image"], s["split"]): s for part in summaries for s in part["skipped"]}
     skipped |= {(s.image, s.split): vars(s) for images in (train, held_out) for s in images.skipped}
     fit = run.recipe.fit
-    trained = {"epochs": fit.epochs, "batch_size": fit.batch_size, "seeds": fit.seeds, "lr": fit.lr}
-    trained["steps"] = summaries[0]["steps"]
-    seconds = sum(one["seconds"] for one in summaries)
-    not_finite = [row for one in summaries for row in one.get("not_finite", [])]
-    _report_steps_not_taken(convergence)
-    write_manifest(run, provenance, trained, convergence, list(skipped.values()), seconds, not_finite)
+    settings = {"epochs": fit.epochs, "batch_size": fit.batch_size, "seeds": fit.seeds, "lr": fit.lr}
+    settings["steps"] = summaries[0]["steps"]
+    seconds = sum(part["seconds"] for part in summaries)
+    not_finite = [row for part in summaries for row in part["not_finite"]]
+    _report_skipped_steps(convergence)
+    write_manifest(run, provenance, settings, convergence, list(skipped.values()), seconds, not_finite)
     shutil.rmtree(run.path / "state", ignore_errors=True)
 
 
-def _report_steps_not_taken(convergence: list[dict[str, Any]]) -> None:
-    """Logs how many probes skipped steps because nothing finite was there to learn from."""
-    some = [row for row in convergence if row["steps_not_taken"] and row["state"] != NOT_TRAINED]
-    if some:
-        worst = max(some, key=lambda row: row["steps_not_taken"])
+def _report_skipped_steps(convergence: list[dict[str, Any]]) -> None:
+    affected = [row for row in convergence if row["steps_not_taken"] and row["state"] != NOT_TRAINED]
+    if affected:
+        worst = max(affected, key=lambda row: row["steps_not_taken"])
         logger.warning(
             "%d of %d probes skipped steps without a finite loss and gradient; most at %s, layer %s: %d",
-            len(some), len(convergence), worst["teacher"], worst["layer"], worst["steps_not_taken"],
+            len(affected), len(convergence), worst["teacher"], worst["layer"], worst["steps_not_taken"],
         )  # fmt: skip
 
 
 def write_manifest(
     run: Run,
     provenance: dict[str, Any],
-    trained: dict[str, Any],
+    fit: dict[str, Any],
     convergence: list[dict[str, Any]],
     skipped: list[dict[str, str]],
     seconds: float,
     not_finite: Sequence[dict[str, str]] = (),
 ) -> None:
-    """Writes the manifest, by which a run is finished.
+    """Writes the manifest, which marks the run as finished.
 
     Args:
         run: the run.
         provenance: from `provenance_of`.
-        trained: how its probes were: epochs, batch_size, steps, seeds, lr.
-        convergence: a row per probe, see `probing.training.convergence`.
-        skipped: image, split and reason of images left out.
-        seconds: that the training took.
-        not_finite: images left out of some layers or teachers, see `probing.models.finite.not_finite_rows`.
+        fit: epochs, batch_size, steps, seeds, lr of the training.
+        convergence: one row per probe, see `probing.training.convergence`.
+        skipped: image, split and reason of skipped images.
+        seconds: training time.
+        not_finite: images excluded from layers or teachers, see `probing.models.finite.not_finite_rows`.
     """
     manifest = {
         **provenance,
-        "fit": trained,
+        "fit": fit,
         "convergence": convergence,
         "skipped": skipped,
         "not_finite": list(not_finite),

@@ -1,4 +1,4 @@
-"""Sizes of a probing run in bytes: training decides by them what fits, and `probing plan` prints them."""
+"""Sizes of a probing run in bytes."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,7 +19,7 @@ def probe_parameters(recipe: ProbeRunRecipe, hidden_size: int, teachers: Mapping
 
 
 def ridge_bytes(recipe: ProbeRunRecipe, hidden_size: int, teachers: Mapping[str, Teacher]) -> int:
-    """Bytes of one layer's ridge sums, float64."""
+    """Returns the bytes of one layer's ridge sums, in float64."""
     if not recipe.fit.ridge:
         return 0
     return sum(8 * hidden_size * (hidden_size + teacher.shape[1]) for teacher in teachers.values())
@@ -28,7 +28,7 @@ def ridge_bytes(recipe: ProbeRunRecipe, hidden_size: int, teachers: Mapping[str,
 def disk_bytes(
     recipe: ProbeRunRecipe, hidden_size: int, teachers: Mapping[str, Teacher], layers: Sequence[Layer]
 ) -> int:
-    """Bytes on disk at the peak: the probes, and the training state twice while it is replaced."""
+    """Returns the peak disk usage in bytes: the probes, and two training states while one replaces the other."""
     shuffled, random = ("shuffled" in recipe.controls), ("random" in recipe.controls)
     probes = 4 * len(layers) * probe_parameters(recipe, hidden_size, teachers)
     state = 3 * probes * (1 + shuffled) + len(layers) * ridge_bytes(recipe, hidden_size, teachers)

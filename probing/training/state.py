@@ -1,4 +1,4 @@
-"""Everything that changes while probes are trained, and how it is saved."""
+"""The training state of probes, and its saved form."""
 
 import functools
 from collections import defaultdict
@@ -19,23 +19,23 @@ from probing.utils.errors import UserError
 
 
 @dataclass
-class FitState:
-    """Everything that changes while probes are trained.
+class TrainerState:
+    """All values that change during training.
 
     Attributes:
         banks: probes by control (`none` and `shuffled`, or `random`).
         optimizer: one AdamW over all of them.
         step: optimiser steps taken.
-        losses: one row per step; columns as in `columns`, then one per teacher for its running mean target. NaN where a
-            probe took no step, because no image counted or its loss or gradient was not finite.
+        losses: one row per step; one column per probe, see `columns`, then one per teacher for its running mean. NaN
+            if the probe skipped the step: no usable image, or a non-finite loss or gradient.
         ridge: sums of the ridge readout.
-        target_sums: per teacher, the sum (N, D) of its targets in float64, and their number: of all processes until the
-            last saved state, and of this one since.
-        shared_sums: the same as of the last saved state.
-        gathered: whether any process may have added to its sums since then; the first pass alone does.
-        skipped: images left out.
-        not_finite: images left out of a layer or a teacher.
-        seconds: time spent, over all resumptions.
+        target_sums: per teacher, sum (N, D) of targets in float64 and their number: over all processes up to the last
+            saved state, and over this process since.
+        shared_sums: `target_sums` of the last saved state.
+        sums_changed: whether any process may have added to its sums since then.
+        skipped: unreadable images.
+        not_finite: images excluded from a layer or a teacher.
+        seconds: training time, including earlier sessions.
     """
 
     banks: dict[str, ProbeBank]
@@ -45,23 +45,23 @@ class FitState:
     ridge: dict[RidgeKey, RidgeSums] = field(default_factory=lambda: defaultdict(RidgeSums))
     target_sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     shared_sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    gathered: bool = False
+    sums_changed: bool = False
     skipped: dict[str, Skipped] = field(default_factory=dict)
     not_finite: NotFinite = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
     def columns(self) -> list[tuple[str, ProbeKey]]:
-        """The probes, in the order of the loss columns."""
+        """Control and key of each probe, in the order of the loss columns."""
         return [(control, key) for control, bank in self.banks.items() for key in bank.probes]
 
     @functools.cached_property
     def parameters(self) -> list[list[nn.Parameter]]:
-        """Of each probe; collected once, because modules are slow to walk through."""
+        """Parameters of each probe; cached, because traversing modules is slow."""
         return [list(probe.parameters()) for bank in self.banks.values() for probe in bank.probes.values()]
 
     def dump(self) -> dict[str, Any]:
-        """Plain values and tensors, for `torch.save`."""
+        """Returns plain values and tensors, for `torch.save`."""
         return {
             "banks": {
                 c: {k.teacher + "/" + k.prefix: p.state_dict() for k, p in b.probes.items()}
@@ -73,15 +73,15 @@ class FitState:
             "ridge": [(teacher, layer, sums.sums) for (teacher, layer), sums in self.ridge.items()],
             "target_sums": {name: [total, count] for name, (total, count) in self.target_sums.items()},
             "skipped": [[s.image, s.split, s.reason] for s in self.skipped.values()],
-            "not_finite": [[*place, torch.from_numpy(images)] for place, images in self.not_finite.items()],
+            "not_finite": [[*source, torch.from_numpy(images)] for source, images in self.not_finite.items()],
             "seconds": self.seconds,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Takes over saved values.
+        """Loads a saved state.
 
         Raises:
-            UserError: the saved probes have other shapes, because checkpoint or teacher changed meanwhile.
+            UserError: the saved probes have other shapes, because checkpoint or teacher changed.
         """
         for control, bank in self.banks.items():
             for key, probe in bank.probes.items():
@@ -89,8 +89,8 @@ class FitState:
                     probe.load_state_dict(saved["banks"][control][key.teacher + "/" + key.prefix])
                 except (RuntimeError, KeyError):
                     raise UserError(
-                        f"the saved state of this run has another shape for teacher {key.teacher!r}, layer "
-                        f"{key.layer}: checkpoint or teacher changed since; put them back or choose another --out"
+                        f"the saved probe of teacher {key.teacher!r}, layer {key.layer} has another shape; put "
+                        "checkpoint and teacher back, or choose another --out"
                     ) from None
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step = saved["step"]
@@ -107,12 +107,12 @@ class FitState:
         self.not_finite = _not_finite(saved)
         self.seconds = saved["seconds"]
 
-    def take_in(self, part: dict[str, Any], teachers: int) -> None:
-        """Takes over the end of a training of some of these probes, of which other processes trained the rest.
+    def merge(self, part: dict[str, Any], teachers: int) -> None:
+        """Adds the final state of a process that trained some of the layers.
 
         Args:
-            part: saved values.
-            teachers: their number.
+            part: the saved state.
+            teachers: number of teachers.
         """
         names = [(control, name) for control, probes in part["banks"].items() for name in probes]
         columns = {(control, key.teacher + "/" + key.prefix): n for n, (control, key) in enumerate(self.columns)}
@@ -136,11 +136,11 @@ class FitState:
 
 
 def _not_finite(saved: dict[str, Any]) -> NotFinite:
-    return {(kind, name): images.numpy() for kind, name, images in saved.get("not_finite", [])}
+    return {(kind, name): images.numpy() for kind, name, images in saved["not_finite"]}
 
 
-def summary(state: FitState, teachers: Sequence[str], not_finite: list[dict[str, str]]) -> dict[str, Any]:
-    """What a finished fit leaves for the manifest, as plain values; `not_finite` as `not_finite_rows` gives it."""
+def summary(state: TrainerState, teachers: Sequence[str], not_finite: list[dict[str, str]]) -> dict[str, Any]:
+    """Summarises a finished training as plain values; `not_finite` is from `not_finite_rows`."""
     table = np.asarray(state.losses, dtype=np.float64)
     means = {name: table[:, len(state.columns) + index].tolist() for index, name in enumerate(teachers)}
     curves = [

@@ -1,7 +1,4 @@
-"""Curves of a training while it runs, for TensorBoard or another tracker that accelerate knows.
-
-They are for looking on: what a run keeps for good is `learning_curves.csv`.
-"""
+"""Logs losses during training to TensorBoard or another tracker that accelerate supports."""
 
 import contextlib
 from collections import defaultdict
@@ -14,34 +11,31 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from probing.models.base import Layer
 from probing.probes.bank import ProbeKey
-from probing.utils.errors import UserError
+from probing.utils.errors import UserError, first_line
 from probing.utils.files import disk_errors
 
 EVERY = 10
-"""Steps between two points; as in `probing distill`."""
+"""Steps between two logged points, as in `probing distill`."""
 GROUPS = 3
-"""Curves per teacher: the first, the middle and the last layers."""
+"""Groups of layers per teacher, each with its curve."""
 
 
 def require_tracker(name: str) -> None:
-    """Raises UserError where there is no such tracker, or it is not installed."""
+    """Raises UserError if a tracker does not exist or is not installed."""
     if name == "none":
         return
     if name not in LOGGER_TYPE_TO_CLASS:
-        raise UserError(f"fit.report_to is {name!r}; there are none, {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        raise UserError(f"fit.report_to is {name!r}; choose none, {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
     if name not in map(str, get_available_trackers()):
-        raise UserError(f"fit.report_to names {name!r}, which is not installed; install it, or set fit.report_to=none")
+        raise UserError(f"{name!r} of fit.report_to is not installed; install it, or set fit.report_to=none")
 
 
 def curve_names(columns: Sequence[tuple[str, ProbeKey]], teachers: Sequence[str]) -> list[str]:
-    """Which curve each column of the losses belongs to.
+    """Names the curve of each loss column, such as `depth/layers_0-10`.
 
     Args:
-        columns: control and probe, as `FitState.columns`.
-        teachers: those of the columns behind them, for the mean target.
-
-    Returns:
-        A name such as `depth/layers_0-10` for every column.
+        columns: control and probe, see `TrainerState.columns`.
+        teachers: those of the following columns, for the mean target.
     """
     layers = list(dict.fromkeys(key.layer for _, key in columns))
     group: dict[Layer, str] = {}
@@ -54,8 +48,8 @@ def curve_names(columns: Sequence[tuple[str, ProbeKey]], teachers: Sequence[str]
     return names + [f"{teacher}/mean_target" for teacher in teachers]
 
 
-class Curves:
-    """Passes on the mean losses of groups of probes, and the learning rate, every few steps."""
+class LossLogger:
+    """Logs the mean losses of groups of probes and the learning rate every `EVERY` steps."""
 
     def __init__(self, tracker: Any, names: Sequence[str], folder: Path) -> None:
         self.tracker, self.folder = tracker, folder
@@ -64,7 +58,7 @@ class Curves:
             self.columns[name].append(index)
 
     def after_step(self, losses: Sequence[Sequence[float]], last: int, lr: float) -> None:
-        """Looks at the losses of all steps so far, of which this is the last if their number is `last`."""
+        """Logs the recent steps if a point is due; `losses` are of all steps so far, `last` is their final number."""
         step = len(losses)
         if self.tracker is None or (step % EVERY and step != last):
             return
@@ -78,30 +72,29 @@ class Curves:
 
 
 @contextlib.contextmanager
-def curves(name: str, folder: Path | None, names: Sequence[str], step: int) -> Iterator[Curves]:
-    """Opens a tracker for as long as the training lasts.
+def loss_logger(name: str, folder: Path | None, names: Sequence[str], step: int) -> Iterator[LossLogger]:
+    """Opens a tracker during training.
 
     Args:
         name: of the tracker, or `none`.
-        folder: of files such as TensorBoard's, for this training alone; None for no curves.
+        folder: of this training's files, such as TensorBoard's; None for no logging.
         names: from `curve_names`.
-        step: steps taken already; what an interrupted training told of later ones is superseded.
+        step: steps already taken; points that an interrupted training logged after it are replaced.
     """
     if name == "none" or folder is None:
-        yield Curves(None, names, Path())
+        yield LossLogger(None, names, Path())
         return
     kind = LOGGER_TYPE_TO_CLASS[name]
-    own = (folder.parent,) if kind.requires_logging_directory else ()
+    parent = (folder.parent,) if kind.requires_logging_directory else ()
     try:
         with disk_errors(folder):
-            tracker = kind(folder.name, *own, **({"purge_step": step + 1} if name == "tensorboard" else {}))
+            tracker = kind(folder.name, *parent, **({"purge_step": step + 1} if name == "tensorboard" else {}))
             tracker.start()
     except UserError:
         raise
-    except Exception as error:  # each tracker has errors of its own, such as a missing login
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} does not start: {said}; mend that, or set fit.report_to=none") from error
+    except Exception as error:  # trackers raise errors of many types, such as for a missing login
+        raise UserError(f"{name} does not start: {first_line(error)}; fix that, or set fit.report_to=none") from error
     try:
-        yield Curves(tracker, names, folder)
+        yield LossLogger(tracker, names, folder)
     finally:
         tracker.finish()

@@ -1,8 +1,8 @@
-"""One pass over the data trains every probe.
+"""Trains all probes in one pass over the data.
 
-Each micro-batch goes through the backbone once. As soon as a layer's state exists, the probes of that layer (every
-teacher, every seed, the shuffled control) run forward and backward on it, and the state is free again: memory grows
-with the probes, not with the states. Probes share nothing, so training many gives the same numbers as training one.
+Each micro-batch goes through the backbone once. When a layer's state exists, all probes of that layer (each teacher,
+seed and control) run forward and backward on it, and the state is freed, so memory grows with the probes, not with the
+states. Probes share no parameters, so joint training gives the same numbers as separate training.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ from probing.data.target_cache import TargetCache
 from probing.models.base import Backbone, Layer, layer_name
 from probing.models.finite import NotFinite, finite_rows, zero_others
 from probing.probes.bank import ProbeBank, ProbeKey, probe_configs
-from probing.probes.ridge import RidgeReadout, RidgeSums, place_states
+from probing.probes.ridge import RidgeReadout, RidgeSums, resize_states
 from probing.recipe import ProbeRunRecipe
 from probing.teachers import Teacher
 from probing.training.schedule import learning_rate, plan_steps, require_enough
-from probing.training.state import FitState
-from probing.training.trackers import curve_names, curves
-from probing.utils.distributed import add_up_gradients
+from probing.training.state import TrainerState
+from probing.training.trackers import curve_names, loss_logger
+from probing.utils.distributed import all_reduce_gradients
 from probing.utils.errors import UserError
-from probing.utils.files import disk_errors, reading, whole_file
+from probing.utils.files import atomic_file, disk_errors, reading
 from probing.utils.interrupt import Interrupted, Interruption
 from probing.utils.pretrained import slow_in_bfloat16
 from probing.utils.progress import Progress
@@ -47,55 +47,54 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _Tally:
-    """What micro-batches leave on the device.
+class _StepSums:
+    """Sums over the micro-batches of a step, on the device.
 
     Attributes:
-        sums: (2, columns and teachers), shares of the losses, and how many images count.
-        finite: per micro-batch its images, and (layers and teachers, B), False where one is not finite.
+        sums: (2, columns + teachers), weighted losses and numbers of valid images.
+        finite: per micro-batch its image indices, and a mask (layers + teachers, B) of finite features.
     """
 
     sums: Tensor
     finite: list[tuple[list[int], Tensor]] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, columns: int, dtype: torch.dtype, device: torch.device) -> "_Tally":
-        """Of no micro-batch."""
+    def empty(cls, columns: int, dtype: torch.dtype, device: torch.device) -> "_StepSums":
         return cls(torch.zeros(2, columns, dtype=dtype, device=device))
 
-    def __iadd__(self, other: "_Tally") -> "_Tally":
+    def __iadd__(self, other: "_StepSums") -> "_StepSums":
         self.sums += other.sums
         self.finite += other.finite
         return self
 
 
 def _norm(parameters: Sequence[Tensor]) -> Tensor:
-    """Norm of a probe's gradient, on the probe's device; 0 where it has none."""
+    """Returns the norm of a probe's gradient, on its device; 0 without gradient."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=parameters[0].device)
 
 
 def _load(file: Path) -> Any:
-    # To the CPU first: processes without accelerator have devices such as cpu:0, which torch cannot load to.
+    # To the CPU first: without accelerator, processes have devices such as cpu:0, to which torch cannot load.
     return torch.load(file, map_location=lambda storage, _: storage, weights_only=True)
 
 
 @dataclass
-class Fit:
-    """The training of all probes on one set of backbone weights.
+class ProbeTrainer:
+    """Trains all probes on one set of backbone weights.
 
     Attributes:
         recipe: of the run.
-        backbone: where the hidden states come from.
-        teachers: where the targets come from.
+        backbone: computes the hidden states.
+        teachers: compute the targets.
         images: training images.
-        layers: probed layers, of this process where `spread`.
-        controls: what is trained: `none` and perhaps `shuffled`, or `random`.
-        folder: where the training state is kept while the work lasts.
+        layers: probed layers; if `spread`, those of this process.
+        controls: `none` and possibly `shuffled`, or `random`.
+        folder: of the training state.
         accelerator: device and processes.
-        kept: features of teachers that are read instead of being computed.
-        spread: the other processes train other layers, each on all images; see `spread_layers`.
-        tracked: where TensorBoard's files go, of the layers of the main process; None for no curves.
+        target_caches: cached targets by teacher.
+        spread: whether each process trains some of the layers on all images, see `spread_layers`.
+        log_folder: of the tracker's files; None for no logging.
     """
 
     recipe: ProbeRunRecipe
@@ -106,17 +105,17 @@ class Fit:
     controls: Sequence[str]
     folder: Path
     accelerator: Accelerator
-    kept: dict[str, TargetCache] = field(default_factory=dict)
+    target_caches: dict[str, TargetCache] = field(default_factory=dict)
     spread: bool = False
-    tracked: Path | None = None
+    log_folder: Path | None = None
 
     @property
-    def _place(self) -> tuple[int, int]:
-        """Which part of every batch is this process's, and of how many."""
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        """Rank and number of the processes that divide each batch."""
         return (0, 1) if self.spread else (self.accelerator.process_index, self.accelerator.num_processes)
 
-    def start(self, device: torch.device | None = None) -> FitState:
-        """Fresh probes and optimiser, on the accelerator unless a device is given."""
+    def initial_state(self, device: torch.device | None = None) -> TrainerState:
+        """Initialises probes and optimiser, by default on the accelerator."""
         configs = probe_configs(self.recipe.probe, self.backbone.hidden_size, self.teachers)
         fit, device = self.recipe.fit, device or self.accelerator.device
         banks = {
@@ -125,41 +124,42 @@ class Fit:
         parameters = [p for bank in banks.values() for p in bank.parameters()]
         fused = device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(parameters, lr=fit.lr, weight_decay=fit.weight_decay, fused=fused)
-        return FitState(banks, optimizer)
+        return TrainerState(banks, optimizer)
 
-    def run(self) -> FitState:
-        """Trains to the end, from the last saved state where there is one.
+    def run(self) -> TrainerState:
+        """Trains to the last step, from the saved state if there is one.
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM; the state is saved.
-            UserError: the disk is full, or the saved state does not fit.
+            UserError: the disk is full, or the saved state is of another training.
         """
         fit, main = self.recipe.fit, self.accelerator.is_main_process
         if fit.bf16 and slow_in_bfloat16(self.accelerator.device):
-            logger.warning("fit.bf16 is slow on this CPU, which has no bfloat16 instructions; leave it out")
-        state = self.start()
+            logger.warning("fit.bf16 is slow on this CPU, which has no bfloat16 instructions; set fit.bf16=false")
+        state = self.initial_state()
         self._resume(state)
-        self.accelerator.wait_for_everyone()  # where no step is left, the main process soon clears the state away
-        require_enough(len(self.images), fit, self._place[1])
-        steps = plan_steps(len(self.images), fit, *self._place)
+        self.accelerator.wait_for_everyone()  # if no step is left, the main process soon removes the state
+        rank, world_size = self._rank_and_world_size
+        require_enough(len(self.images), fit, world_size)
+        steps = plan_steps(len(self.images), fit, rank, world_size)
         first_epoch = len(steps) // fit.epochs
         batches = self.batches(steps[state.step :])
         saved = time.monotonic()
-        what = "random-weights control" if "random" in self.controls else "probes"
-        progress = Progress(what, len(steps), state.step, show=main)
+        title = "random-weights control" if "random" in self.controls else "probes"
+        progress = Progress(title, len(steps), state.step, show=main)
         names = curve_names(state.columns, list(self.teachers))
-        told = curves(fit.report_to if main else "none", self.tracked, names, state.step)
-        with Interruption().watch() as interruption, progress, told as told_of:
+        loss_log = loss_logger(fit.report_to if main else "none", self.log_folder, names, state.step)
+        with Interruption().watch() as interruption, progress, loss_log as log:
             while state.step < len(steps):
                 started = time.monotonic()
                 row = self._step(state, steps[state.step], batches, len(steps), gather=state.step < first_epoch)
                 state.losses.append(row)
                 state.step += 1
                 state.seconds += time.monotonic() - started
-                told_of.after_step(state.losses, len(steps), state.optimizer.param_groups[0]["lr"])
+                log.after_step(state.losses, len(steps), state.optimizer.param_groups[0]["lr"])
                 finite = [loss for loss in row[: len(state.columns)] if math.isfinite(loss)]
                 progress.advance(f"mean loss {np.mean(finite):.4f}" if finite else "no finite loss")
-                stop, due = self._agree(interruption.asked, time.monotonic() - saved >= 60 * fit.save_minutes)
+                stop, due = self._agree(interruption.requested, time.monotonic() - saved >= 60 * fit.save_minutes)
                 if stop or due or state.step == len(steps):
                     self._save(state)
                     saved = time.monotonic()
@@ -168,54 +168,52 @@ class Fit:
         return state
 
     def batches(self, steps: list[list[list[int]]]) -> Iterator[Prepared]:
-        """The micro-batches of some steps, one after the other."""
+        """Yields the micro-batches of steps, in order."""
         plan = [micro for step in steps for micro in step]
         if not plan:
             return iter(())
         prepare = {name: teacher.prepare for name, teacher in self.teachers.items()}
         dataset = MicroBatches(
-            self.images, plan, self.backbone.prepare, prepare, self.recipe.data.view, target_caches=self.kept
+            self.images, plan, self.backbone.prepare, prepare, self.recipe.data.view, target_caches=self.target_caches
         )
         return micro_batches(dataset, self.recipe.fit.workers, self.accelerator.device)
 
     def _step(
-        self, state: FitState, micros: list[list[int]], batches: Iterator[Prepared], steps: int, gather: bool
+        self, state: TrainerState, micros: list[list[int]], batches: Iterator[Prepared], steps: int, gather: bool
     ) -> list[float]:
-        """One optimiser step; returns one loss per column, then the mean targets' losses.
+        """Takes one optimiser step; returns one loss per probe, then those of the mean targets.
 
-        A loss is the mean over the images that count for its column. Where there is none, or loss or gradient is not
-        finite, the probe takes no step: its weights and moments stay as they are, and the loss is NaN. All of that is
-        decided on the host, from one transfer per step.
+        A loss is the mean over the valid images of its probe. Without valid image, or with a loss or gradient that is
+        not finite, the probe skips the step: weights and moments do not change, and the loss is NaN. The
+        host decides this after one transfer per step.
         """
-        _, world = self._place
         columns = {column: index for index, column in enumerate(state.columns)}
         batch = self._global_batch(micros)
-        tally = _Tally.empty(len(columns) + len(self.teachers), self._wide, self.accelerator.device)
-        state.gathered |= gather
+        totals = _StepSums.empty(len(columns) + len(self.teachers), self._wide, self.accelerator.device)
+        state.sums_changed |= gather
         for prepared in itertools.islice(batches, len(micros)):
             state.skipped |= {skip.image: skip for skip in prepared.skipped}
             if prepared.student is not None:
-                tally += self.micro_batch(state, prepared, len(prepared.indices) / batch, gather, columns)
-        if world > 1:
-            add_up_gradients(state.optimizer.param_groups[0]["params"], self.accelerator)
-            tally.sums = self.accelerator.reduce(tally.sums, "sum")
-        norms = [_norm(own) for own in state.parameters]
-        (losses, counts), norms_found = self._to_host(state, tally, norms)
-        counted = counts > 0
-        losses = np.divide(losses * batch, counts, out=np.full_like(losses, math.nan), where=counted)
+                totals += self.micro_batch(state, prepared, len(prepared.indices) / batch, gather, columns)
+        if self._rank_and_world_size[1] > 1:
+            all_reduce_gradients(state.optimizer.param_groups[0]["params"])
+            totals.sums = self.accelerator.reduce(totals.sums, "sum")
+        norms = [_norm(parameters) for parameters in state.parameters]
+        (losses, counts), host_norms = self._to_host(state, totals, norms)
+        losses = np.divide(losses * batch, counts, out=np.full_like(losses, math.nan), where=counts > 0)
         fit = self.recipe.fit
-        for index, (own, norm) in enumerate(zip(state.parameters, norms, strict=True)):
-            if not np.isfinite([losses[index], norms_found[index]]).all():
+        for index, (parameters, norm) in enumerate(zip(state.parameters, norms, strict=True)):
+            if not np.isfinite([losses[index], host_norms[index]]).all():
                 losses[index] = math.nan
-                for parameter in own:
-                    parameter.grad = None  # a zero gradient would still decay the weights and move along old moments
+                for parameter in parameters:
+                    parameter.grad = None  # a zero gradient would still apply weight decay and momentum
                 continue
             if counts[index] != batch:
                 scale = batch / counts[index]
                 norm = norm * scale
-                torch._foreach_mul_([p.grad for p in own if p.grad is not None], scale)
+                torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
             if fit.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(own, fit.max_grad_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(parameters, fit.max_grad_norm, norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.step, steps, fit.lr, fit.warmup)
         state.optimizer.step()
@@ -223,47 +221,52 @@ class Fit:
         return losses.tolist()
 
     def _to_host(
-        self, state: FitState, tally: "_Tally", norms: list[Tensor]
+        self, state: TrainerState, totals: "_StepSums", norms: list[Tensor]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Brings losses and counts (2, columns) and gradient norms over, and notes images that are not finite."""
-        flags = [finite.flatten().to(tally.sums.dtype) for _, finite in tally.finite]
-        everything = [tally.sums.flatten(), torch.stack(norms).to(tally.sums.dtype), *flags]
-        sums, norm, found = np.split(
-            torch.cat(everything).cpu().double().numpy(), np.cumsum([tally.sums.numel(), len(norms)])
-        )
-        places = [("layer", layer_name(layer)) for layer in self.layers] + [("teacher", name) for name in self.teachers]
-        for indices, _ in tally.finite:
-            flag, found = np.split(found, [len(places) * len(indices)])
-            for place, row in zip(places, flag.reshape(len(places), -1), strict=True):
+        """Transfers losses and counts (2, columns) and gradient norms, and records images that are not finite."""
+        dtype = totals.sums.dtype
+        masks = [finite.flatten().to(dtype) for _, finite in totals.finite]
+        values = torch.cat([totals.sums.flatten(), torch.stack(norms).to(dtype), *masks]).cpu().double().numpy()
+        sums, norm, flags = np.split(values, np.cumsum([totals.sums.numel(), len(norms)]))
+        sources = [("layer", layer_name(layer)) for layer in self.layers] + [
+            ("teacher", name) for name in self.teachers
+        ]
+        for indices, _ in totals.finite:
+            mask, flags = np.split(flags, [len(sources) * len(indices)])
+            for source, row in zip(sources, mask.reshape(len(sources), -1), strict=True):
                 if not row.all():
-                    images = state.not_finite.setdefault(place, np.zeros(len(self.images), dtype=np.bool_))
+                    images = state.not_finite.setdefault(source, np.zeros(len(self.images), dtype=np.bool_))
                     images[np.asarray(indices)[row == 0]] = True
         return sums.reshape(2, -1), norm
 
     def _global_batch(self, micros: list[list[int]]) -> int:
-        mine = sum(map(len, micros))
+        count = sum(map(len, micros))
         if self.spread:
-            return mine
-        return int(self.accelerator.reduce(torch.tensor(mine, device=self.accelerator.device), "sum"))
+            return count
+        return int(self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "sum"))
 
     def micro_batch(
-        self, state: FitState, prepared: Prepared, weight: float, gather: bool, columns: dict[tuple[str, ProbeKey], int]
-    ) -> "_Tally":
-        """Forward and backward of every probe on one micro-batch.
+        self,
+        state: TrainerState,
+        prepared: Prepared,
+        weight: float,
+        gather: bool,
+        columns: dict[tuple[str, ProbeKey], int],
+    ) -> "_StepSums":
+        """Runs every probe forward and backward on one micro-batch.
 
-        An image whose hidden state at a layer is not finite is left out of that layer, and one whose target is not
-        finite of that teacher; both are masked on the device.
+        Images with a non-finite hidden state are excluded from that layer, and those with a non-finite target from that
+        teacher; both are masked on the device.
 
         Args:
-            state: probes and sums; gradients are added to the probes' own.
+            state: probes and sums; gradients accumulate in the probes.
             prepared: the micro-batch.
             weight: of its losses in those of the step.
-            gather: whether it is seen for the first time, so that it counts in ridge sums and mean targets.
-            columns: place of each probe in the result.
+            gather: whether to add it to ridge sums and mean targets, as in the first epoch.
+            columns: column of each probe in the result.
 
         Returns:
-            Its share of the losses and the images that count, one per column and then one per teacher, for the mean
-            target so far.
+            Weighted losses and numbers of valid images, per probe and then per teacher for its running mean target.
         """
         assert prepared.student is not None
         device = self.accelerator.device
@@ -271,12 +274,12 @@ class Fit:
         features = {name: prepared.target(teacher).to(device) for name, teacher in self.teachers.items()}
         finite = {name: finite_rows(feature) for name, feature in features.items()}
         targets = {name: zero_others(feature, finite[name]) for name, feature in features.items()}
-        wanted = {control: (targets, finite) for control in state.banks}
+        by_control = {control: (targets, finite) for control in state.banks}
         if "shuffled" in state.banks:
-            rolled = [{n: t.roll(1, dims=0) for n, t in one.items()} for one in (targets, finite)]
-            wanted["shuffled"] = (rolled[0], rolled[1])
-        tally = _Tally.empty(len(columns) + len(self.teachers), self._wide, device)
-        losses, counts = tally.sums
+            rolled = [{n: t.roll(1, dims=0) for n, t in tensors.items()} for tensors in (targets, finite)]
+            by_control["shuffled"] = (rolled[0], rolled[1])
+        totals = _StepSums.empty(len(columns) + len(self.teachers), self._wide, device)
+        losses, counts = totals.sums
         for index, (name, target) in enumerate(targets.items(), start=len(columns)):
             zero = torch.zeros_like(target[0], dtype=self._wide), torch.zeros((), dtype=torch.long, device=device)
             total, count = state.target_sums.get(name, zero)
@@ -286,161 +289,162 @@ class Fit:
             mean = (total / count.clamp(min=1)).float().expand_as(target)
             losses[index] = F.smooth_l1_loss(zero_others(mean, finite[name]), target) * weight
             counts[index] = finite[name].sum()
-        rows: list[Tensor] = []
+        finite_states: list[Tensor] = []
 
         def visit(layer: Layer, hidden: Tensor) -> None:
             states = hidden.to(device=device, dtype=None if self.recipe.fit.bf16 else torch.float32)
             keys, mask = batch.tokens.select(states, self.recipe.probe.keys)
-            good = finite_rows(keys)
-            keys = zero_others(keys, good)
-            rows.append(good)
+            finite_keys = finite_rows(keys)
+            keys = zero_others(keys, finite_keys)
+            finite_states.append(finite_keys)
             for control, bank in state.banks.items():
                 if control == "shuffled" and len(prepared.indices) < 2:
                     continue  # one image cannot be paired with another
-                own_targets, own_finite = wanted[control]
-                chosen = {name: good & own for name, own in own_finite.items()}
-                numbers = {name: one.sum() for name, one in chosen.items()}
+                control_targets, finite_targets = by_control[control]
+                valid = {name: finite_keys & rows for name, rows in finite_targets.items()}
+                valid_counts = {name: rows.sum() for name, rows in valid.items()}
                 for key, probe in bank.at(layer):
-                    with self._products():
+                    with self._autocast():
                         prediction = probe(keys, mask)
-                    target = own_targets[key.teacher]
-                    compared = torch.where(chosen[key.teacher][:, None, None], prediction.float(), target)
+                    target = control_targets[key.teacher]
+                    compared = torch.where(valid[key.teacher][:, None, None], prediction.float(), target)
                     loss = F.smooth_l1_loss(compared, target)
                     (loss * weight).backward()
                     losses[columns[control, key]] += loss.detach() * weight
-                    counts[columns[control, key]] += numbers[key.teacher]
+                    counts[columns[control, key]] += valid_counts[key.teacher]
             if gather and self.recipe.fit.ridge:
                 image_states = batch.tokens.image_states(hidden).to(device)
                 for name, teacher in self.teachers.items():
-                    placed = place_states(image_states, batch.tokens.grid, teacher.grid)
-                    state.ridge[name, layer].add(placed, targets[name], finite_rows(placed) & finite[name])
+                    resized = resize_states(image_states, batch.tokens.grid, teacher.grid)
+                    state.ridge[name, layer].add(resized, targets[name], finite_rows(resized) & finite[name])
 
         self.backbone.stream(batch, self.layers, visit)
-        tally.finite.append((prepared.indices, torch.stack([*rows, *finite.values()])))
-        return tally
+        totals.finite.append((prepared.indices, torch.stack([*finite_states, *finite.values()])))
+        return totals
 
-    def _products(self) -> contextlib.AbstractContextManager[Any]:
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.recipe.fit.bf16:
             return torch.autocast(self.accelerator.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
     @property
     def _wide(self) -> torch.dtype:
-        """Numbers for sums: float64, where the device has it."""
+        """Dtype of sums: float64 if the device supports it."""
         return torch.float32 if self.accelerator.device.type == "mps" else torch.float64
 
     def _agree(self, *flags: bool) -> list[bool]:
-        """Raises a flag on every process where one process raises it, so that all save at the same step."""
+        """Returns which flags any process sets, so that all save at the same step."""
         if self.accelerator.num_processes == 1:
             return list(flags)
-        raised = self.accelerator.reduce(
+        counts = self.accelerator.reduce(
             torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device), "sum"
         )
-        return [bool(flag) for flag in raised > 0]
+        return [bool(flag) for flag in counts > 0]
 
-    def _collect(self, state: FitState) -> None:
-        """Adds up what each process has summed: of ridge readouts in the main one, of targets in all of them.
+    def _collect(self, state: TrainerState) -> None:
+        """Sums over processes: ridge sums in the main process, target sums in all.
 
-        All add the same things in the same order, whatever they have seen: each waits here for the others.
+        Every process reduces the same tensors in the same order, even those without any image.
         """
-        if self._place[1] == 1:
+        if self._rank_and_world_size[1] == 1:
             return
         state.skipped = {skip.image: skip for skip in gather_object(list(state.skipped.values()))}
         not_finite: NotFinite = {}
-        for place, images in gather_object(list(state.not_finite.items())):
-            not_finite[place] = images | not_finite.get(place, False)
+        for source, images in gather_object(list(state.not_finite.items())):
+            not_finite[source] = images | not_finite.get(source, False)
         state.not_finite = not_finite
-        if not state.gathered:
+        if not state.sums_changed:
             return
-        state.gathered = False
+        state.sums_changed = False
         device = self.accelerator.device
         for layer, name in itertools.product(self.layers, self.teachers) if self.recipe.fit.ridge else ():
-            nothing = RidgeSums.of_nothing(self.backbone.hidden_size, self.teachers[name].shape[1], device)
-            own = state.ridge.pop((name, layer), nothing).sums
-            sums = {part: self.accelerator.reduce(value, "sum") for part, value in own.items()}
+            empty = RidgeSums.zeros(self.backbone.hidden_size, self.teachers[name].shape[1], device)
+            local = state.ridge.pop((name, layer), empty).sums
+            sums = {part: self.accelerator.reduce(value, "sum") for part, value in local.items()}
             if self.accelerator.is_main_process and sums["n"]:
                 state.ridge[name, layer] = RidgeSums(sums)
         for name, teacher in self.teachers.items():
-            none = (
+            zero = (
                 torch.zeros(teacher.shape, dtype=self._wide, device=device),
                 torch.zeros((), dtype=torch.long, device=device),
             )
-            (total, count), (shared, known) = state.target_sums.get(name, none), state.shared_sums.get(name, none)
-            number = known + self.accelerator.reduce(count - known, "sum")
-            total = shared + self.accelerator.reduce(total - shared, "sum")
-            if number:
-                state.target_sums[name] = state.shared_sums[name] = (total, number)
+            total, count = state.target_sums.get(name, zero)
+            shared_total, shared_count = state.shared_sums.get(name, zero)
+            count = shared_count + self.accelerator.reduce(count - shared_count, "sum")
+            total = shared_total + self.accelerator.reduce(total - shared_total, "sum")
+            if count:
+                state.target_sums[name] = state.shared_sums[name] = (total, count)
 
-    def _save(self, state: FitState) -> None:
-        """Saves the training state; the last one is replaced only when the new one is whole."""
+    def _save(self, state: TrainerState) -> None:
+        """Saves the training state atomically."""
         self._collect(state)
         file = self._state_file(state.step)
         if self.spread or self.accelerator.is_main_process:
-            # Through a file of Python's own: torch's would report a full disk as an unnamed stream error.
-            with disk_errors(self.folder), whole_file(file) as temporary, temporary.open("wb") as opened:
-                torch.save(state.dump(), opened)
+            # Through a Python file: torch's own would report a full disk as a stream error without name.
+            with disk_errors(self.folder), atomic_file(file) as temporary, temporary.open("wb") as stream:
+                torch.save(state.dump(), stream)
             logger.info("saved the training state at step %d", state.step)
         self.accelerator.wait_for_everyone()
         for old in self._own_parts().values() if self.spread else ():
             if old != file:
-                old.unlink(missing_ok=True)  # the main process may be clearing all away
+                old.unlink(missing_ok=True)  # the main process may be removing the folder
 
     def _state_file(self, step: int) -> Path:
-        """Where the state is saved; where every process saves its own part, the step tells which of them fit."""
+        """Returns the file of the state; if each process saves a part, parts of the same step belong together."""
         if not self.spread:
             return self.folder / "state.pt"
         return self.folder / f"state_{self.accelerator.process_index}_of_{self.accelerator.num_processes}.{step}.pt"
 
     def _own_parts(self) -> dict[int, Path]:
-        """Saved parts of this process, by step."""
-        there = self.folder.glob(self._state_file(0).name.replace(".0.pt", ".*.pt"))
-        return {int(file.suffixes[0][1:]): file for file in there}
+        """Returns the saved parts of this process, by step."""
+        files = self.folder.glob(self._state_file(0).name.replace(".0.pt", ".*.pt"))
+        return {int(file.suffixes[0][1:]): file for file in files}
 
     def _last_saved(self) -> Path | None:
-        """The newest state that all processes can go on from.
+        """Returns the newest state from which all processes can resume.
 
         Raises:
-            UserError: there is one of another number of processes, or of another `fit.spread`.
+            UserError: another number of processes, or another `fit.spread`, saved the state.
         """
         kinds = {re.sub(r"\d+_of", "_of", file.name.split(".")[0]) for file in self.folder.glob("state*.pt")}
-        mine = re.sub(r"\d+_of", "_of", self._state_file(0).name.split(".")[0])
-        if kinds - {mine}:
+        expected = re.sub(r"\d+_of", "_of", self._state_file(0).name.split(".")[0])
+        if kinds - {expected}:
             raise UserError(
-                f"{self.folder} was saved by another number of processes, or with another fit.spread; start as many as "
-                "then, with the same, or remove it to train from the start"
+                f"{self.folder} was saved by another number of processes, or with another fit.spread; use the same, or "
+                "remove it to train from the start"
             )
         if not self.spread:
             return self._state_file(0) if self._state_file(0).exists() else None
         steps = set.intersection(*gather_object([set(self._own_parts())]))
         return self._state_file(max(steps)) if steps else None
 
-    def _resume(self, state: FitState) -> None:
+    def _resume(self, state: TrainerState) -> None:
         file = self._last_saved()
         if file is None:
             return
         with reading(file, f"remove {self.folder} to train from the start"):
             state.restore(_load(file))
-        if not self.spread and not self.accelerator.is_main_process:  # the main process holds those of all
+        if not self.spread and not self.accelerator.is_main_process:  # the main process has the sums of all
             state.ridge.clear()
-        logger.info("going on from step %d", state.step)
+        logger.info("resuming from step %d", state.step)
 
-    def whole(self, layers: Sequence[Layer], step: int) -> FitState:
-        """What all processes trained, each some of the layers, on the CPU; call it on the main process, after `run`.
+    def merge_processes(self, layers: Sequence[Layer], step: int) -> TrainerState:
+        """Merges the layers of all processes on the CPU; only in the main process, after `run`.
 
         Args:
-            layers: all of them.
-            step: the last one; a process that was killed may have left an earlier state.
+            layers: of all processes.
+            step: the last one; a killed process may have left an earlier state.
         """
-        together = replace(self, layers=layers).start(torch.device("cpu"))
+        merged = replace(self, layers=layers).initial_state(torch.device("cpu"))
         for file in sorted(self.folder.glob(f"state_*.{step}.pt")):
-            together.take_in(_load(file), len(self.teachers))
-        return together
+            merged.merge(_load(file), len(self.teachers))
+        return merged
 
-    def readout(self, state: FitState) -> RidgeReadout:
-        """Solves the ridge readouts from the sums; call it on the main process, after `run`."""
+    def readout(self, state: TrainerState) -> RidgeReadout:
+        """Solves the ridge readouts; only in the main process, after `run`."""
         penalty = self.recipe.fit.ridge_penalty
         return RidgeReadout({key: sums.solve(penalty) for key, sums in state.ridge.items()})
 
-    def means(self, state: FitState) -> dict[str, Tensor]:
-        """Mean target (N, D) per teacher over the training split, float32."""
+    def means(self, state: TrainerState) -> dict[str, Tensor]:
+        """Returns the mean target (N, D) per teacher over the training split, float32."""
         return {name: (total / count.clamp(min=1)).float().cpu() for name, (total, count) in state.target_sums.items()}

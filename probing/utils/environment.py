@@ -1,4 +1,4 @@
-"""What the command line sets before any library is imported: text as UTF-8, how threads wait, and a home folder."""
+"""Prepares the process before libraries are imported: UTF-8, waiting of threads, home folder."""
 
 import os
 import sys
@@ -6,16 +6,16 @@ import sys
 from probing.utils.cache_dir import home_folder, temporary_home
 
 SPIN_COUNT = "3000"
-"""Turns of the loop in which a compute thread waits for the others before it sleeps.
+"""Iterations for which an OpenMP thread spins before it sleeps.
 
-OpenMP's default of 300,000 takes the time that the others need, where something else runs on the machine.
+The default of 300,000 takes CPU time from the threads it waits for if other programs run on the machine.
 """
 
 
 def prepare_environment() -> None:
-    """Starts Python again in UTF-8 mode where the locale is another, and sets `SPIN_COUNT` and a missing home.
+    """Restarts Python in UTF-8 mode if the locale is another, and sets `SPIN_COUNT` and a missing home.
 
-    Libraries written in Rust read paths as UTF-8 in any locale, so other paths do not reach them unchanged.
+    Libraries written in Rust read paths as UTF-8 in any locale.
     """
     if sys.getfilesystemencoding().lower() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"

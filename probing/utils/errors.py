@@ -1,18 +1,18 @@
-"""The one exception that means: the user can mend this."""
+"""Errors that the user can fix."""
 
 
 class UserError(Exception):
-    """Something the user can mend; the command line prints it as one line and exits with 2.
+    """An error that the user can fix; the command line prints it as one line and exits with 2.
 
-    The message says what is wrong, why, and what to type instead, in one line.
+    The message says what is wrong, then what to do.
     """
 
 
 BROKEN = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What reading a file raises that holds something else than it should."""
+"""What parsing a file raises whose content is not what it should be."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without a closing full stop."""
+    """Returns the first line of an error's message, without a closing full stop."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all; disk errors and broken files become one line."""
+"""Atomic writes, and one-line errors for full disks and broken files."""
 
 import contextlib
 import errno
@@ -14,12 +14,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from probing.utils.errors import BROKEN, UserError
+from probing.utils.errors import BROKEN, UserError, first_line
 
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
-"""What the system says of a folder that is read-only, a file, or taken away."""
+"""Error numbers of paths that are read-only, of the wrong kind, or missing."""
 
-LOST = "put it back, or make the run anew"
+RESTORE_ADVICE = "put it back, or start a new run"
 
 
 def _sync(path: Path) -> None:
@@ -31,8 +31,8 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary file that becomes `path` when the block ends well."""
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary file that replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
@@ -47,30 +47,30 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def left_overs(folder: Path) -> list[Path]:
-    """What killed processes may have been writing, here or further down: our own files, and those of safetensors."""
-    return [place for pattern in (".*.tmp", ".tmp??????") for place in folder.rglob(pattern)]
+def temporary_files(folder: Path) -> list[Path]:
+    """Lists temporary files and folders, ours and safetensors', that killed processes left below a folder."""
+    return [path for pattern in (".*.tmp", ".tmp??????") for path in folder.rglob(pattern)]
 
 
-def remove_left_overs(places: Iterable[Path], idle: float = 0.0) -> None:
-    """Removes temporary files and folders that nobody has touched for so many seconds."""
-    for place in list(places):
+def remove_temporary_files(paths: Iterable[Path], idle: float = 0.0) -> None:
+    """Removes temporary files and folders that have not changed for `idle` seconds."""
+    for path in list(paths):
         with contextlib.suppress(FileNotFoundError):
-            inside = [place, *place.rglob("*")] if place.is_dir() else [place]
-            if max(path.stat().st_mtime for path in inside) > time.time() - idle:
+            contents = [path, *path.rglob("*")] if path.is_dir() else [path]
+            if max(item.stat().st_mtime for item in contents) > time.time() - idle:
                 continue
-            shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink()
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that it is either whole or not there."""
-    with whole_file(path) as temporary:
+    """Writes a text file atomically."""
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Gives a temporary folder that becomes `path` when the block ends well, replacing what was there."""
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder that replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
@@ -93,42 +93,41 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def disk_errors(where: Path, instead: str = "choose another --out") -> Iterator[None]:
-    """Turns a full disk or a folder that cannot be written into one line.
+def disk_errors(where: Path, advice: str = "choose another --out") -> Iterator[None]:
+    """Turns errors of a full disk or an unwritable folder into one line.
 
     Args:
         where: folder or file that the block writes.
-        instead: what to do where it cannot be written.
+        advice: what to do if it cannot be written.
 
     Raises:
-        UserError: in place of the OSError or of safetensors' own wrapping of it.
+        UserError: replaces the OSError, or the error in which safetensors wraps it.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if any(_is_full_disk(link) for link in _chain(error)):
+        if any(_is_full_disk(cause) for cause in _causes(error)):
             raise UserError(f"no disk space left at {where}; free some and run the same command again") from None
         if isinstance(error, OSError) and error.errno in (*UNWRITABLE, errno.ENAMETOOLONG):
-            other = _outside(error, where)
-            if other:
+            if other := _path_outside(error, where):
                 raise UserError(
-                    f"{other} cannot be written ({error.strerror}); of caches, HF_HOME, MLLM_PROBING_CACHE and TMPDIR "
-                    "name other folders"
+                    f"{other} cannot be written ({error.strerror}); set HF_HOME, MLLM_PROBING_CACHE or TMPDIR to "
+                    "another folder"
                 ) from None
-            raise UserError(f"{where} cannot be written ({error}); {instead}") from None
+            raise UserError(f"{where} cannot be written ({error}); {advice}") from None
         raise
 
 
-def _outside(error: OSError, where: Path) -> Path | None:
-    """The file that an error names, where it is not in the folder that the block writes, nor above it."""
+def _path_outside(error: OSError, where: Path) -> Path | None:
+    """Returns the path in an error if it is neither inside nor above the folder that the block writes."""
     if not isinstance(error.filename, str | os.PathLike):
         return None
     file, folder = Path(error.filename).absolute(), where.absolute()
     return None if file.is_relative_to(folder) or folder.is_relative_to(file) or folder.parent == file.parent else file
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those it was raised from: torch wraps the system's own in one without number or text."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and its causes: torch wraps an OSError in an error without number or text."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -137,33 +136,33 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _is_full_disk(error: BaseException) -> bool:
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    # safetensors keeps the system's message, but not its number
+    # safetensors keeps the system's message, but not the error number
     return isinstance(error, SafetensorError) and ("No space left" in str(error) or "File too large" in str(error))
 
 
 @contextlib.contextmanager
-def reading(file: Path, instead: str) -> Iterator[None]:
-    """Turns whatever a broken file makes the libraries raise into one line; nothing that a file holds is ever run.
+def reading(file: Path, advice: str) -> Iterator[None]:
+    """Turns errors that libraries raise for a broken file into one line.
 
     Args:
-        file: is read in the block.
-        instead: what to do.
+        file: the file that the block reads.
+        advice: what to do.
 
     Raises:
-        UserError: in place of it.
+        UserError: replaces the error of the library.
     """
     try:
         yield
     except (*BROKEN, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        said = (str(error).strip().splitlines() or [""])[0][:200]
+        reason = first_line(error)[:200]
         if isinstance(error, pickle.UnpicklingError):
-            said = "it is a pickle that holds more than tensors, which may run code"
-        raise UserError(f"{file} cannot be read ({type(error).__name__}: {said}); {instead}") from None
+            reason = "it is a pickle that holds more than tensors, which may run code"
+        raise UserError(f"{file} cannot be read ({type(error).__name__}: {reason}); {advice}") from None
 
 
-def read_json(file: Path, instead: str) -> dict[str, Any]:
-    """Reads a JSON object that this program wrote; raises UserError as `reading` does."""
-    with reading(file, instead):
+def read_json(file: Path, advice: str) -> dict[str, Any]:
+    """Reads a JSON object; raises UserError as `reading` does."""
+    with reading(file, advice):
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("no JSON object")
@@ -171,24 +170,20 @@ def read_json(file: Path, instead: str) -> dict[str, Any]:
 
 
 def read_json_lines(file: Path) -> list[Any]:
-    """The whole lines of a JSONL file; a last one that a killed process left unfinished is not counted."""
+    """Reads a JSONL file up to its first incomplete line, which a killed process left."""
     if not file.exists():
         return []
-    found = []
+    values = []
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
         try:
-            found.append(json.loads(line))
+            values.append(json.loads(line))
         except ValueError:
             break
-    return found
+    return values
 
 
 def require_space(where: Path, needed: int) -> None:
-    """Refuses to start what will not fit.
-
-    Raises:
-        UserError: fewer than `needed` bytes are free where the run will lie.
-    """
+    """Raises UserError if fewer than `needed` bytes are free at a path."""
     existing = where
     while not existing.exists():
         existing = existing.parent

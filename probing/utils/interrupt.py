@@ -1,11 +1,11 @@
-"""Ctrl-C and SIGTERM: loops that save their state end after the current step, everything else at once.
+"""Ctrl-C and SIGTERM: loops that save their state stop after the current step, everything else stops at once.
 
-Data-loading workers leave signals to the main process and end with it.
+Data-loading workers ignore signals and end with the main process.
 """
 
 import atexit
 import contextlib
-import multiprocessing.util  # registers an exit handler that waits for workers; ours must come later, to run earlier
+import multiprocessing.util  # its exit handler waits for workers; ours is registered later, so it runs first
 import os
 import shlex
 import signal
@@ -16,41 +16,41 @@ from types import FrameType
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-MOMENT = 2.0
-"""Seconds within which two signals count as one."""
+REPEAT_WINDOW = 2.0
+"""Seconds within which several signals count as one."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user stopped a loop; its state is saved, and the same call resumes it."""
+    """Raised when the user stops a loop; its state is saved, and the same call resumes it."""
 
 
 class Interruption:
-    """Notes Ctrl-C or SIGTERM, so that a loop can stop between two steps; a second one stops at once.
+    """Records Ctrl-C or SIGTERM, so that a loop can stop between two steps; a second signal stops at once.
 
-    Signals within a moment of the first count as the same one: a launcher passes on to its processes what a terminal or
-    a scheduler has sent to all of them already.
+    Signals within `REPEAT_WINDOW` of the first are the same one: a launcher forwards to its processes the signal that a
+    terminal or scheduler has already sent to all of them.
     """
 
     def __init__(self) -> None:
-        self.asked, self.first = False, 0.0
+        self.requested, self.first_signal = False, 0.0
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _record(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self.asked:
-            self.asked, self.first = True, now
-        elif now - self.first > MOMENT:
+        if not self.requested:
+            self.requested, self.first_signal = True, now
+        elif now - self.first_signal > REPEAT_WINDOW:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def watch(self) -> Iterator["Interruption"]:
-        """Installs the handlers for the duration of a block (in the main thread only).
+        """Installs the handlers during a block; only in the main thread.
 
         Raises:
-            Interrupted: on leaving the block, if a signal came that the block did not act on.
+            Interrupted: when the block ends, if a signal arrived during it.
         """
         try:
-            old = {number: signal.signal(number, self._note) for number in SIGNALS}
-        except ValueError:  # not the main thread: a notebook's worker, say
+            old = {number: signal.signal(number, self._record) for number in SIGNALS}
+        except ValueError:  # not the main thread, e.g. a notebook's worker
             yield self
             return
         try:
@@ -58,21 +58,21 @@ class Interruption:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
-        if self.asked:
+        if self.requested:
             raise Interrupted
 
 
 def raise_on_signals() -> None:
-    """Makes SIGTERM raise KeyboardInterrupt, as Ctrl-C does, even where the shell set either to be ignored."""
+    """Makes SIGTERM raise KeyboardInterrupt, as Ctrl-C does, even if the shell set either to be ignored."""
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler)
 
 
 def ignore_signals() -> None:
-    """Leaves Ctrl-C and SIGTERM to the main process; for data-loading workers.
+    """Ignores Ctrl-C and SIGTERM, in data-loading workers.
 
-    Terminals and schedulers signal every process of a run. A worker that ended on its own would break the step that the
-    main process is finishing, or the state that it is saving.
+    Terminals and schedulers signal every process of a run. If a worker ended first, the main process could not finish
+    its step or save its state.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -80,10 +80,10 @@ def ignore_signals() -> None:
 
 @atexit.register
 def _kill_workers() -> None:
-    """Kills workers that an error left alive: they ignore SIGTERM, and multiprocessing would wait for them for ever."""
+    """Kills workers that are still alive after an error: they ignore SIGTERM, so multiprocessing would wait forever."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     if workers and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for every worker that is killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each killed worker
     for worker in workers:
         worker.kill()
 

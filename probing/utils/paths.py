@@ -1,4 +1,4 @@
-"""Paths as users type them."""
+"""Paths that users type, and paths read from files."""
 
 import os
 from pathlib import Path, PurePosixPath
@@ -6,43 +6,39 @@ from pathlib import Path, PurePosixPath
 from probing.utils.errors import UserError
 
 ELSEWHERE = "elsewhere:"
-"""Stands before the name of a folder of another machine, in the recipe of a run that was published."""
+"""Prefix of a folder name, in a published recipe, that has no path on this machine yet."""
 
 
 def looks_like_path(source: str) -> bool:
-    """Whether a name can only be a folder's, and no Hub id."""
+    """Returns whether a name can only be a path, not a Hub id."""
     return source.startswith((".", "/", "~", "\\")) or source.count("/") > 1 or os.sep in source[:2]
 
 
 def local_path(source: str) -> Path:
-    """A path as a user types it.
+    """Expands a path that a user typed.
 
     Raises:
-        UserError: no file can be called that, or it is in the home of a user that there is not, or on another machine.
+        UserError: it is not a valid path, its user does not exist, or it is an `elsewhere:` name.
     """
     if source.startswith(ELSEWHERE):
         raise UserError(
-            f"{source!r}: the recipe comes from another machine, and does not say where its "
-            f"{source.removeprefix(ELSEWHERE)!r} lies on this one; write the folder into the recipe, or give it as "
-            "KEY=VALUE, such as backbone.checkpoint=DIR, data.path=coco:DIR or teachers.depth.id=DIR"
+            f"{source!r} has no path on this machine; set it in the recipe or as KEY=VALUE, such as "
+            "backbone.checkpoint=DIR, data.path=coco:DIR or teachers.depth.id=DIR"
         )
     try:
         path = Path(source).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         shown = source if len(source) < 80 else source[:80] + " …"
-        raise UserError(f"{shown!r} is no path ({getattr(error, 'strerror', None) or error}); mend it") from None
+        raise UserError(f"{shown!r} is no path ({getattr(error, 'strerror', None) or error}); fix it") from None
     return path
 
 
 def path_below(name: object) -> str:
-    """Checks a file name that was read from a file; backslashes, as Windows writes them, separate folders.
-
-    Returns:
-        The relative path with slashes.
+    """Checks that a file name stays inside its folder, and returns it with slashes.
 
     Raises:
-        ValueError: the name is not text, is empty or absolute, or leaves its folder.
+        ValueError: the name is not text, empty, absolute, or contains `..`.
     """
     path = PurePosixPath(name.replace("\\", "/")) if isinstance(name, str) else PurePosixPath()
     if not path.parts or path.is_absolute() or ".." in path.parts:
@@ -51,7 +47,7 @@ def path_below(name: object) -> str:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file exists; False for names that no file can have."""
+    """Returns whether a file exists; False for invalid names."""
     try:
         return path.is_file()
     except (OSError, ValueError):

@@ -11,15 +11,15 @@ from probing.utils.images import square
 from probing.utils.weights_hash import settings
 
 Inputs = Mapping[str, Any]
-"""Everything that results depend on, by the user's word for it."""
+"""What results depend on: values or hashes, under the names that messages show."""
 SIZES = ((640, 480), (96, 128))
-"""Width and height of the images that image processors are compared on."""
+"""Width and height of the sample images on which image processors are compared."""
 
 
 def describe_processor(prepare: Any, view: str) -> dict[str, Any]:
     """Describes a teacher's preprocessing by its settings and its output for fixed images."""
-    pixels = [prepare([image]) for image in _images(view)]
-    return {"settings": processor_settings(prepare), "pixels": _hash(pixels)}
+    pixels = [prepare([image]) for image in sample_images(view)]
+    return {"settings": processor_settings(prepare), "pixels": tensors_hash(pixels)}
 
 
 def first_difference(then: Inputs, now: Inputs) -> str:
@@ -31,13 +31,13 @@ def first_difference(then: Inputs, now: Inputs) -> str:
         if isinstance(value, dict) and isinstance(before, dict):
             if "pixels" in value:
                 if before.get("settings") == value["settings"] or before.get("pixels") == value["pixels"]:
-                    continue  # another library computes other last bits, or names its defaults differently
+                    continue  # library versions differ in last bits, or in the names of defaults
                 before, value = before.get("settings") or {}, value["settings"]
             fields = {key: (before.get(key, "absent"), value.get(key, "absent")) for key in {**before, **value}}
             key, pair = next((key, pair) for key, pair in fields.items() if pair[0] != pair[1])
-            return f"{name} ({_both(key, *pair)})"
+            return f"{name} ({_then_and_now(key, *pair)})"
         if name.endswith("shape"):
-            return f"{name} ({_both('', before, value)})"
+            return f"{name} ({_then_and_now('', before, value)})"
         return name
     return ""
 
@@ -47,13 +47,15 @@ def processor_settings(prepare: Any) -> dict[str, str]:
     prepare = getattr(prepare, "inputs", prepare)
     processor = getattr(prepare, "processor", None)
     processor = getattr(processor, "image_processor", processor)
-    own = {name: getattr(prepare, name) for name in ("border", "side") if getattr(prepare, name, None) is not None}
+    attributes = {
+        name: getattr(prepare, name) for name in ("border", "side") if getattr(prepare, name, None) is not None
+    }
     values = processor.to_dict() if processor is not None else {"processor": repr(prepare)}
-    return settings({name: value for name, value in values.items() if value is not None} | own)
+    return settings({name: value for name, value in values.items() if value is not None} | attributes)
 
 
-def _images(view: str) -> list[Image.Image]:
-    """Returns images with fine and coarse detail, the same on every machine."""
+def sample_images(view: str) -> list[Image.Image]:
+    """Returns images with fine and coarse detail, equal on every machine."""
     images = [_pattern(width, height) for width, height in SIZES]
     return [square(image) for image in images] if view == "square" else images
 
@@ -65,7 +67,8 @@ def _pattern(width: int, height: int) -> Image.Image:
     return Image.fromarray(values.to(torch.uint8).numpy())
 
 
-def _hash(tensors: Sequence[Any]) -> str:
+def tensors_hash(tensors: Sequence[Any]) -> str:
+    """Hashes shapes, types and values of tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
         values = torch.as_tensor(tensor)
@@ -74,6 +77,6 @@ def _hash(tensors: Sequence[Any]) -> str:
     return digest.hexdigest()
 
 
-def _both(key: str, before: Any, now: Any) -> str:
+def _then_and_now(key: str, before: Any, now: Any) -> str:
     shown = f"{key}: " if key else ""
     return f"{shown}{before} then, {now} now"

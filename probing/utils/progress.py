@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long loops: a bar on a terminal, log lines elsewhere."""
 
 import logging
 import sys
@@ -9,19 +9,19 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-LINE_EVERY = 30.0
-"""Seconds between plain lines."""
+LOG_SECONDS = 30.0
+"""Seconds between log lines."""
 
 
 class Progress:
-    """Counts steps, shows rate and time left; use as a context manager."""
+    """Shows steps done, rate and time left; a context manager."""
 
-    def __init__(self, what: str, total: int, done: int = 0, unit: str = "steps", show: bool = True) -> None:
-        self.what, self.total, self.done, self.unit, self.show = what, total, done, unit, show
-        self.first = done
-        self.started = self.last_line = time.monotonic()
+    def __init__(self, title: str, total: int, done: int = 0, unit: str = "steps", show: bool = True) -> None:
+        self.title, self.total, self.done, self.unit, self.show = title, total, done, unit, show
+        self.initial = done
+        self.started = self.last_log = time.monotonic()
         terminal = show and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True) if terminal else None
+        self.bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True) if terminal else None
 
     def __enter__(self) -> "Progress":
         return self
@@ -32,21 +32,21 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Closes the bar and leaves it on the terminal."""
         if self.bar is not None:
             self.bar.close()
 
     def advance(self, note: str = "") -> None:
-        """One step is done."""
+        """Counts one step."""
         self.done += 1
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update()
             return
         now = time.monotonic()
-        if self.show and (now - self.last_line > LINE_EVERY or self.done == self.total):
-            rate = (self.done - self.first) / max(now - self.started, 1e-9)
+        if self.show and (now - self.last_log > LOG_SECONDS or self.done == self.total):
+            rate = (self.done - self.initial) / max(now - self.started, 1e-9)
             left = (self.total - self.done) / rate
             line = "%s: %d/%d %s, %.2f a second, %.0f s left%s"
-            logger.info(line, self.what, self.done, self.total, self.unit, rate, left, f", {note}" if note else "")
-            self.last_line = now
+            logger.info(line, self.title, self.done, self.total, self.unit, rate, left, f", {note}" if note else "")
+            self.last_log = now

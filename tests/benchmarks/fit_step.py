@@ -29,9 +29,9 @@ from accelerate import Accelerator
 import probing.utils.torchvision_shim  # noqa: F401
 from probing.data.dataloader import MicroBatches, Prepared, micro_batches
 from probing.recipe import ProbeRunRecipe
-from probing.training.run import arm_backbone, load_teachers, training_images
+from probing.training.run import load_run_backbone, load_teachers, training_images
 from probing.training.schedule import plan_steps
-from probing.training.trainer import Fit
+from probing.training.trainer import ProbeTrainer
 from tests.benchmarks.sizes import SIZES
 from tests.benchmarks.timing import best_in_turns
 from tests.helpers import tiny
@@ -53,7 +53,7 @@ def deep(root: Path, images: int) -> dict[str, Any]:
     }
 
 
-def make_fit(size: str, root: Path, layers: int | None, bf16: bool) -> Fit:
+def make_fit(size: str, root: Path, layers: int | None, bf16: bool) -> ProbeTrainer:
     """Everything that a step needs; `layers` says how many of the last ones are probed, by default all."""
     batch = BATCH[size]
     values = {**SIZES, "deep": deep}[size](root, batch)
@@ -61,18 +61,20 @@ def make_fit(size: str, root: Path, layers: int | None, bf16: bool) -> Fit:
     fit = {"epochs": 1, "batch_size": batch, "micro_batch": batch, "workers": 0, "ridge": False, "bf16": bf16}
     recipe = ProbeRunRecipe.model_validate({**values, "fit": fit})
     accelerator = Accelerator(cpu=True)
-    backbone = arm_backbone(recipe, "none", accelerator.device)
+    backbone = load_run_backbone(recipe, "none", accelerator.device)
     first = 0 if layers is None else backbone.layers - layers + 1  # the forward is as deep in all cases
     teachers = load_teachers(recipe, accelerator.device)
     chosen = list(range(first, backbone.layers + 1))
-    return Fit(recipe, backbone, teachers, training_images(recipe.data), chosen, ["none"], root / "state", accelerator)
+    return ProbeTrainer(
+        recipe, backbone, teachers, training_images(recipe.data), chosen, ["none"], root / "state", accelerator
+    )
 
 
 def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
     """Times one step and its parts, in milliseconds, and the peak memory it adds, in MB."""
     with tempfile.TemporaryDirectory() as folder:
         fit = make_fit(size, Path(folder), layers, bf16)
-        state = fit.start()
+        state = fit.initial_state()
         steps = plan_steps(len(fit.images), fit.recipe.fit)
         (micro,) = steps[0]
         prepare = {name: teacher.prepare for name, teacher in fit.teachers.items()}

@@ -25,9 +25,9 @@ import probing.teachers.base
 from analysis.planning.probe_training import plan_training
 from probing.data.dataloader import MicroBatches, micro_batches
 from probing.recipe import ProbeRunRecipe
-from probing.training.run import arm_backbone, load_teachers, training_images
+from probing.training.run import load_run_backbone, load_teachers, training_images
 from probing.training.schedule import plan_steps
-from probing.training.trainer import Fit
+from probing.training.trainer import ProbeTrainer
 from tests.helpers import full_size, tiny
 
 
@@ -92,10 +92,10 @@ def main() -> None:
         cost = plan_training(recipe).work
         assert cost is not None
         with random_weights():
-            backbone, teachers = arm_backbone(recipe, "none", device), load_teachers(recipe, device)
+            backbone, teachers = load_run_backbone(recipe, "none", device), load_teachers(recipe, device)
         images, layers = training_images(recipe.data), list(range(1, backbone.layers + 1))
-        fit = Fit(recipe, backbone, teachers, images, layers, ["none"], Path(folder) / "state", accelerator)
-        state = fit.start()
+        fit = ProbeTrainer(recipe, backbone, teachers, images, layers, ["none"], Path(folder) / "state", accelerator)
+        state = fit.initial_state()
         step = plan_steps(len(images), recipe.fit)[0]
         prepare = {name: teacher.prepare for name, teacher in teachers.items()}
         prepared = next(micro_batches(MicroBatches(images, step, backbone.prepare, prepare), 0, device))

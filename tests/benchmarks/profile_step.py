@@ -37,7 +37,7 @@ def main() -> None:
     out = sys.stdout.write
     with tempfile.TemporaryDirectory() as folder:
         fit = make_fit(options.size, Path(folder), None, bf16=False)
-        state = fit.start()
+        state = fit.initial_state()
         (step,) = plan_steps(len(fit.images), fit.recipe.fit)
         prepare = {name: teacher.prepare for name, teacher in fit.teachers.items()}
         read = micro_batches(MicroBatches(fit.images, step, fit.backbone.prepare, prepare), 0, fit.accelerator.device)

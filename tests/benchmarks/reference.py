@@ -28,9 +28,9 @@ from transformers import AutoModelForImageTextToText
 
 from probing.recipe import ProbeRunRecipe
 from probing.teachers import depth
-from probing.training.run import arm_backbone, caches_of, load_teachers, training_images
+from probing.training.run import load_run_backbone, load_teachers, open_target_caches, training_images
 from probing.training.schedule import plan_steps
-from probing.training.trainer import Fit
+from probing.training.trainer import ProbeTrainer
 from probing.utils.images import square
 from tests.benchmarks.sizes import SIZES
 from tests.benchmarks.timing import best_in_turns
@@ -39,20 +39,23 @@ BATCH, PASSES = {"toy": 16, "middle": 4}, 2
 BOUNDS = {"nothing cached": 2.5, "targets cached": 3}
 
 
-def make_fit(values: dict[str, Any], root: Path, batch: int) -> Fit:
+def make_fit(values: dict[str, Any], root: Path, batch: int) -> ProbeTrainer:
     """One batch of images; all layers, one seed, no controls."""
     fit = {"epochs": 1, "batch_size": batch, "micro_batch": batch, "workers": 0, "ridge": False}
     recipe = ProbeRunRecipe.model_validate({**values, "fit": fit, "controls": []})
     accelerator = Accelerator(cpu=True)
-    backbone, teachers = arm_backbone(recipe, "none", accelerator.device), load_teachers(recipe, accelerator.device)
+    backbone, teachers = (
+        load_run_backbone(recipe, "none", accelerator.device),
+        load_teachers(recipe, accelerator.device),
+    )
     layers = list(range(1, backbone.layers + 1))  # the reference has no layer 0
-    return Fit(recipe, backbone, teachers, training_images(recipe.data), layers, ["none"], root, accelerator)
+    return ProbeTrainer(recipe, backbone, teachers, training_images(recipe.data), layers, ["none"], root, accelerator)
 
 
 def reference_step(values: dict[str, Any], name: str, model: Any, root: Path, batch: int) -> Callable[[], None]:
     """A step of the reference's run for one teacher."""
     fit = make_fit({**values, "teachers": {name: values["teachers"][name]}}, root / name, batch)
-    state, teacher = fit.start(), fit.teachers[name]
+    state, teacher = fit.initial_state(), fit.teachers[name]
     probes = {int(key.layer): probe for key, probe in state.banks["none"].probes.items()}
     parameters = state.optimizer.param_groups[0]["params"]
     ((micro,),) = plan_steps(len(fit.images), fit.recipe.fit)
@@ -87,8 +90,8 @@ def our_steps(values: dict[str, Any], root: Path, batch: int) -> dict[str, Calla
 
     def step_of(name: str) -> Callable[[], object]:
         fit = make_fit(fits[name], root / name, batch)
-        fit.kept |= caches_of(fit.recipe, fit.teachers, fit.images)
-        state, steps = fit.start(), plan_steps(len(fit.images), fit.recipe.fit)
+        fit.target_caches |= open_target_caches(fit.recipe, fit.teachers, fit.images)
+        state, steps = fit.initial_state(), plan_steps(len(fit.images), fit.recipe.fit)
         return lambda: fit._step(state, steps[0], fit.batches(steps), 1000, gather=False)
 
     bare = make_fit(values, root / "filling", batch)

@@ -114,7 +114,7 @@ def test_a_stopped_job_saves_asks_for_its_place_and_goes_on(recipe_values, tmp_p
 
     job = start()
     said = []
-    while "going on from step" not in "".join(said[-1:]):
+    while "resuming from step" not in "".join(said[-1:]):
         said.append(job.stderr.readline())
         assert said[-1], "".join(said)
     stop(job)

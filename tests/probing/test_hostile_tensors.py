@@ -18,7 +18,7 @@ from probing.probes.bank import ProbeBank
 from probing.probes.resampler import ResamplerConfig
 from probing.recipe import BackboneRecipe, ProbeRunRecipe
 from probing.training.run import train
-from probing.training.trainer import Fit
+from probing.training.trainer import ProbeTrainer
 from probing.utils.checkpoint_files import read_tensors
 from probing.utils.errors import UserError
 from tests.helpers.hostile import DEEP, Payload, damaged, fuzz, junk, one_line
@@ -182,7 +182,7 @@ def test_no_pickle_runs_code(models, recipe_values, tmp_path, monkeypatch):
     recipe = ProbeRunRecipe.model_validate(recipe_values | {"layers": "1", "controls": []})
     state = tmp_path / "run" / "state" / "none" / "state.pt"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Fit, "run", lambda fit: signal.raise_signal(signal.SIGINT))
+        patch.setattr(ProbeTrainer, "run", lambda fit: signal.raise_signal(signal.SIGINT))
         train(recipe, tmp_path / "run")
     state.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(evil, state)

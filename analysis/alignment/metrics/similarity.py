@@ -8,7 +8,7 @@ from torch import Tensor
 
 from analysis.alignment.metrics.base import LabelledBatch, Measure, Row, States
 from analysis.alignment.metrics.spectrum import centred
-from probing.probes.ridge import place_states
+from probing.probes.ridge import resize_states
 from probing.teachers.base import Teacher
 
 CHUNK = 1024
@@ -25,7 +25,7 @@ class PositionSimilarity(Measure):
         """Yields one number per image and teacher."""
         for name, grid in self.grids.items():
             target = batch.targets[name]
-            pairs = zip(place_states(states.values, batch.tokens.grid, grid), target.values, strict=True)
+            pairs = zip(resize_states(states.values, batch.tokens.grid, grid), target.values, strict=True)
             cka = torch.tensor([linear_cka(*pair) for pair in pairs])
             yield Row(states.key(name, "cka_places"), cka, states.finite & target.finite.to(states.finite.device))
 

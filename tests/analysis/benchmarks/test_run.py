@@ -132,7 +132,7 @@ def test_changed_questions_are_refused(checkpoint, tmp_path):
     shutil.rmtree(data)
     as_parquet(data, cvbench_rows(8))
     assert "the questions changed since" in refused(checkpoint, "cvbench", data, tmp_path / "run")
-    assert "another recipe" in refused(checkpoint, "cvbench", data, tmp_path / "run", "micro_batch=3")
+    assert "holds another run" in refused(checkpoint, "cvbench", data, tmp_path / "run", "micro_batch=3")
 
 
 def bad_answer(data):

@@ -13,9 +13,9 @@ from analysis.planning.plan import Devices, Plan, Work
 from analysis.planning.probe_training import plan_training
 from probing.models import parse_layers
 from probing.recipe import ProbeRunRecipe, dump_recipe
-from probing.training.run import arm_backbone, load_teachers, train, training_images
+from probing.training.run import load_run_backbone, load_teachers, train, training_images
 from probing.training.schedule import plan_steps
-from probing.training.trainer import Fit
+from probing.training.trainer import ProbeTrainer
 from probing.utils.errors import UserError
 from probing.utils.interrupt import Interrupted, Interruption
 from tests.helpers import tiny
@@ -28,13 +28,15 @@ CPU = torch.device("cpu")
 def counted(recipe, folder):
     """Operations of a real step of the first epoch, per image."""
     backbone, teachers, images = (
-        arm_backbone(recipe, "no", CPU),
+        load_run_backbone(recipe, "none", CPU),
         load_teachers(recipe, CPU),
         training_images(recipe.data),
     )
     layers = parse_layers(recipe.layers, backbone.layers)
-    fit = Fit(recipe, backbone, teachers, images, layers, ["none", *recipe.controls], folder, Accelerator(cpu=True))
-    state = fit.start()
+    fit = ProbeTrainer(
+        recipe, backbone, teachers, images, layers, ["none", *recipe.controls], folder, Accelerator(cpu=True)
+    )
+    state = fit.initial_state()
     batch = plan_steps(len(images), recipe.fit)[0][:1]
     prepared = next(fit.batches([batch]))
     columns = {column: index for index, column in enumerate(state.columns)}
@@ -89,7 +91,7 @@ def test_dry_run_is_plan_and_says_how_far_a_run_is(recipe_values, tmp_path, monk
     class Stop(Interruption):  # after one step
         def __init__(self):
             super().__init__()
-            self.asked = True
+            self.requested = True
 
     with monkeypatch.context() as stopped, pytest.raises(Interrupted):
         stopped.setattr("probing.training.trainer.Interruption", Stop)

@@ -354,7 +354,7 @@ def test_contradictory_recipe_is_refused(recipe):
 
 @pytest.mark.parametrize("view", ["own", "square"])
 def test_cached_targets_give_the_same_losses(recipe, tmp_path, view):
-    """And a stage that was begun without them may go on with them."""
+    """A stage that began without them may resume with them."""
     computed, kept = recipe(view=view), recipe(view=view, target_cache=str(tmp_path / "cache"))
     assert not kept.difference(computed)
     logs = [log_of(run_stage(one, tmp_path / name)) for one, name in ((computed, "computed"), (kept, "kept"))]

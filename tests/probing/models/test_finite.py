@@ -18,9 +18,9 @@ from probing.probes.bank import ProbeBank, ProbeKey
 from probing.probes.resampler import ResamplerConfig
 from probing.recipe import BackboneRecipe, ProbeRunRecipe
 from probing.training.convergence import NOT_TRAINED, judge
-from probing.training.run import arm_backbone, load_teachers, train, training_images
+from probing.training.run import load_run_backbone, load_teachers, train, training_images
 from probing.training.schedule import plan_steps
-from probing.training.trainer import Fit
+from probing.training.trainer import ProbeTrainer
 from probing.utils import pretrained
 from probing.utils.images import square
 from tests.helpers import tiny
@@ -33,7 +33,7 @@ BAD = 4
 
 @pytest.fixture
 def fitted(recipe_values, tmp_path):
-    """Runs a fit, perhaps without some of the images; returns its final state and the Fit."""
+    """Runs a fit, perhaps without some of the images; returns its final state and the ProbeTrainer."""
 
     def run(name, without=(), layers=(1, 2), controls=("none",), teachers=("gen",), prepare=None, **changes):
         fields = {"epochs": 1, "batch_size": 12, "micro_batch": 5} | changes
@@ -42,9 +42,9 @@ def fitted(recipe_values, tmp_path):
         recipe = ProbeRunRecipe.model_validate(values)
         images = training_images(recipe.data)
         images.names = [image for index, image in enumerate(images.names) if index not in without]
-        backbone, loaded = arm_backbone(recipe, "none", CPU), load_teachers(recipe, CPU)
+        backbone, loaded = load_run_backbone(recipe, "none", CPU), load_teachers(recipe, CPU)
         place = Accelerator(cpu=True)
-        fit = Fit(recipe, backbone, loaded, images, list(layers), list(controls), tmp_path / name, place)
+        fit = ProbeTrainer(recipe, backbone, loaded, images, list(layers), list(controls), tmp_path / name, place)
         if prepare:
             prepare(fit)
         return fit.run(), fit
@@ -110,7 +110,7 @@ def test_shuffled_pairs_lose_the_pair_of_the_bad_image(fitted, images, monkeypat
     monkeypatch.undo()
     (order,) = plan_steps(12, fit.recipe.fit)[0]
     pictures = [square(fit.images.read(index)) for index in order]
-    states, _ = arm_backbone(fit.recipe, "none", CPU).hidden_states(pictures, "1")
+    states, _ = load_run_backbone(fit.recipe, "none", CPU).hidden_states(pictures, "1")
     teacher = load_teachers(fit.recipe, CPU)["gen"]
     target = teacher.target(teacher.prepare(pictures))
     bank = ProbeBank.build({"gen": ResamplerConfig(32, 1, 12, 12)}, [1], [0], ["image"], CPU)
@@ -127,7 +127,7 @@ def test_a_layer_without_any_finite_image_is_not_trained(fitted, images, monkeyp
     state, fit = fitted("bad")
     one, two = ProbeKey("gen", 1, 0), ProbeKey("gen", 2, 0)
     assert same(state.banks["none"].probes[one], clean.banks["none"].probes[one])
-    assert same(state.banks["none"].probes[two], fit.start().banks["none"].probes[two])
+    assert same(state.banks["none"].probes[two], fit.initial_state().banks["none"].probes[two])
     losses = np.array(state.losses)
     assert np.isnan(losses[:, 1]).all() and np.isfinite(np.delete(losses, 1, axis=1)).all()
     assert judge(losses[:, 1], losses[:, 2]).state == NOT_TRAINED
@@ -140,7 +140,7 @@ def test_a_bad_gradient_never_reaches_the_optimiser(fitted, clip):
     hurt, seen = ProbeKey("gen", 1, 0), {}
 
     def prepare(fit):
-        step = Fit._step
+        step = ProbeTrainer._step
 
         def stepped(state, *rest, **more):
             parameter = state.parameters[0][0]
@@ -177,7 +177,7 @@ def test_bad_images_are_remembered_over_an_interruption(fitted, images, monkeypa
         pass
 
     def prepare(fit):
-        step = Fit._step
+        step = ProbeTrainer._step
 
         def stopped(state, *rest, **more):
             if state.step == 3:

@@ -241,7 +241,7 @@ def call(verb, root, world):
 
 
 BREAKS = {
-    "train": "probing.training.run._train_arm",
+    "train": "probing.training.run._train_on",
     "align": "analysis.alignment.run.gather",
     "bench": "analysis.benchmarks.run.ask",
 }

@@ -1,4 +1,4 @@
-"""A disk that is full or read-only: one line that names the place, nothing half-written, and going on afterwards."""
+"""Full and read-only disks: a one-line error with the path, no partial files, and resumption afterwards."""
 
 import errno
 import os

@@ -144,8 +144,8 @@ def test_teachers_are_listed_and_looked_at(teachers):
     ("option", "message"),
     [
         ("dino", "any vision encoder: --teacher dino=FOLDER_OR_HUB_ID"),
-        ("Dino={dino}", "a teacher's name is a small letter"),
-        ("../dino={dino}", "a teacher's name is a small letter"),
+        ("Dino={dino}", "a teacher's name is a lowercase letter"),
+        ("../dino={dino}", "a teacher's name is a lowercase letter"),
         ("dino=/nowhere", "no such dino teacher: /nowhere"),
         ("dino={empty}", "no dino teacher in .*: the folder has no config.json"),
     ],

@@ -15,7 +15,7 @@ from probing.utils.errors import UserError
 from probing.utils.interrupt import Interrupted
 
 
-def told(folder) -> dict[str, dict[int, float]]:
+def logged_curves(folder) -> dict[str, dict[int, float]]:
     read = EventAccumulator(str(folder))
     read.Reload()
     return {tag: {event.step: event.value for event in read.Scalars(tag)} for tag in read.Tags()["scalars"]}
@@ -29,7 +29,7 @@ def recipe(values, **changes):
 
 def test_curves_are_means_of_the_learning_curves(recipe_values, tmp_path):
     run = train(recipe(recipe_values), tmp_path / "run")
-    curves = told(run.path / "tensorboard" / "none")
+    curves = logged_curves(run.path / "tensorboard" / "none")
     every = [f"{t}/{c}{g}" for t in ("depth", "seg", "gen") for c in ("", "shuffled_") for g in GROUPS]
     assert set(curves) == {*every, "lr", *(f"{t}/mean_target" for t in ("depth", "seg", "gen"))}
     table = pd.read_csv(run.path / "learning_curves.csv")
@@ -41,14 +41,14 @@ def test_curves_are_means_of_the_learning_curves(recipe_values, tmp_path):
         teacher = name.partition("/")[0]
         chosen = table[(table["teacher"] == teacher) & (table["control"] == control)]
         chosen = chosen[chosen["layer"].astype(str).isin(layers)]
-        wanted = {}
+        expected = {}
         for first in range(0, steps, EVERY):
             last = min(first + EVERY, steps)
-            wanted[last] = chosen[chosen["step"].between(first, last - 1)]["loss"].mean()
-        assert list(curves[name]) == list(wanted)
-        np.testing.assert_allclose(list(curves[name].values()), list(wanted.values()), rtol=1e-4)
+            expected[last] = chosen[chosen["step"].between(first, last - 1)]["loss"].mean()
+        assert list(curves[name]) == list(expected)
+        np.testing.assert_allclose(list(curves[name].values()), list(expected.values()), rtol=1e-4)
     assert curves["lr"][EVERY] == pytest.approx(learning_rate(EVERY - 1, steps, 1e-3, 0.03), rel=1e-5)
-    assert set(told(run.path / "tensorboard" / "random")) == {
+    assert set(logged_curves(run.path / "tensorboard" / "random")) == {
         *(f"{t}/random_{g}" for t in ("depth", "seg", "gen") for g in GROUPS), "lr",
         *(f"{t}/mean_target" for t in ("depth", "seg", "gen")),
     }  # fmt: skip
@@ -57,42 +57,42 @@ def test_curves_are_means_of_the_learning_curves(recipe_values, tmp_path):
 GROUPS = ("layers_0-1", "layer_2", "layer_3")
 
 
-def test_telling_changes_nothing_and_none_is_silent(recipe_values, tmp_path):
-    loud = train(recipe(recipe_values), tmp_path / "loud")
-    mute = train(recipe(recipe_values, report_to="none"), tmp_path / "mute")
-    assert not (mute.path / "tensorboard").exists()
+def test_logging_changes_no_weights_and_none_logs_nothing(recipe_values, tmp_path):
+    logged = train(recipe(recipe_values), tmp_path / "logged")
+    unlogged = train(recipe(recipe_values, report_to="none"), tmp_path / "unlogged")
+    assert not (unlogged.path / "tensorboard").exists()
     for file in (
         "probes/depth/model.safetensors",
         "controls/random/probes/gen/model.safetensors",
         "learning_curves.csv",
     ):
-        assert (loud.path / file).read_bytes() == (mute.path / file).read_bytes(), file
+        assert (logged.path / file).read_bytes() == (unlogged.path / file).read_bytes(), file
 
 
-def test_an_interrupted_training_tells_every_step_once(recipe_values, tmp_path, monkeypatch):
+def test_interrupted_training_logs_each_step_once(recipe_values, tmp_path, monkeypatch):
     values = recipe(recipe_values)
-    agree, calls = fitting.Fit._agree, []
+    agree, calls = fitting.ProbeTrainer._agree, []
 
     def stop_at_13(self, *flags):
         calls.append(1)
         return [len(calls) == 13, False] if len(calls) <= 13 else agree(self, *flags)
 
-    monkeypatch.setattr(fitting.Fit, "_agree", stop_at_13)
+    monkeypatch.setattr(fitting.ProbeTrainer, "_agree", stop_at_13)
     with pytest.raises(Interrupted):
         train(values, tmp_path / "run")
     run = train(values, tmp_path / "run")
-    curves = told(run.path / "tensorboard" / "none")
+    curves = logged_curves(run.path / "tensorboard" / "none")
     assert list(curves["lr"]) == [10, 20, 22]
 
 
-@pytest.mark.parametrize(("name", "said"), [("tensorbord", "there are none, aim"), ("aim", "is not installed")])
-def test_unknown_trackers_are_named_before_anything_is_written(recipe_values, tmp_path, name, said):
-    with pytest.raises(UserError, match=said):
+@pytest.mark.parametrize(("name", "message"), [("tensorbord", "choose none, aim"), ("aim", "is not installed")])
+def test_unknown_tracker_is_refused_before_writing(recipe_values, tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
         train(recipe(recipe_values, report_to=name), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tracker_that_does_not_start_is_one_line(recipe_values, tmp_path, monkeypatch):
+def test_tracker_that_fails_to_start_is_a_user_error(recipe_values, tmp_path, monkeypatch):
     class NotLoggedIn:
         requires_logging_directory = False
 

@@ -10,10 +10,10 @@ from transformers import get_cosine_schedule_with_warmup
 from probing.probes.bank import ProbeBank, ProbeKey
 from probing.probes.resampler import ResamplerConfig
 from probing.recipe import FitRecipe, ProbeRunRecipe
-from probing.training.run import arm_backbone, load_teachers, training_images
+from probing.training.run import load_run_backbone, load_teachers, training_images
 from probing.training.schedule import learning_rate, plan_steps
 from probing.training.sizes import probe_parameters
-from probing.training.trainer import Fit
+from probing.training.trainer import ProbeTrainer
 from probing.utils.images import square
 
 CPU = torch.device("cpu")
@@ -21,16 +21,16 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def fitted(recipe_values, tmp_path):
-    """Runs a fit with some fields changed; returns its final state and the Fit."""
+    """Runs a fit with some fields changed; returns its final state and the ProbeTrainer."""
 
     def run(layers=(0, 1, 2, 3), controls=("none", "shuffled"), teachers=("depth", "seg", "gen"), name="", **changes):
         values = dict(recipe_values, fit=recipe_values["fit"] | changes)
         values["teachers"] = {teacher: values["teachers"][teacher] for teacher in teachers}
         recipe = ProbeRunRecipe.model_validate(values)
         images = training_images(recipe.data)
-        fit = Fit(
+        fit = ProbeTrainer(
             recipe,
-            arm_backbone(recipe, "none", CPU),
+            load_run_backbone(recipe, "none", CPU),
             load_teachers(recipe, CPU),
             images,
             list(layers),
@@ -177,12 +177,12 @@ def test_probes_can_be_saved_and_one_layer_read_alone(tmp_path):
 def test_counted_parameters_are_those_of_built_probes(recipe_values, tmp_path, probe):
     recipe = ProbeRunRecipe.model_validate(recipe_values | {"probe": probe})
     backbone, teachers, layers, controls = (
-        arm_backbone(recipe, "none", CPU),
+        load_run_backbone(recipe, "none", CPU),
         load_teachers(recipe, CPU),
         [0, 2],
         ["none"],
     )
     images = training_images(recipe.data)
-    fit = Fit(recipe, backbone, teachers, images, layers, controls, tmp_path, Accelerator(cpu=True))
-    built = sum(p.numel() for own in fit.start().parameters for p in own)
+    fit = ProbeTrainer(recipe, backbone, teachers, images, layers, controls, tmp_path, Accelerator(cpu=True))
+    built = sum(p.numel() for own in fit.initial_state().parameters for p in own)
     assert len(layers) * probe_parameters(recipe, backbone.hidden_size, teachers) == built

@@ -1,4 +1,4 @@
-"""Processes that were started together work together, or say that they cannot."""
+"""Process groups: joining, dead ranks, and training over two processes."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from probing.recipe import ProbeRunRecipe, dump_recipe
 from probing.training.run import train
 from probing.training.schedule import plan_steps
-from probing.utils.distributed import LOST, alone, others_alive, together
+from probing.utils.distributed import DEAD_RANK_MESSAGES, init_accelerator, report_dead_ranks, require_single_process
 from probing.utils.errors import UserError
 from tests.helpers import tiny
 
@@ -20,16 +20,16 @@ ROOT = Path(__file__).parents[3]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 SAY = """
 import sys, torch
-from probing.utils.distributed import together
-place = together()
-sum = place.reduce(torch.ones(1, device=place.device), "sum")
-sys.stdout.write(f"process {place.process_index} of {int(sum)}\\n")
+from probing.utils.distributed import init_accelerator
+accelerator = init_accelerator()
+total = accelerator.reduce(torch.ones(1, device=accelerator.device), "sum")
+sys.stdout.write(f"process {accelerator.process_index} of {int(total)}\\n")
 """
 
 STOPPED = """
 import os, signal, time
 from probing import cli; from probing.training import trainer
-step, resume = trainer.Fit._step, trainer.Fit._resume
+step, resume = trainer.ProbeTrainer._step, trainer.ProbeTrainer._resume
 def stopped(self, state, *rest, **more):
     if state.step == int(os.environ["STOP"]) and self.accelerator.process_index == 1:
         signal.raise_signal(signal.SIGTERM)
@@ -37,13 +37,13 @@ def stopped(self, state, *rest, **more):
 def late(self, state):
     time.sleep(3 * self.accelerator.process_index)
     resume(self, state)
-trainer.Fit._step, trainer.Fit._resume = stopped, late
+trainer.ProbeTrainer._step, trainer.ProbeTrainer._resume = stopped, late
 cli.main()
 """
 
 
-def test_a_launcher_need_not_say_that_there_is_no_gpu(tmp_path):
-    """Accelerate's variable for it is set by `accelerate launch` for a single process alone."""
+def test_processes_join_without_gpu(tmp_path):
+    """Without `ACCELERATE_USE_CPU`, which `accelerate launch` sets only for a single process."""
     (tmp_path / "say.py").write_text(SAY)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -52,28 +52,28 @@ def test_a_launcher_need_not_say_that_there_is_no_gpu(tmp_path):
     assert sorted(done.stdout.splitlines()) == ["process 0 of 2", "process 1 of 2"]
 
 
-def test_one_that_finds_itself_alone_touches_nothing(monkeypatch):
-    together()  # of this process, which nobody launched
+def test_process_that_joins_no_group_is_refused(monkeypatch):
+    init_accelerator()  # of this process, which nobody launched
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 processes were started, and accelerate joins 1"):
-        together()
+        init_accelerator()
 
 
-def test_commands_that_are_one_process_refuse_more(monkeypatch):
-    assert alone("evaluate").num_processes == 1
+def test_single_process_commands_refuse_more(monkeypatch):
+    assert require_single_process("evaluate").num_processes == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="probing evaluate runs as one process, and 2 were started"):
-        alone("evaluate")
+        require_single_process("evaluate")
 
 
-@pytest.mark.parametrize("said", [f"[gloo/transport/tcp/pair.cc:547] {words}" for words in LOST])
-def test_one_that_is_left_alone_says_so(monkeypatch, said):
-    with pytest.raises(RuntimeError, match="gloo"), others_alive():
-        raise RuntimeError(said)
+@pytest.mark.parametrize("message", [f"[gloo/transport/tcp/pair.cc:547] {part}" for part in DEAD_RANK_MESSAGES])
+def test_dead_rank_is_a_user_error(monkeypatch, message):
+    with pytest.raises(RuntimeError, match="gloo"), report_dead_ranks():
+        raise RuntimeError(message)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="another process of this run ended"), others_alive():
-        raise RuntimeError(said)
-    with pytest.raises(RuntimeError, match="shapes"), others_alive():
+    with pytest.raises(UserError, match="another process of this run ended"), report_dead_ranks():
+        raise RuntimeError(message)
+    with pytest.raises(RuntimeError, match="shapes"), report_dead_ranks():
         raise RuntimeError("shapes do not fit")
 
 
@@ -87,7 +87,7 @@ def two_processes(folder, out, stop=-1, *overrides):
 
 
 @pytest.mark.slow
-def test_layers_spread_over_processes_give_the_bytes_of_one(recipe_values, tmp_path):
+def test_spread_layers_give_the_bytes_of_one_process(recipe_values, tmp_path):
     """With all controls and two seeds, stopped in the midst and in the last step.
 
     A state that was saved otherwise, or by a process that was killed, is not mistaken for one.
@@ -104,7 +104,7 @@ def test_layers_spread_over_processes_give_the_bytes_of_one(recipe_values, tmp_p
     refused = two_processes(tmp_path, "spread", -1, "fit.spread=images")
     assert "saved by another number of processes, or with another fit.spread" in refused.stderr, refused.stderr
     done = two_processes(tmp_path, "spread", -1, "fit.spread=layers")
-    assert done.returncode == 0 and "going on from step 4" in done.stderr, done.stderr
+    assert done.returncode == 0 and "resuming from step 4" in done.stderr, done.stderr
     one = train(recipe, tmp_path / "one")
     files = [f.relative_to(one.path) for f in one.path.rglob("*") if f.suffix in (".safetensors", ".csv")]
     assert len(files) > 15
@@ -115,7 +115,7 @@ def test_layers_spread_over_processes_give_the_bytes_of_one(recipe_values, tmp_p
 
 
 @pytest.mark.slow
-def test_one_that_was_asked_stops_all_and_they_go_on_with_what_they_knew(recipe_values, tmp_path):
+def test_signal_to_one_process_stops_all_and_they_resume(recipe_values, tmp_path):
     """In the first pass, after it, and in the last step, when nothing is left but the main process's work.
 
     The other one can read no image until the first state is saved, and is late to look at it.

@@ -21,7 +21,7 @@ def test_a_repeated_signal_counts_once_and_a_later_one_stops(clock, number):
     with pytest.raises(Interrupted), Interruption().watch() as interruption:
         for _ in range(3):
             signal.raise_signal(number)
-        assert interruption.asked
+        assert interruption.requested
         clock[0] += 5
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)

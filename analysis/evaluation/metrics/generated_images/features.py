@@ -20,7 +20,7 @@ from probing.recipe import TeacherRecipe
 from probing.teachers.base import Pixels, TeacherSource, load_model
 from probing.utils.cache_dir import VARIABLE, cache_folder
 from probing.utils.errors import UserError, first_line
-from probing.utils.files import disk_errors, reading, whole_file
+from probing.utils.files import atomic_file, disk_errors, reading
 from probing.utils.images import square
 from probing.utils.pretrained import identity, load_config, locate
 from probing.utils.progress import Progress
@@ -173,7 +173,7 @@ def reference_features(extractor: Extractor, images: ImageList) -> tuple[NDArray
             parts.append(extractor.features([square(images.read(index)) for index in indices]))
             bar.advance()
     features = np.concatenate(parts)
-    with disk_errors(file, f"set {VARIABLE} to another folder"), whole_file(file) as temporary:
+    with disk_errors(file, f"set {VARIABLE} to another folder"), atomic_file(file) as temporary:
         save_file({"features": features}, temporary)
     return features, False
 

@@ -41,7 +41,7 @@ from probing.data.coco import ImageList
 from probing.runs.directory import Run
 from probing.teachers.gen import GenDecoder
 from probing.utils.errors import UserError
-from probing.utils.files import disk_errors, reading, whole_file
+from probing.utils.files import atomic_file, disk_errors, reading
 from probing.utils.interrupt import Interrupted, Interruption
 from probing.utils.progress import Progress
 
@@ -156,10 +156,10 @@ def generate_missing(embeddings: ScoreFile, files: dict[ScoreKey, Path], generat
             for batch in batches:
                 parts.append(generator.features(embeddings.table[key][batch], seeds[batch]))
                 bar.advance()
-                if interruption.asked:
+                if interruption.requested:
                     raise Interrupted
             features = np.concatenate([part for part in parts if len(part)] or parts[:1])
-            with disk_errors(file), whole_file(file) as temporary:
+            with disk_errors(file), atomic_file(file) as temporary:
                 save_file({"features": features}, temporary)
 
 
