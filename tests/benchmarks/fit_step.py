@@ -53,7 +53,7 @@ def deep(root: Path, images: int) -> dict[str, Any]:
     }
 
 
-def make_fit(size: str, root: Path, layers: int | None, bf16: bool) -> ProbeTrainer:
+def make_trainer(size: str, root: Path, layers: int | None, bf16: bool) -> ProbeTrainer:
     """Everything that a step needs; `layers` says how many of the last ones are probed, by default all."""
     batch = BATCH[size]
     values = {**SIZES, "deep": deep}[size](root, batch)
@@ -73,15 +73,17 @@ def make_fit(size: str, root: Path, layers: int | None, bf16: bool) -> ProbeTrai
 def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
     """Times one step and its parts, in milliseconds, and the peak memory it adds, in MB."""
     with tempfile.TemporaryDirectory() as folder:
-        fit = make_fit(size, Path(folder), layers, bf16)
-        state = fit.initial_state()
-        steps = plan_steps(len(fit.images), fit.recipe.fit)
+        trainer = make_trainer(size, Path(folder), layers, bf16)
+        state = trainer.initial_state()
+        steps = plan_steps(len(trainer.images), trainer.recipe.fit)
         (micro,) = steps[0]
-        prepare = {name: teacher.prepare for name, teacher in fit.teachers.items()}
+        prepare = {name: teacher.prepare for name, teacher in trainer.teachers.items()}
 
         def read() -> Prepared:
-            device = fit.accelerator.device
-            return next(micro_batches(MicroBatches(fit.images, [micro], fit.backbone.prepare, prepare), 0, device))
+            device = trainer.accelerator.device
+            return next(
+                micro_batches(MicroBatches(trainer.images, [micro], trainer.backbone.prepare, prepare), 0, device)
+            )
 
         prepared = read()
         assert prepared.student is not None
@@ -89,17 +91,17 @@ def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
         parameters = state.optimizer.param_groups[0]["params"]
         base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-        targets = {name: prepared.target(teacher) for name, teacher in fit.teachers.items()}
+        targets = {name: prepared.target(teacher) for name, teacher in trainer.teachers.items()}
         kept = replace(prepared, cached_targets=targets)
 
         def step(batches: Prepared = kept) -> None:
-            fit._step(state, steps[0], iter([batches]), 1000, gather=False)
+            trainer._step(state, steps[0], iter([batches]), 1000, gather=False)
 
         step()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
         own = 16 * sum(p.numel() for p in parameters)  # weights, gradients, two moments: grows with the layers, rightly
-        states, tokens = fit.backbone.hidden_states([fit.images.read(0)] * BATCH[size], str(fit.layers[0]))
-        hidden, _ = tokens.select(states[fit.layers[0]], fit.recipe.probe.keys)
+        states, tokens = trainer.backbone.hidden_states([trainer.images.read(0)] * BATCH[size], str(trainer.layers[0]))
+        hidden, _ = tokens.select(states[trainer.layers[0]], trainer.recipe.probe.keys)
         hidden = hidden if bf16 else hidden.float()
         autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
 
@@ -111,7 +113,7 @@ def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
 
         @torch.no_grad()
         def forward() -> None:
-            fit.backbone.core(**batch.inputs, use_cache=False)
+            trainer.backbone.core(**batch.inputs, use_cache=False)
 
         def optimise() -> None:
             for bank in state.banks.values():
@@ -126,7 +128,7 @@ def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
             "probes": probes_alone,
             "optimiser": optimise,
         }
-        works |= {"teachers": lambda: [prepared.target(t) for t in fit.teachers.values()], "reading": read}
+        works |= {"teachers": lambda: [prepared.target(t) for t in trainer.teachers.values()], "reading": read}
         found = best_in_turns(works)
         return found | {"peak_mb": peak / 1024, "probe_state_mb": own * 3 / 4 / 2**20}  # the weights were there before
 

@@ -94,8 +94,10 @@ def main() -> None:
         with random_weights():
             backbone, teachers = load_run_backbone(recipe, "none", device), load_teachers(recipe, device)
         images, layers = training_images(recipe.data), list(range(1, backbone.layers + 1))
-        fit = ProbeTrainer(recipe, backbone, teachers, images, layers, ["none"], Path(folder) / "state", accelerator)
-        state = fit.initial_state()
+        trainer = ProbeTrainer(
+            recipe, backbone, teachers, images, layers, ["none"], Path(folder) / "state", accelerator
+        )
+        state = trainer.initial_state()
         step = plan_steps(len(images), recipe.fit)[0]
         prepare = {name: teacher.prepare for name, teacher in teachers.items()}
         prepared = next(micro_batches(MicroBatches(images, step, backbone.prepare, prepare), 0, device))
@@ -105,7 +107,7 @@ def main() -> None:
                 torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(count):
-                fit._step(state, step, iter([prepared]), 1000, gather=False)
+                trainer._step(state, step, iter([prepared]), 1000, gather=False)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             return (time.perf_counter() - start) / count

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from probing.data.dataloader import MicroBatches, micro_batches
 from probing.probes.resampler import Resampler
 from probing.training.schedule import plan_steps
-from tests.benchmarks.fit_step import BATCH, make_fit
+from tests.benchmarks.fit_step import BATCH, make_trainer
 from tests.benchmarks.sizes import SIZES
 from tests.benchmarks.timing import best_in_turns
 
@@ -36,23 +36,25 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     out = sys.stdout.write
     with tempfile.TemporaryDirectory() as folder:
-        fit = make_fit(options.size, Path(folder), None, bf16=False)
-        state = fit.initial_state()
-        (step,) = plan_steps(len(fit.images), fit.recipe.fit)
-        prepare = {name: teacher.prepare for name, teacher in fit.teachers.items()}
-        read = micro_batches(MicroBatches(fit.images, step, fit.backbone.prepare, prepare), 0, fit.accelerator.device)
+        trainer = make_trainer(options.size, Path(folder), None, bf16=False)
+        state = trainer.initial_state()
+        (step,) = plan_steps(len(trainer.images), trainer.recipe.fit)
+        prepare = {name: teacher.prepare for name, teacher in trainer.teachers.items()}
+        read = micro_batches(
+            MicroBatches(trainer.images, step, trainer.backbone.prepare, prepare), 0, trainer.accelerator.device
+        )
         prepared = next(read)
         assert prepared.student is not None
-        fit._step(state, step, iter([prepared]), 1000, gather=False)
+        trainer._step(state, step, iter([prepared]), 1000, gather=False)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            fit._step(state, step, iter([prepared]), 1000, gather=False)
+            trainer._step(state, step, iter([prepared]), 1000, gather=False)
         out(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=45) + "\n")
 
         tokens = prepared.student.tokens.select(
-            torch.randn(BATCH[options.size], prepared.student.tokens.kinds.shape[1], fit.backbone.hidden_size),
-            fit.recipe.probe.keys,
+            torch.randn(BATCH[options.size], prepared.student.tokens.kinds.shape[1], trainer.backbone.hidden_size),
+            trainer.recipe.probe.keys,
         )[0]
-        probes = [probe for _, probe in state.banks["none"].at(fit.layers[0])]
+        probes = [probe for _, probe in state.banks["none"].at(trainer.layers[0])]
         for probe in probes:
             twins = [Resampler(probe.config) for _ in range(2)]
             parameters, _ = stack_module_state(twins)
@@ -69,8 +71,8 @@ def main() -> None:
             times = best_in_turns({"apart": apart, "stacked": stacked}, seconds=3)
             shape = f"{probe.config.queries} x {probe.config.output_width}"
             out(f"two probes of a target of {shape}: stacked takes {times['stacked'] / times['apart']:.2f} x\n")
-        firsts = [torch.nn.Linear(fit.backbone.hidden_size, probe.config.width) for probe in probes]
-        joined = torch.nn.Linear(fit.backbone.hidden_size, sum(probe.config.width for probe in probes))
+        firsts = [torch.nn.Linear(trainer.backbone.hidden_size, probe.config.width) for probe in probes]
+        joined = torch.nn.Linear(trainer.backbone.hidden_size, sum(probe.config.width for probe in probes))
         works = {
             "apart": lambda: [first(tokens).sum().backward() for first in firsts],
             "joined": lambda: joined(tokens).sum().backward(),

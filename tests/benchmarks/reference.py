@@ -39,7 +39,7 @@ BATCH, PASSES = {"toy": 16, "middle": 4}, 2
 BOUNDS = {"nothing cached": 2.5, "targets cached": 3}
 
 
-def make_fit(values: dict[str, Any], root: Path, batch: int) -> ProbeTrainer:
+def make_trainer(values: dict[str, Any], root: Path, batch: int) -> ProbeTrainer:
     """One batch of images; all layers, one seed, no controls."""
     fit = {"epochs": 1, "batch_size": batch, "micro_batch": batch, "workers": 0, "ridge": False}
     recipe = ProbeRunRecipe.model_validate({**values, "fit": fit, "controls": []})
@@ -54,22 +54,22 @@ def make_fit(values: dict[str, Any], root: Path, batch: int) -> ProbeTrainer:
 
 def reference_step(values: dict[str, Any], name: str, model: Any, root: Path, batch: int) -> Callable[[], None]:
     """A step of the reference's run for one teacher."""
-    fit = make_fit({**values, "teachers": {name: values["teachers"][name]}}, root / name, batch)
-    state, teacher = fit.initial_state(), fit.teachers[name]
+    trainer = make_trainer({**values, "teachers": {name: values["teachers"][name]}}, root / name, batch)
+    state, teacher = trainer.initial_state(), trainer.teachers[name]
     probes = {int(key.layer): probe for key, probe in state.banks["none"].probes.items()}
     parameters = state.optimizer.param_groups[0]["params"]
-    ((micro,),) = plan_steps(len(fit.images), fit.recipe.fit)
+    ((micro,),) = plan_steps(len(trainer.images), trainer.recipe.fit)
 
     def step() -> None:
-        images = [square(fit.images.read(index)) for index in micro]
-        prepared = fit.backbone.prepare(images)
+        images = [square(trainer.images.read(index)) for index in micro]
+        prepared = trainer.backbone.prepare(images)
         with torch.no_grad():
             output = model(**prepared.inputs, output_hidden_states=True)
-        again = [square(fit.images.read(index)) for index in micro]  # the teacher's side opens every image again
+        again = [square(trainer.images.read(index)) for index in micro]  # the teacher's side opens every image again
         target = torch.cat([teacher.target(teacher.prepare([image])) for image in again])
         losses = []
         for layer, probe in probes.items():
-            keys, mask = prepared.tokens.select(output.hidden_states[layer], fit.recipe.probe.keys)
+            keys, mask = prepared.tokens.select(output.hidden_states[layer], trainer.recipe.probe.keys)
             prediction = probe(keys, mask)
             losses.append(F.smooth_l1_loss(prediction, target))
             if name == "depth":
@@ -89,12 +89,12 @@ def our_steps(values: dict[str, Any], root: Path, batch: int) -> dict[str, Calla
     fits = {"nothing cached": values, "targets cached": teachers}
 
     def step_of(name: str) -> Callable[[], object]:
-        fit = make_fit(fits[name], root / name, batch)
-        fit.target_caches |= open_target_caches(fit.recipe, fit.teachers, fit.images)
-        state, steps = fit.initial_state(), plan_steps(len(fit.images), fit.recipe.fit)
-        return lambda: fit._step(state, steps[0], fit.batches(steps), 1000, gather=False)
+        trainer = make_trainer(fits[name], root / name, batch)
+        trainer.target_caches |= open_target_caches(trainer.recipe, trainer.teachers, trainer.images)
+        state, steps = trainer.initial_state(), plan_steps(len(trainer.images), trainer.recipe.fit)
+        return lambda: trainer._step(state, steps[0], trainer.batches(steps), 1000, gather=False)
 
-    bare = make_fit(values, root / "filling", batch)
+    bare = make_trainer(values, root / "filling", batch)
     steps = plan_steps(len(bare.images), bare.recipe.fit)
 
     def fill() -> None:

@@ -13,7 +13,7 @@ def values():
     return {"backbone": {"checkpoint": "org/name"}, "data": {"path": "coco:x"}, "teachers": {"gen": {"id": "org/gen"}}}
 
 
-def test_the_papers_defaults(values):
+def test_defaults_are_the_papers(values):
     recipe = validate(ProbeRunRecipe, values, "x")
     assert (recipe.probe.heads, recipe.probe.dim_head, recipe.probe.ff_mult) == (4, 32, 1)
     fit = recipe.fit
@@ -37,13 +37,13 @@ def test_the_papers_defaults(values):
         ("teachers={}", "teachers: "),
     ],
 )
-def test_wrong_fields_are_named(values, override, message):
+def test_wrong_field_is_named(values, override, message):
     with pytest.raises(UserError) as caught:
         validate(ProbeRunRecipe, apply_overrides(values, [override]), "recipe.yaml")
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_overrides_read_numbers_as_people_write_them():
+def test_overrides_parse_numbers():
     assert parse_scalar("1e-3") == 1e-3 and parse_scalar("[0, 1]") == [0, 1] and parse_scalar("all") == "all"
     with pytest.raises(UserError, match="key=value"):
         apply_overrides({}, ["fit.lr"])
@@ -51,7 +51,7 @@ def test_overrides_read_numbers_as_people_write_them():
         apply_overrides({"fit": 3}, ["fit.lr=1"])
 
 
-def test_a_saved_recipe_reads_back_the_same(values, tmp_path):
+def test_saved_recipe_round_trips(values, tmp_path):
     recipe = validate(ProbeRunRecipe, apply_overrides(values, ["fit.lr=3e-4"]), "x")
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(ProbeRunRecipe, tmp_path / "r.yaml") == recipe
@@ -60,7 +60,7 @@ def test_a_saved_recipe_reads_back_the_same(values, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "no fields"), (None, "no recipe at")]
 )
-def test_files_that_are_no_recipes(tmp_path, text, message):
+def test_file_without_recipe_is_a_user_error(tmp_path, text, message):
     if text is not None:
         (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError, match=message):

@@ -33,15 +33,15 @@ def counted(recipe, folder):
         training_images(recipe.data),
     )
     layers = parse_layers(recipe.layers, backbone.layers)
-    fit = ProbeTrainer(
+    trainer = ProbeTrainer(
         recipe, backbone, teachers, images, layers, ["none", *recipe.controls], folder, Accelerator(cpu=True)
     )
-    state = fit.initial_state()
+    state = trainer.initial_state()
     batch = plan_steps(len(images), recipe.fit)[0][:1]
-    prepared = next(fit.batches([batch]))
+    prepared = next(trainer.batches([batch]))
     columns = {column: index for index, column in enumerate(state.columns)}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        fit.micro_batch(state, prepared, 1.0, True, columns)
+        trainer.micro_batch(state, prepared, 1.0, True, columns)
     return counter.get_total_flops() / len(batch[0]), state
 
 

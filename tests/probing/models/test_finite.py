@@ -32,8 +32,8 @@ BAD = 4
 
 
 @pytest.fixture
-def fitted(recipe_values, tmp_path):
-    """Runs a fit, perhaps without some of the images; returns its final state and the ProbeTrainer."""
+def train_probes(recipe_values, tmp_path):
+    """Trains probes, perhaps without some images; returns final state and trainer."""
 
     def run(name, without=(), layers=(1, 2), controls=("none",), teachers=("gen",), prepare=None, **changes):
         fields = {"epochs": 1, "batch_size": 12, "micro_batch": 5} | changes
@@ -44,10 +44,10 @@ def fitted(recipe_values, tmp_path):
         images.names = [image for index, image in enumerate(images.names) if index not in without]
         backbone, loaded = load_run_backbone(recipe, "none", CPU), load_teachers(recipe, CPU)
         place = Accelerator(cpu=True)
-        fit = ProbeTrainer(recipe, backbone, loaded, images, list(layers), list(controls), tmp_path / name, place)
+        trainer = ProbeTrainer(recipe, backbone, loaded, images, list(layers), list(controls), tmp_path / name, place)
         if prepare:
-            prepare(fit)
-        return fit.run(), fit
+            prepare(trainer)
+        return trainer.run(), trainer
 
     return run
 
@@ -63,12 +63,12 @@ def same(one, two):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_bad_state_costs_its_layer_that_image_alone(fitted, images, monkeypatch, value):
+def test_a_bad_state_costs_its_layer_that_image_alone(train_probes, images, monkeypatch, value):
     """The layer learns what it learns where the image does not exist; the other layer learns from all images."""
-    clean, _ = fitted("clean")
-    without, _ = fitted("without", without=[BAD])
+    clean, _ = train_probes("clean")
+    without, _ = train_probes("without", without=[BAD])
     poison_states(monkeypatch, images, {2: [BAD]}, value)
-    state, fit = fitted("bad")
+    state, trainer = train_probes("bad")
     one, two = ProbeKey("gen", 1, 0), ProbeKey("gen", 2, 0)
     assert same(state.banks["none"].probes[one], clean.banks["none"].probes[one])
     assert state.losses[0][1] == pytest.approx(without.losses[0][1], rel=1e-5)
@@ -78,22 +78,22 @@ def test_a_bad_state_costs_its_layer_that_image_alone(fitted, images, monkeypatc
         for name, total in reference.ridge["gen", layer].sums.items():
             torch.testing.assert_close(state.ridge["gen", layer].sums[name], total, rtol=1e-5, atol=1e-5)
     assert {place: np.flatnonzero(bad).tolist() for place, bad in state.not_finite.items()} == {("layer", "2"): [BAD]}
-    rows = not_finite_rows(state.not_finite, fit.images.names, "train2017", "none")
-    assert [(row["image"], row["layers"], row["teachers"]) for row in rows] == [(fit.images.names[BAD], "2", "")]
+    rows = not_finite_rows(state.not_finite, trainer.images.names, "train2017", "none")
+    assert [(row["image"], row["layers"], row["teachers"]) for row in rows] == [(trainer.images.names[BAD], "2", "")]
 
 
-def test_a_bad_target_costs_its_teacher_that_image_alone(fitted, images, monkeypatch):
-    clean, _ = fitted("clean", teachers=("gen", "depth"))
-    without, _ = fitted("without", without=[BAD], teachers=("gen", "depth"))
+def test_a_bad_target_costs_its_teacher_that_image_alone(train_probes, images, monkeypatch):
+    clean, _ = train_probes("clean", teachers=("gen", "depth"))
+    without, _ = train_probes("without", without=[BAD], teachers=("gen", "depth"))
 
     poison_targets(monkeypatch, "gen", images, [BAD])
-    state, fit = fitted("bad", teachers=("gen", "depth"))
+    state, trainer = train_probes("bad", teachers=("gen", "depth"))
     for column, (control, key) in enumerate(state.columns):
         reference = without if key.teacher == "gen" else clean
         assert state.losses[0][column] == pytest.approx(reference.losses[0][column], rel=1e-5), key
         if key.teacher == "depth":
             assert same(state.banks[control].probes[key], clean.banks[control].probes[key])
-    torch.testing.assert_close(fit.means(state)["gen"], fit.means(without)["gen"])
+    torch.testing.assert_close(trainer.means(state)["gen"], trainer.means(without)["gen"])
     torch.testing.assert_close(
         state.ridge["gen", 2].sums["xy"], without.ridge["gen", 2].sums["xy"], rtol=1e-5, atol=1e-5
     )
@@ -101,17 +101,17 @@ def test_a_bad_target_costs_its_teacher_that_image_alone(fitted, images, monkeyp
 
 
 @pytest.mark.parametrize("what", ["state", "target"])
-def test_shuffled_pairs_lose_the_pair_of_the_bad_image(fitted, images, monkeypatch, what):
+def test_shuffled_pairs_lose_the_pair_of_the_bad_image(train_probes, images, monkeypatch, what):
     if what == "state":
         poison_states(monkeypatch, images, {1: [BAD]})
     else:
         poison_targets(monkeypatch, "gen", images, [BAD])
-    state, fit = fitted("bad", layers=(1,), controls=("shuffled",), micro_batch=12)
+    state, trainer = train_probes("bad", layers=(1,), controls=("shuffled",), micro_batch=12)
     monkeypatch.undo()
-    (order,) = plan_steps(12, fit.recipe.fit)[0]
-    pictures = [square(fit.images.read(index)) for index in order]
-    states, _ = load_run_backbone(fit.recipe, "none", CPU).hidden_states(pictures, "1")
-    teacher = load_teachers(fit.recipe, CPU)["gen"]
+    (order,) = plan_steps(12, trainer.recipe.fit)[0]
+    pictures = [square(trainer.images.read(index)) for index in order]
+    states, _ = load_run_backbone(trainer.recipe, "none", CPU).hidden_states(pictures, "1")
+    teacher = load_teachers(trainer.recipe, CPU)["gen"]
     target = teacher.target(teacher.prepare(pictures))
     bank = ProbeBank.build({"gen": ResamplerConfig(32, 1, 12, 12)}, [1], [0], ["image"], CPU)
     predicted = bank.probes[ProbeKey("gen", 1, 0)](states[1])
@@ -121,25 +121,25 @@ def test_shuffled_pairs_lose_the_pair_of_the_bad_image(fitted, images, monkeypat
     assert len(losses) == 11 and state.losses[0][0] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-def test_a_layer_without_any_finite_image_is_not_trained(fitted, images, monkeypatch):
-    clean, _ = fitted("clean")
+def test_a_layer_without_any_finite_image_is_not_trained(train_probes, images, monkeypatch):
+    clean, _ = train_probes("clean")
     poison_states(monkeypatch, images, {2: range(12)})
-    state, fit = fitted("bad")
+    state, trainer = train_probes("bad")
     one, two = ProbeKey("gen", 1, 0), ProbeKey("gen", 2, 0)
     assert same(state.banks["none"].probes[one], clean.banks["none"].probes[one])
-    assert same(state.banks["none"].probes[two], fit.initial_state().banks["none"].probes[two])
+    assert same(state.banks["none"].probes[two], trainer.initial_state().banks["none"].probes[two])
     losses = np.array(state.losses)
     assert np.isnan(losses[:, 1]).all() and np.isfinite(np.delete(losses, 1, axis=1)).all()
     assert judge(losses[:, 1], losses[:, 2]).state == NOT_TRAINED
-    assert all(part.isnan().all() for part in fit.readout(state).maps["gen", 2])
+    assert all(part.isnan().all() for part in trainer.readout(state).maps["gen", 2])
 
 
 @pytest.mark.parametrize("clip", [1.0, None])
-def test_a_bad_gradient_never_reaches_the_optimiser(fitted, clip):
+def test_a_bad_gradient_never_reaches_the_optimiser(train_probes, clip):
     """In the second of four steps, of one probe: that step is not taken, and nothing else notices."""
     hurt, seen = ProbeKey("gen", 1, 0), {}
 
-    def prepare(fit):
+    def prepare(trainer):
         step = ProbeTrainer._step
 
         def stepped(state, *rest, **more):
@@ -149,7 +149,7 @@ def test_a_bad_gradient_never_reaches_the_optimiser(fitted, clip):
                 handle = parameter.register_hook(lambda gradient: gradient * math.nan)
                 seen["before"] = [p.detach().clone() for p in state.parameters[0]]
                 seen["moment"] = state.optimizer.state[parameter]["exp_avg"].clone()
-            row = step(fit, state, *rest, **more)
+            row = step(trainer, state, *rest, **more)
             if handle:
                 handle.remove()
                 unchanged = zip(seen["before"], state.parameters[0], strict=True)
@@ -157,38 +157,38 @@ def test_a_bad_gradient_never_reaches_the_optimiser(fitted, clip):
                 seen["moments kept"] = torch.equal(seen["moment"], state.optimizer.state[parameter]["exp_avg"])
             return row
 
-        fit._step = stepped
+        trainer._step = stepped
 
     fields = {"epochs": 2, "batch_size": 6, "micro_batch": 6, "max_grad_norm": clip}
-    clean, _ = fitted("clean", **fields)
-    state, _ = fitted("hurt", prepare=prepare, **fields)
+    clean, _ = train_probes("clean", **fields)
+    state, _ = train_probes("hurt", prepare=prepare, **fields)
     assert seen["unchanged"] and seen["moments kept"]
     assert np.isnan(state.losses)[:, 0].tolist() == [False, True, False, False]
     assert all(p.isfinite().all() for p in state.banks["none"].probes[hurt].parameters())
     assert same(state.banks["none"].probes[ProbeKey("gen", 2, 0)], clean.banks["none"].probes[ProbeKey("gen", 2, 0)])
 
 
-def test_bad_images_are_remembered_over_an_interruption(fitted, images, monkeypatch):
+def test_bad_images_are_remembered_over_an_interruption(train_probes, images, monkeypatch):
     poison_states(monkeypatch, images, {2: [BAD]})
     fields = {"epochs": 2, "batch_size": 6, "micro_batch": 3, "save_minutes": 0}
-    whole, _ = fitted("whole", **fields)
+    whole, _ = train_probes("whole", **fields)
 
     class StopError(Exception):
         pass
 
-    def prepare(fit):
+    def prepare(trainer):
         step = ProbeTrainer._step
 
         def stopped(state, *rest, **more):
             if state.step == 3:
                 raise StopError
-            return step(fit, state, *rest, **more)
+            return step(trainer, state, *rest, **more)
 
-        fit._step = stopped
+        trainer._step = stopped
 
     with pytest.raises(StopError):
-        fitted("cut", prepare=prepare, **fields)
-    cut, _ = fitted("cut", **fields)
+        train_probes("cut", prepare=prepare, **fields)
+    cut, _ = train_probes("cut", **fields)
     assert cut.losses == whole.losses
     assert {place: bad.tolist() for place, bad in cut.not_finite.items()} == {
         place: bad.tolist() for place, bad in whole.not_finite.items()

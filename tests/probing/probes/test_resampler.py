@@ -1,4 +1,4 @@
-"""The probe against its published description, written out a second time in plain float64 arithmetic."""
+"""The resampler against its published description, in plain float64 arithmetic."""
 
 import math
 
@@ -69,7 +69,7 @@ def randomised(config: ResamplerConfig) -> Resampler:
     return probe
 
 
-def test_equals_the_description():
+def test_resampler_equals_plain_arithmetic():
     config = ResamplerConfig(key_width=10, queries=5, width=12, output_width=7, heads=3, dim_head=4, ff_mult=2)
     probe = randomised(config)
     states = torch.randn(3, 11, 10, dtype=torch.float64)
@@ -77,23 +77,23 @@ def test_equals_the_description():
     torch.testing.assert_close(probe(states), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_mask_equals_leaving_the_position_out():
+def test_masked_position_equals_removed_position():
     probe = randomised(ResamplerConfig(10, 5, 12, 7, heads=3, dim_head=4))
     states = torch.randn(2, 6, 10, dtype=torch.float64)
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[:, 2] = False
-    kept = torch.cat((states[:, :2], states[:, 3:]), dim=1)
-    torch.testing.assert_close(probe(states, mask), probe(kept), rtol=1e-12, atol=1e-12)
+    remaining = torch.cat((states[:, :2], states[:, 3:]), dim=1)
+    torch.testing.assert_close(probe(states, mask), probe(remaining), rtol=1e-12, atol=1e-12)
 
 
-def test_parameter_names_and_shapes_are_those_of_published_probes():
+def test_parameters_match_published_probes():
     config = ResamplerConfig(key_width=10, queries=5, width=12, output_width=7, heads=3, dim_head=4, ff_mult=2)
     sizes = {"1": 1, "N": 5, "D": 12, "H": 10, "I": 12, "2I": 24, "M": 24, "O": 7}
     expected = {leaf: tuple(sizes[s] for s in shape.split()) for leaf, shape in LEAVES.items()}
     assert {name: tuple(p.shape) for name, p in Resampler(config).state_dict().items()} == expected
 
 
-def test_sizes_of_the_papers_probes():
+def test_paper_probes_have_published_sizes():
     counts = {}
     with torch.device("meta"):
         for name, tokens, width in (("depth", 576, 1024), ("seg", 576, 1536), ("gen", 1, 1024)):

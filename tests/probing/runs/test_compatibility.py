@@ -1,4 +1,4 @@
-"""What changed since a run began is noticed where it moves a number, and only there."""
+"""Changed inputs of a run are refused if and only if they affect numbers."""
 
 import datetime
 import json
@@ -124,7 +124,7 @@ CHANGES = {
 
 
 def write_states(root):
-    """What Trainer, DeepSpeed and people leave next to weights; among them weights of another format."""
+    """Adds files that Trainer, DeepSpeed and users leave next to weights, some in other formats."""
     for folder in (root / "llava", root / "depth"):
         names = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "pytorch_model.bin")
         (folder / "global_step5").mkdir()
@@ -151,7 +151,7 @@ def other_version(root):
 
 
 def older_layout(root):
-    """The image processor in a file of its own, as before transformers 5."""
+    """Stores the image processor in a separate file, as before transformers 5."""
     values = json.loads((root / "llava/processor_config.json").read_text())
     (root / "llava/preprocessor_config.json").write_text(json.dumps(values.pop("image_processor")))
     (root / "llava/processor_config.json").write_text(json.dumps(values))
@@ -170,7 +170,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_moves_a_number_is_noticed_and_named(root, before, change):
+def test_change_that_affects_numbers_is_named(root, before, change):
     states, then = before
     CHANGES[change][0](root)
     assert not all(torch.equal(one, other) for one, other in zip(states, numbers(root), strict=True))
@@ -179,14 +179,14 @@ def test_what_moves_a_number_is_noticed_and_named(root, before, change):
 
 
 @pytest.mark.parametrize("change", HARMLESS)
-def test_what_moves_no_number_does_not_count(root, before, change):
+def test_change_without_effect_is_accepted(root, before, change):
     states, then = before
     HARMLESS[change](root)
     assert all(torch.equal(one, other) for one, other in zip(states, numbers(root), strict=True))
     assert not first_difference(then, describe(root))
 
 
-def test_an_added_token_counts_where_the_prompt_has_it(root, before):
+def test_added_token_counts_if_in_the_prompt(root, before):
     _, then = before
     add_token(root, "<unused>")
     assert not first_difference(then, describe(root))
@@ -194,7 +194,7 @@ def test_an_added_token_counts_where_the_prompt_has_it(root, before):
     assert first_difference(then, describe(root)) == "tokenizer"
 
 
-def test_last_bits_of_another_machine_do_not_count():
+def test_last_bits_of_pixels_are_ignored():
     then = {"image processor": {"settings": {"image_mean": "[0.5]"}, "pixels": "a"}}
     assert not first_difference(then, {"image processor": {"settings": {"image_mean": "[0.5]"}, "pixels": "b"}})
     more = {"image_mean": "[0.5]", "a_default_of_a_newer_version": "true"}
@@ -203,7 +203,7 @@ def test_last_bits_of_another_machine_do_not_count():
 
 
 @pytest.mark.parametrize("recorded", [{}, {"inputs": None}, {"inputs": {"chat template": "x"}}])
-def test_a_run_of_an_older_version_is_one_line(recorded):
+def test_run_of_older_version_is_a_user_error(recorded):
     with pytest.raises(UserError, match=r"^run does not record .*older version; start a new run$"):
         require_same(recorded, {"chat template": "x", "tokenizer": "y"}, "run", "")
 
@@ -245,7 +245,7 @@ BREAKS = {
     "align": "analysis.alignment.run.gather",
     "bench": "analysis.benchmarks.run.ask",
 }
-"""Where each verb is interrupted, after it has begun."""
+"""Function in which each verb is interrupted."""
 TEACHER = CHANGES["teacher's mean"]
 
 
@@ -282,7 +282,7 @@ def begun(root, world, monkeypatch):
          r"generation settings \(min_new_tokens: \"absent\" then, 2 now|generation settings \(min_new_tokens"),
     ],
 )  # fmt: skip
-def test_every_verb_refuses_what_changed(root, world, begun, verb, change, name):
+def test_verbs_refuse_changed_inputs(root, world, begun, verb, change, name):
     out = begun(verb)
     change(root)
     if verb == "evaluate":
@@ -292,7 +292,7 @@ def test_every_verb_refuses_what_changed(root, world, begun, verb, change, name)
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "align", "bench"])
-def test_prompts_with_a_date_stay_those_of_the_first_day(root, world, begun, monkeypatch, verb):
+def test_resumed_prompts_keep_their_date(root, world, begun, monkeypatch, verb):
     file = root / "llava/chat_template.jinja"
     file.write_text("{{ 'Today is ' + strftime_now('%d %B %Y') + '. ' }}" + file.read_text())
 
@@ -318,7 +318,7 @@ def test_prompts_with_a_date_stay_those_of_the_first_day(root, world, begun, mon
     assert not results or (out / "results.csv").read_bytes() == results
 
 
-def test_training_states_do_not_bar_a_run(root, world):
+def test_training_states_do_not_change_the_hash(root, world):
     out = call("evaluate", root, world)
     results = (out / "results.csv").read_bytes()
     for change in ("training states", "layout of JSON", "version", "times"):
@@ -333,7 +333,7 @@ def test_training_states_do_not_bar_a_run(root, world):
 
 @pytest.fixture
 def read(monkeypatch, tmp_path):
-    """Files that were hashed, in a cache of their own."""
+    """Records hashed files, with a separate cache."""
     monkeypatch.setenv("MLLM_PROBING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(weights_hash, "SETTLED", -1.0)
     weights_hash._hash_of_version.cache_clear()
@@ -351,7 +351,7 @@ def another_process():
     weights_hash._hash_of_version.cache_clear()
 
 
-def test_a_checkpoint_is_read_once_per_change(root, read):
+def test_checkpoint_is_hashed_once_per_change(root, read):
     first = weights_hash.model_hash(root / "llava")
     another_process()
     assert weights_hash.model_hash(root / "llava") == first and read == ["model.safetensors"]
@@ -367,7 +367,7 @@ def test_a_checkpoint_is_read_once_per_change(root, read):
     assert weights_hash.model_hash(root / "llava") == first and len(read) == 3
 
 
-def test_a_file_that_is_being_written_is_not_cached(root, read, monkeypatch):
+def test_recently_written_file_is_not_cached(root, read, monkeypatch):
     monkeypatch.setattr(weights_hash, "SETTLED", 3600.0)
     shutil.copy(root / "llava/model.safetensors", root / "llava/copy")
     shutil.move(root / "llava/copy", root / "llava/model.safetensors")
@@ -378,7 +378,7 @@ def test_a_file_that_is_being_written_is_not_cached(root, read, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["not a folder", "corrupt", "another file's", "no home"])
-def test_a_cache_that_cannot_be_used_only_costs_time(root, read, monkeypatch, fault):
+def test_unusable_hash_cache_is_ignored(root, read, monkeypatch, fault):
     cache = root / "cache"
     if fault == "not a folder":
         cache.write_text("in the way")
@@ -401,7 +401,7 @@ def test_a_cache_that_cannot_be_used_only_costs_time(root, read, monkeypatch, fa
         (("pytorch_model.bin.index.json",), ["a.safetensors", "b.safetensors"]),
     ],
 )
-def test_files_are_those_that_transformers_loads(tmp_path, there, loaded):
+def test_hashed_files_are_those_transformers_loads(tmp_path, there, loaded):
     from transformers.modeling_utils import _get_resolved_checkpoint_files
 
     for name in (*there, "a.safetensors", "b.safetensors", "c.safetensors"):

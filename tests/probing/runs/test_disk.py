@@ -28,7 +28,7 @@ from probing.utils.errors import UserError
 from reports.page import write_report
 from tests.helpers import tiny
 
-SAID = {errno.ENOSPC: "no disk space left at", errno.EROFS: "cannot be written"}
+MESSAGES = {errno.ENOSPC: "no disk space left at", errno.EROFS: "cannot be written"}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def stage(models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(recipe, stage, tmp_path_factory):
-    """What comes of it where nothing goes wrong."""
+    """Results without faults."""
     folder = tmp_path_factory.mktemp("whole")
     evaluate(train(recipe, folder / "run").path)
     run_stage(stage, folder / "stage")
@@ -68,14 +68,14 @@ def whole(recipe, stage, tmp_path_factory):
 
 @pytest.fixture
 def trouble(monkeypatch):
-    """Lets every file fail the first time that it is written, and does the work again and again until it is done."""
+    """Fails the first write of every file, and repeats the command until it succeeds."""
     write, failed = probing_run._sync, []
 
     def sync(path):
         parts = [part.rsplit(".", 2)[0] if part.endswith(".tmp") else part for part in path.parts]
         if parts not in failed:
             failed.append(parts)
-            raise OSError(list(SAID)[len(failed) % 2], "so it is")
+            raise OSError(list(MESSAGES)[len(failed) % 2], "so it is")
         write(path)
 
     def until_done(work, out):
@@ -87,7 +87,7 @@ def trouble(monkeypatch):
                     work()
                     return times
                 except UserError as error:
-                    assert SAID[list(SAID)[len(failed) % 2]] in str(error), error
+                    assert MESSAGES[list(MESSAGES)[len(failed) % 2]] in str(error), error
                     assert str(out) in str(error)
                     assert not [path for path in out.parent.rglob(".*") if path.name.endswith(".tmp")]
         raise AssertionError("it is never done")
@@ -142,7 +142,7 @@ def test_every_file_of_an_import_can_fail_once(stage, models, coco, trouble, tmp
 
 
 def in_small_space(work, most: int) -> str:
-    """What a process says that can write no larger files: the system itself refuses, as where a disk is full."""
+    """Returns the error of a process with a limited file size, which fails as a full disk does."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -152,23 +152,23 @@ def in_small_space(work, most: int) -> str:
         os.dup2(nothing, 2)
         sys.stdout = sys.stderr = os.fdopen(nothing, "w")
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-        said = "nothing"
+        output = "nothing"
         try:
             work()
         except BaseException as error:  # noqa: BLE001 - the parent looks at it
-            said = f"{type(error).__name__}: {error}"
-        os.write(writer, said.encode())
+            output = f"{type(error).__name__}: {error}"
+        os.write(writer, output.encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
-        said = pipe.read()
+        output = pipe.read()
     os.waitpid(child, 0)
-    return said
+    return output
 
 
 @pytest.mark.parametrize("most", [1500, 60_000])
-def test_no_room_for_a_checkpoint(stage, whole, tmp_path, most):
-    """The recipe, or the state of the Trainer does not fit."""
+def test_full_disk_during_distillation(stage, whole, tmp_path, most):
+    """While it writes the recipe or the Trainer's state."""
     out = tmp_path / "stage"
     assert in_small_space(lambda: run_stage(stage, out), most).startswith(f"UserError: no disk space left at {out}")
     assert not out.exists() and not list(tmp_path.glob(".*"))
@@ -177,7 +177,7 @@ def test_no_room_for_a_checkpoint(stage, whole, tmp_path, most):
     assert all((one[name] == two[name]).all() for name in one)
 
 
-def test_no_room_for_scores(recipe, whole, tmp_path):
+def test_full_disk_during_evaluation(recipe, whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole / "run", out)
     (out / "results.csv").unlink()
@@ -189,15 +189,15 @@ def test_no_room_for_scores(recipe, whole, tmp_path):
     assert (out / "results.csv").read_bytes() == (whole / "run" / "results.csv").read_bytes()
 
 
-def test_no_room_for_a_report(whole, tmp_path):
-    said = in_small_space(lambda: write_report([whole / "run"], tmp_path / "report"), 5000)
-    assert said.startswith(f"UserError: no disk space left at {tmp_path / 'report'}")
+def test_full_disk_during_report(whole, tmp_path):
+    output = in_small_space(lambda: write_report([whole / "run"], tmp_path / "report"), 5000)
+    assert output.startswith(f"UserError: no disk space left at {tmp_path / 'report'}")
     assert not (tmp_path / "report" / "index.html").exists()
 
 
-def test_a_figure_is_whole_or_not_there(whole, tmp_path, monkeypatch):
-    def cut(figure, place, **values):
-        Path(place).write_text("half of it")
+def test_figures_are_written_atomically(whole, tmp_path, monkeypatch):
+    def cut(figure, path, **values):
+        Path(path).write_text("half of it")
         raise OSError(errno.ENOSPC, "so it is")
 
     monkeypatch.setattr(Figure, "savefig", cut)
@@ -207,34 +207,34 @@ def test_a_figure_is_whole_or_not_there(whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("most", [500, 20_000])
-def test_no_room_for_a_comparison(whole, tmp_path, most):
-    """The table of differences, or a figure does not fit."""
+def test_full_disk_during_comparison(whole, tmp_path, most):
+    """While it writes the table of differences or a figure."""
     runs = [tmp_path / "one", tmp_path / "two"]
     for run in runs:
         shutil.copytree(whole / "run", run)
     out, names = tmp_path / "report", ["one", "two"]
-    said = in_small_space(lambda: write_report(runs, out, compare(runs, names), ["the same"]), most)
-    assert said.startswith(f"UserError: no disk space left at {out}")
+    output = in_small_space(lambda: write_report(runs, out, compare(runs, names), ["the same"]), most)
+    assert output.startswith(f"UserError: no disk space left at {out}")
     assert not (out / "index.html").exists() and not list(out.rglob("*.tmp"))
     assert (out / "differences.csv").exists() == (most > 500)
 
 
-@pytest.mark.parametrize("place", ["file", "file/x", "file/x/y", "/proc/x", "n" * 300])
-def test_places_that_are_no_folders(recipe, stage, whole, tmp_path, place):
+@pytest.mark.parametrize("path", ["file", "file/x", "file/x/y", "/proc/x", "n" * 300])
+def test_out_that_cannot_be_a_folder(recipe, stage, whole, tmp_path, path):
     (tmp_path / "file").write_text("mine")
-    out = tmp_path / place
+    out = tmp_path / path
     for work in (
         lambda: train(recipe, out),
         lambda: run_stage(stage, out),
         lambda: write_report([whole / "run"], out),
     ):
-        with pytest.raises(UserError, match=re.escape(place)):
+        with pytest.raises(UserError, match=re.escape(path)):
             work()
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["scores", "state", "results.csv"])
-def test_parts_of_a_run_that_are_something_else(whole, tmp_path, name):
+def test_parts_of_a_run_of_the_wrong_kind(whole, tmp_path, name):
     out = tmp_path / "run"
     shutil.copytree(whole / "run", out)
     shutil.rmtree(out / "scores")
@@ -247,8 +247,8 @@ def test_parts_of_a_run_that_are_something_else(whole, tmp_path, name):
     assert (out / "results.csv").read_bytes() == (whole / "run" / "results.csv").read_bytes()
 
 
-def test_what_a_killed_process_left_is_cleared_away(stage, whole, tmp_path):
-    """The moments in which nothing is missing but the clearing up, which no test can wait for."""
+def test_files_of_a_killed_process_are_removed(stage, whole, tmp_path):
+    """Of one killed just before it removed them."""
     run, out = tmp_path / "run", tmp_path / "stage"
     shutil.copytree(whole / "run", run)
     shutil.copytree(whole / "stage", out)

@@ -1,4 +1,4 @@
-"""Whichever change to its files a command is killed before, resuming gives what an undisturbed run gives."""
+"""Commands killed before any change to their files resume to the results of an uninterrupted run."""
 
 import json
 import multiprocessing
@@ -37,7 +37,7 @@ PRELOAD = (
     *("transformers.models.llava.processing_llava", "transformers.models.clip.image_processing_clip"),
     *("transformers.models.vit.image_processing_vit", "torch._dynamo", "safetensors.numpy"),
 )
-"""What the commands import; it takes longer than all the rest."""
+"""Imports of the commands, which take most of the time."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -124,8 +124,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     for name in ("manifest.json", "training.json"):
         if name in files:
-            kept = {k: v for k, v in json.loads(files[name]).items() if k not in ("seconds", "finished", *TIMED)}
-            files[name] = json.dumps(kept).encode()
+            values = {k: v for k, v in json.loads(files[name]).items() if k not in ("seconds", "finished", *TIMED)}
+            files[name] = json.dumps(values).encode()
     return {name: value for name, value in files.items() if not name.startswith(("runs/", "tensorboard/"))}
 
 
@@ -152,7 +152,7 @@ def recipe(models, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(warm, recipe, tmp_path_factory) -> tuple[Path, int]:
-    """A run that nobody disturbed, and the number of its changes to files."""
+    """An uninterrupted run, and the number of its file changes."""
     folder = tmp_path_factory.mktemp("whole")
     killer = Killer(warm, folder, 0)
     killer.finish(["train", "--recipe", recipe, "--out", folder / "run"])
@@ -178,10 +178,10 @@ def test_evaluate(warm, whole, tmp_path):
     for out in killer.outs(tmp_path):
         shutil.copytree(whole[0], out)
         killer.survive(["evaluate", out, *controls])
-        found = contents(out)
-        for name in [name for name in found if Path(name).name.startswith(".")]:
-            del found[name]  # it may be another process's, for an hour
-        assert found == expected
+        files = contents(out)
+        for name in [name for name in files if Path(name).name.startswith(".")]:
+            del files[name]  # for an hour it may belong to another process
+        assert files == expected
 
 
 def test_align(warm, models, tmp_path):

@@ -21,17 +21,17 @@ DIFFICULTY = 1 + 0.05 * RNG.standard_normal(500)  # how hard each batch happens 
         (np.full(500, 0.5), "flat"),
     ],
 )
-def test_curves_are_judged_as_a_person_would(curve, state):
+def test_curves_get_the_expected_state(curve, state):
     noise = 1 + 0.01 * RNG.standard_normal(500)
     assert judge(curve * DIFFICULTY * noise, DIFFICULTY).state == state
 
 
-def test_batch_difficulty_alone_is_no_progress():
+def test_batch_difficulty_is_no_progress():
     easier = np.linspace(1.2, 0.8, 500)
     assert judge(0.5 * easier, easier).state == "flat"
 
 
-def test_too_few_steps_to_tell():
+def test_few_steps_give_no_slope():
     assert judge(np.array([0.1]), np.array([1.0])).state == "still falling"
 
 
@@ -55,14 +55,14 @@ NOTHING = float("nan")
         ([0.4, 0.4], [0.0, 1.0], "flat"),
     ],
 )
-def test_steps_without_a_loss_do_not_count(losses, means, state):
+def test_steps_without_loss_are_excluded(losses, means, state):
     verdict = judge(np.array(losses, dtype=float), np.array(means, dtype=float))
     assert verdict.state == state
     assert np.isnan(verdict.last_loss) == (state == "not trained")
 
 
 @pytest.mark.parametrize("broken", [1, 2, 3])
-def test_a_tiny_run_with_unreadable_images_ends(recipe_values, tmp_path, broken):
+def test_tiny_run_with_unreadable_images_finishes(recipe_values, tmp_path, broken):
     """Batches of two: a step has one image, or none."""
     data = tiny.coco(tmp_path / "coco", train=4, val=2)
     for file in sorted((data / "train2017").iterdir())[:broken]:

@@ -1,4 +1,4 @@
-"""What a training tells TensorBoard, and that telling changes nothing."""
+"""Loss curves in TensorBoard and other trackers."""
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ def recipe(values, **changes):
     return validate(ProbeRunRecipe, values, "test")
 
 
-def test_curves_are_means_of_the_learning_curves(recipe_values, tmp_path):
+def test_logged_curves_are_means_of_learning_curves(recipe_values, tmp_path):
     run = train(recipe(recipe_values), tmp_path / "run")
     curves = logged_curves(run.path / "tensorboard" / "none")
     every = [f"{t}/{c}{g}" for t in ("depth", "seg", "gen") for c in ("", "shuffled_") for g in GROUPS]

@@ -1,4 +1,4 @@
-"""Machines without home, with another locale, or with folders that cannot be written."""
+"""Machines without home, with another locale, or with unwritable folders."""
 
 import ast
 import errno
@@ -28,10 +28,10 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 def start(*arguments: object, cwd: Path = ROOT, drop: tuple[str, ...] = (), **environment: str):
-    kept = {name: value for name, value in os.environ.items() if name not in drop}
+    inherited = {name: value for name, value in os.environ.items() if name not in drop}
     command = [sys.executable, "-m", "probing", *map(str, arguments)]
     path = os.pathsep.join(filter(None, [environment.pop("PYTHONPATH", ""), str(ROOT)]))
-    return subprocess.run(command, cwd=cwd, env=kept | environment | {"PYTHONPATH": path}, capture_output=True)
+    return subprocess.run(command, cwd=cwd, env=inherited | environment | {"PYTHONPATH": path}, capture_output=True)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def homeless(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("environment", [ASCII, {"PYTHONIOENCODING": "ascii"}], ids=["locale", "terminal"])
-def test_any_locale_takes_paths_and_text_of_any_script(models, tmp_path, environment):
+def test_any_locale_accepts_unicode_paths_and_text(models, tmp_path, environment):
     folder = tmp_path / "modèle 漢"
     shutil.copytree(models["llava"], folder)
     template = folder / "chat_template.jinja"
@@ -61,7 +61,7 @@ def test_any_locale_takes_paths_and_text_of_any_script(models, tmp_path, environ
     assert "modèle 漢" in shown or r"mod\xe8le \u6f22" in shown
 
 
-def test_without_a_home_caches_go_to_the_temporary_folder(homeless, tmp_path):
+def test_missing_home_moves_caches_to_temporary_folder(homeless, tmp_path):
     with pytest.raises(RuntimeError):
         Path.home()
     assert cache_dir.cache_folder().is_relative_to(tmp_path / "temporary")
@@ -69,7 +69,7 @@ def test_without_a_home_caches_go_to_the_temporary_folder(homeless, tmp_path):
     assert Path.home().is_dir() and cache_dir.cache_folder() == Path.home() / ".cache" / "mllm-probing"
 
 
-def test_training_without_a_home_leaves_none_behind(models, coco, tmp_path):
+def test_training_without_home_creates_none(models, coco, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import pwd\ndef unknown(uid):\n    raise KeyError(uid)\npwd.getpwuid = unknown\n", encoding="utf-8"
     )
@@ -86,8 +86,8 @@ def test_training_without_a_home_leaves_none_behind(models, coco, tmp_path):
     assert list(tmp_path.glob("home-*/.cache/mllm-probing/features/gen-*/targets.bin"))
 
 
-@pytest.mark.parametrize("where", ["auto", "{file}/kept"])
-def test_a_cache_that_cannot_be_written_is_named(recipe_values, monkeypatch, tmp_path, where):
+@pytest.mark.parametrize("where", ["auto", "{file}/cache"])
+def test_unwritable_target_cache_is_named(recipe_values, monkeypatch, tmp_path, where):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MLLM_PROBING_CACHE", str(tmp_path / "file"))
     recipe_values["data"]["target_cache"] = where.format(file=tmp_path / "file")
@@ -97,7 +97,7 @@ def test_a_cache_that_cannot_be_written_is_named(recipe_values, monkeypatch, tmp
     assert ("MLLM_PROBING_CACHE" if where == "auto" else "give another folder") in said
 
 
-def test_a_cache_of_photographs_that_cannot_be_written_is_named(coco, monkeypatch, tmp_path):
+def test_unwritable_photograph_cache_is_named(coco, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MLLM_PROBING_CACHE", str(tmp_path / "file"))
     names = sorted(path.name for path in (coco / "val2017").iterdir())[:2]
@@ -113,27 +113,27 @@ def test_a_cache_of_photographs_that_cannot_be_written_is_named(coco, monkeypatc
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "advice"),
     [("out/a/b", "choose another --out"), ("out", "choose another --out"), ("elsewhere/cache/x", "HF_HOME")],
 )
-def test_the_folder_that_cannot_be_written_is_named(tmp_path, number, name, said):
+def test_unwritable_folder_is_named(tmp_path, number, name, advice):
     file = tmp_path / name
     with (
-        pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}.* cannot be written.*{said}"),
+        pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}.* cannot be written.*{advice}"),
         disk_errors(tmp_path / "out"),
     ):
         raise OSError(number, os.strerror(number), str(file))
 
 
 @pytest.mark.parametrize(
-    ("own", "expected"),
+    ("variables", "expected"),
     [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
 )
-def test_spin_count_is_set_unless_the_user_decides(monkeypatch, own, expected):
+def test_spin_count_is_set_unless_the_user_decides(monkeypatch, variables, expected):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, "")  # so that what is set below is undone
         monkeypatch.delenv(name)
-    for name, value in own.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONUTF8", "1")
     prepare_environment()
@@ -141,8 +141,8 @@ def test_spin_count_is_set_unless_the_user_decides(monkeypatch, own, expected):
 
 
 def test_text_files_are_opened_as_utf8():
-    """In any locale; the calls that open text, and name no encoding."""
-    found = []
+    """Lists the calls that open text without an encoding."""
+    calls = []
     for file in (file for package in ("probing", "analysis", "reports") for file in (ROOT / package).rglob("*.py")):
         for call in (node for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, ast.Call)):
             name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
@@ -152,5 +152,5 @@ def test_text_files_are_opened_as_utf8():
             opens |= name == "open" and owner not in ("Image", "Run", "os", "webbrowser")
             binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in call.args)
             if opens and not binary and "encoding" not in [keyword.arg for keyword in call.keywords]:
-                found.append(f"{file.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)}")
-    assert not found, found
+                calls.append(f"{file.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)}")
+    assert not calls, calls

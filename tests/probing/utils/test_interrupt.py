@@ -1,4 +1,4 @@
-"""Signals end loops between two steps, and nothing else survives them."""
+"""Signals stop loops between two steps."""
 
 import signal
 
@@ -16,8 +16,8 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize("number", interrupt.SIGNALS)
-def test_a_repeated_signal_counts_once_and_a_later_one_stops(clock, number):
-    """A launcher sends its processes again what SLURM or a terminal has sent to all."""
+def test_repeated_signal_counts_once_and_later_one_stops(clock, number):
+    """A launcher repeats the signal that SLURM or a terminal has sent to all processes."""
     with pytest.raises(Interrupted), Interruption().watch() as interruption:
         for _ in range(3):
             signal.raise_signal(number)
@@ -28,15 +28,15 @@ def test_a_repeated_signal_counts_once_and_a_later_one_stops(clock, number):
 
 
 @pytest.mark.parametrize("number", interrupt.SIGNALS)
-def test_a_signal_that_the_loop_did_not_see_is_not_lost(number):
-    """It came in the last step, or after it."""
+def test_unhandled_signal_raises_when_the_loop_ends(number):
+    """It arrived in or after the last step."""
     before = signal.getsignal(number)
     with pytest.raises(Interrupted), Interruption().watch():
         signal.raise_signal(number)
     assert signal.getsignal(number) is before
 
 
-def test_an_error_in_a_watched_loop_is_not_hidden():
+def test_error_in_watched_loop_is_raised():
     with pytest.raises(ZeroDivisionError), Interruption().watch():
         signal.raise_signal(signal.SIGTERM)
         raise ZeroDivisionError
