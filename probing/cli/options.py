@@ -97,9 +97,9 @@ def build_recipe(
 def print_plan(plan: "Plan", devices: "Devices | None" = None) -> None:
     """Prints a plan for some devices; by default for the processes that a launcher started."""
     from analysis.planning.plan import Devices
-    from probing.utils.distributed import started
+    from probing.utils.distributed import world_size
 
-    click.echo("\n".join(plan.lines(devices or Devices(started()))))
+    click.echo("\n".join(plan.lines(devices or Devices(world_size()))))
 
 
 def teacher_values(options: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -92,9 +92,9 @@ def test_unwritable_target_cache_is_named(recipe_values, monkeypatch, tmp_path, 
     monkeypatch.setenv("MLLM_PROBING_CACHE", str(tmp_path / "file"))
     recipe_values["data"]["target_cache"] = where.format(file=tmp_path / "file")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_values), encoding="utf-8")
-    said = error_line("train", "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
-    assert str(tmp_path / "file") in said and "--out" not in said
-    assert ("MLLM_PROBING_CACHE" if where == "auto" else "give another folder") in said
+    message = error_line("train", "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
+    assert str(tmp_path / "file") in message and "--out" not in message
+    assert ("MLLM_PROBING_CACHE" if where == "auto" else "give another folder") in message
 
 
 def test_unwritable_photograph_cache_is_named(coco, monkeypatch, tmp_path):
