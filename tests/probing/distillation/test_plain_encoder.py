@@ -15,7 +15,7 @@ from tests.helpers import encoders, tiny
 
 
 @pytest.mark.slow
-def test_a_plain_encoder_is_a_task_without_special_tokens(models, coco, tmp_path):
+def test_plain_encoder_is_a_task_without_special_tokens(models, coco, tmp_path):
     root = tiny.conversations(tmp_path / "data", 12)
     teacher = {"id": str(encoders.make("siglip", tmp_path / "siglip")), "features": "pooled"}
     values = {
@@ -30,7 +30,7 @@ def test_a_plain_encoder_is_a_task_without_special_tokens(models, coco, tmp_path
         **{"batch_size": 6, "micro_batch": 3, "epochs": 4, "workers": 0, "lr": 1e-2},
         "trainer": {"report_to": "none", "use_cpu": True, "logging_steps": 1},
     }
-    with pytest.raises(UserError, match="not for siglip; set seek=0"):
+    with pytest.raises(UserError, match="not siglip; set seek=0"):
         validate(DistillRecipe, values, "test")
     values["embedding"]["seek"] = 0
     folder = run_stage(validate(DistillRecipe, values, "test"), tmp_path / "pt")
