@@ -161,7 +161,7 @@ def test_plan_of_a_recipe_and_of_a_run(finished, tmp_path):
     file.write_text(yaml.safe_dump(yaml.safe_load((finished / "recipe.yaml").read_text()) | {"layers": "0,3"}))
     text = probing("plan", file, "--metric", "fid", "--images", 4, "--steps", 10, "fit.epochs=1000000000").stdout
     # Two layers, two seeds, the mean target and the true feature; ten steps, each twice for guidance.
-    assert "PFLOP" in text and "6 sets x 4 images = 24 images x 20 calls" in text and "= 480 calls" in text
+    assert "work: " in text and "6 sets x 4 images = 24 images x 20 calls" in text and "= 480 calls" in text
     assert str(finished / "scores" / "cosine-val2017.safetensors") in probing("plan", finished).stdout
     assert probing("plan", finished).stdout == probing("evaluate", finished, "--dry-run").stdout
     assert "--tflops" in error_line("plan", file, "--tflops", "nan")

@@ -147,7 +147,7 @@ def test_teachers_are_listed_and_looked_at(teachers):
         ("Dino={dino}", "a teacher's name is a lowercase letter"),
         ("../dino={dino}", "a teacher's name is a lowercase letter"),
         ("dino=/nowhere", "no such dino teacher: /nowhere"),
-        ("dino={empty}", "no dino teacher in .*: the folder has no config.json"),
+        ("dino={empty}", "no dino teacher in .*: it has no config.json"),
     ],
 )
 def test_bad_teachers_are_one_line_and_leave_nothing(models, coco, teachers, tmp_path, option, message):
