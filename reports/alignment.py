@@ -1,4 +1,4 @@
-"""The chapter on patches and words: what the projector compresses, and which words the patches are near."""
+"""Patches and words: compression by the projector, and alignment of patches with words."""
 
 import json
 from collections.abc import Sequence
@@ -19,27 +19,27 @@ from probing.utils.errors import UserError
 from probing.utils.files import RESTORE_ADVICE, read_json, reading
 from reports.charts import LAYER
 from reports.plots import Line, Plot, named_plot, table_line
-from reports.results import AVERAGE, FINAL, in_order, read_results, teacher_title, unique_labels
+from reports.results import AVERAGE, FINAL, read_results, sort_teachers, teacher_title, unique_labels
 from reports.styles import SCREEN, marker, tone
 
 ATOMS = (1, 2, 4, 8)
-"""Numbers of words that a patch is composed of."""
+"""Numbers of words in the sparse decomposition of a patch."""
 TOWER = "tower"
-"""What `results.csv` calls the tokens before the projector."""
+"""Value of the column `layer` for the tokens before the projector."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What one panel shows.
+    """One panel.
 
     Attributes:
-        name: of the figure's file.
-        metric: as in `results.csv`.
-        label: of the vertical axis.
-        variant: of the metric, where it has several.
-        teacher: what layers are compared with, where that is what the metric does.
-        control: the control that is drawn dotted.
-        chance: its name in the legend.
+        name: name of the figure's file.
+        metric: metric in `results.csv`.
+        label: label of the vertical axis.
+        variant: variant of the metric, if it has several.
+        teacher: the reference of similarity metrics: the tower or a teacher.
+        control: the control, drawn dotted.
+        chance: name of the control in the legend.
     """
 
     name: str
@@ -67,12 +67,12 @@ WORDS = {
     "word_retrieval": "nearest word is the label's",
     "word_miou": "mIoU of the nearest words",
 }
-VARIANTS = {"centred": "means taken from patches and words", "raw": "as they are"}
+VARIANTS = {"centred": "means subtracted", "raw": "not centred"}
 LENS = [
     *(
         Measure(f"lens_{metric}_{lens.replace(' ', '_')}", f"lens_{metric}", f"{label}, {lens}", lens, **PERMUTED)
         for metric, label in {
-            "retrieval": "label of the largest logit is right",
+            "retrieval": "label of the largest logit is correct",
             "miou": "mIoU of largest logits",
         }.items()
         for lens in ("final norm", "no norm")
@@ -82,7 +82,7 @@ LENS = [
         for lens in ("final norm", "no norm")
     ),
 ]
-SUMS = {
+PURSUITS = {
     "matching pursuit": "matching pursuit",
     "orthogonal": "orthogonal pursuit",
     "non-negative": "non-negative pursuit",
@@ -99,27 +99,27 @@ class AlignmentResults:
     """One run of `probing align`.
 
     Attributes:
-        label: name for legends, unique among the runs of a report.
-        path: its folder.
+        label: name in legends, unique within a report.
+        path: the run's folder.
         results: `results.csv`, with `layer` as text.
-        manifest: what it was made of.
-        place: its number among the checkpoints of a report, which colour and marker follow from.
+        manifest: `manifest.json`.
+        style_index: number of the checkpoint in the report, which determines colour and marker.
     """
 
     label: str
     path: Path
     results: pd.DataFrame
     manifest: dict[str, Any]
-    place: int = 0
+    style_index: int = 0
 
     def curve(self, metric: str, control: str = "none", variant: str = "", teacher: str = "") -> pd.DataFrame:
-        """One curve in the order of the layers, the tower first, without layers at which no image counts.
+        """Returns one curve in the order of the layers, the tower first, without layers that have no finite score.
 
         Args:
-            metric: as in `results.csv`.
-            control: likewise.
+            metric: metric in `results.csv`.
+            control: control in `results.csv`.
             variant: any, if empty.
-            teacher: what the layers are compared with.
+            teacher: the reference of similarity metrics; any, if empty.
         """
         r = self.results
         chosen = r[(r["metric"] == metric) & (r["control"] == control) & (r["layer"] != AVERAGE) & r["value"].notna()]
@@ -137,66 +137,66 @@ def _rank(layer: str) -> float:
 
 
 def load_alignments(paths: Sequence[Path]) -> list[AlignmentResults]:
-    """Reads finished runs of `probing align`, and folders of runs whose checkpoints differ by their seed alone.
+    """Reads finished runs of `probing align`, and folders of runs whose checkpoints differ only by their seed.
 
     Raises:
-        UserError: one has no results.
+        UserError: a run has no results.
     """
-    found = []
+    loaded = []
     for path in paths:
         runs = runs_in(path)
         if not (path / "results.csv").exists():
-            again = f"probing evaluate {path}" if runs else "the probing align that made it once more"
-            raise UserError(f"{path} has no results; type {again}")
+            fix = f"run: probing evaluate {path}" if runs else "repeat its probing align command"
+            raise UserError(f"{path} has no results; {fix}")
         results = read_results(path / "results.csv")
         first = (runs or [path])[0]
         manifest = read_json(first / "manifest.json", RESTORE_ADVICE)
-        found.append((first, results, manifest | ({"runs": len(runs)} if runs else {})))
+        loaded.append((first, results, manifest | ({"runs": len(runs)} if runs else {})))
     names = [
         path.resolve().name if runs_in(path) else manifest["checkpoint"]["name"]
-        for path, (_, _, manifest) in zip(paths, found, strict=True)
+        for path, (_, _, manifest) in zip(paths, loaded, strict=True)
     ]
     return [
-        AlignmentResults(label, *entry, place)
-        for place, (label, entry) in enumerate(zip(unique_labels(names, paths), found, strict=True))
+        AlignmentResults(label, *entry, index)
+        for index, (label, entry) in enumerate(zip(unique_labels(names, paths), loaded, strict=True))
     ]
 
 
 def measure_plot(runs: Sequence[AlignmentResults], measure: Measure) -> Plot:
-    """One measure by layer, a line per checkpoint, with its control and the random projector beside it."""
+    """Plots one measure by layer, a line per checkpoint, with its control and the random projector."""
     m = measure
     lines: list[tuple[Line, Sequence[str]]] = []
-    for run in reversed(runs):  # what is drawn last lies on top, and stands first in the legend
+    for run in reversed(runs):  # the last line is drawn on top and is first in the legend
         suffix = "" if len(runs) == 1 else f", {run.label}"
-        fresh = run.curve(m.metric, "random", m.variant, m.teacher)
-        if len(fresh) and m.control == "permuted":
+        random = run.curve(m.metric, "random", m.variant, m.teacher)
+        if len(random) and m.control == "permuted":
             name = f"random projector{suffix}"
-            lines.append((table_line(name, "ink", "-", "x", fresh.iloc[:1], thin=True), ["0"]))
+            lines.append((table_line(name, "ink", "-", "x", random.iloc[:1], thin=True), ["0"]))
         if m.control:
             chance = run.curve(m.metric, m.control, m.variant, m.teacher)
             lines.append((table_line(f"{m.chance}{suffix}", "grey", ":", "", chance, thin=True), list(chance["layer"])))
         curve = run.curve(m.metric, "none", m.variant, m.teacher)
-        own = table_line(run.label, tone(run.place), "-", marker(run.place), curve)
-        lines.append((own, list(curve["layer"])))
+        line = table_line(run.label, tone(run.style_index), "-", marker(run.style_index), curve)
+        lines.append((line, list(curve["layer"])))
     return named_plot(m.label, [line for line in lines if line[1]], xlabel=LAYER, zero=not m.control)
 
 
-def likeness_measures(runs: Sequence[AlignmentResults]) -> list[Measure]:
-    """A panel for every reference that layers were compared with."""
-    found = []
-    kinds = {"cka": "CKA", "cka_places": "CKA of places", "mutual_knn": "nearest images shared"}
-    for metric, label in kinds.items():
-        there = {teacher for run in runs for teacher in run.curve(metric)["teacher"]}
-        for reference in [*(there & {TOWER}), *in_order(there - {TOWER})]:
+def similarity_measures(runs: Sequence[AlignmentResults]) -> list[Measure]:
+    """Returns a panel for every reference of the similarity metrics."""
+    measures = []
+    labels = {"cka": "CKA", "cka_places": "CKA of patch positions", "mutual_knn": "shared nearest images"}
+    for metric, label in labels.items():
+        available = {teacher for run in runs for teacher in run.curve(metric)["teacher"]}
+        for reference in [*(available & {TOWER}), *sort_teachers(available - {TOWER})]:
             control = {} if metric == "cka_places" else {"control": "permuted", "chance": "permuted images"}
-            other = "the tower" if reference == TOWER else f"the {teacher_title(reference).lower()} teacher"
-            name = f"{label} with {other}"
-            found.append(Measure(f"{metric}_{reference}", metric, name, teacher=reference, **control))
-    return found
+            title = "the tower" if reference == TOWER else f"the {teacher_title(reference).lower()} teacher"
+            axis = f"{label} with {title}"
+            measures.append(Measure(f"{metric}_{reference}", metric, axis, teacher=reference, **control))
+    return measures
 
 
-def sums_plot(runs: Sequence[AlignmentResults], pursuit: str, layer: str) -> Plot:
-    """Share of a patch that so many words explain, at one layer, beside so many random vectors."""
+def pursuit_plot(runs: Sequence[AlignmentResults], pursuit: str, layer: str) -> Plot:
+    """Plots the share of a patch that N words explain at one layer, and N random vectors."""
     lines, counts = [], set()
     for run in reversed(runs):  # as in `measure_plot`
         suffix = "" if len(runs) == 1 else f", {run.label}"
@@ -205,18 +205,18 @@ def sums_plot(runs: Sequence[AlignmentResults], pursuit: str, layer: str) -> Plo
             rows = pd.concat(curves)
             rows = rows[rows["layer"] == layer]
             if control == "none":
-                line = table_line(run.label, tone(run.place), "-", marker(run.place), rows)
+                line = table_line(run.label, tone(run.style_index), "-", marker(run.style_index), rows)
             else:
                 line = table_line(f"random vectors{suffix}", "grey", ":", "", rows, thin=True)
             lines.append(replace(line, x=[float(k) for k in rows["count"]]))
             counts |= set(rows["count"])
     labels = {float(count): str(count) for count in sorted(counts)}
-    title = f"explained at layer {layer}, {SUMS[pursuit]}"
+    title = f"explained at layer {layer}, {PURSUITS[pursuit]}"
     return Plot(title, lines, (list(labels), list(labels.values())), labels, xlabel="words", zero=True)
 
 
 def difference_table(differences: pd.DataFrame) -> dict[str, Any]:
-    """The paired differences that are said, a row per measure and layer, a column per checkpoint."""
+    """Builds the table of paired differences: a row per headline metric and layer, a column per checkpoint."""
     d = differences[differences["layer"].isin(["0", AVERAGE])]
     d = d[d["reference"] == (d["reference"].iloc[0] if len(d) else "")]
     names = list(dict.fromkeys(d["checkpoint"]))
@@ -226,29 +226,29 @@ def difference_table(differences: pd.DataFrame) -> dict[str, Any]:
         for layer in ("0", AVERAGE):
             part = chosen[chosen["layer"] == layer].set_index("checkpoint")
             if len(part):
-                where = "mean over layers" if layer == AVERAGE else "behind the projector"
+                title = "mean over layers" if layer == AVERAGE else "after the projector"
                 cells = [_difference(part.loc[name]) for name in names if name in part.index]
-                rows.append([f"{label}; {where}", *cells])
+                rows.append([f"{label}; {title}", *cells])
     reference = d["reference"].iloc[0] if len(d) else ""
     return {"head": ["", *(f"{name} − {reference}" for name in names)], "rows": rows}
 
 
 def _difference(row: pd.Series) -> dict[str, Any]:
-    text = f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]" if row["n"] else "no finite number"
-    return {"text": text, "beyond": bool(row["ci_low"] > 0 or row["ci_high"] < 0), "seeds": str(row["higher"])}
+    text = f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]" if row["n"] else "no finite score"
+    return {"text": text, "excludes_zero": bool(row["ci_low"] > 0 or row["ci_high"] < 0), "seeds": str(row["higher"])}
 
 
 @dataclass(frozen=True)
 class PatchPicture:
-    """One image, and what its patches are near.
+    """One image and the words of its patches.
 
     Attributes:
-        name: of the image.
+        name: file name of the image.
         photograph: (S, S, 3), uint8.
         grid: rows and columns of the patches.
-        labels: the classes that cover most of it.
+        labels: the classes that cover most of the image.
         words: by layer, the nearest words of every patch.
-        sums: by layer, the words of which every patch is most nearly a sum, with their parts.
+        sums: by layer, the sparse decomposition of every patch: words with coefficients.
         similarity: by layer, the centred cosine of every patch with each label, (patches, labels).
     """
 
@@ -261,33 +261,33 @@ class PatchPicture:
     similarity: dict[str, NDArray[Any]]
 
 
-def read_pictures(run: Path) -> list[PatchPicture]:
-    """Reads `pictures/patches.*` of a run; empty where none were kept."""
+def read_patch_pictures(run: Path) -> list[PatchPicture]:
+    """Reads `pictures/patches.*` of a run; empty if none were saved."""
     source = run / "pictures" / "patches.json"
     if not source.exists():
         return []
     with reading(source, "remove it and measure again"):
-        whole = json.loads(source.read_text(encoding="utf-8"))
+        content = json.loads(source.read_text(encoding="utf-8"))
         tensors = load_file(source.with_suffix(".safetensors"))
-        rows, columns = whole["grid"]
+        rows, columns = content["grid"]
         return [
             PatchPicture(
                 name=entry["image"],
-                photograph=tensors[f"photograph.{number}"],
+                photograph=tensors[f"photograph.{index}"],
                 grid=(rows, columns),
                 labels=entry["labels"],
                 words=entry["words"],
                 sums=entry["sums"],
-                similarity={layer: tensors[f"similarity.{number}.{layer}"] for layer in whole["layers"]},
+                similarity={layer: tensors[f"similarity.{index}.{layer}"] for layer in content["layers"]},
             )
-            for number, entry in enumerate(whole["images"])
+            for index, entry in enumerate(content["images"])
         ]
 
 
 def similarity_figure(picture: PatchPicture) -> Figure:
-    """Photograph, and for every label and layer how near each patch is to the label's word."""
+    """Draws the photograph, and for every label and layer the similarity of each patch to the label's word."""
     layers, rows = list(picture.similarity), len(picture.labels)
-    most = max(float(np.abs(values).max()) for values in picture.similarity.values()) or 1.0
+    limit = max(float(np.abs(values).max()) for values in picture.similarity.values()) or 1.0
     with mpl.rc_context(SCREEN):
         figure = Figure(figsize=(1.5 * (len(layers) + 1), 1.55 * rows + 0.5), layout="constrained")
         grid = figure.subplots(rows, len(layers) + 1, squeeze=False)
@@ -304,70 +304,73 @@ def similarity_figure(picture: PatchPicture) -> Figure:
                     continue
                 layer = layers[column - 1]
                 values = picture.similarity[layer][:, row].reshape(picture.grid)
-                drawn = axes.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most)
+                image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit)
                 if row == 0:
                     axes.set_title(f"layer {layer}", fontsize=9)
-        bar = figure.colorbar(drawn, ax=grid[:, -1], shrink=0.8)
+        bar = figure.colorbar(image, ax=grid[:, -1], shrink=0.8)
         bar.set_label("centred cosine", fontsize=8)
     return figure
 
 
 def sentences(run: AlignmentResults) -> list[str]:
-    """What the numbers say, in words."""
-    found = []
+    """Summarises the results in sentences."""
+    result = []
     tower, after = (_row(run.curve("von_neumann_entropy"), layer) for layer in (TOWER, "0"))
     if tower is not None and after is not None:
-        how = "lower" if after["ci_high"] < tower["ci_low"] else "higher" if after["ci_low"] > tower["ci_high"] else ""
-        change = f"{how} behind the projector" if how else "much the same behind the projector (intervals overlap)"
-        found.append(
-            f"The von Neumann entropy of an image's tokens is {change}: {after['value']:.2f} nats, "
-            f"{tower['value']:.2f} before it."
+        change = (
+            "lower" if after["ci_high"] < tower["ci_low"] else "higher" if after["ci_low"] > tower["ci_high"] else ""
         )
-    kept, chance = (_row(run.curve("mutual_knn", control, teacher=TOWER), "0") for control in ("none", "permuted"))
-    if kept is not None and chance is not None:
-        found.append(
-            f"Of an image's nearest images before the projector {_percent(kept)} are its nearest behind it too, by "
-            f"chance {_percent(chance)}."
+        note = "" if change else " (intervals overlap)"
+        result.append(
+            f"The von Neumann entropy of an image's tokens is {change or 'similar'} after the projector{note}: "
+            f"{after['value']:.2f} nats, {tower['value']:.2f} before it."
         )
-    own, chance = (_row(run.curve("word_retrieval", control, "centred"), "0") for control in ("none", "permuted"))
-    if own is not None and chance is not None:
-        found.append(
-            f"Behind the projector the nearest of the labels' words is the right one for {_percent(own)} of "
-            f"the labelled patches, with labels permuted for {_percent(chance)}: "
-            + (_doubt(own, chance) or "patches say the words for what they show")
+    shared, chance = (_row(run.curve("mutual_knn", control, teacher=TOWER), "0") for control in ("none", "permuted"))
+    if shared is not None and chance is not None:
+        result.append(
+            f"{_percent(shared)} of an image's nearest images before the projector remain its nearest after it; "
+            f"chance: {_percent(chance)}."
+        )
+    retrieved, chance = (_row(run.curve("word_retrieval", control, "centred"), "0") for control in ("none", "permuted"))
+    if retrieved is not None and chance is not None:
+        result.append(
+            f"After the projector the nearest label word is correct for {_percent(retrieved)} of the labelled patches, "
+            f"with permuted labels for {_percent(chance)}: "
+            + (_caveat(retrieved, chance) or "patches are close to the words for what they show")
             + "."
         )
         curve = run.curve("word_retrieval", "none", "centred")
         best = curve.loc[curve["value"].idxmax()]
-        if best["layer"] != "0" and not _doubt(own, chance):
-            found.append(f"The share is largest at layer {best['layer']}: {_percent(best)}.")
+        if best["layer"] != "0" and not _caveat(retrieved, chance):
+            result.append(f"The share is largest at layer {best['layer']}: {_percent(best)}.")
     curve, chances = (run.curve("lens_retrieval", control, "final norm") for control in ("none", "permuted"))
     if len(curve):
         best = curve.loc[curve["value"].idxmax()]
         chance = _row(chances, best["layer"])
-        assert chance is not None  # the same images
-        doubt = _doubt(best, chance)
-        found.append(
-            f"Through the logit lens the right label is likeliest for at most {_percent(best)} of the labelled patches "
-            f"(layer {best['layer']}; labels permuted {_percent(chance)}){f': {doubt}' if doubt else ''}."
+        assert chance is not None  # computed on the same images
+        caveat = _caveat(best, chance)
+        result.append(
+            f"With the logit lens the correct label is the most likely for at most {_percent(best)} of the labelled "
+            f"patches (layer {best['layer']}; permuted labels: {_percent(chance)}){f': {caveat}' if caveat else ''}."
         )
-    whole, chance = (
+    explained, chance = (
         _row(run.curve("explained_energy_8", control, "orthogonal"), "0") for control in ("none", "random")
     )
-    if whole is not None and chance is not None:
-        how = "more" if whole["ci_low"] > chance["ci_high"] else "less" if whole["ci_high"] < chance["ci_low"] else ""
-        found.append(
-            f"Eight words explain {_percent(whole)} of a patch behind the projector, eight random vectors "
-            f"{_percent(chance)}" + (f": words explain {how}." if how else ": no clear difference (intervals overlap).")
+    if explained is not None and chance is not None:
+        more, less = explained["ci_low"] > chance["ci_high"], explained["ci_high"] < chance["ci_low"]
+        verdict = "words explain more" if more else "words explain less" if less else "the intervals overlap"
+        result.append(
+            f"Eight words explain {_percent(explained)} of a patch after the projector, eight random vectors "
+            f"{_percent(chance)}: {verdict}."
         )
-    return found
+    return result
 
 
-def _doubt(own: pd.Series, chance: pd.Series) -> str:
-    """Why a number says nothing, or an empty string where it is clearly above its control."""
-    if own["value"] <= chance["value"]:
+def _caveat(row: pd.Series, chance: pd.Series) -> str:
+    """Returns an empty string if a value is clearly above chance."""
+    if row["value"] <= chance["value"]:
         return "no more than chance"
-    return "" if own["ci_low"] > chance["ci_high"] else "not clearly more than chance (intervals overlap)"
+    return "" if row["ci_low"] > chance["ci_high"] else "not clearly more than chance (intervals overlap)"
 
 
 def _percent(row: pd.Series) -> str:

@@ -18,13 +18,13 @@ from probing.runs.directory import runs_in
 from probing.utils.errors import UserError
 from probing.utils.files import RESTORE_ADVICE, read_json
 from reports.charts import PROBES
-from reports.images import picture
+from reports.images import png_data_uri
 from reports.results import RunResults, load_runs, metric_label, read_results, teacher_title, unique_labels
 from reports.styles import DOUBLE, LIGHT, PAPER, SCREEN, SINGLE, marker, tone
 from reports.summary import METRIC, PROTOCOL
 
 MIDDLE = (0.25, 0.75)
-"""The layers over which a checkpoint's quality is averaged, as shares of its depth."""
+"""Range of layers over which probe quality is averaged, as fractions of the depth."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class BenchmarkResults:
     """One run of `probing bench`.
 
     Attributes:
-        label: name for tables, unique for its benchmark.
-        path: its folder.
+        label: name in tables, unique within its benchmark.
+        path: the run's folder.
         results: `results.csv`.
-        manifest: what it was made of.
+        manifest: `manifest.json`.
     """
 
     label: str
@@ -45,18 +45,18 @@ class BenchmarkResults:
 
     @property
     def benchmark(self) -> str:
-        """Which one."""
+        """Returns the name of the benchmark."""
         return str(self.manifest["benchmark"])
 
     def row(self, part: str, metric: str = ACCURACY) -> pd.Series | None:
-        """Returns the row of one part of the benchmark; None where it has none."""
+        """Returns the row of one part of the benchmark; None if there is none."""
         r = self.results
         rows = r[(r["variant"] == part) & (r["metric"] == metric)]
         return rows.iloc[0] if len(rows) else None
 
     @property
     def parts(self) -> list[str]:
-        """Parts of the benchmark that have an accuracy, the whole one first."""
+        """Returns the parts of the benchmark that have an accuracy, the overall one first."""
         return list(dict.fromkeys(self.results.loc[self.results["metric"] == ACCURACY, "variant"]))
 
 
@@ -64,44 +64,44 @@ def load_benchmarks(paths: Sequence[Path]) -> list[BenchmarkResults]:
     """Reads finished runs of `probing bench`, and folders of them.
 
     Raises:
-        UserError: one has no results.
+        UserError: a run has no results.
     """
-    found = []
+    loaded = []
     for folder, run in ((path, run) for path in paths for run in runs_in(path) or [path]):
         if not (run / "results.csv").exists():
-            raise UserError(f"{run} has no results; type the probing bench that made it once more")
+            raise UserError(f"{run} has no results; repeat its probing bench command")
         manifest = read_json(run / "manifest.json", RESTORE_ADVICE)
         name = f"{folder.resolve().name}, {run.name}" if runs_in(folder) else manifest["checkpoint"]["name"]
-        found.append((name, run, read_results(run / "results.csv"), manifest))
-    labels = labels_by_benchmark([(name, run, manifest["benchmark"]) for name, run, _, manifest in found])
+        loaded.append((name, run, read_results(run / "results.csv"), manifest))
+    labels = labels_by_benchmark([(name, run, manifest["benchmark"]) for name, run, _, manifest in loaded])
     return [
         BenchmarkResults(label, run, results, manifest)
-        for label, (_, run, results, manifest) in zip(labels, found, strict=True)
+        for label, (_, run, results, manifest) in zip(labels, loaded, strict=True)
     ]
 
 
-def arm_labels(paths: Sequence[Path]) -> list[str]:
-    """A name for each run of `probing bench`, or folder of runs that are the seeds of one checkpoint.
+def run_labels(paths: Sequence[Path]) -> list[str]:
+    """Returns a label for each run of `probing bench`, or folder of runs over the seeds of a checkpoint.
 
     Raises:
         UserError: a manifest cannot be read.
     """
-    found = []
+    runs = []
     for path in paths:
         manifest = read_json((runs_in(path) or [path])[0] / "manifest.json", RESTORE_ADVICE)
         name = path.resolve().name if runs_in(path) else manifest["checkpoint"]["name"]
-        found.append((name, path, manifest["benchmark"]))
-    return labels_by_benchmark(found)
+        runs.append((name, path, manifest["benchmark"]))
+    return labels_by_benchmark(runs)
 
 
 def labels_by_benchmark(runs: Sequence[tuple[str, Path, str]]) -> list[str]:
-    """Names that are unique among the runs of a benchmark, from name, folder and benchmark of each."""
+    """Makes names unique within each benchmark, from name, folder and benchmark of each run."""
     labels: dict[int, str] = {}
     for benchmark in {benchmark for *_, benchmark in runs}:
-        places = [place for place, run in enumerate(runs) if run[2] == benchmark]
-        unique = unique_labels([runs[place][0] for place in places], [runs[place][1] for place in places])
-        labels |= dict(zip(places, unique, strict=True))
-    return [labels[place] for place in range(len(runs))]
+        indices = [index for index, run in enumerate(runs) if run[2] == benchmark]
+        unique = unique_labels([runs[index][0] for index in indices], [runs[index][1] for index in indices])
+        labels |= dict(zip(indices, unique, strict=True))
+    return [labels[index] for index in range(len(runs))]
 
 
 def _title(runs: Sequence[BenchmarkResults], benchmark: str) -> str:
@@ -109,18 +109,18 @@ def _title(runs: Sequence[BenchmarkResults], benchmark: str) -> str:
 
 
 def accuracy_table(runs: Sequence[BenchmarkResults], benchmark: str) -> dict[str, Any]:
-    """Accuracies of one benchmark: a row per part, a column per checkpoint, and one for guessing."""
-    there = [run for run in runs if run.benchmark == benchmark]
-    parts = list(dict.fromkeys(part for run in there for part in run.parts))
-    table = {part: [run.row(part) for run in there] for part in parts}
+    """Builds the table of accuracies: a row per part, a column per checkpoint, and a column for chance."""
+    selected = [run for run in runs if run.benchmark == benchmark]
+    parts = list(dict.fromkeys(part for run in selected for part in run.parts))
+    table = {part: [run.row(part) for run in selected] for part in parts}
     chances = {part: next((r["chance"] for r in row if r is not None), math.nan) for part, row in table.items()}
-    guesses = not all(map(math.isnan, chances.values()))
+    has_chance = not all(map(math.isnan, chances.values()))
     rows = []
-    for part, found in table.items():
-        extra = ["" if math.isnan(chances[part]) else f"{chances[part]:.3f}"] if guesses else []
-        rows.append([part_label(part), *map(_cell, found), *extra])
-    head = ["part", *(run.label for run in there), *(["guessing"] if guesses else [])]
-    return {"title": _title(runs, benchmark), "head": head, "rows": rows, "notes": _notes(there)}
+    for part, accuracies in table.items():
+        chance = ["" if math.isnan(chances[part]) else f"{chances[part]:.3f}"] if has_chance else []
+        rows.append([part_label(part), *map(_cell, accuracies), *chance])
+    head = ["part", *(run.label for run in selected), *(["chance"] if has_chance else [])]
+    return {"title": _title(runs, benchmark), "head": head, "rows": rows, "notes": _notes(selected)}
 
 
 def _cell(row: pd.Series | None) -> str:
@@ -128,7 +128,7 @@ def _cell(row: pd.Series | None) -> str:
 
 
 def answer_differences(differences: pd.DataFrame | None, benchmark: str) -> list[list[str]]:
-    """Rows of a table of paired differences: pair, part, difference with its interval, questions."""
+    """Builds the rows of the table of paired differences: pair, part, difference, questions."""
     if differences is None:
         return []
     return [
@@ -145,31 +145,32 @@ def answer_differences(differences: pd.DataFrame | None, benchmark: str) -> list
 
 
 def _notes(runs: Sequence[BenchmarkResults]) -> list[str]:
-    known, notes = BENCHMARKS[runs[0].benchmark], []
-    if {run.manifest["data"]["questions"] for run in runs} != {known.size}:
-        notes.append(f"Not {known.title} as published, which has {known.size} questions: not to be held against it.")
+    published, notes = BENCHMARKS[runs[0].benchmark], []
+    if {run.manifest["data"]["questions"] for run in runs} != {published.size}:
+        title = f"{published.title} as published, which has {published.size} questions"
+        notes.append(f"Not {title}: the accuracies are not comparable with published ones.")
     for run in runs:
-        unread, asked = run.manifest["unreadable"], run.manifest["data"]["questions"]
+        unparsed, questions = run.manifest["unreadable"], run.manifest["data"]["questions"]
         if skipped := run.manifest.get("skipped"):
-            notes.append(f"{run.label}: {len(skipped)} questions are left out, as their images cannot be read.")
-        if unread:
-            notes.append(f"{run.label}: {unread} of {asked} answers could not be read, and count as wrong.")
+            notes.append(f"{run.label}: {len(skipped)} questions are skipped because their images cannot be read.")
+        if unparsed:
+            notes.append(f"{run.label}: {unparsed} of {questions} answers could not be parsed and count as wrong.")
     if len({run.manifest["data"]["digest"] for run in runs}) > 1:
-        notes.append("The checkpoints were not asked the same questions: their accuracies cannot be compared.")
+        notes.append("The checkpoints answered different questions: their accuracies cannot be compared.")
     return notes
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Representation quality against accuracy, of one teacher, probe and benchmark.
+    """Probe quality against accuracy, for one teacher, probe and benchmark.
 
     Attributes:
-        benchmark: which one.
-        name: what it is called.
-        teacher: whose features are read.
-        probe: by which probe.
-        points: checkpoint, layers, quality, accuracy, ci_low, ci_high.
-        correlation: None where there are too few checkpoints, or one of the two is the same for all.
+        benchmark: its name in recipes.
+        name: its title.
+        teacher: name of the teacher.
+        probe: kind of probe.
+        points: columns checkpoint, layers, quality, accuracy, ci_low, ci_high.
+        correlation: None if there are too few checkpoints, or quality or accuracy is constant.
     """
 
     benchmark: str
@@ -181,67 +182,68 @@ class Panel:
 
     @property
     def title(self) -> str:
-        """What it shows."""
+        """Returns teacher and probe."""
         return f"{teacher_title(self.teacher)}, {PROBES[self.probe]}"
 
     @property
     def sentence(self) -> str:
-        """What can be said of it."""
+        """Describes the rank correlation."""
         count = len(self.points)
         if count < LEAST:
             have = "1 checkpoint has" if count == 1 else f"{count} checkpoints have"
-            return f"{self.name}: {have} both probes and answers; no rank correlation of fewer than {LEAST}."
-        place = f"{self.name}, {self.title}"
+            return f"{self.name}: {have} both probes and answers; a rank correlation needs {LEAST}."
+        subject = f"{self.name}, {self.title}"
         if self.correlation is None:
-            return f"{place}: no rank correlation, since one of the two is the same for all {count} checkpoints."
+            return f"{subject}: no rank correlation, since quality or accuracy is the same for all {count} checkpoints."
         rho, tau = (
             f"{one.value:+.2f} [{one.low:+.2f}, {one.high:+.2f}]"
             for one in (self.correlation.rho, self.correlation.tau)
         )
-        few = f" So few checkpoints (fewer than {FEW}) say little, whatever the number." if count < FEW else ""
-        return f"{place}: Spearman's ρ = {rho}, Kendall's τ = {tau} over {count} checkpoints.{few}"
+        few = f" With fewer than {FEW} checkpoints this is weak evidence." if count < FEW else ""
+        return f"{subject}: Spearman's ρ = {rho}, Kendall's τ = {tau} over {count} checkpoints.{few}"
 
 
-def same_checkpoint(manifest: dict[str, Any]) -> str:
-    """What two runs of the same checkpoint share: its hash, or where there is none its path."""
+def checkpoint_key(manifest: dict[str, Any]) -> str:
+    """Returns the identity of a checkpoint: its hash, or its path if it has none."""
     checkpoint = manifest["checkpoint"]
     return str(checkpoint["path"] if str(checkpoint["sha256"]).endswith("None") else checkpoint["sha256"])
 
 
-def quality(run: RunResults, teacher: str, probe: str) -> tuple[float, str] | None:
-    """Mean centred cosine over the probed layers in the middle of a checkpoint, and which they are; None without."""
+def middle_layer_quality(run: RunResults, teacher: str, probe: str) -> tuple[float, str] | None:
+    """Returns the mean centred cosine over the middle layers, and their names; None without scores."""
     curve = run.curve(teacher, probe, "none", METRIC, PROTOCOL)
-    low, high = (share * run.depth for share in MIDDLE)
-    chosen = curve[[layer.isdecimal() and low <= int(layer) <= high for layer in curve["layer"]]]
-    return (float(chosen["value"].mean()), " ".join(chosen["layer"])) if len(chosen) else None
+    low, high = (fraction * run.depth for fraction in MIDDLE)
+    middle = curve[[layer.isdecimal() and low <= int(layer) <= high for layer in curve["layer"]]]
+    return (float(middle["value"].mean()), " ".join(middle["layer"])) if len(middle) else None
 
 
-def panels(probed: Sequence[RunResults], asked: Sequence[BenchmarkResults]) -> list[Panel]:
-    """Joins runs with probes and runs of benchmarks by their checkpoints.
+def panels(probed: Sequence[RunResults], benchmarks: Sequence[BenchmarkResults]) -> list[Panel]:
+    """Joins runs with probes and runs of benchmarks by checkpoint.
 
     Args:
         probed: one run per checkpoint.
-        asked: any number per checkpoint; of one benchmark the first counts.
+        benchmarks: any number of runs per checkpoint; the first of each benchmark is used.
     """
-    found = []
-    for benchmark in dict.fromkeys(run.benchmark for run in asked):
+    result = []
+    for benchmark in dict.fromkeys(run.benchmark for run in benchmarks):
         answers: dict[str, BenchmarkResults] = {}
-        for one in (one for one in asked if one.benchmark == benchmark):
-            answers.setdefault(same_checkpoint(one.manifest), one)
-        both = [(run, answers[key]) for run in probed if (key := same_checkpoint(run.manifest)) in answers]
+        for run in benchmarks:
+            if run.benchmark == benchmark:
+                answers.setdefault(checkpoint_key(run.manifest), run)
+        joined = [(probes, answers[key]) for probes in probed if (key := checkpoint_key(probes.manifest)) in answers]
         for probe in PROBES:
             for teacher in dict.fromkeys(name for run in probed for name in run.teachers):
                 rows = []
-                for run, answered in both:
-                    read, row = quality(run, teacher, probe), answered.row("")
-                    if read is not None and row is not None:
-                        place = {"checkpoint": run.label, "layers": read[1], "quality": read[0]}
-                        rows.append(place | {name: float(row[name]) for name in ("value", "ci_low", "ci_high")})
+                for probes, answered in joined:
+                    quality, row = middle_layer_quality(probes, teacher, probe), answered.row("")
+                    if quality is not None and row is not None:
+                        point = {"checkpoint": probes.label, "layers": quality[1], "quality": quality[0]}
+                        rows.append(point | {name: float(row[name]) for name in ("value", "ci_low", "ci_high")})
                 if rows:
                     points = pd.DataFrame(rows).rename(columns={"value": "accuracy"})
-                    name = _title(asked, benchmark)
-                    found.append(Panel(benchmark, name, teacher, probe, points, _correlation(points)))
-    return found
+                    name = _title(benchmarks, benchmark)
+                    result.append(Panel(benchmark, name, teacher, probe, points, _correlation(points)))
+    return result
 
 
 def _correlation(points: pd.DataFrame) -> RankCorrelation | None:
@@ -250,50 +252,52 @@ def _correlation(points: pd.DataFrame) -> RankCorrelation | None:
     return rank_correlation(points["quality"].to_numpy(), points["accuracy"].to_numpy())
 
 
-def not_alike(probed: Sequence[RunResults]) -> list[str]:
-    """Why the qualities of some checkpoints cannot be held against each other, a sentence each."""
-    said = []
-    for what, values in {
+def comparability_warnings(probed: Sequence[RunResults]) -> list[str]:
+    """Explains why probe quality cannot be compared between runs, one sentence per reason."""
+    warnings = []
+    for name, values in {
         "held-out images": {run.manifest["data"]["eval_digest"] for run in probed},
         "training images": {run.manifest["data"]["train_digest"] for run in probed},
-        "teachers": {str({n: t["sha256"] for n, t in run.manifest["teachers"].items()}) for run in probed},
+        "teachers": {
+            str({key: teacher["sha256"] for key, teacher in run.manifest["teachers"].items()}) for run in probed
+        },
     }.items():
         if len(values) > 1:
-            said.append(f"The runs with probes differ in their {what}: their qualities cannot be compared.")
-    return said
+            warnings.append(f"The runs with probes differ in their {name}: their qualities cannot be compared.")
+    return warnings
 
 
-def quality_figure(drawn: Sequence[Panel], place: Mapping[str, int], paper: bool = False) -> Figure:
-    """A panel per teacher and a row per probe, a point per checkpoint; all of one benchmark.
+def quality_figure(panels: Sequence[Panel], style_indices: Mapping[str, int], paper: bool = False) -> Figure:
+    """Draws probe quality against accuracy: a column per teacher, a row per probe, a point per checkpoint.
 
     Args:
-        drawn: the panels.
-        place: the number of every checkpoint, see `reports.styles`.
-        paper: in the size of a paper.
+        panels: panels of one benchmark.
+        style_indices: by checkpoint, see `reports.styles`.
+        paper: whether to use the size of a paper.
     """
-    teachers = list(dict.fromkeys(panel.teacher for panel in drawn))
-    probes = list(dict.fromkeys(panel.probe for panel in drawn))
-    names = list(dict.fromkeys(name for panel in drawn for name in panel.points["checkpoint"]))
+    teachers = list(dict.fromkeys(panel.teacher for panel in panels))
+    probes = list(dict.fromkeys(panel.probe for panel in panels))
+    names = list(dict.fromkeys(name for panel in panels for name in panel.points["checkpoint"]))
     with mpl.rc_context(PAPER if paper else SCREEN):
         width = (SINGLE if len(teachers) == 1 else DOUBLE) if paper else 3.4 * len(teachers)
         height = (2.0 if paper else 2.9) * len(probes) + 0.5
         figure = Figure(figsize=(width, height), layout="constrained")
         grid = figure.subplots(len(probes), len(teachers), squeeze=False, sharey=True)
-        for panel in drawn:
+        for panel in panels:
             axes = grid[probes.index(panel.probe), teachers.index(panel.teacher)]
             for _, point in panel.points.iterrows():
-                number = place[point["checkpoint"]]
+                style_index = style_indices[point["checkpoint"]]
                 error = np.array([[point["accuracy"] - point["ci_low"]], [point["ci_high"] - point["accuracy"]]])
                 axes.errorbar(
                     point["quality"], point["accuracy"], yerr=error.clip(min=0), label=point["checkpoint"],
-                    color=LIGHT[tone(number)], marker=marker(number), capsize=2, linewidth=1,
+                    color=LIGHT[tone(style_index)], marker=marker(style_index), capsize=2, linewidth=1,
                 )  # fmt: skip
             rho = "" if panel.correlation is None else f"\nρ = {panel.correlation.rho.value:+.2f}"
-            few = f", {len(panel.points)} checkpoints" if rho else ""
-            axes.set_title(f"{panel.title}{rho}{few}", loc="left")
+            count = f", {len(panel.points)} checkpoints" if rho else ""
+            axes.set_title(f"{panel.title}{rho}{count}", loc="left")
             axes.set_xlabel(f"{metric_label(METRIC, PROTOCOL)}, middle layers")
         for row in grid:
-            row[0].set_ylabel(f"accuracy, {drawn[0].name}")
+            row[0].set_ylabel(f"accuracy, {panels[0].name}")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 4), frameon=False)
     return figure
@@ -304,23 +308,23 @@ class Chapter:
     """The chapter on benchmarks.
 
     Attributes:
-        runs: of benchmarks.
-        panels: by benchmark, those that can be drawn.
-        points: all that stands in the panels; None without.
-        sentences: what can be said of them.
-        place: the number of every checkpoint that has both probes and answers.
-        differences: of accuracies, from `probing compare`.
+        runs: runs of `probing bench`.
+        panels: panels with a correlation, by benchmark.
+        points: all points of the panels; None without.
+        sentences: descriptions of the correlations.
+        style_indices: by checkpoint with probes and answers.
+        differences: paired differences of accuracy, from `probing compare`.
     """
 
     runs: Sequence[BenchmarkResults]
     panels: dict[str, list[Panel]]
     points: pd.DataFrame | None
     sentences: list[str]
-    place: dict[str, int]
+    style_indices: dict[str, int]
     differences: pd.DataFrame | None = None
 
-    def values(self) -> dict[str, Any]:
-        """What the page's template asks for."""
+    def template_values(self) -> dict[str, Any]:
+        """Returns the variables of the template."""
         return {
             "benchmark_runs": self.runs,
             "benchmark_tables": [
@@ -329,41 +333,44 @@ class Chapter:
             ],
             "benchmark_figures": [
                 {
-                    "src": picture(quality_figure(drawn, self.place), dpi=130),
-                    "alt": f"Quality of the representations against accuracy, {drawn[0].name}",
+                    "src": png_data_uri(quality_figure(panels, self.style_indices), dpi=130),
+                    "alt": f"Probe quality against accuracy, {panels[0].name}",
                 }
-                for name, drawn in self.panels.items()
-                if drawn
+                for name, panels in self.panels.items()
+                if panels
             ],
             "benchmark_sentences": self.sentences,
         }
 
 
 def chapter(
-    probed: Sequence[Path], asked: Sequence[BenchmarkResults], differences: pd.DataFrame | None = None
+    probed: Sequence[Path], benchmarks: Sequence[BenchmarkResults], differences: pd.DataFrame | None = None
 ) -> Chapter:
-    """Joins runs with probes and runs of benchmarks, checkpoint by checkpoint.
+    """Joins runs with probes and runs of benchmarks by checkpoint.
 
     Args:
-        probed: runs with probes, and folders of them, in the order that gives checkpoints their numbers.
-        asked: runs of benchmarks.
-        differences: of accuracies, from `probing compare`.
+        probed: runs with probes, and folders of them, in the order of their style indices.
+        benchmarks: runs of `probing bench`.
+        differences: paired differences of accuracy, from `probing compare`.
     """
-    single = [
-        (run, number)
-        for number, path in enumerate(probed)
+    evaluated = [
+        (run, index)
+        for index, path in enumerate(probed)
         for run in runs_in(path) or [path]
         if (run / "results.csv").exists()
     ]
-    runs = load_runs([run for run, _ in single])
-    joined = panels(runs, asked)
-    sentences = list(dict.fromkeys(panel.sentence for panel in joined)) + (not_alike(runs) if joined else [])
+    runs = load_runs([run for run, _ in evaluated])
+    joined = panels(runs, benchmarks)
+    sentences = list(dict.fromkeys(panel.sentence for panel in joined)) + (
+        comparability_warnings(runs) if joined else []
+    )
     if runs and not joined:
-        sentences = ["No checkpoint has both probes and answers: none of the runs are of the same weights."]
+        sentences = ["No checkpoint has both probes and answers: no two runs have the same weights."]
     points = [p.points.assign(benchmark=p.benchmark, teacher=p.teacher, probe=p.probe) for p in joined]
-    drawn = {
+    by_benchmark = {
         name: [panel for panel in joined if panel.benchmark == name and panel.correlation is not None]
-        for name in dict.fromkeys(run.benchmark for run in asked)
+        for name in dict.fromkeys(run.benchmark for run in benchmarks)
     }
-    place = {run.label: number for run, (_, number) in zip(runs, single, strict=True)}
-    return Chapter(asked, drawn, pd.concat(points) if points else None, sentences, place, differences)
+    style_indices = {run.label: index for run, (_, index) in zip(runs, evaluated, strict=True)}
+    frame = pd.concat(points) if points else None
+    return Chapter(benchmarks, by_benchmark, frame, sentences, style_indices, differences)

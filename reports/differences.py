@@ -1,4 +1,4 @@
-"""Paired differences, seen from any of the checkpoints."""
+"""Paired differences with any checkpoint as reference."""
 
 import pandas as pd
 
@@ -6,32 +6,31 @@ from reports.results import sort_measures
 
 
 def references(differences: pd.DataFrame) -> list[str]:
-    """Every checkpoint that differences can be taken from, the first one first."""
+    """Returns every checkpoint that can be the reference, the first one first."""
     return list(dict.fromkeys([*differences["reference"], *differences["checkpoint"]]))
 
 
-def against(differences: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """The differences from one checkpoint, in the order of the others.
+def differences_from(differences: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Selects the differences from one reference.
 
-    A pair is compared once. Seen from the other side a difference has the other sign, and so has its interval: the
-    ends change places.
+    Each pair is compared once; if the reference is the other checkpoint of a pair, value and interval are negated.
     """
-    own = differences[differences["reference"] == reference]
-    other = differences[(differences["checkpoint"] == reference) & (differences["reference"] != reference)]
-    turned = other.assign(
-        checkpoint=other["reference"],
+    direct = differences[differences["reference"] == reference]
+    reverse = differences[(differences["checkpoint"] == reference) & (differences["reference"] != reference)]
+    negated = reverse.assign(
+        checkpoint=reverse["reference"],
         reference=reference,
-        value=-other["value"],
-        ci_low=-other["ci_high"],
-        ci_high=-other["ci_low"],
-        seeds=[", ".join(reversed(str(seeds).split(", "))) for seeds in other["seeds"]],
+        value=-reverse["value"],
+        ci_low=-reverse["ci_high"],
+        ci_high=-reverse["ci_low"],
+        seeds=[", ".join(reversed(str(seeds).split(", "))) for seeds in reverse["seeds"]],
         higher="",
     )
-    return pd.concat([turned, own], ignore_index=True)
+    return pd.concat([negated, direct], ignore_index=True)
 
 
-def measures_of(differences: pd.DataFrame, first: tuple[str, str]) -> list[tuple[str, str]]:
-    """Metric and protocol of all differences of probes; the one that is read first stands first."""
+def compared_metrics(differences: pd.DataFrame, first: tuple[str, str]) -> list[tuple[str, str]]:
+    """Returns metric and protocol of all differences of probes, `first` before the others."""
     probed = differences[differences["probe"] != ""]
-    there = sort_measures(zip(probed["metric"], probed["protocol"], strict=True))
-    return sorted(there, key=lambda measure: measure != first)
+    metrics = sort_measures(zip(probed["metric"], probed["protocol"], strict=True))
+    return sorted(metrics, key=lambda metric: metric != first)

@@ -1,4 +1,4 @@
-"""Picture grids, after Figs. VI–VIII of OLA-VLM: what the decoders make of each layer, below photograph and teacher."""
+"""Grids of decoded images by layer, below photograph and teacher (OLA-VLM, Figs. VI–VIII)."""
 
 import json
 from collections.abc import Sequence
@@ -20,76 +20,78 @@ from probing.utils.files import reading
 from reports.results import layer_rank
 from reports.styles import SCREEN
 
-MOST_ROWS = 12
-"""Layers in one grid that is drawn as a whole, evenly chosen where there are more."""
+MAX_ROWS = 12
+"""Maximal number of layers in a grid; more are sampled evenly."""
 CLASS_COLOURS = (
     *("#332288", "#DDCC77", "#117733", "#CC6677", "#88CCEE", "#882255"),
     *("#999933", "#AA4499", "#44AA99", "#661100", "#6699CC", "#EE8866"),
 )
-"""Colours of the classes that cover most, after Paul Tol's muted scheme; dark and light take turns, for grey print."""
-OTHER = "#808080"
+"""Colours of the largest classes, after Paul Tol's muted scheme; dark and light alternate for grey print."""
+OTHER_COLOUR = "#808080"
 """Colour of all other classes."""
 DEPTH_COLOURS = "magma"
-"""Perceptually uniform, and ordered by lightness, so it survives grey print."""
+"""Perceptually uniform colour map, ordered by lightness for grey print."""
 OVERLAY = 0.6
 """Opacity of class colours over the photograph."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Pictures of one teacher and kind of probe.
+    """Decoded images of one teacher and kind of probe.
 
     Attributes:
         teacher: `depth`, `seg` or `gen`.
         probe: `resampler` or `ridge`.
         photographs: (columns, S, S, 3), uint8.
-        own: what the decoder makes of the teacher's own feature.
-        layers: the same of the probe's output, by layer, in order.
+        teacher_pictures: the decoded teacher's feature, (columns, S, S) or (columns, S, S, 3).
+        layers: the decoded probe's output, by layer, in order.
         classes: names of the classes, for seg.
     """
 
     teacher: str
     probe: str
     photographs: NDArray[np.uint8]
-    own: NDArray[Any]
+    teacher_pictures: NDArray[Any]
     layers: dict[str, NDArray[Any]]
     classes: list[str]
 
 
 def read_grids(run: Path) -> list[Grid]:
-    """Reads `pictures/` of a run; of several seeds the first is shown."""
+    """Reads `pictures/` of a run; of several seeds the first."""
     grids = []
     for teacher in ("depth", "seg", "gen"):
         for file in sorted((run / "pictures").glob(f"{teacher}-*.safetensors")):
-            found: dict[tuple[str, str], dict[str, tuple[int, NDArray[Any]]]] = {}
-            with reading(file, "remove it and evaluate again"), safe_open(file, framework="np") as stored:
-                for key in stored.keys():  # noqa: SIM118
+            stored: dict[tuple[str, str], dict[str, tuple[int, NDArray[Any]]]] = {}
+            with reading(file, "remove it and evaluate again"), safe_open(file, framework="np") as tensors:
+                for key in tensors.keys():  # noqa: SIM118
                     _, layer, probe, control, _, _, _, seed = key.partition(":")[2].split("/")
-                    layers = found.setdefault((probe, control), {})
+                    layers = stored.setdefault((probe, control), {})
                     if layer not in layers or int(seed) < layers[layer][0]:
-                        layers[layer] = (int(seed), stored.get_tensor(key))
+                        layers[layer] = (int(seed), tensors.get_tensor(key))
             classes = file.with_name("classes.json")
             names = json.loads(classes.read_text(encoding="utf-8")) if teacher == "seg" and classes.exists() else []
             for probe in ("resampler", "ridge"):
-                rows = found.get((probe, "none"), {})
+                rows = stored.get((probe, "none"), {})
                 pictures = {layer: rows[layer][1] for layer in sorted(rows, key=layer_rank)}
                 if pictures:
-                    photographs, own = (found[kind, "teacher"][""][1] for kind in ("photograph", "target"))
-                    grids.append(Grid(teacher, probe, photographs, own, pictures, names))
+                    photographs, teacher_pictures = (
+                        stored[kind, "teacher"][""][1] for kind in ("photograph", "target")
+                    )
+                    grids.append(Grid(teacher, probe, photographs, teacher_pictures, pictures, names))
     return grids
 
 
-def spread(layers: list[str]) -> list[str]:
-    """At most `MOST_ROWS` of the layers, evenly chosen, first and last among them."""
-    if len(layers) <= MOST_ROWS:
+def sample_layers(layers: list[str]) -> list[str]:
+    """Samples at most `MAX_ROWS` layers evenly, including first and last."""
+    if len(layers) <= MAX_ROWS:
         return layers
-    return [layers[i] for i in np.linspace(0, len(layers) - 1, MOST_ROWS).round().astype(int)]
+    return [layers[i] for i in np.linspace(0, len(layers) - 1, MAX_ROWS).round().astype(int)]
 
 
 def grid_figure(grid: Grid) -> Figure:
-    """Rows: photograph, teacher, layers; columns: images."""
-    rows: list[tuple[str, NDArray[Any]]] = [("photograph", grid.photographs), ("teacher", grid.own)]
-    rows += [(layer_title(layer), grid.layers[layer]) for layer in spread(list(grid.layers))]
+    """Draws a grid with photograph, teacher and layers as rows, and images as columns."""
+    rows: list[tuple[str, NDArray[Any]]] = [("photograph", grid.photographs), ("teacher", grid.teacher_pictures)]
+    rows += [(layer_title(layer), grid.layers[layer]) for layer in sample_layers(list(grid.layers))]
     columns = len(grid.photographs)
     colours = class_colours([grid]) if grid.teacher == "seg" else {}
     with mpl.rc_context(SCREEN):
@@ -108,7 +110,7 @@ def grid_figure(grid: Grid) -> Figure:
                 ax=axes, location="bottom", shrink=0.6, aspect=30, ticks=[0, 1],
             )  # fmt: skip
             bar.set_ticklabels(["far", "near"])
-            bar.set_label("one scale per column, the teacher's")
+            bar.set_label("scale of the teacher, per column")
         if colours:
             handles = [Patch(color=colour, label=class_name(grid, label)) for label, colour in colours.items()]
             figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, 4), frameon=False)
@@ -116,23 +118,23 @@ def grid_figure(grid: Grid) -> Figure:
 
 
 def class_name(grid: Grid, label: int) -> str:
-    """Its name, or its number where it has none."""
+    """Returns the name of a class, or its number if it has none."""
     return grid.classes[label] if label < len(grid.classes) else f"class {label}"
 
 
 def class_colours(grids: Sequence[Grid]) -> dict[int, str]:
-    """A colour per class, for the classes that cover most."""
+    """Assigns colours to the largest classes."""
     counts = np.zeros(256, dtype=np.int64)
     for grid in grids:
-        for picture in (grid.own, *grid.layers.values()):
+        for picture in (grid.teacher_pictures, *grid.layers.values()):
             counts += np.bincount(picture.ravel(), minlength=256)
-    there = [int(label) for label in np.argsort(-counts, kind="stable") if counts[label]]
-    largest = sorted(there[: len(CLASS_COLOURS)])
+    by_area = [int(label) for label in np.argsort(-counts, kind="stable") if counts[label]]
+    largest = sorted(by_area[: len(CLASS_COLOURS)])
     return dict(zip(largest, CLASS_COLOURS, strict=False))
 
 
 def layer_title(layer: str) -> str:
-    """What a layer is called beside its pictures."""
+    """Returns the row label of a layer."""
     return f"layer {layer}" if layer.isdecimal() else layer
 
 
@@ -141,16 +143,20 @@ def _draw(axes: Axes, grid: Grid, picture: NDArray[Any], column: int, colours: d
     if plain or grid.teacher == "gen":
         axes.imshow(picture, interpolation=interpolation)
     elif grid.teacher == "depth":
-        own = grid.own[column].astype(np.float32)
+        teacher = grid.teacher_pictures[column].astype(np.float32)
         axes.imshow(
-            picture.astype(np.float32), cmap=DEPTH_COLOURS, vmin=own.min(), vmax=own.max(), interpolation=interpolation
+            picture.astype(np.float32),
+            cmap=DEPTH_COLOURS,
+            vmin=teacher.min(),
+            vmax=teacher.max(),
+            interpolation=interpolation,
         )
     else:
         rgb = np.zeros((*picture.shape, 3))
         for label in np.unique(picture):
-            rgb[picture == label] = to_rgb(colours.get(int(label), OTHER))
-        mixed = OVERLAY * rgb + (1 - OVERLAY) * grid.photographs[column] / 255
-        axes.imshow(mixed, interpolation=interpolation)
+            rgb[picture == label] = to_rgb(colours.get(int(label), OTHER_COLOUR))
+        overlay = OVERLAY * rgb + (1 - OVERLAY) * grid.photographs[column] / 255
+        axes.imshow(overlay, interpolation=interpolation)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)

@@ -1,4 +1,4 @@
-"""Pictures inside the page."""
+"""Embeds figures in the page."""
 
 import base64
 import io
@@ -7,10 +7,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 
-def picture(figure: Figure, dpi: int = 110) -> str:
-    """A figure as a data URI, in 256 colours of its own: a third of the size, and hardly to be seen."""
-    buffer, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    with Image.open(buffer) as whole:
-        whole.convert("RGB").quantize(256).save(small, format="png", optimize=True)
+def png_data_uri(figure: Figure, dpi: int = 110) -> str:
+    """Encodes a figure as a PNG data URI with an adaptive palette of 256 colours: a third of the size."""
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", dpi=dpi)
+    with Image.open(full) as image:
+        image.convert("RGB").quantize(256).save(small, format="png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(small.getvalue()).decode()

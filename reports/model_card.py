@@ -24,7 +24,7 @@ def write_card(folder: Path, repo: str, licence: str | None = None) -> None:
     Args:
         folder: as `probing.hub.push_pull.push` prepares it.
         repo: Hub id, or name of the folder.
-        licence: of the probes, by its name on the Hub.
+        licence: licence of the probes, by its name on the Hub.
     """
     run = load_runs([folder])[0]
     manifest, checkpoint = run.manifest, run.manifest["checkpoint"]
@@ -69,9 +69,7 @@ def _properties(run: RunResults) -> dict[str, str]:
         },
         "training images": f"{data['train_images']} of {data['train_split']}",
         "held-out images": f"{data['eval_images']} of {data['eval_split']}",
-        "training": f"{training}, {fit['steps']} steps of {fit['batch_size']}, lr {fit['lr']}"
-        if "steps" in fit
-        else training,
+        "training": training,
         "versions": ", ".join(f"{package} {version}" for package, version in run.manifest["versions"].items()),
     }
 
@@ -84,7 +82,7 @@ def _rows(run: RunResults, metric: str, protocol: str) -> Iterator[list[str]]:
             if curve.empty:
                 continue
             best = best_layer(curve, metric)
-            mean_target = run.mean_target(teacher, metric, protocol)
+            mean_target = run.mean_target_score(teacher, metric, protocol)
             yield [
                 teacher_title(teacher),
                 title,

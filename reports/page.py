@@ -1,4 +1,4 @@
-"""One self-contained HTML page per report, with the figures and the table as files beside it."""
+"""Writes a self-contained HTML page, with figures and tables as files next to it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,10 +18,10 @@ from reports.benchmarks import BenchmarkResults, load_benchmarks, quality_figure
 from reports.benchmarks import Chapter as Benchmarks
 from reports.benchmarks import chapter as benchmark_chapter
 from reports.charts import (
+    CEILING_LABEL,
+    INPUT_CONTROLS,
     MEAN_LABEL,
-    OWN_LABEL,
     PROBES,
-    SHOWN,
     Series,
     difference_teachers,
     learning_figure,
@@ -31,14 +31,22 @@ from reports.charts import (
     shown_probes,
     teachers_of,
 )
-from reports.differences import against, measures_of, references
-from reports.figures import Style, having, measures, save, slug, write_curves, write_differences
+from reports.differences import compared_metrics, differences_from, references
+from reports.figures import (
+    Style,
+    evaluated_metrics,
+    runs_with_metric,
+    save_figure,
+    slug,
+    write_curves,
+    write_differences,
+)
 from reports.grids import grid_figure, read_grids
-from reports.images import picture
+from reports.images import png_data_uri
 from reports.plots import Line, figure, layer_plot, legend_entry, marker_definitions, named_plot, svg, table_line, tones
 from reports.results import AVERAGE, TITLES, RunResults, layer_rank, load_runs, metric_label, teacher_title
 from reports.strips import viewers
-from reports.styles import marker, places, tone
+from reports.styles import assign_style_indices, marker, tone
 from reports.summary import METRIC, PROTOCOL, convergence, random_control, teacher_finding
 from reports.tables import decoded_table
 
@@ -46,10 +54,10 @@ COLUMNS = {
     "resampler": ("resampler", "none"),
     "resampler, shuffled pairs": ("resampler", "shuffled"),
     "resampler, random weights": ("resampler", "random"),
-    **{f"resampler, {name}": ("resampler", control) for control, (name, _) in SHOWN.items()},
+    **{f"resampler, {name}": ("resampler", control) for control, (name, _) in INPUT_CONTROLS.items()},
     "ridge": ("ridge", "none"),
     "ridge, random weights": ("ridge", "random"),
-    **{f"ridge, {name}": ("ridge", control) for control, (name, _) in SHOWN.items()},
+    **{f"ridge, {name}": ("ridge", control) for control, (name, _) in INPUT_CONTROLS.items()},
 }
 
 
@@ -63,63 +71,63 @@ def write_report(
     """Writes the page, `figures/` and the merged `results.csv`.
 
     Args:
-        runs: evaluated runs; the first names the teachers, and their order gives the checkpoints their colours.
+        runs: evaluated runs; their order determines the colours of the checkpoints.
         out: folder of the report.
         differences: paired differences, from `probing compare`.
-        statements: what they say, a sentence each.
-        style: of the figures.
+        statements: sentences about the differences.
+        style: style of the figures.
 
     Returns:
         Path of the page.
 
     Raises:
-        UserError: a folder is no run, or has no results yet, or stands there twice, or the page cannot be written.
+        UserError: a folder is not a run, has no results or is given twice, or the page cannot be written.
     """
-    require_apart(runs, out)
+    check_report_paths(runs, out)
     with disk_errors(out):
         return _write_report(runs, out, differences, statements, style)
 
 
-def require_apart(runs: Sequence[Path], out: Path) -> None:
-    """Raises UserError where a run is given twice, or the report's files would replace a run's own."""
+def check_report_paths(runs: Sequence[Path], out: Path) -> None:
+    """Raises UserError if a run is given twice, or if the report would overwrite a run."""
     with disk_errors(out):
-        places = [run.resolve() for run in runs]
-        for run, place in zip(runs, places, strict=True):
-            if places.count(place) > 1:
-                raise UserError(f"{run} is given twice; leave one out")
+        paths = [run.resolve() for run in runs]
+        for run, path in zip(runs, paths, strict=True):
+            if paths.count(path) > 1:
+                raise UserError(f"{run} is given twice; remove one")
         if (out / "recipe.yaml").exists() or runs_in(out):
-            raise UserError(f"{out} holds runs, and the report would replace their results; choose another --out")
+            raise UserError(f"{out} contains runs, and the report would overwrite their results; choose another --out")
 
 
 def _write_report(
     paths: Sequence[Path], out: Path, differences: pd.DataFrame | None, statements: Sequence[str], style: Style
 ) -> Path:
-    asked = load_benchmarks([path for path in paths if is_benchmark(path)])
+    benchmark_runs = load_benchmarks([path for path in paths if is_benchmark(path)])
     paths = [path for path in paths if not is_benchmark(path)]
     runs, alignments = load(paths)
     page = out / "index.html"
-    answered = None
+    answer_differences = None
     if differences is not None:
         write_text(out / "differences.csv", differences.to_csv(index=False))
-        of_answers = (differences["metric"] == ACCURACY) & (differences["teacher"] == "") & (differences["layer"] == "")
-        answered, differences = differences[of_answers], differences[~of_answers]
+        is_answer = (differences["metric"] == ACCURACY) & (differences["teacher"] == "") & (differences["layer"] == "")
+        answer_differences, differences = differences[is_answer], differences[~is_answer]
     probed = [path for path in paths if not is_alignment(path)]
-    benchmarks = benchmark_chapter(probed, asked, answered) if asked else None
+    benchmarks = benchmark_chapter(probed, benchmark_runs, answer_differences) if benchmark_runs else None
     if benchmarks:
         _write_benchmarks(benchmarks, out, style)
     for plot, name in chapter_plots(alignments) if alignments else []:
-        save(figure(plot, style == "paper"), out, name, style)
+        save_figure(figure(plot, style == "paper"), out, name, style)
     if runs:
         write_curves(runs, out, style)
         table = decoded_table(runs)
         if table:
             write_text(out / "table8.csv", table.frame().to_csv(index_label="checkpoint"))
         if differences is not None:
-            write_differences(differences, _places(runs, differences), out, style)
+            write_differences(differences, _style_indices(runs, differences), out, style)
         for run in (run for run in runs if len(run.curves)):
-            save(learning_figure(run), out, "learning" if len(runs) == 1 else f"learning_{run.label}", style)
+            save_figure(learning_figure(run), out, "learning" if len(runs) == 1 else f"learning_{run.label}", style)
         _write_grids(runs, out)
-    _write_merged([*runs, *alignments, *asked], out)
+    _write_merged([*runs, *alignments, *benchmark_runs], out)
     write_text(page, render(runs, alignments, differences, statements, benchmarks))
     return page
 
@@ -127,24 +135,26 @@ def _write_report(
 def _write_benchmarks(benchmarks: Benchmarks, out: Path, style: Style) -> None:
     if benchmarks.points is not None:
         write_text(out / "quality_accuracy.csv", benchmarks.points.to_csv(index=False))
-    for name, drawn in benchmarks.panels.items():
-        if drawn:
-            save(quality_figure(drawn, benchmarks.place, style == "paper"), out, f"quality_{name}", style)
+    for name, panels in benchmarks.panels.items():
+        if panels:
+            save_figure(
+                quality_figure(panels, benchmarks.style_indices, style == "paper"), out, f"quality_{name}", style
+            )
 
 
 def load(paths: Sequence[Path]) -> tuple[list[RunResults], list[AlignmentResults]]:
-    """Reads runs with probes and runs of `probing align`, and numbers their checkpoints.
+    """Reads runs with probes and runs of `probing align`, and assigns style indices.
 
     Raises:
-        UserError: a folder is no run, or has no results yet.
+        UserError: a folder is not a run, or has no results.
     """
     runs = load_runs([path for path in paths if not is_alignment(path)])
     alignments = load_alignments([path for path in paths if is_alignment(path)])
-    hashes = ([one.manifest["checkpoint"]["sha256"] for one in many] for many in (runs, alignments))
-    ours, theirs = places(*hashes)
+    hashes = ([run.manifest["checkpoint"]["sha256"] for run in group] for group in (runs, alignments))
+    probed, aligned = assign_style_indices(*hashes)
     return (
-        [replace(run, place=place) for run, place in zip(runs, ours, strict=True)],
-        [replace(run, place=place) for run, place in zip(alignments, theirs, strict=True)],
+        [replace(run, style_index=index) for run, index in zip(runs, probed, strict=True)],
+        [replace(run, style_index=index) for run, index in zip(alignments, aligned, strict=True)],
     )
 
 
@@ -155,24 +165,25 @@ def render(
     statements: Sequence[str] = (),
     benchmarks: Benchmarks | None = None,
 ) -> str:
-    """The page, from what `load` read; see `write_report`."""
-    words = chapter(alignments) if alignments else {}
-    used = [(line.tone, line.marker) for plot, _ in words.get("alignment_plots", []) for line in plot.lines]
-    common = {**words, **(benchmarks.values() if benchmarks else {}), "tones": tones()}
+    """Renders the page from the runs that `load` returns; see `write_report`."""
+    alignment = chapter(alignments) if alignments else {}
+    markers = [(line.tone, line.marker) for plot, _ in alignment.get("alignment_plots", []) for line in plot.lines]
+    common = {**alignment, **(benchmarks.template_values() if benchmarks else {}), "tones": tones()}
     if not runs:
-        told = difference_table(differences) if differences is not None else None
-        text = _templates().get_template("alignment_page.html" if alignments else "benchmark_page.html")
-        there = differences is not None
-        return text.render(**common, markers=marker_definitions(used), told=told, differences=there)
-    used += [(line.tone, line.marker) for line in series(runs)]
-    compared: dict[str, Any] = {}
+        template = _templates().get_template("alignment_page.html" if alignments else "benchmark_page.html")
+        compared = differences is not None
+        table = difference_table(differences) if compared else None
+        markers_svg = marker_definitions(markers)
+        return template.render(**common, markers=markers_svg, difference_table=table, differences=compared)
+    markers += [(line.tone, line.marker) for line in series(runs)]
+    comparison: dict[str, Any] = {}
     if differences is not None:
-        place = _places(runs, differences)
-        compared = _compared(differences, place)
-        used += [(tone(number), marker(number)) for number in place.values()]
+        style_indices = _style_indices(runs, differences)
+        comparison = _comparison(differences, style_indices)
+        markers += [(tone(index), marker(index)) for index in style_indices.values()]
     return _templates().get_template("page.html").render(
         **common,
-        markers=marker_definitions(used),
+        markers=marker_definitions(markers),
         runs=runs,
         findings=_findings(runs),
         titles=TITLES,
@@ -180,13 +191,13 @@ def render(
         convergence={run.label: convergence(run) for run in runs},
         sections=_sections(runs),
         table=decoded_table(runs),
-        metrics=[_explained(*measure) for measure in measures(runs)],
+        metrics=[_label_and_meaning(*metric) for metric in evaluated_metrics(runs)],
         viewers=viewers([(run, read_grids(run.path)) for run in runs]),
         tone=tone,
-        compared=compared,
+        compared=comparison,
         statements=list(statements),
         learning=[
-            {"run": run.label, "src": picture(learning_figure(run), dpi=130)} for run in runs if len(run.curves)
+            {"run": run.label, "src": png_data_uri(learning_figure(run), dpi=130)} for run in runs if len(run.curves)
         ],
     )  # fmt: skip
 
@@ -201,23 +212,23 @@ def _write_merged(runs: Sequence[RunResults | AlignmentResults | BenchmarkResult
     write_text(out / "results.csv", merged.to_csv(index=False))
 
 
-def _places(runs: Sequence[RunResults], differences: pd.DataFrame) -> dict[str, int]:
-    """The number of every checkpoint that differences name; names that no run has come after those."""
-    found = {run.label: run.place for run in runs}
+def _style_indices(runs: Sequence[RunResults], differences: pd.DataFrame) -> dict[str, int]:
+    """Maps every checkpoint of the differences to its style index; names without a run come last."""
+    indices = {run.label: run.style_index for run in runs}
     for name in references(differences):
-        found.setdefault(name, len(found))
-    return found
+        indices.setdefault(name, len(indices))
+    return indices
 
 
 def _findings(runs: Sequence[RunResults]) -> list[Any]:
-    """Sentences, where the metric that they are about was evaluated in every run."""
-    if len(having(runs, METRIC, PROTOCOL)) < len(runs):
+    """Returns the findings if all runs have the headline metric."""
+    if len(runs_with_metric(runs, METRIC, PROTOCOL)) < len(runs):
         return []
     return [teacher_finding(run, teacher) for run in runs for teacher in run.teachers_of(METRIC, PROTOCOL)]
 
 
 def _write_grids(runs: Sequence[RunResults], out: Path) -> None:
-    """Picture grids as files: some layers, one below the other."""
+    """Writes the grids of decoded images as files."""
     folder = out / "figures"
     for run in runs:
         suffix = "" if len(runs) == 1 else f"_{slug(run.label)}"
@@ -227,36 +238,35 @@ def _write_grids(runs: Sequence[RunResults], out: Path) -> None:
 
 
 def _title(label: str) -> str:
-    """With a capital, except where the name has its own (mIoU)."""
+    """Capitalises a label, except names like mIoU."""
     return label if label[1].isupper() else label[0].upper() + label[1:]
 
 
-def _explained(metric: str, protocol: str) -> tuple[str, str]:
-    """Label and meaning of a metric."""
+def _label_and_meaning(metric: str, protocol: str) -> tuple[str, str]:
     info = describe(metric, protocol)
     return _title(info.label), info.meaning
 
 
 def _sections(runs: Sequence[RunResults]) -> list[dict[str, Any]]:
     sections = []
-    for metric, protocol in measures(runs):
-        there = having(runs, metric, protocol)
-        lines, teachers = series(there), teachers_of(there, metric, protocol)
+    for metric, protocol in evaluated_metrics(runs):
+        scored = runs_with_metric(runs, metric, protocol)
+        lines, teachers = series(scored), teachers_of(scored, metric, protocol)
         rows = []
-        for probe in shown_probes(there):
+        for probe in shown_probes(scored):
             plots = [
                 svg(layer_plot(lines, teacher, probe, metric, protocol))
                 for teacher in teachers
                 if any(len(x.run.curve(teacher, probe, x.control, metric, protocol)) for x in lines)
             ]
             rows += [{"probe": PROBES[probe], "plots": plots}] if plots else []
-        tables = [_table(run, t, metric, protocol) for run in there for t in run.teachers_of(metric, protocol)]
-        own = any(levels(there, teacher, metric, protocol)[1] is not None for teacher in teachers)
+        tables = [_table(run, t, metric, protocol) for run in scored for t in run.teachers_of(metric, protocol)]
+        has_ceiling = any(levels(scored, teacher, metric, protocol)[1] is not None for teacher in teachers)
         sections.append(
             {
                 "title": _title(metric_label(metric, protocol)),
                 "headline": (metric, protocol) == (METRIC, PROTOCOL),
-                "legend": _legend(lines, own),
+                "legend": _legend(lines, has_ceiling),
                 "rows": rows,
                 "tables": tables,
             }
@@ -264,18 +274,18 @@ def _sections(runs: Sequence[RunResults]) -> list[dict[str, Any]]:
     return sections
 
 
-def _legend(lines: Sequence[Series], own: bool) -> list[dict[str, Any]]:
+def _legend(lines: Sequence[Series], has_ceiling: bool) -> list[dict[str, Any]]:
     entries = [legend_entry(x.label, x.tone, x.dash, x.marker, x.control != "none") for x in lines]
     entries.append(legend_entry(MEAN_LABEL, "grey", "-.", "", True))
-    return [*entries, legend_entry(OWN_LABEL, "ink", "-", "", True)] if own else entries
+    return [*entries, legend_entry(CEILING_LABEL, "ink", "-", "", True)] if has_ceiling else entries
 
 
 def _cell(row: pd.Series) -> str:
-    return f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]" if row["n"] else "no finite number"
+    return f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]" if row["n"] else "no finite score"
 
 
 def _table(run: RunResults, teacher: str, metric: str, protocol: str) -> dict[str, Any]:
-    """Layer by layer, every probe and control that was run."""
+    """Builds the table of one teacher and metric: a row per layer, a column per probe and control."""
     columns: dict[str, dict[str, str]] = {}
     layers: list[str] = []
     for title, (probe, control) in COLUMNS.items():
@@ -289,31 +299,33 @@ def _table(run: RunResults, teacher: str, metric: str, protocol: str) -> dict[st
         "run": run.label,
         "head": ["layer", *columns],
         "rows": rows,
-        "mean": run.mean_target(teacher, metric, protocol),
-        "own": run.own_feature(teacher, metric, protocol),
+        "mean": run.mean_target_score(teacher, metric, protocol),
+        "ceiling": run.teacher_score(teacher, metric, protocol),
     }
 
 
-def _compared(differences: pd.DataFrame, place: Mapping[str, int]) -> dict[str, Any]:
-    """Differences from every checkpoint that one may choose, as plots and as a table of means over the layers."""
+def _comparison(differences: pd.DataFrame, style_indices: Mapping[str, int]) -> dict[str, Any]:
+    """Builds plots and a table of means over layers of the differences, for every reference."""
     names = references(differences)
-    frames = {name: against(differences, name) for name in names}
+    frames = {name: differences_from(differences, name) for name in names}
     return {
         "references": names,
         "metrics": [
             {
                 "title": _title(metric_label(metric, protocol)),
                 "headline": (metric, protocol) == (METRIC, PROTOCOL),
-                "plots": [_difference_plots(frame, metric, protocol, place) for frame in frames.values()],
+                "plots": [_difference_plots(frame, metric, protocol, style_indices) for frame in frames.values()],
             }
-            for metric, protocol in measures_of(differences, (METRIC, PROTOCOL))
+            for metric, protocol in compared_metrics(differences, (METRIC, PROTOCOL))
         ],
         "means": [_means(frame) for frame in frames.values()],
-        "entries": [legend_entry(name, tone(place[name]), "-", marker(place[name]), False) for name in names],
+        "entries": [
+            legend_entry(name, tone(style_indices[name]), "-", marker(style_indices[name]), False) for name in names
+        ],
     }
 
 
-def _difference_plots(frame: pd.DataFrame, metric: str, protocol: str, place: Mapping[str, int]) -> list[Any]:
+def _difference_plots(frame: pd.DataFrame, metric: str, protocol: str, style_indices: Mapping[str, int]) -> list[Any]:
     chosen = frame[(frame["metric"] == metric) & (frame["protocol"] == protocol) & (frame["layer"] != AVERAGE)]
     plots = []
     for probe in PROBES:
@@ -321,9 +333,9 @@ def _difference_plots(frame: pd.DataFrame, metric: str, protocol: str, place: Ma
             rows = chosen[(chosen["teacher"] == teacher) & (chosen["probe"] == probe)]
             lines: list[tuple[Line, Sequence[str]]] = []
             for checkpoint, part in rows.groupby("checkpoint", sort=False):
-                number = place[checkpoint]
+                index = style_indices[checkpoint]
                 part = part.iloc[part["layer"].map(layer_rank).argsort(kind="stable")]
-                line = table_line(checkpoint, tone(number), "-", marker(number), part)
+                line = table_line(checkpoint, tone(index), "-", marker(index), part)
                 lines.append((line, list(part["layer"])))
             if lines:
                 zero = [("no difference", "ink", "-", 0.0)]
@@ -333,8 +345,8 @@ def _difference_plots(frame: pd.DataFrame, metric: str, protocol: str, place: Ma
 
 
 def _means(frame: pd.DataFrame) -> list[list[str]]:
-    """Rows of the table of mean differences, in the order of the metrics."""
-    order = {measure: place for place, measure in enumerate(measures_of(frame, (METRIC, PROTOCOL)))}
+    """Builds the rows of the table of mean differences, in the order of the metrics."""
+    order = {metric: rank for rank, metric in enumerate(compared_metrics(frame, (METRIC, PROTOCOL)))}
     rows = [row for _, row in frame[(frame["layer"] == AVERAGE) & (frame["probe"] != "")].iterrows()]
     return [
         [
@@ -344,7 +356,7 @@ def _means(frame: pd.DataFrame) -> list[list[str]]:
             metric_label(row["metric"], row["protocol"]),
             f"{row['value']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]".replace("-", "−")
             if row["n"]
-            else "no finite number",
+            else "no finite score",
             str(row["n"]),
         ]
         for row in sorted(rows, key=lambda row: order[row["metric"], row["protocol"]])

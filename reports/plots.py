@@ -1,10 +1,10 @@
-"""Plots of the page: SVG written into it, drawn in the page's colours, with the numbers behind every point."""
+"""Plots of the page as inline SVG, with the values of every point as JSON."""
 
 import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib as mpl
@@ -14,41 +14,41 @@ from matplotlib.figure import Figure
 
 from analysis.evaluation.registry import describe
 from reports.charts import (
+    CEILING_LABEL,
     LAYER,
     MEAN_LABEL,
-    OWN_LABEL,
     Series,
     draw_legend,
-    final_place,
+    final_position,
     layer_ticks,
     levels,
     panel_title,
 )
 from reports.results import FINAL, layer_rank, metric_label
-from reports.styles import DARK, DASHES, LIGHT, OPEN, PAPER, SCREEN, SHAPES, SINGLE
+from reports.styles import DARK, DASHES, LIGHT, PAPER, SCREEN, SHAPES, SINGLE, UNFILLED
 
 WIDTH, HEIGHT = 420, 290
 RIGHT, TOP, BOTTOM = 10, 26, 42
 LETTER = 7
-"""Width of a digit on the axes, about."""
+"""Approximate width of a digit on the axes."""
 DIGITS = 6
-"""Significant digits of the numbers behind the points."""
+"""Significant digits of the values of the points."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a plot, or a level if it has no `x`.
+    """One line of a plot.
 
     Attributes:
-        name: as in the legend.
+        name: name in the legend.
         tone: a key of `styles.LIGHT`.
-        dash: matplotlib's name of it.
-        marker: likewise; empty for none.
-        x: places.
-        value: heights.
+        dash: matplotlib's line style.
+        marker: matplotlib's marker; empty for none.
+        x: positions.
+        value: values.
         low: lower ends of the intervals.
-        high: upper ends.
-        thin: whether it stands back.
+        high: upper ends of the intervals.
+        thin: whether to draw it thin, as a control.
     """
 
     name: str
@@ -64,18 +64,18 @@ class Line:
 
 @dataclass(frozen=True)
 class Plot:
-    """What one plot shows.
+    """One plot.
 
     Attributes:
-        title: above it.
-        lines: from back to front.
-        levels: name, tone, dash and height of horizontal lines.
-        ticks: places and their names, on the axis below.
-        labels: what every place is called, for the numbers.
-        xlabel: of the axis below.
-        ylabel: of the axis on the left.
-        apart: the band of `final`, from and to.
-        zero: whether the axis on the left begins at zero, where all values lie above it.
+        title: title of the plot.
+        lines: lines from back to front.
+        levels: name, tone, dash and value of horizontal lines.
+        ticks: positions and labels on the x axis.
+        labels: name of every x position.
+        xlabel: label of the x axis.
+        ylabel: label of the y axis.
+        apart: limits of the band of `final`.
+        zero: whether the y axis starts at zero if all values are positive.
     """
 
     title: str
@@ -90,9 +90,9 @@ class Plot:
 
 
 def layer_plot(lines: Sequence[Series], teacher: str, probe: str, metric: str, protocol: str) -> Plot:
-    """The curves of one teacher and kind of probe."""
+    """Plots the curves of one teacher and kind of probe."""
     deepest = max(line.run.depth for line in lines)
-    final = final_place(deepest)
+    final = final_position(deepest)
     drawn: list[Line] = []
     labels: dict[float, str] = {}
     for line in lines:
@@ -102,9 +102,9 @@ def layer_plot(lines: Sequence[Series], teacher: str, probe: str, metric: str, p
         x = [final if layer == FINAL else float(layer) for layer in curve["layer"]]
         labels |= dict(zip(x, curve["layer"], strict=True))
         drawn.append(_line(line.label, line.tone, line.dash, line.marker, x, curve, thin=line.control != "none"))
-    mean, own = levels([line.run for line in lines], teacher, metric, protocol)
+    mean, ceiling = levels([line.run for line in lines], teacher, metric, protocol)
     references = [] if mean is None else [(MEAN_LABEL, "grey", "-.", mean)]
-    references += [] if own is None else [(OWN_LABEL, "ink", "-", own)]
+    references += [] if ceiling is None else [(CEILING_LABEL, "ink", "-", ceiling)]
     half = (final - deepest) / 2
     return Plot(
         panel_title(teacher, probe),
@@ -112,23 +112,23 @@ def layer_plot(lines: Sequence[Series], teacher: str, probe: str, metric: str, p
         layer_ticks(deepest, final in labels),
         labels,
         references,
-        ylabel=metric_label(metric, protocol) + (", less is better" if not describe(metric).higher_is_better else ""),
+        ylabel=metric_label(metric, protocol) + (", lower is better" if not describe(metric).higher_is_better else ""),
         apart=(final - half, final + half) if final in labels else None,
     )
 
 
 def named_plot(title: str, lines: Sequence[tuple[Line, Sequence[str]]], **rest: Any) -> Plot:
-    """Lines whose places have names, equally far apart, such as layers with the tower before them.
+    """Plots lines over named, equally spaced positions, such as layers with the tower before them.
 
     Args:
-        title: above the plot.
-        lines: each with the names of its places; its `x` is found from those.
-        rest: see `Plot`.
+        title: title of the plot.
+        lines: lines with the names of their positions, which replace `x`.
+        rest: further fields of `Plot`.
     """
-    names = sorted({name for _, found in lines for name in found}, key=_rank)
-    placed = [_moved(line, [float(names.index(name)) for name in found]) for line, found in lines]
+    names = sorted({name for _, positions in lines for name in positions}, key=_rank)
+    placed = [replace(line, x=[float(names.index(name)) for name in positions]) for line, positions in lines]
     step = max(1, math.ceil(len(names) / 9))
-    ticks = [float(place) for place in range(0, len(names), step)]
+    ticks = [float(index) for index in range(0, len(names), step)]
     return Plot(title, placed, (ticks, names[::step]), {float(i): name for i, name in enumerate(names)}, **rest)
 
 
@@ -139,12 +139,8 @@ def _rank(name: str) -> float:
         return -1.0
 
 
-def _moved(line: Line, x: Sequence[float]) -> Line:
-    return Line(**{**vars(line), "x": x})
-
-
 def table_line(name: str, tone: str, dash: str, marker: str, rows: pd.DataFrame, thin: bool = False) -> Line:
-    """A line from rows with value, ci_low and ci_high; its places follow."""
+    """Makes a line without positions from the columns value, ci_low and ci_high."""
     return _line(name, tone, dash, marker, [], rows, thin)
 
 
@@ -156,7 +152,7 @@ def _line(
 
 
 def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers within a range, so many at most."""
+    """Returns at most `most` round numbers within a range."""
     span = high - low
     if not (math.isfinite(span) and span > 0):
         return [low]
@@ -167,15 +163,15 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def svg(plot: Plot) -> Markup:
-    """The figure: SVG, and the numbers for whoever points at it, with a table to be opened."""
+    """Renders a plot as a figure element with SVG and its values."""
     heights = [h for line in plot.lines for part in (line.value, line.low, line.high) for h in part if math.isfinite(h)]
     heights += [level for *_, level in plot.levels]
     low, high = (min(heights), max(heights)) if heights else (0.0, 1.0)
     low = min(low, 0.0) if plot.zero else low
     margin = 0.05 * (high - low) or 0.05 * (abs(high) or 1.0)
     low, high = low - (0.0 if plot.zero and low == 0 else margin), high + margin
-    places = [x for line in plot.lines for x in line.x] + list(plot.ticks[0])
-    left, right = min(places, default=0.0), max([*places, *(plot.apart or ())], default=1.0)
+    positions = [x for line in plot.lines for x in line.x] + list(plot.ticks[0])
+    left, right = min(positions, default=0.0), max([*positions, *(plot.apart or ())], default=1.0)
     side = 0.02 * (right - left) or 0.5
     grid = nice_ticks(low, high)
     digits = _digits(grid)
@@ -217,22 +213,21 @@ def svg(plot: Plot) -> Markup:
     numbers = _quoted(json.dumps(_numbers(plot, across), ensure_ascii=False, separators=(",", ":")))
     label = escape(_described(plot))
     opening = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
-    # What is not markup has been escaped above.
+    # All text was escaped above.
     return Markup(f"<figure class=\"plot\" data-plot='{numbers}'>{opening}{''.join(parts)}</svg></figure>")
 
 
 def _quoted(text: str) -> str:
-    """Escaped for an attribute in single quotes: JSON is full of double ones."""
+    """Escapes JSON for an attribute in single quotes, since JSON contains double quotes."""
     for sign, name in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("'", "&#39;")):
         text = text.replace(sign, name)
     return text
 
 
 def figure(plot: Plot, paper: bool = False) -> Figure:
-    """The same plot as a file has it, as wide as a column on paper."""
+    """Draws the plot with matplotlib; for a paper one column wide."""
     with mpl.rc_context(PAPER if paper else SCREEN):
-        named = [*plot.lines[::-1]]
-        drawn = Figure(figsize=(SINGLE, 2.0 + 0.07 * len(named)) if paper else (4.2, 3.0), layout="constrained")
+        drawn = Figure(figsize=(SINGLE, 2.0 + 0.07 * len(plot.lines)) if paper else (4.2, 3.0), layout="constrained")
         axes = drawn.subplots()
         full = mpl.rcParams["lines.linewidth"]
         for line in plot.lines:
@@ -247,7 +242,7 @@ def figure(plot: Plot, paper: bool = False) -> Figure:
         axes.set_ylabel(plot.ylabel)
         if plot.zero:
             axes.set_ylim(bottom=min(axes.get_ylim()[0], 0.0))
-        if len(named) > 1:
+        if len(plot.lines) > 1:
             draw_legend(drawn, axes.get_legend_handles_labels()[0][::-1])
     return drawn
 
@@ -271,7 +266,7 @@ def _dash(dash: str) -> str:
 
 
 def _drawn(line: Line, across: Any, down: Any, apart: tuple[float, float] | None) -> str:
-    """Band, line and markers; what lies in the band of `final` is not joined to the rest."""
+    """Draws band, line and markers; points in the band of `final` are not joined to the others."""
     points = [p for p in zip(line.x, line.value, line.low, line.high, strict=True) if math.isfinite(p[1])]
     inside = [p for p in points if apart and p[0] >= apart[0]]
     rest = [p for p in points if p not in inside]
@@ -290,23 +285,23 @@ def _drawn(line: Line, across: Any, down: Any, apart: tuple[float, float] | None
         if at:
             course = "L".join(f"{x:.1f} {v:.1f}" for x, v, *_ in at)
             mark = 'marker-start="{0}" marker-mid="{0}" marker-end="{0}" '.format(marker_url(line))
-            course += f"L{course}" if len(at) == 1 else ""  # a marker needs a line to stand on
+            course += f"L{course}" if len(at) == 1 else ""  # a marker needs a line
             shape.append(f'<path class="{kind}" {_dash(line.dash)}{mark if line.marker else ""}d="M{course}"/>')
     return f'<g data-name="{escape(line.name)}">{"".join(shape)}</g>'
 
 
 def marker_url(line: Line | Series) -> str:
-    """Where the marker of a line is defined."""
+    """Returns the URL of a line's marker."""
     return f"url(#{marker_id(line.tone, line.marker)})"
 
 
 def marker_id(tone: str, sign: str) -> str:
-    """The identifier of a marker in the page."""
+    """Returns the identifier of a marker in the page."""
     return f"mark-{tone}-{[*SHAPES].index(sign)}" if sign else ""
 
 
 def legend_of(plots: Sequence[Plot]) -> list[dict[str, Any]]:
-    """The lines of some plots, each once, as the page's legends take them."""
+    """Returns the legend entries of the unique lines of plots."""
     lines = {line.name: line for plot in plots for line in reversed(plot.lines)}
     return [
         legend_entry(x.name, x.tone, x.dash, x.marker, x.thin) for x in sorted(lines.values(), key=lambda x: x.thin)
@@ -314,16 +309,16 @@ def legend_of(plots: Sequence[Plot]) -> list[dict[str, Any]]:
 
 
 def legend_entry(name: str, tone: str, dash: str, marker: str, thin: bool) -> dict[str, Any]:
-    """One entry of a legend of the page."""
+    """Returns one legend entry of the page."""
     return {"label": name, "tone": tone, "dash": DASHES[dash], "marker": marker_id(tone, marker), "thin": thin}
 
 
 def marker_definitions(used: Sequence[tuple[str, str]]) -> Markup:
-    """The markers of the page, by tone and matplotlib's name."""
+    """Defines the SVG markers of the page, by tone and matplotlib's name."""
     return Markup("").join(
         Markup(
             f'<marker id="{marker_id(tone, sign)}" viewBox="-5 -5 10 10" markerWidth="10" markerHeight="10" '
-            f'markerUnits="userSpaceOnUse"><path class="{"open" if sign in OPEN else "full"} {tone}" '
+            f'markerUnits="userSpaceOnUse"><path class="{"open" if sign in UNFILLED else "full"} {tone}" '
             f'd="{SHAPES[sign]}"/></marker>'
         )
         for tone, sign in dict.fromkeys(used)
@@ -332,21 +327,21 @@ def marker_definitions(used: Sequence[tuple[str, str]]) -> Markup:
 
 
 def tones() -> Markup:
-    """Classes of the tones, and their colours by day and by night."""
-    day, night = (";".join(f"--{k}:{v}" for k, v in tones.items()) for tones in (LIGHT, DARK))
+    """Defines the CSS classes of the tones, with their colours in the light and dark themes."""
+    light, dark = (";".join(f"--{k}:{v}" for k, v in tones.items()) for tones in (LIGHT, DARK))
     classes = "".join(f".{name}{{--c:var(--{name})}}" for name in LIGHT)
     return Markup(
-        f":root{{{day}}}@media screen{{:root[data-theme=dark]{{{night}}}}}"
-        f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{night}}}}}{classes}"
+        f":root{{{light}}}@media screen{{:root[data-theme=dark]{{{dark}}}}}"
+        f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}{classes}"
     )
 
 
 def _numbers(plot: Plot, across: Any) -> dict[str, Any]:
-    places = sorted(plot.labels)
+    positions = sorted(plot.labels)
 
     def column(line: Line, values: Sequence[float]) -> list[float | None]:
-        found = dict(zip(line.x, values, strict=True))
-        return [_rounded(found.get(place)) for place in places]
+        by_position = dict(zip(line.x, values, strict=True))
+        return [_rounded(by_position.get(position)) for position in positions]
 
     lines = [
         {"name": line.name, "tone": line.tone}
@@ -355,8 +350,8 @@ def _numbers(plot: Plot, across: Any) -> dict[str, Any]:
     ]
     return {
         "title": plot.title,
-        "x": [round(across(place), 1) for place in places],
-        "labels": [plot.labels[place] for place in places],
+        "x": [round(across(position), 1) for position in positions],
+        "labels": [plot.labels[position] for position in positions],
         "axis": plot.xlabel,
         "lines": lines,
         "levels": [{"name": name, "tone": tone, "value": _rounded(level)} for name, tone, _, level in plot.levels],
@@ -368,14 +363,14 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _described(plot: Plot) -> str:
-    """What a reader who does not see the plot is told first: every line's ends, and its extremes."""
-    told = [f"{plot.title}." if plot.title else ""]
+    """Describes a plot for screen readers: every line's ends and extremes."""
+    sentences = [f"{plot.title}." if plot.title else ""]
     for line in [x for x in reversed(plot.lines) if not x.thin] or plot.lines:
         points = [(plot.labels.get(x, ""), v) for x, v in zip(line.x, line.value, strict=True) if math.isfinite(v)]
         if points:
-            least, most = min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])
-            told.append(
+            lowest, highest = min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])
+            sentences.append(
                 f"{line.name}: from {points[0][1]:.3f} at {points[0][0]} to {points[-1][1]:.3f} at {points[-1][0]}, "
-                f"lowest {least[1]:.3f} at {least[0]}, highest {most[1]:.3f} at {most[0]}."
+                f"lowest {lowest[1]:.3f} at {lowest[0]}, highest {highest[1]:.3f} at {highest[0]}."
             )
-    return " ".join(told)
+    return " ".join(sentences)

@@ -1,4 +1,4 @@
-"""Pictures of the page: a strip per layer and checkpoint, to be gone through with a slider."""
+"""Decoded images in the page: a strip per layer and checkpoint, selected with a slider."""
 
 import base64
 import hashlib
@@ -14,38 +14,38 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from reports.charts import PROBES
-from reports.grids import DEPTH_COLOURS, MOST_ROWS, OTHER, Grid, class_colours, class_name, spread
+from reports.grids import DEPTH_COLOURS, MAX_ROWS, OTHER_COLOUR, Grid, class_colours, class_name, sample_layers
 from reports.results import RunResults, layer_rank, teacher_title
 
 SIDES = (160, 128, 112, 96, 80, 64, 48)
-"""Sides of a picture in the page, in pixels: the largest at which all of them fit."""
-MOST_BYTES = 3_000_000
-"""That all pictures of a page may take in it."""
-QUALITY = 60
+"""Image sides in pixels; the largest at which all images fit is used."""
+MAX_BYTES = 3_000_000
+"""Maximal size of all images of a page."""
+WEBP_QUALITY = 60
 COARSE = 100
-"""Below this side pixels are shown as they are."""
+"""Images with a smaller side are shown without interpolation."""
 
 
 @dataclass(frozen=True)
 class Viewer:
-    """The strips of one teacher and kind of probe, of all runs that drew the same images.
+    """The strips of one teacher and kind of probe, of all runs with the same images.
 
     Attributes:
         title: teacher and probe.
         probe: kind of probe.
-        layers: all that any run has, in order.
-        printed: those that stand on paper, and in the page where no slider moves.
-        top: name and strip of photographs and of the teacher's own pictures.
-        rows: name and number of a checkpoint, with a strip per layer.
-        classes: colour and name of the classes that have a colour, for segmentation.
+        layers: layers of any of the runs, in order.
+        print_layers: layers that are printed, and shown without JavaScript.
+        top: name and strip of the photographs and of the decoded teacher.
+        rows: name and style index of a checkpoint, with a strip per layer.
+        classes: colour and name of the coloured classes, for segmentation.
         columns: images in a strip.
-        coarse: whether pixels are to be shown as they are.
+        coarse: whether to show pixels without interpolation.
     """
 
     title: str
     probe: str
     layers: list[str]
-    printed: list[str]
+    print_layers: list[str]
     top: list[tuple[str, str]]
     rows: list[tuple[str, int, dict[str, str]]]
     classes: list[tuple[str, str]]
@@ -53,42 +53,47 @@ class Viewer:
     coarse: bool
 
 
-def viewers(drawn: Sequence[tuple[RunResults, Sequence[Grid]]], most: int = MOST_BYTES) -> list[Viewer]:
-    """Everything that was drawn, in pictures as large as the page has room for."""
+def viewers(runs: Sequence[tuple[RunResults, Sequence[Grid]]], max_bytes: int = MAX_BYTES) -> list[Viewer]:
+    """Builds the strips of all grids, with images as large as the page has room for."""
     grouped: dict[tuple[str, str, str], list[tuple[RunResults, Grid]]] = {}
-    for run, grids in drawn:
+    for run, grids in runs:
         for grid in grids:
-            same = hashlib.sha256(grid.photographs.tobytes() + grid.own.tobytes()).hexdigest()
-            grouped.setdefault((grid.probe, grid.teacher, same), []).append((run, grid))
-    made: list[Viewer] = []
+            image_hash = hashlib.sha256(grid.photographs.tobytes() + grid.teacher_pictures.tobytes()).hexdigest()
+            grouped.setdefault((grid.probe, grid.teacher, image_hash), []).append((run, grid))
+    result: list[Viewer] = []
     for side in SIDES:
-        some = [(_viewer([(run, _middle(grid))], side), found) for found in grouped.values() for run, grid in found[:1]]
-        if side != SIDES[-1] and sum(_weight(viewer) * _strips(found) / 3 for viewer, found in some) > most:
+        samples = [
+            (_viewer([(run, _middle_layer(grid))], side), group)
+            for group in grouped.values()
+            for run, grid in group[:1]
+        ]
+        estimate = sum(_n_bytes(viewer) * _n_strips(group) / 3 for viewer, group in samples)
+        if side != SIDES[-1] and estimate > max_bytes:
             continue
-        made = [_viewer(found, side) for found in grouped.values()]
-        if sum(_weight(viewer) for viewer in made) <= most:
+        result = [_viewer(group, side) for group in grouped.values()]
+        if sum(map(_n_bytes, result)) <= max_bytes:
             break
-    return sorted(made, key=lambda viewer: list(PROBES).index(viewer.probe))
+    return sorted(result, key=lambda viewer: list(PROBES).index(viewer.probe))
 
 
-def _middle(grid: Grid) -> Grid:
-    """The layer in the middle alone, which tells about how many bytes a strip takes."""
+def _middle_layer(grid: Grid) -> Grid:
+    """Keeps only the middle layer, to estimate the size of a strip."""
     layer = list(grid.layers)[len(grid.layers) // 2]
     return replace(grid, layers={layer: grid.layers[layer]})
 
 
-def _strips(found: Sequence[tuple[RunResults, Grid]]) -> int:
-    return 2 + sum(len(grid.layers) for _, grid in found)
+def _n_strips(group: Sequence[tuple[RunResults, Grid]]) -> int:
+    return 2 + sum(len(grid.layers) for _, grid in group)
 
 
-def _weight(viewer: Viewer) -> int:
+def _n_bytes(viewer: Viewer) -> int:
     return sum(len(source) for _, source in viewer.top) + sum(len(s) for *_, row in viewer.rows for s in row.values())
 
 
-def _viewer(found: Sequence[tuple[RunResults, Grid]], side: int) -> Viewer:
-    first = found[0][1]
-    colours = class_colours([grid for _, grid in found]) if first.teacher == "seg" else {}
-    layers = sorted({layer for _, grid in found for layer in grid.layers}, key=layer_rank)
+def _viewer(group: Sequence[tuple[RunResults, Grid]], side: int) -> Viewer:
+    first = group[0][1]
+    colours = class_colours([grid for _, grid in group]) if first.teacher == "seg" else {}
+    layers = sorted({layer for _, grid in group for layer in grid.layers}, key=layer_rank)
 
     def strip(pictures: NDArray[Any], plain: bool = False) -> str:
         return _strip(first, pictures, colours, side, plain)
@@ -97,43 +102,48 @@ def _viewer(found: Sequence[tuple[RunResults, Grid]], side: int) -> Viewer:
         title=f"{teacher_title(first.teacher)}, {PROBES[first.probe]}",
         probe=first.probe,
         layers=layers,
-        printed=spread(layers) if len(layers) > MOST_ROWS else layers,
-        top=[("photograph", strip(first.photographs, plain=True)), ("teacher", strip(first.own))],
-        rows=[(run.label, run.place, {k: strip(drawn) for k, drawn in grid.layers.items()}) for run, grid in found],
+        print_layers=sample_layers(layers) if len(layers) > MAX_ROWS else layers,
+        top=[("photograph", strip(first.photographs, plain=True)), ("teacher", strip(first.teacher_pictures))],
+        rows=[
+            (run.label, run.style_index, {k: strip(pictures) for k, pictures in grid.layers.items()})
+            for run, grid in group
+        ],
         classes=[(colour, class_name(first, label)) for label, colour in colours.items()],
         columns=len(first.photographs),
-        coarse=first.own.shape[1] < COARSE,
+        coarse=first.teacher_pictures.shape[1] < COARSE,
     )
 
 
 def _strip(grid: Grid, pictures: NDArray[Any], colours: dict[int, str], side: int, plain: bool) -> str:
-    """Pictures side by side, as a data URI."""
+    """Encodes images side by side as a WebP data URI."""
     flat = not plain and grid.teacher == "seg"
     side = min(side, pictures.shape[1])
     parts = []
-    for picture, own in zip(pictures, grid.own, strict=True):
+    for picture, teacher in zip(pictures, grid.teacher_pictures, strict=True):
         resampling = Image.Resampling.NEAREST if flat else Image.Resampling.LANCZOS
         depth = not plain and grid.teacher == "depth"
         image = Image.fromarray(picture.astype(np.float32) if depth else np.ascontiguousarray(picture))
         small = np.asarray(image.resize((side, side), resampling))
-        parts.append(Image.fromarray(_coloured(grid, small, own, colours) if depth or flat else small))
+        parts.append(Image.fromarray(_coloured(grid, small, teacher, colours) if depth or flat else small))
     whole = Image.new("RGB", (side * len(parts), side))
-    for place, part in enumerate(parts):
-        whole.paste(part, (side * place, 0))
+    for column, part in enumerate(parts):
+        whole.paste(part, (side * column, 0))
     buffer = io.BytesIO()
-    if flat or pictures.shape[1] < COARSE:  # few colours, or few pixels that are seen one by one
+    if flat or pictures.shape[1] < COARSE:  # few colours, or visible pixels
         whole.save(buffer, format="webp", lossless=True, quality=50, method=3)
     else:
-        whole.save(buffer, format="webp", quality=QUALITY, method=3)
+        whole.save(buffer, format="webp", quality=WEBP_QUALITY, method=3)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _coloured(grid: Grid, picture: NDArray[Any], own: NDArray[Any], colours: dict[int, str]) -> NDArray[np.uint8]:
+def _coloured(grid: Grid, picture: NDArray[Any], teacher: NDArray[Any], colours: dict[int, str]) -> NDArray[np.uint8]:
     if grid.teacher == "depth":
-        scale = mpl.colors.Normalize(float(own.min()), float(own.max()), clip=True)
-        drawn: NDArray[np.uint8] = mpl.colormaps[DEPTH_COLOURS](scale(picture.astype(np.float32)), bytes=True)[..., :3]
-        return drawn
-    table = np.tile(np.array(to_rgb(OTHER)), (256, 1))
+        scale = mpl.colors.Normalize(float(teacher.min()), float(teacher.max()), clip=True)
+        coloured: NDArray[np.uint8] = mpl.colormaps[DEPTH_COLOURS](scale(picture.astype(np.float32)), bytes=True)[
+            ..., :3
+        ]
+        return coloured
+    table = np.tile(np.array(to_rgb(OTHER_COLOUR)), (256, 1))
     for label, colour in colours.items():
         table[label] = to_rgb(colour)
     return (255 * table[picture]).round().astype(np.uint8)

@@ -1,8 +1,8 @@
 """Colours, markers and sizes: a checkpoint looks the same in every figure and in the page.
 
-Checkpoints are numbered by the order in which their runs are given, those with probes first; colour and marker follow
-from the number, whatever a figure leaves out. A run of `probing align` has the number of the probed run of the same
-checkpoint, where one is given.
+The style index of a checkpoint is its position among the runs of a report, those with probes first; it determines
+colour and marker, even in figures without some of the runs. A run of `probing align` shares the index of the probed run
+of the same checkpoint.
 """
 
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ LIGHT = {
     **{"k0": "#0a5fb4", "k1": "#e0701a", "k2": "#3b1054", "k3": "#1f8a5b", "k4": "#8c1c4a", "k5": "#5cb3e6"},
     **{"ink": "#333333", "grey": "#808080", "violet": "#6a3d9a"},
 }
-"""Tones on white: six checkpoints, then controls and references. Neighbours differ by 18 in CIE L*, any two checkpoints
-by 8, so that lines can be told apart in grey print; and their hues by colour-blind readers."""
+"""Colours on white: six checkpoints, then controls and references. Neighbours differ by 18 in CIE L*, any two
+checkpoints by 8, so that lines are distinct in grey print; the hues are distinct for colour-blind readers."""
 DARK = {
     **{"k0": "#3a86d0", "k1": "#f5a04f", "k2": "#efe6ff", "k3": "#2fb27a", "k4": "#c03a78", "k5": "#8fd8ff"},
     **{"ink": "#d8d8d8", "grey": "#9a9a9a", "violet": "#b79be0"},
 }
-"""The same hues on the dark ground of the page, at other lightness."""
-CHECKPOINTS = 6
+"""The same hues for the dark theme, at other lightness."""
+N_COLOURS = 6
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-"""One more than there are colours, so that forty-two checkpoints differ in one or the other."""
+"""One more than colours, so that 42 checkpoints differ in colour or marker."""
 SHAPES = {
     "o": "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0",
     "s": "M-2.8-2.8h5.6v5.6h-5.6z",
@@ -35,13 +35,13 @@ SHAPES = {
     "+": "M-3.2 0H3.2M0-3.2V3.2",
     "*": "M0-3.4V3.4M-3-1.7L3 1.7M-3 1.7L3-1.7",
 }
-"""Matplotlib's markers as paths around the origin, for the page; those from `x` on have no inside."""
-OPEN = ("x", "_", "+", "*")
+"""Matplotlib's markers as SVG paths around the origin."""
+UNFILLED = ("x", "_", "+", "*")
 DASHES = {"-": "", "--": "6 3", ":": "1.5 3", "-.": "7 3 1.5 3"}
-"""Matplotlib's dashes as SVG has them."""
+"""Matplotlib's line styles → SVG dash arrays."""
 
 SINGLE, DOUBLE = 3.25, 6.75
-"""Inches: one column of a two-column paper, and both."""
+"""Widths of one and of two columns of a paper, in inches."""
 _COMMON = {
     "text.parse_math": False,  # a checkpoint may be called $x^2$
     "axes.spines.top": False,
@@ -50,7 +50,7 @@ _COMMON = {
     "axes.axisbelow": True,
     "grid.color": "#e4e4e4",
     "svg.hashsalt": "mllm-probing",
-    "svg.fonttype": "path",  # looks the same where the font is not installed, and no name can be markup
+    "svg.fonttype": "path",  # independent of installed fonts, and no name can be markup
     "pdf.fonttype": 42,  # TrueType, embedded: publishers refuse Type 3
     "ps.fonttype": 42,
 }
@@ -77,35 +77,35 @@ PAPER: dict[str, Any] = _COMMON | {
 }
 
 
-def tone(place: int) -> str:
-    """The tone of a checkpoint, by its number."""
-    return f"k{place % CHECKPOINTS}"
+def tone(style_index: int) -> str:
+    """Returns the colour key of a checkpoint, a key of `LIGHT` and `DARK`."""
+    return f"k{style_index % N_COLOURS}"
 
 
-def marker(place: int) -> str:
-    """The marker of a checkpoint, by its number."""
-    return MARKERS[place % len(MARKERS)]
+def marker(style_index: int) -> str:
+    """Returns the marker of a checkpoint."""
+    return MARKERS[style_index % len(MARKERS)]
 
 
-def places(probed: Sequence[str], aligned: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Numbers the checkpoints of a report.
+def assign_style_indices(probed: Sequence[str], aligned: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Assigns style indices to the runs of a report.
 
     Args:
-        probed: hashes of the checkpoints of runs with probes, in the order given; runs of one checkpoint are compared
-            with each other, so each has a number of its own.
-        aligned: likewise of runs of `probing align`.
+        probed: checkpoint hashes of runs with probes; runs of the same checkpoint have separate indices, so that they
+            can be compared.
+        aligned: checkpoint hashes of runs of `probing align`.
 
     Returns:
-        The number of each.
+        The indices of `probed` and of `aligned`.
     """
-    free = [*enumerate(probed)]
-    found, following = [], len(probed)
+    unmatched = [*enumerate(probed)]
+    aligned_indices, next_index = [], len(probed)
     for checkpoint in aligned:
-        same = next((entry for entry in free if entry[1] == checkpoint), None)
-        if same:
-            free.remove(same)
-            found.append(same[0])
+        match = next((entry for entry in unmatched if entry[1] == checkpoint), None)
+        if match:
+            unmatched.remove(match)
+            aligned_indices.append(match[0])
         else:
-            found.append(following)
-            following += 1
-    return list(range(len(probed))), found
+            aligned_indices.append(next_index)
+            next_index += 1
+    return list(range(len(probed))), aligned_indices

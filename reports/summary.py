@@ -1,25 +1,25 @@
-"""What the numbers say, in words; every sentence is computed."""
+"""Computes sentences that summarise the results."""
 
 from dataclasses import dataclass
 
 import pandas as pd
 
-from reports.charts import SHOWN
+from reports.charts import INPUT_CONTROLS
 from reports.results import RunResults, teacher_title
 
 METRIC, PROTOCOL = "cosine_centred", "strict"
 
 STATES = {
-    "still falling": "more steps would raise them",
+    "still falling": "more steps would raise their scores",
     "stuck at the mean": "their score says nothing about the layer",
     "not trained": "no image had a finite loss, so they have no score",
 }
-"""How a training may end besides flat, and what that means."""
+"""States of probes that did not converge → meaning."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Sentences about one teacher of one run."""
+    """Sentences about one teacher of a run."""
 
     run: str
     teacher: str
@@ -30,101 +30,97 @@ def _number(row: pd.Series) -> str:
     return f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
 
 
-def _apart(one: pd.Series, two: pd.Series) -> str:
-    """Whether two intervals overlap, in words."""
-    if one["ci_low"] > two["ci_high"] or two["ci_low"] > one["ci_high"]:
-        return "the intervals do not overlap"
-    return "the intervals overlap"
+def _overlap(a: pd.Series, b: pd.Series) -> bool:
+    return bool(a["ci_low"] <= b["ci_high"] and b["ci_low"] <= a["ci_high"])
 
 
 def teacher_finding(run: RunResults, teacher: str) -> Finding:
-    """Best layer, trend, margin over the controls, and the ridge readout beside it."""
+    """Describes best layer, trend, margin over the controls, and the ridge readout."""
     curve = run.curve(teacher, "resampler", "none", METRIC, PROTOCOL)
     if curve.empty:
-        return Finding(run.label, teacher, ["No layer has a finite number."])
+        return Finding(run.label, teacher, ["No layer has a finite score."])
     best = curve.loc[curve["value"].idxmax()]
-    over = f"{int(best['n'])} images" + (f" and {run.manifest['runs']} runs" if "runs" in run.manifest else "")
-    sentences = [f"Read best at layer {best['layer']}: centred cosine {_number(best)}, over {over}."]
+    sample = f"{int(best['n'])} images" + (f" and {run.manifest['runs']} runs" if "runs" in run.manifest else "")
+    sentences = [f"Best layer: {best['layer']}, centred cosine {_number(best)}, over {sample}."]
     numbered = curve[curve["layer"] != "final"]
     if len(numbered) > 2:
         first, last = numbered.iloc[0], numbered.iloc[-1]
-        if _apart(first, last).endswith("not overlap"):
+        if _overlap(first, last):
+            change = f"does not clearly change ({first['value']:.3f} and {last['value']:.3f}; the intervals overlap)"
+        else:
             direction = "rises" if last["value"] > first["value"] else "falls"
             change = f"{direction} from {first['value']:.3f} to {last['value']:.3f}"
-        else:
-            change = f"ends where it began ({first['value']:.3f} and {last['value']:.3f}; the intervals overlap)"
         sentences.append(f"From layer {first['layer']} to layer {last['layer']} it {change}.")
     raw = run.curve(teacher, "resampler", "none", "cosine", PROTOCOL)
-    mean = run.mean_target(teacher, "cosine", PROTOCOL)
+    mean = run.mean_target_score(teacher, "cosine", PROTOCOL)
     if len(raw) and mean is not None:
         below = raw[raw["ci_low"] <= mean]
         row = raw.loc[raw["value"].idxmax()]
         verdict = (
-            "every layer is above it, interval included"
+            "the intervals of all layers are above it"
             if below.empty
-            else f"not clearly above it: layers {', '.join(below['layer'])}"
+            else f"layers not clearly above it: {', '.join(below['layer'])}"
         )
-        sentences.append(f"Raw cosine at best {row['value']:.3f}; the mean target alone scores {mean:.3f}; {verdict}.")
+        sentences.append(f"Best raw cosine {row['value']:.3f}; the mean target alone scores {mean:.3f}; {verdict}.")
     shuffled = run.curve(teacher, "resampler", "shuffled", METRIC, PROTOCOL)
     if len(shuffled):
         top = shuffled.loc[shuffled["value"].idxmax()]
-        sentences.append(f"Trained on shuffled pairs, the best probe scores {_number(top)}; {_apart(best, top)}.")
-    for control, (name, _) in SHOWN.items():
-        other = run.curve(teacher, "resampler", control, METRIC, PROTOCOL)
-        other = other[other["layer"] == best["layer"]]
-        if len(other):
-            left = other.iloc[0]
+        verdict = "the intervals overlap" if _overlap(best, top) else "the intervals do not overlap"
+        sentences.append(f"Trained on shuffled pairs, the best probe scores {_number(top)}; {verdict}.")
+    for control, (name, _) in INPUT_CONTROLS.items():
+        controlled = run.curve(teacher, "resampler", control, METRIC, PROTOCOL)
+        controlled = controlled[controlled["layer"] == best["layer"]]
+        if len(controlled):
+            score = _number(controlled.iloc[0])
             sentences.append(
-                f"When the checkpoint is {name}, the same probe at layer {best['layer']} scores {_number(left)}: what "
-                "is missing came from the picture."
+                f"When the checkpoint is {name}, the same probe at layer {best['layer']} scores {score}: the "
+                "difference came from the image."
             )
     ridge = run.curve(teacher, "ridge", "none", METRIC, PROTOCOL)
     if len(ridge):
         top = ridge.loc[ridge["value"].idxmax()]
         text = f"The ridge readout, which needs no training, is best at layer {top['layer']} with {_number(top)}"
-        limited = top["ci_low"] > best["ci_high"]
-        sentences.append(
-            f"{text}: more than the resampler, which was limited by its training here." if limited else f"{text}."
-        )
+        higher = top["ci_low"] > best["ci_high"]
+        sentences.append(f"{text}: more than the resampler, which its training limits here." if higher else f"{text}.")
     return Finding(run.label, teacher, sentences)
 
 
 def random_control(run: RunResults) -> list[str]:
-    """What the random-weights control does, per teacher; never silent."""
+    """Compares each teacher's probes with the random-weights control; says so if it was not run."""
     sentences = []
     for teacher in run.teachers:
         trained = run.curve(teacher, "resampler", "none", METRIC, PROTOCOL)
         random = run.curve(teacher, "resampler", "random", METRIC, PROTOCOL)
         if trained.empty or random.empty:
             continue
-        best, other = (curve.loc[curve["value"].idxmax()] for curve in (trained, random))
+        best, best_random = (curve.loc[curve["value"].idxmax()] for curve in (trained, random))
         title = teacher_title(teacher)
         start = (
-            f"{title}: with random weights in LLM and projector the best layer scores {_number(other)}; "
+            f"{title}: with random weights in LLM and projector the best layer scores {_number(best_random)}; "
             f"the checkpoint's best scores {_number(best)}"
         )
         both = trained.merge(random, on="layer", suffixes=("", "_random"))
         above = int((both["ci_low"] > both["ci_high_random"]).sum())
-        if best["ci_low"] > other["ci_high"]:
-            end = f"Training shows: the checkpoint's interval lies above its own at {above} of {len(both)} layers."
+        if best["ci_low"] > best_random["ci_high"]:
+            end = f"Training helps: the checkpoint scores clearly higher at {above} of {len(both)} layers."
         else:
-            clear = other["ci_low"] > best["ci_high"]
+            clear = best_random["ci_low"] > best["ci_high"]
             verdict = "higher than the trained one" if clear else "as high as the trained one (the intervals overlap)"
             end = (
-                f"A random network scores {verdict}: this curve alone does not show that training put the information "
-                "there, since the picture also travels through untrained layers."
+                f"A random network scores {verdict}: this curve alone does not show that training added the "
+                "information, since untrained layers pass the image on too."
             )
         sentences.append(f"{start}. {end}")
     if not sentences:
         return [
-            "Not run. A network with random weights often scores as high as a trained one; before reading anything "
-            "into a curve, add it: probing train … --control random"
+            "Not run. A network with random weights often scores as high as a trained one; before interpreting a "
+            "curve, add this control: probing train … --control random"
         ]
     return sentences
 
 
-def _left_out(run: RunResults) -> list[str]:
-    """How many images of each split were left out of which layers or teachers: their numbers are not finite."""
+def _excluded_images(run: RunResults) -> list[str]:
+    """Counts the images excluded from layers or teachers because their values are not finite."""
     rows = pd.DataFrame(run.manifest.get("not_finite", []))
     if rows.empty:
         return []
@@ -133,37 +129,38 @@ def _left_out(run: RunResults) -> list[str]:
         where = [f"layers {layers}"] * bool(layers) + [f"the teachers {teachers}"] * bool(teachers)
         weights = " with random weights" if control == "random" else ""
         sentences.append(
-            f"{part['image'].nunique()} images of {split}{weights} are not finite at {' and '.join(where)}, and are "
-            "left out there; the manifest names them."
+            f"{part['image'].nunique()} images of {split}{weights} have non-finite values at {' and '.join(where)} "
+            "and are excluded there; the manifest lists them."
         )
     return sentences
 
 
 def convergence(run: RunResults) -> list[str]:
-    """Which probes had not finished learning, which never left the mean target, and what was left out on the way."""
+    """Lists probes that did not converge, and images excluded during training."""
     rows = pd.DataFrame(run.manifest["convergence"])
     if rows.empty:
-        return ["Not known: these probes were trained elsewhere, and imported."]
+        return ["Unknown: these probes were imported."]
     sentences = []
     for control, name in (("none", "of the checkpoint"), ("random", "of the random-weights control")):
         part = rows[rows["control"] == control]
         if part.empty:
             continue
         for state, meaning in STATES.items():
-            bad = part[part["state"] == state]
-            if len(bad):
+            affected = part[part["state"] == state]
+            if len(affected):
                 where = "; ".join(
                     f"{teacher} {', '.join(map(str, dict.fromkeys(group['layer'])))}"
-                    for teacher, group in bad.groupby("teacher", sort=False)
+                    for teacher, group in affected.groupby("teacher", sort=False)
                 )
                 sentences.append(
-                    f"{len(bad)} of {len(part)} probes {name} were {state} when training ended ({meaning}): {where}."
+                    f"{len(affected)} of {len(part)} probes {name} were {state} at the end of training ({meaning}): "
+                    f"{where}."
                 )
         if not (part["state"] != "flat").any():
-            sentences.append(f"The loss of all {len(part)} probes {name} was flat when training ended.")
+            sentences.append(f"The loss of all {len(part)} probes {name} was flat at the end of training.")
     return [
         *sentences,
-        *_left_out(run),
-        "Flat is not finished: the learning rate falls to zero at the end, whatever the loss. Whether more steps would "
-        "raise a curve, only training with more steps tells.",
+        *_excluded_images(run),
+        "A flat loss does not prove convergence: the learning rate decays to zero in any case. Only a run with more "
+        "steps shows whether scores would rise.",
     ]

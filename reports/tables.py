@@ -1,4 +1,4 @@
-"""Table 8 of OLA-VLM: decoded metrics by checkpoint, between what a constant and what the teacher scores."""
+"""Table 8 of OLA-VLM: decoded metrics by checkpoint, with the mean target as floor and the teacher as ceiling."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ CONTROLS = {"none": "", "random": ", random weights"}
 REFERENCES = (
     ("floor: mean target", "constant", "mean"),
     ("image row alone", "image_row", "baseline"),
-    ("ceiling: teacher's own feature, decoded in the same way", "target", "teacher"),
-    ("teacher as it is", "teacher", "teacher"),
+    ("ceiling: teacher's feature, decoded in the same way", "target", "teacher"),
+    ("teacher, unmodified", "teacher", "teacher"),
 )
-"""Rows that belong to no checkpoint, with their probe and control."""
+"""Rows that belong to no checkpoint: name, probe, control."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Column:
 
     @property
     def info(self) -> MetricInfo:
-        """What is known of the metric."""
+        """Returns the registered description of the metric."""
         return describe(self.metric, self.protocol)
 
     @property
     def title(self) -> str:
-        """Its name, and which way is better."""
+        """Returns label and direction of the metric."""
         return f"{self.info.label} {'↑' if self.info.higher_is_better else '↓'}"
 
 
@@ -44,8 +44,8 @@ class DecodedTable:
 
     Attributes:
         columns: the metrics.
-        rows: name of the row, and a cell per column; a cell is empty where nothing was computed.
-        notes: what a reader must know.
+        rows: name of the row, and a cell per column; empty where nothing was computed.
+        notes: caveats below the table.
     """
 
     columns: list[Column]
@@ -53,13 +53,13 @@ class DecodedTable:
     notes: list[str]
 
     def frame(self) -> pd.DataFrame:
-        """The table with its titles."""
+        """Returns the table as a data frame."""
         titles = [column.title for column in self.columns]
         return pd.DataFrame([cells for _, cells in self.rows], columns=titles, index=[name for name, _ in self.rows])
 
 
 def decoded_columns(runs: Sequence[RunResults]) -> list[Column]:
-    """The metrics with a column, by its position."""
+    """Returns the metrics that have a column, by its position."""
     measures = dict.fromkeys(measure for run in runs for measure in run.measures)
     columns = [
         Column(teacher, *measure)
@@ -70,7 +70,7 @@ def decoded_columns(runs: Sequence[RunResults]) -> list[Column]:
 
 
 def decoded_table(runs: Sequence[RunResults]) -> DecodedTable | None:
-    """Checkpoints × metrics, averaged over layers and at the best layer; None where nothing was decoded."""
+    """Builds the table, averaged over layers and at the best layer; None if nothing was decoded."""
     columns = decoded_columns(runs)
     if not columns:
         return None
@@ -78,13 +78,13 @@ def decoded_table(runs: Sequence[RunResults]) -> DecodedTable | None:
     for run in runs:
         for control, suffix in CONTROLS.items():
             for probe, name in PROBES.items():
-                place = f"{run.label}{suffix} · {name}"
-                rows.append((f"{place}, mean over layers", [_mean(run, c, probe, control) for c in columns]))
-                rows.append((f"{place}, best layer", [_best(run, c, probe, control) for c in columns]))
+                title = f"{run.label}{suffix} · {name}"
+                rows.append((f"{title}, mean over layers", [_mean(run, c, probe, control) for c in columns]))
+                rows.append((f"{title}, best layer", [_best(run, c, probe, control) for c in columns]))
     for name, probe, control in REFERENCES:
         cells = {run.label: [_reference(run, c, probe, control) for c in columns] for run in runs}
-        same = len({tuple(own) for own in cells.values()}) == 1  # as is the rule: same teachers, same images
-        rows += [(name, own) if same else (f"{name} ({label})", own) for label, own in cells.items()]
+        same = len(set(map(tuple, cells.values()))) == 1  # the rule: same teachers, same images
+        rows += [(name, row) if same else (f"{name} ({label})", row) for label, row in cells.items()]
     rows = list({name: (name, cells) for name, cells in rows if any(cells)}.values())
     return DecodedTable(columns, rows, _notes(runs, columns))
 
@@ -112,7 +112,7 @@ def _best(run: RunResults, column: Column, probe: str, control: str) -> str:
 
 def _reference(run: RunResults, column: Column, probe: str, control: str) -> str:
     row = run.reference(column.teacher, probe, control, column.metric, column.protocol)
-    # The teacher as it is sees its own early stages, so it has no value for the probe alone.
+    # The unmodified teacher uses its early stages, so it has no row for the blind protocol.
     if row is None and column.protocol == "blind" and probe == "teacher":
         row = run.reference(column.teacher, probe, control, column.metric, "strict")
     return _cell(row, column.metric)
@@ -126,10 +126,10 @@ def _notes(runs: Sequence[RunResults], columns: Sequence[Column]) -> list[str]:
         if n.min() < column.info.enough_images:
             notes.append(
                 f"{column.info.label}: {n.min()} images. Below {column.info.enough_images} it is biased upwards; "
-                "compare only values of equally many images."
+                "compare only values over the same number of images."
             )
-    notes.append("The mean over layers is that of the probed layers 1 … L; layer 0 and final are not in it.")
+    notes.append("The mean over layers is over the probed layers 1 … L, without layer 0 and final.")
     if any(run.manifest["fit"].get("imported") for run in runs):
-        notes.append("Of imported probes it includes final, the state that OLA-VLM's probes of the last layer read.")
-    notes.append("The best layer is chosen on the images that it is scored on, so its value is a little flattered.")
+        notes.append("For imported probes the mean includes final, the input of OLA-VLM's probes of the last layer.")
+    notes.append("The best layer is chosen on the images it is scored on, so its value is slightly optimistic.")
     return notes

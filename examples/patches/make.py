@@ -14,12 +14,12 @@ from typing import Any
 import click
 
 import probing.utils.torchvision_shim  # noqa: F401
-from probing.toyworld.models import Sizes, checkpoints, make_checkpoints, make_study
+from probing.toyworld.models import Sizes, checkpoint_variants, make_checkpoints, make_study_inputs
 
 
 def arms(models: Path) -> dict[str, dict[str, Any]]:
     """What stage pt of each checkpoint has beside next-token prediction; stage ift is the same for all."""
-    plain = checkpoints(models)
+    plain = checkpoint_variants(models)
     patches = {"annotations": f"coco:{models / 'world'}"}
     return {
         "llava": plain["llava"],
@@ -36,7 +36,7 @@ def main(folder: Path, seeds: tuple[int, ...]) -> None:
     """Makes FOLDER/models and FOLDER/world, and says how many questions each checkpoint answers."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("probing").setLevel(logging.INFO)
-    models, _ = make_study(folder)
+    models, _ = make_study_inputs(folder)
     for seed in seeds:
         for name, kinds in make_checkpoints(models, Sizes().llava, seed, arms(models)).items():
             click.echo(f"seed {seed}, {name}: {100 * kinds['all']['accuracy']:.1f} % of {kinds['all']['n']} questions")

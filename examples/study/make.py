@@ -15,7 +15,7 @@ import click
 
 import probing.utils.torchvision_shim  # noqa: F401
 from probing.toyworld.llava import answer_accuracy
-from probing.toyworld.models import Sizes, checkpoints, make_checkpoints, make_study
+from probing.toyworld.models import Sizes, checkpoint_variants, make_checkpoints, make_study_inputs
 from probing.utils.files import write_text
 
 QUESTIONS = 2000
@@ -28,14 +28,14 @@ def main(folder: Path, seeds: tuple[int, ...]) -> None:
     """Makes FOLDER/models and FOLDER/world, and says how well each checkpoint answers questions."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("probing").setLevel(logging.INFO)
-    models, world = make_study(folder)
+    models, world = make_study_inputs(folder)
     for seed in seeds:
         make_checkpoints(models, Sizes().llava, seed)
         file = folder / f"answers_{seed}.json"
         if file.exists():
             continue
         stages = models / "stages" / f"seed_{seed}"
-        folders = {"text": stages / "text"} | {name: stages / name / "ift" for name in checkpoints(models)}
+        folders = {"text": stages / "text"} | {name: stages / name / "ift" for name in checkpoint_variants(models)}
         found = {name: answer_accuracy(at, world, "test2017", QUESTIONS) for name, at in folders.items()}
         write_text(file, json.dumps(found, indent=2) + "\n")
         for name, kinds in found.items():

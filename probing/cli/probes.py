@@ -89,9 +89,9 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
     from analysis.benchmarks.compare import answer_statements
     from analysis.evaluation.compare import statements
     from probing.api import paired_differences
-    from reports.page import require_apart, write_report
+    from reports.page import check_report_paths, write_report
 
-    require_apart(runs, out)
+    check_report_paths(runs, out)
     differences, answers = paired_differences(runs)
     sentences = [] if differences is None else statements(differences, HEADLINE_METRICS)
     for sentence in [*sentences, *([] if answers is None else answer_statements(answers))]:

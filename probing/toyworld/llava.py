@@ -17,7 +17,7 @@ from probing.models.generate import ask
 from probing.recipe import BackboneRecipe
 from probing.toyworld.language import CHAT_TEMPLATE, KINDS, caption, make_tokenizer
 from probing.toyworld.scenes import SIZE, Scenes, batches
-from probing.toyworld.teachers import PATCH, grid_positions, image_processor, pixels, train_loop
+from probing.toyworld.teachers import PATCH, image_processor, init_position_embeddings, pixels, train_loop
 from probing.utils.files import atomic_folder
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def build(layers: int, width: int, seed: int) -> tuple[Any, Any]:
         image_seq_length=(SIZE // PATCH) ** 2, vision_feature_layer=-1,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
-    grid_positions(model.model.vision_tower.embeddings)
+    init_position_embeddings(model.model.vision_tower.embeddings)
     processor = LlavaProcessor(
         image_processor=image_processor(), tokenizer=tokenizer, patch_size=PATCH, num_additional_image_tokens=1,
         vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE,
@@ -96,7 +96,7 @@ def make_tower(scenes: Scenes, folder: Path, steps: int, seed: int = 0) -> Path:
     return folder
 
 
-def make_reader(
+def make_base_checkpoint(
     world: Path, tower: Path, folder: Path, schedule: Schedule, layers: int = 6, width: int = 128, seed: int = 0
 ) -> Path:
     """Makes what all checkpoints start from: a language model that has read, with the tower and a fresh projector.
@@ -129,7 +129,7 @@ def make_llava(
 
     Args:
         world: written by `write_world`, for the conversations.
-        reader: made by `make_reader`.
+        reader: made by `make_base_checkpoint`.
         folder: gets `pt/` and `ift/`, each a LLaVA folder; the last is the result.
         schedule: steps.
         seed: of the order of the conversations and of what is fresh.

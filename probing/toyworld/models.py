@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from probing.toyworld.layout import write_world
-from probing.toyworld.llava import Schedule, answer_accuracy, make_llava, make_reader, make_tower
+from probing.toyworld.llava import Schedule, answer_accuracy, make_base_checkpoint, make_llava, make_tower
 from probing.toyworld.scenes import generate
 from probing.toyworld.teachers import Quality, train_depth, train_gen, train_seg
 from probing.toyworld.unclip import train_classifier, train_unclip
@@ -103,8 +103,8 @@ def make_teachers(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
     return quality
 
 
-def make_study(folder: Path) -> tuple[Path, Path]:
-    """Makes what the studies in examples/ share, so that they can share a folder; existing files are reused.
+def make_study_inputs(folder: Path) -> tuple[Path, Path]:
+    """Makes what the studies in examples/ share, so that they can share a folder; what is there already is kept.
 
     Args:
         folder: gets `models/`, filled by `make_teachers`, and `world/`.
@@ -127,7 +127,7 @@ def make_checkpoints(
             and `ift/`.
         schedule: steps.
         seed: of all that is random but teachers, tower and world.
-        variants: the checkpoints, as `checkpoints` says them; without, its own.
+        variants: the checkpoints, as `checkpoint_variants` says them; without, its own.
 
     Returns:
         Per checkpoint of these what `answer_accuracy` finds, and the seconds it took; kept in `answers.json`.
@@ -135,10 +135,10 @@ def make_checkpoints(
     world, stages = folder / "world", folder / "stages" / f"seed_{seed}"
     file = stages / "answers.json"
     found: dict[str, dict[str, Quality]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    variants = variants or checkpoints(folder)
+    variants = variants or checkpoint_variants(folder)
     lacking = [name for name in variants if name not in found]
     if lacking:
-        reader = make_reader(world, folder / "stages" / "tower", stages, schedule, seed=seed)
+        reader = make_base_checkpoint(world, folder / "stages" / "tower", stages, schedule, seed=seed)
     for name in lacking:
         started = time.monotonic()
         last = make_llava(world, reader, stages / name, schedule, seed, variants[name])
@@ -148,7 +148,7 @@ def make_checkpoints(
     return {name: found[name] for name in variants}
 
 
-def checkpoints(folder: Path) -> dict[str, dict[str, Any]]:
+def checkpoint_variants(folder: Path) -> dict[str, dict[str, Any]]:
     """The toy world's checkpoints: what each one's stage pt has beside next-token prediction.
 
     All start from the same tower and language model and see the same conversations for the same number of steps. OLA's

@@ -181,7 +181,7 @@ def train_seg(scenes: Scenes, held_out: Scenes, folder: Path, steps: int, seed: 
     # The names are in the processor's metadata by now; a path would bind the model to this folder.
     processor.repo_path = processor.class_info_file = None  # type: ignore[assignment]
     save(model, processor, folder)
-    wordless_tokenizer().save_pretrained(folder)
+    padding_tokenizer().save_pretrained(folder)
     with torch.no_grad():
         images, sizes = pixels(held_out), [(SIZE, SIZE)] * len(held_out)
         encoder = model.model.pixel_level_module.encoder
@@ -204,7 +204,7 @@ def train_seg(scenes: Scenes, held_out: Scenes, folder: Path, steps: int, seed: 
         }
 
 
-def wordless_tokenizer() -> Any:
+def padding_tokenizer() -> Any:
     """The tokenizer of a OneFormer that knows a single task: every word of the task's name is padding to it."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -245,7 +245,7 @@ def train_gen(scenes: Scenes, held_out: Scenes, steps: int, seed: int = 0) -> tu
         max_position_embeddings=48, projection_dim=64, pad_token_id=0, bos_token_id=2, eos_token_id=3,
     )  # fmt: skip
     model, reader = CLIPVisionModelWithProjection(vision), CLIPTextModelWithProjection(text)
-    grid_positions(model.vision_model.embeddings)
+    init_position_embeddings(model.vision_model.embeddings)
     painter = nn.Sequential(
         nn.Linear(64, 96 * 9), nn.GELU(), nn.Unflatten(1, (96, 3, 3)),
         *(layer for a, b in ((96, 64), (64, 48), (48, 32)) for layer in (nn.ConvTranspose2d(a, b, 4, 2, 1), nn.GELU())),
@@ -291,7 +291,7 @@ def image_processor() -> Any:
     return CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=square, image_mean=MEAN, image_std=STD)
 
 
-def grid_positions(embeddings: Any) -> None:
+def init_position_embeddings(embeddings: Any) -> None:
     """Starts CLIP's position table from 2-D sines (Vaswani et al., 2017, sec. 3.5, per axis).
 
     From random positions a tiny tower takes long to tell places apart, and probes stay at the mean target.

@@ -1,5 +1,5 @@
 "use strict";
-// Everything here adds to a page that can be read without it. Names reach the page as text only, never as markup.
+// Progressive enhancement: the page works without this script. Names are inserted as text, never as markup.
 (() => {
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   const make = (tag, properties = {}, ...children) => {
@@ -8,21 +8,21 @@
     return element;
   };
 
-  // Light and dark: the system's choice, until the reader makes one.
+  // Theme: the system's, unless the reader chooses one.
   const root = document.documentElement;
   const dark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
   const theme = make("button", { type: "button", className: "theme" });
   const named = () => { theme.textContent = dark() ? "Light colours" : "Dark colours"; };
   theme.addEventListener("click", () => {
     root.dataset.theme = dark() ? "light" : "dark";
-    try { localStorage.setItem("probing-theme", root.dataset.theme); } catch (error) { /* a browser that keeps nothing */ }
+    try { localStorage.setItem("probing-theme", root.dataset.theme); } catch (error) { /* storage is disabled */ }
     named();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", named);
   named();
   document.querySelector("header").prepend(theme);
 
-  // Plots: the numbers behind a place, for pointer, finger and keyboard.
+  // Plots: values at a position, for pointer, touch and keyboard.
   const heard = make("div", { className: "heard" });
   heard.setAttribute("role", "status");
   document.body.append(heard);
@@ -94,14 +94,14 @@
     });
     const section = figure.closest(".panels").parentElement;
     if (!all(":scope > .numbers", section).length) {
-      const details = make("details", { className: "data" }, make("summary", {}, "The numbers"));
+      const details = make("details", { className: "data" }, make("summary", {}, "Values"));
       details.addEventListener("toggle", () => { if (details.open) fill(details, data); });
       details.fill = () => fill(details, data);
       figure.append(details);
     }
   });
 
-  // Legends: a name hides and shows its lines everywhere.
+  // Legends: clicking a name hides or shows its lines in all plots.
   const redraw = () => {
     all(".plot g[data-name]").forEach((group) => group.classList.toggle("off", hidden.has(group.dataset.name)));
     all(".legend button").forEach((button) => button.setAttribute("aria-pressed", String(!hidden.has(button.dataset.name))));
@@ -125,7 +125,7 @@
     document.querySelector("[data-chosen]").textContent = reference.selectedOptions[0].textContent;
   });
 
-  // Pictures: one layer at a time; the other sliders follow where they have that layer.
+  // Images: one layer at a time; the other sliders follow if they have that layer.
   const sliders = all("input[type=range]").map((slider) => ({ slider, layers: JSON.parse(slider.dataset.layers), viewer: slider.closest(".viewer") }));
   const turn = ({ slider, layers, viewer }, place) => {
     slider.value = place;
@@ -142,7 +142,7 @@
     });
   });
 
-  // Tables: sorted by any column, copied as CSV or LaTeX in the order shown.
+  // Tables: sorting by any column; copying as CSV or LaTeX in the displayed order.
   const text = (cell) => cell.innerText === undefined ? cell.textContent.trim() : (cell.querySelector("button") || cell).textContent.trim();
   const number = (string) => { const found = string.replace("−", "-").match(/^[+-]?\d+(\.\d+)?/); return found ? Number(found[0]) : NaN; };
   const interval = /^([+−-]?[\d.]+) \[([+−-]?[\d.]+), ([+−-]?[\d.]+)\](.*)$/;
@@ -152,7 +152,7 @@
     const [head, ...rows] = lines(table);
     const wide = head.map((_, i) => rows.some((row) => interval.test(row[i])));
     const extra = head.map((_, i) => rows.some((row) => (row[i].match(interval) || [])[4]));
-    const top = head.flatMap((name, i) => wide[i] ? [name, `${name} (low)`, `${name} (high)`, ...(extra[i] ? [`${name} (where)`] : [])] : [name]);
+    const top = head.flatMap((name, i) => wide[i] ? [name, `${name} (low)`, `${name} (high)`, ...(extra[i] ? [`${name} (layer)`] : [])] : [name]);
     const body = rows.map((row) => row.flatMap((cell, i) => {
       if (!wide[i]) return [cell];
       const [, value = cell, low = "", high = "", rest = ""] = cell.match(interval) || [];
@@ -169,7 +169,7 @@
     return [`\\begin{tabular}{${columns}}`, "\\toprule", row(head), "\\midrule", ...rows.map(row), "\\bottomrule", "\\end{tabular}", ""].join("\n");
   };
   const copy = async (content) => {
-    try { await navigator.clipboard.writeText(content); return true; } catch (error) { /* not allowed here: the old way */ }
+    try { await navigator.clipboard.writeText(content); return true; } catch (error) { /* fall back to execCommand */ }
     const area = make("textarea", { value: content, className: "heard" });
     document.body.append(area);
     area.select();
@@ -196,7 +196,7 @@
           const [a, b] = [key(one), key(two)];
           if (!numeric) return turned * a.localeCompare(b, "en", { numeric: true });
           const [m, n] = [number(a), number(b)];
-          if (Number.isNaN(m) || Number.isNaN(n)) return Number(Number.isNaN(m)) - Number(Number.isNaN(n)); // words and gaps last
+          if (Number.isNaN(m) || Number.isNaN(n)) return Number(Number.isNaN(m)) - Number(Number.isNaN(n)); // text and empty cells last
           return turned * (m - n);
         };
         body.append(...(order === "none" ? first : [...first].sort(compare)));
@@ -221,7 +221,7 @@
   }
   all("table.sortable").forEach(equip);
 
-  // On paper everything is open.
+  // Open all details for printing.
   let closed = [];
   addEventListener("beforeprint", () => {
     closed = all("details:not([open])");

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from probing.utils.errors import UserError
-from reports.benchmarks import accuracy_table, load_benchmarks, not_alike, panels, quality_figure
+from reports.benchmarks import accuracy_table, comparability_warnings, load_benchmarks, panels, quality_figure
 from reports.page import write_report
 from reports.results import load_runs
 from tests.helpers.report_runs import COLUMNS, make_run
@@ -98,47 +98,50 @@ def test_the_page_has_accuracies_and_says_how_many_checkpoints_stand_behind_a_co
         "<caption>CV-Bench</caption>" in page
         and "2D, Count" in page
         and "0.700 [0.670, 0.740], n = 99" in page
-        and "guessing" in page
+        and "chance" in page
     )
-    assert "c9: 7 of 2638 answers could not be read, and count as wrong." in page
+    assert "c9: 7 of 2638 answers could not be parsed and count as wrong." in page
     rho = stats.spearmanr(LIFTS[:3], ACCURACY[:3]).statistic
     assert f"Spearman&#39;s ρ = {rho:+.2f}" in page and "over 3 checkpoints" in page
-    assert "So few checkpoints (fewer than 8) say little" in page
+    assert "With fewer than 8 checkpoints this is weak evidence" in page
     for kind in ("png", "svg", "pdf"):
         assert (tmp_path / "report" / "figures" / f"quality_cvbench.{kind}").exists()
     points = pd.read_csv(tmp_path / "report" / "quality_accuracy.csv")
     assert len(points) == 3 * 6 and set(points["benchmark"]) == {"cvbench"}
     merged = pd.read_csv(tmp_path / "report" / "results.csv", keep_default_na=False)
-    assert (merged["metric"] == "accuracy").sum() == 6 * 6
+    assert (merged["metric"] == "accuracy").sum() == 6 * 3
 
 
 def test_no_correlation_of_two(runs):
     probed, asked = runs
     found = panels(load_runs(probed[:2]), load_benchmarks(asked))
     assert all(panel.correlation is None for panel in found)
-    assert "2 checkpoints have both probes and answers; no rank correlation of fewer than 3" in found[0].sentence
+    assert "2 checkpoints have both probes and answers; a rank correlation needs 3" in found[0].sentence
     assert not panels(load_runs(probed[5:]), load_benchmarks(asked))
 
 
 def test_runs_that_were_probed_on_other_images_are_told(runs):
     probed, _ = runs
-    assert not not_alike(load_runs(probed))
+    assert not comparability_warnings(load_runs(probed))
     manifest = json.loads((probed[1] / "manifest.json").read_text())
     manifest["data"]["eval_digest"] = "others"
     (probed[1] / "manifest.json").write_text(json.dumps(manifest))
-    assert "differ in their held-out images: their qualities cannot be compared" in not_alike(load_runs(probed))[0]
+    assert (
+        "differ in their held-out images: their qualities cannot be compared"
+        in comparability_warnings(load_runs(probed))[0]
+    )
 
 
 def test_benchmarks_alone_have_a_page(runs, tmp_path):
     _, asked = runs
     page = write_report(asked, tmp_path / "report").read_text(encoding="utf-8")
-    assert "How many questions are answered rightly?" in page and "<title>c9, c4" in page and "Spearman" not in page
+    assert "How many questions are answered correctly?" in page and "<title>c9, c4" in page and "Spearman" not in page
 
 
 def test_a_run_without_results_is_named(runs, tmp_path):
     _, asked = runs
     (asked[0] / "results.csv").unlink()
-    with pytest.raises(UserError, match="b9 has no results; type the probing bench"):
+    with pytest.raises(UserError, match="b9 has no results; repeat its probing bench command"):
         write_report(asked, tmp_path / "report")
     with pytest.raises(UserError, match="is a run of probing bench"):
         load_runs(asked[1:])
@@ -151,7 +154,7 @@ def test_more_checkpoints_say_more(tmp_path):
     probed = [make_probed(tmp_path / f"p{n}", f"c{n}", x, f"s{n}") for n, x in enumerate(order)]
     asked = [make_bench(tmp_path / f"b{n}", f"c{n}", 0.3 + x, f"s{n}") for n, x in enumerate(order)]
     panel = panels(load_runs(probed), load_benchmarks(asked))[0]
-    assert panel.correlation.rho.low > 0.9 and "say little" not in panel.sentence and "over 12" in panel.sentence
+    assert panel.correlation.rho.low > 0.9 and "weak evidence" not in panel.sentence and "over 12" in panel.sentence
 
 
 def test_other_questions_are_not_called_by_the_benchmarks_name(tmp_path):

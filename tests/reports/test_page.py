@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
-from reports.charts import final_place, layer_ticks
-from reports.differences import against, references
+from reports.charts import final_position, layer_ticks
+from reports.differences import differences_from, references
 from reports.page import load, render, write_report
 from reports.plots import WIDTH, nice_ticks
 from reports.results import read_results
@@ -93,12 +93,12 @@ def test_differences_can_be_seen_from_every_checkpoint():
     table = make_differences(names, 4)
     assert references(table) == names
     for one in names:
-        seen = against(table, one)
+        seen = differences_from(table, one)
         assert set(seen["reference"]) == {one} and list(dict.fromkeys(seen["checkpoint"])) == sorted({*names} - {one})
         assert (seen["ci_low"] <= seen["value"]).all() and (seen["value"] <= seen["ci_high"]).all()
     place = ["teacher", "layer", "probe", "metric", "protocol"]
-    there = against(table, "a")[lambda t: t["checkpoint"] == "b"]
-    back = against(table, "b")[lambda t: t["checkpoint"] == "a"]
+    there = differences_from(table, "a")[lambda t: t["checkpoint"] == "b"]
+    back = differences_from(table, "b")[lambda t: t["checkpoint"] == "a"]
     both = there.merge(back, on=place, suffixes=("", "_back"))
     assert len(both) == len(there) and (both["value"] == -both["value_back"]).all()
     assert (both["ci_low"] == -both["ci_high_back"]).all() and (both["ci_high"] == -both["ci_low_back"]).all()
@@ -174,7 +174,7 @@ def test_a_name_is_only_text_in_scripts_attributes_styles_and_drawings(tmp_path,
 @pytest.mark.parametrize("depth", [1, 2, 6, 12, 24, 28, 32, 40, 80])
 def test_names_of_layers_do_not_run_into_each_other(depth):
     ticks, names = layer_ticks(depth, final=True)
-    letters = (WIDTH - 60) / (final_place(depth) * 1.05) / 7  # a place in letters of the axis
+    letters = (WIDTH - 60) / (final_position(depth) * 1.05) / 7  # a place in letters of the axis
     for (a, one), (b, two) in itertools.pairwise(zip(ticks, names, strict=True)):
         assert (b - a) * letters > (len(one) + len(two)) / 2
     assert names[-1] == "final" and len(names) < 12

@@ -48,17 +48,20 @@ def test_every_line_of_a_panel_is_in_the_legend_and_looks_different(run):
 
 def test_findings_say_what_the_numbers_say(run):
     text = " ".join(teacher_finding(run, "depth").sentences)
-    assert "Read best at layer 0: centred cosine 0.500 [0.490, 0.510]" in text
+    assert "Best layer: 0, centred cosine 0.500 [0.490, 0.510]" in text
     assert "From layer 0 to layer 12 it falls from 0.500 to 0.380" in text
-    assert "Raw cosine at best 0.800; the mean target alone scores 0.400; every layer is above it" in text
+    assert "Best raw cosine 0.800; the mean target alone scores 0.400; the intervals of all layers are above it" in text
     assert "shuffled pairs, the best probe scores 0.020" in text
-    assert "ridge readout, which needs no training, is best at layer 0 with 0.600" in text and "limited by its" in text
+    assert (
+        "ridge readout, which needs no training, is best at layer 0 with 0.600" in text
+        and "its training limits" in text
+    )
 
 
 @pytest.mark.parametrize(
     ("random", "expected"),
     [
-        (0.3, "above its own at 14 of 14 layers"),
+        (0.3, "clearly higher at 14 of 14 layers"),
         (0.5, "as high as"),
         (0.7, "higher than the trained one"),
         (None, "Not run."),
@@ -69,7 +72,7 @@ def test_the_random_control_cannot_be_overlooked(tmp_path, random, expected):
     sentences = random_control(run)
     assert all(expected in sentence for sentence in sentences)
     page = write_report([run.path], tmp_path / "report").read_text()
-    assert "What random weights do" in page and expected.split(".")[0] in page
+    assert "Control: random weights" in page and expected.split(".")[0] in page
 
 
 def test_probes_that_did_not_converge_are_named(run):
@@ -77,7 +80,7 @@ def test_probes_that_did_not_converge_are_named(run):
         if row["teacher"] == "seg" and row["layer"] in ("3", "final"):
             row["state"] = "still falling"
     sentence, caution = convergence(run)
-    assert "Flat is not finished" in caution
+    assert "A flat loss does not prove convergence" in caution
     assert "2 of 42 probes of the checkpoint were still falling" in sentence and "seg 3, final" in sentence
 
 
@@ -132,10 +135,10 @@ def test_a_decoded_metric_stands_between_its_floor_and_its_ceiling(tmp_path):
     assert "<summary>mIoU, probe alone</summary>" in page
     assert page.count("decoded in the same way: 0.520") == 2  # each metric belongs to one teacher only
     (loaded,) = load_runs([run])
-    assert loaded.teachers_of("miou", "blind") == ["seg"] and loaded.own_feature("seg", "cosine", "strict") is None
+    assert loaded.teachers_of("miou", "blind") == ["seg"] and loaded.teacher_score("seg", "cosine", "strict") is None
     figure = layer_figure([loaded], "miou", "blind")
     levels = {line.get_label(): line.get_ydata()[0] for line in figure.axes[0].get_lines()}
-    assert levels["mean target"] == 0.08 and levels["teacher's own feature"] == 0.52
+    assert levels["mean target"] == 0.08 and levels["teacher's feature"] == 0.52
     line = next(x for x in figure.axes[0].lines if x.get_label() == "tiny")
     np.testing.assert_array_equal(line.get_xdata(), [0, 1, 2])  # the mean over layers is no layer
 
@@ -173,7 +176,7 @@ def test_grids_have_a_row_per_layer_below_photograph_and_teacher(tmp_path):
     assert labels == ["photograph", "teacher", "layer 0", "layer 2", "layer 10", "final"]
     drawn = figure.axes[2 * 2 + 1].images[0]  # layer 0, second column, on the teacher's scale
     np.testing.assert_array_equal(drawn.get_array(), depth.layers["0"][1].astype(np.float32))
-    assert drawn.get_clim() == (depth.own[1].min(), depth.own[1].max())
+    assert drawn.get_clim() == (depth.teacher_pictures[1].min(), depth.teacher_pictures[1].max())
     texts = [text.get_text() for text in grid_figure(seg).legends[0].get_texts()]
     assert texts == ["cat", "dog", "<tree>", "class 3", "class 4"]
     page = write_report([run], tmp_path / "report").read_text()

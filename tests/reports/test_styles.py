@@ -13,9 +13,9 @@ from matplotlib.colors import to_rgb
 import reports
 from probing.cli import cli
 from reports.charts import column_figure, difference_figure, layer_figure
-from reports.differences import against
+from reports.differences import differences_from
 from reports.page import load, render
-from reports.styles import CHECKPOINTS, DARK, DOUBLE, LIGHT, MARKERS, SINGLE, marker, places, tone
+from reports.styles import DARK, DOUBLE, LIGHT, MARKERS, N_COLOURS, SINGLE, assign_style_indices, marker, tone
 from tests.helpers.report_runs import make_differences, make_run
 from tests.reports.test_page import Parsed
 
@@ -49,7 +49,7 @@ def contrast(one, two):
 
 
 def colours(theme):
-    return [TONES[theme][tone(place)] for place in range(CHECKPOINTS)]
+    return [TONES[theme][tone(place)] for place in range(N_COLOURS)]
 
 
 @pytest.mark.parametrize("theme", TONES)
@@ -79,11 +79,11 @@ def test_texts_of_the_page_can_be_read():
 
 
 def test_numbers_follow_the_order_and_a_checkpoint_has_one():
-    assert places(["a", "b"], ["b", "c", "a"]) == ([0, 1], [1, 2, 0])
-    assert places(["a", "a"], ["a", "a", "a"]) == ([0, 1], [0, 1, 2])
-    assert places([], ["x", "y", "x"]) == ([], [0, 1, 2])
-    looks = {(tone(place), marker(place)) for place in range(CHECKPOINTS * len(MARKERS))}
-    assert len(looks) == CHECKPOINTS * len(MARKERS)
+    assert assign_style_indices(["a", "b"], ["b", "c", "a"]) == ([0, 1], [1, 2, 0])
+    assert assign_style_indices(["a", "a"], ["a", "a", "a"]) == ([0, 1], [0, 1, 2])
+    assert assign_style_indices([], ["x", "y", "x"]) == ([], [0, 1, 2])
+    looks = {(tone(place), marker(place)) for place in range(N_COLOURS * len(MARKERS))}
+    assert len(looks) == N_COLOURS * len(MARKERS)
 
 
 @pytest.fixture
@@ -111,14 +111,14 @@ def test_a_checkpoint_looks_the_same_in_every_figure_and_in_the_page(paths):
     runs, _ = load(paths)
     names = [run.label for run in runs]
     differences = make_differences(names, 2)
-    place = {run.label: run.place for run in runs}
+    place = {run.label: run.style_index for run in runs}
     whole = drawn(layer_figure(runs, "cosine", "strict"), names)
     assert list(whole) == names and len(set(whole.values())) == 3
     without_first = drawn(layer_figure(runs[1:], "cosine", "paper"), names)
     assert without_first == {name: whole[name] for name in ("b", "c")}
     assert drawn(column_figure(runs[2:], "seg", "ridge", "cosine", "strict"), names) == {"c": whole["c"]}
     for reference in names:
-        figure = difference_figure(against(differences, reference), "cosine", "strict", place)
+        figure = difference_figure(differences_from(differences, reference), "cosine", "strict", place)
         assert drawn(figure, names) == {name: look for name, look in whole.items() if name != reference}
     colour = {name: key for key, name in LIGHT.items()}
     page = Parsed(render(runs, [], differences))

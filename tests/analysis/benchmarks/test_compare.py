@@ -182,13 +182,13 @@ def test_command_refuses_before_it_works(tmp_path, scores):
     (probed / "recipe.yaml").write_text("x: 1\n")
     before = {run: (run / "results.csv").read_bytes() for run in runs}
     for arguments, out, said in (
-        ([runs[0], runs[1]], runs[1], "b holds runs, and the report would replace their results"),
-        ([runs[0], runs[1]], tmp_path, "holds runs"),
+        ([runs[0], runs[1]], runs[1], "b contains runs, and the report would overwrite their results"),
+        ([runs[0], runs[1]], tmp_path, "contains runs"),
         ([runs[0], tmp_path / "b" / ".." / "a"], tmp_path / "new" / "out", "is given twice"),
         ([probed, *runs], tmp_path / "new" / "out", "probed is the only run with probes"),
     ):
         assert said in error_line("compare", *arguments, "--out", out)
-    with pytest.raises(UserError, match="holds runs"):
+    with pytest.raises(UserError, match="contains runs"):
         write_report(runs, runs[0])
     assert before == {run: (run / "results.csv").read_bytes() for run in runs} and not (tmp_path / "new").exists()
 

@@ -15,7 +15,7 @@ from analysis.evaluation.scores import ScoreFile, score_file
 from probing.recipe import ProbeRunRecipe, validate
 from probing.training.run import train
 from probing.utils.errors import UserError
-from reports.differences import against
+from reports.differences import differences_from
 from tests.helpers import tiny
 from tests.helpers.cli import probing
 
@@ -71,7 +71,9 @@ def test_every_pair_is_compared_once_and_those_of_the_first_run_come_first(runs)
     forth, back = (table[table["checkpoint"] == a][lambda t, b=b: t["reference"] == b] for a, b in (pairs[0], pairs[2]))
     both = forth.merge(back, on=place, suffixes=("", "_back"))
     assert len(both) == len(forth) and np.allclose(both["value"], -both["value_back"], atol=1e-12)
-    seen = against(table, "two")[lambda t: t["checkpoint"] == "one"].merge(back, on=place, suffixes=("", "_back"))
+    seen = differences_from(table, "two")[lambda t: t["checkpoint"] == "one"].merge(
+        back, on=place, suffixes=("", "_back")
+    )
     spread = (seen["ci_high"] - seen["ci_low"]).to_numpy()
     # One seed against two is drawn from other random numbers when sides change: the ends agree but for that.
     assert (np.abs(seen["ci_low"] - seen["ci_low_back"]) < 0.35 * spread).all()

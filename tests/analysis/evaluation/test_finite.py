@@ -27,10 +27,10 @@ from reports.alignment import (
     COMPRESSION,
     LENS,
     difference_table,
-    likeness_measures,
     load_alignments,
     measure_plot,
     sentences,
+    similarity_measures,
 )
 from reports.model_card import write_card
 from reports.page import write_report
@@ -137,7 +137,7 @@ def test_report_shows_what_is_empty(both, tmp_path):
     differences = compare(both, ["clean", "bad"])
     page = write_report([both[1]], tmp_path / "one")
     text = page.read_text()
-    assert "no finite number" in text and "nan" not in text.split("<script")[0].lower().replace("nanmean", "")
+    assert "no finite score" in text and "nan" not in text.split("<script")[0].lower().replace("nanmean", "")
     assert "6 images of val2017" not in text  # grouped by the layers that they lack
     assert "4 images of val2017 are not finite at layers 2" in text
     write_report(list(both), tmp_path / "two")
@@ -267,7 +267,7 @@ def test_alignments_with_empty_layers_are_compared_and_reported(aligned):
     assert all("nan" not in sentence for sentence in statements(table))
     runs = load_alignments(list(aligned))
     assert all("nan" not in sentence for run in runs for sentence in sentences(run))
-    for measure in [*COMPRESSION, *LENS, *likeness_measures(runs)]:
+    for measure in [*COMPRESSION, *LENS, *similarity_measures(runs)]:
         assert "nan" not in svg(measure_plot(runs, measure)).lower().replace("resonan", "")
     assert "nan" not in str(difference_table(table))
 

@@ -87,10 +87,10 @@ def test_the_demos_recipe_probes_every_layer(tmp_path):
 
 def test_checkpoints_of_another_study_are_added_to_those_there(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(models, "make_reader", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(models, "make_base_checkpoint", lambda *_, **__: tmp_path)
     monkeypatch.setattr(models, "make_llava", lambda world, reader, folder, *_: made.append(folder.name))
     monkeypatch.setattr(models, "answer_accuracy", lambda *_: {"all": {"n": len(made)}})
-    own = models.checkpoints(tmp_path)
+    own = models.checkpoint_variants(tmp_path)
     first = models.make_checkpoints(tmp_path, Schedule(), 0)
     more = models.make_checkpoints(tmp_path, Schedule(), 0, {"patch": {"patches": {}}, "llava": own["llava"]})
     assert made == [*own, "patch"] and list(first) == list(own) and list(more) == ["patch", "llava"]
