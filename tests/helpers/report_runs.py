@@ -78,10 +78,10 @@ def add_rows(run, metric, protocol, teacher, rows, n=50):
     """Adds (layer, probe, control, value, half width) of one metric to a run's table."""
     table = pd.read_csv(run / "results.csv", dtype={"layer": str}, keep_default_na=False)
     more = [
-        ["tiny", teacher, layer, probe, control, metric, protocol, "", "val2017", 0]
-        + [value, value - width, value + width, n, ""]
+        ["tiny", teacher, layer, probe, control, metric, protocol, "", "val2017", 0,
+         value, value - width, value + width, n, ""]
         for layer, probe, control, value, width in rows
-    ]
+    ]  # fmt: skip
     pd.concat([table, pd.DataFrame(more, columns=COLUMNS)]).to_csv(run / "results.csv", index=False)
 
 
