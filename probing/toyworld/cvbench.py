@@ -1,7 +1,7 @@
-"""Questions about toy scenes in the form of CV-Bench: its columns and its four tasks, in the toy world's own words.
+"""Questions about toy scenes in the format of CV-Bench: its columns and its four tasks.
 
-The prompts do not list the choices, and a checkpoint answers with the text of one: the toy world's language has no
-letters. `source` says that these are none of CV-Bench's images.
+Prompts do not list the choices, and answers are the text of a choice, since the toy vocabulary has no letters.
+`source` marks that the images are not from CV-Bench.
 """
 
 import json
@@ -20,12 +20,12 @@ LETTERS = "ABCD"
 
 
 def write_cvbench(folder: Path, scenes: Scenes, seed: int) -> Path:
-    """Writes `test_2d.jsonl`, `test_3d.jsonl` and `img/`, as CV-Bench is published; a folder that is there is kept.
+    """Writes `test_2d.jsonl`, `test_3d.jsonl` and `img/` as CV-Bench does; reuses an existing folder.
 
     Args:
-        folder: to write.
-        scenes: to ask about; at most one question of each task about a scene.
-        seed: of which solids are asked about, and of the order of the choices.
+        folder: output folder.
+        scenes: scenes of the questions, at most one question per task and scene.
+        seed: seed of the choice of solids and of the order of the choices.
     """
     if folder.exists():
         return folder
@@ -36,11 +36,11 @@ def write_cvbench(folder: Path, scenes: Scenes, seed: int) -> Path:
         for index in range(len(scenes)):
             name = f"{index:06d}.png"
             Image.fromarray(scenes.images[index]).save(part / "img" / name)
-            for kind, task, text, choices, right in tasks(scenes, index, rng):
+            for kind, task, text, choices, answer in tasks(scenes, index, rng):
                 letters = [f"({letter})" for letter in LETTERS[: len(choices)]]
                 row = {
                     "idx": len(rows["2D"]) + len(rows["3D"]), "type": kind, "task": task, "question": text,
-                    "choices": choices, "answer": letters[choices.index(right)], "prompt": text, "filename": name,
+                    "choices": choices, "answer": letters[choices.index(answer)], "prompt": text, "filename": name,
                     "source": SOURCE, "source_dataset": SOURCE, "source_filename": name,
                 }  # fmt: skip
                 rows[kind].append(row)
@@ -51,26 +51,26 @@ def write_cvbench(folder: Path, scenes: Scenes, seed: int) -> Path:
 
 
 def tasks(scenes: Scenes, index: int, rng: np.random.Generator) -> list[tuple[str, str, str, list[str], str]]:
-    """Type, task, question, choices in random order and the right one, of what a scene allows to ask."""
+    """Returns type, task, question, shuffled choices and answer of all tasks that apply to a scene."""
     count = int(scenes.count[index])
     slots = rng.permutation(count)
     names = [COLOURS[scenes.colour[index, slot]] for slot in slots]
-    found = [("2D", "Count", "how many solids are there ?", list(NUMBERS), NUMBERS[count - 1])]
+    result = [("2D", "Count", "how many solids are there ?", list(NUMBERS), NUMBERS[count - 1])]
     if count > 1:
         column, distance = (scenes.position[index, slots, axis] for axis in (0, 1))
         text = f"is the {names[0]} solid left or right of the {names[1]} one ?"
-        found.append(("2D", "Relation", text, ["left", "right"], "left" if column[0] < column[1] else "right"))
+        result.append(("2D", "Relation", text, ["left", "right"], "left" if column[0] < column[1] else "right"))
         text = f"which is nearer , the {names[0]} or the {names[1]} solid ?"
-        found.append(("3D", "Depth", text, names[:2], names[int(distance[1] < distance[0])]))
+        result.append(("3D", "Depth", text, names[:2], names[int(distance[1] < distance[0])]))
     if count > 2:
-        places = _places(scenes.position[index, slots])
-        apart = np.linalg.norm(places[:2] - places[2], axis=1)
+        points = _ground_positions(scenes.position[index, slots])
+        distances = np.linalg.norm(points[:2] - points[2], axis=1)
         text = f"which is nearer the {names[2]} one , the {names[0]} or the {names[1]} solid ?"
-        found.append(("3D", "Distance", text, names[:2], names[int(apart[1] < apart[0])]))
-    return [(*entry[:3], [entry[3][i] for i in rng.permutation(len(entry[3]))], entry[4]) for entry in found]
+        result.append(("3D", "Distance", text, names[:2], names[int(distances[1] < distances[0])]))
+    return [(*entry[:3], [entry[3][i] for i in rng.permutation(len(entry[3]))], entry[4]) for entry in result]
 
 
-def _places(position: Any) -> Any:
-    """Left-right and along the axis, in the scenes' unit of length, of solids given by image column and distance."""
-    half = np.tan(np.radians(30.0))  # of the field of view
-    return np.stack([(2 * position[:, 0] / SIZE - 1) * position[:, 1] * half, position[:, 1]], axis=1)
+def _ground_positions(position: Any) -> Any:
+    """Converts image column and distance to horizontal offset and distance, in units of the scene."""
+    slope = np.tan(np.radians(30.0))  # of half the field of view
+    return np.stack([(2 * position[:, 0] / SIZE - 1) * position[:, 1] * slope, position[:, 1]], axis=1)

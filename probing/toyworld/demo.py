@@ -1,4 +1,4 @@
-"""`probing demo`: the whole story on the toy world, through the same code as the real one."""
+"""`probing demo`: the full pipeline on the toy world, with the same code as for real data."""
 
 import importlib.util
 import json
@@ -30,59 +30,60 @@ logger = logging.getLogger(__name__)
 
 TRAIN_SCENES, VAL_SCENES, WORLD_SEED = 2000, 400, 11
 DECODED_IMAGES, ALIGNED_IMAGES = 64, 200
-ASKED_SCENES, ASKED_SEED = 120, 13
-"""Scenes that questions in CV-Bench's form are about, and their seed: nothing else has these scenes."""
+QUESTION_SCENES, QUESTION_SEED = 120, 13
+"""Number and seed of the scenes of the CV-Bench questions; used for nothing else."""
 LAYERS = {"quick": "0,2,4,6", "full": "all"}
 DECODED_LAYERS = {"quick": "0,6", "full": "all"}
 CONTROLS = {"quick": ["random"], "full": ["shuffled", "random"]}
-"""Trained controls of the first checkpoint; the one on shuffled pairs says little that the mean target does not."""
+"""Trained controls of the first checkpoint; `shuffled` adds little to the mean target."""
 QUICK = {"llava": "llava", "ola": "ola"}
 FULL = QUICK | {"multi": "multi", "text": "stages/seed_0/text"}
-"""Checkpoints and their folders; `text` is the language model before it saw a picture, behind a random projector."""
+"""Checkpoints and their folders; `text` is the text-only language model with a random projector."""
 
 
 def run_demo(preset: str, out: Path) -> Path:
     """Probes every layer of tiny checkpoints against the three teachers, and compares them with the first.
 
     Args:
-        preset: `quick` takes the models that ship with the package; `full` makes them and more first.
-        out: gets `world/`, `models/` (full), `runs/` and `report/`; what is finished there is kept.
+        preset: `quick` uses the shipped models; `full` trains them, and more, first.
+        out: output folder for `world/`, `models/` (full), `runs/` and `report/`; finished parts are reused.
 
     Returns:
-        The report's page.
+        Path of the report's page.
     """
     torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
     models = ASSETS
     if preset == "full":
         models = out / "models"
         make_models(models, Sizes())
-    _tell_quality(json.loads((models / "quality.json").read_text(encoding="utf-8")))
+    _log_quality(json.loads((models / "quality.json").read_text(encoding="utf-8")))
     world = write_world(out / "world", TRAIN_SCENES, VAL_SCENES, WORLD_SEED)
     names = QUICK if preset == "quick" else FULL
-    questions = write_cvbench(out / "cvbench", generate(ASKED_SCENES, ASKED_SEED), ASKED_SEED)
+    questions = write_cvbench(out / "cvbench", generate(QUESTION_SCENES, QUESTION_SEED), QUESTION_SEED)
     runs: list[Path] = []
-    aligned: list[Path] = []
-    asked: list[Path] = []
+    alignments: list[Path] = []
+    benchmarks: list[Path] = []
     for name in names:
         recipe = demo_recipe(models, world, names[name], LAYERS[preset], [] if runs else CONTROLS[preset])
         run = train(recipe, out / "runs" / name)
         for options in demo_options(models, world, recipe, DECODED_LAYERS[preset]):
             evaluate(run.path, options)
         runs.append(run.path)
-        aligned.append(align(align_recipe(recipe), out / "runs" / f"{name}_words").parent)
-        asked.append(bench(bench_recipe(recipe, questions), out / "runs" / f"{name}_answers").parent)
-    differences, answers = compare(runs, list(names)), compare_answers(asked, list(names))
+        alignments.append(align(align_recipe(recipe), out / "runs" / f"{name}_words").parent)
+        benchmarks.append(bench(bench_recipe(recipe, questions), out / "runs" / f"{name}_answers").parent)
+    differences, answers = compare(runs, list(names)), compare_answers(benchmarks, list(names))
     sentences = statements(differences)
-    for sentence in [*(one for one in sentences if "cosine_centred" in one), *answer_statements(answers)]:
+    headlines = [sentence for sentence in sentences if "cosine_centred" in sentence]
+    for sentence in [*headlines, *answer_statements(answers)]:
         logger.info(sentence)
-    return write_report([*runs, *aligned, *asked], out / "report", pd.concat([differences, answers]), sentences)
+    return write_report([*runs, *alignments, *benchmarks], out / "report", pd.concat([differences, answers]), sentences)
 
 
 def demo_options(models: Path, world: Path, recipe: ProbeRunRecipe, layers: str) -> list[Options]:
-    """Cosine on all held-out images, decoded metrics on some of them; generated images where diffusers is installed."""
+    """Scores cosine on all held-out images and decoded metrics on some; skips generated images without diffusers."""
     metrics: tuple[str, ...] = ("da2k", "frechet")
     if importlib.util.find_spec("diffusers") is None:
-        logger.warning("diffusers is not installed: no images are generated; pip install 'mllm-probing[decode]'")
+        logger.warning("diffusers is not installed, skipping generated images; run: pip install 'mllm-probing[decode]'")
         metrics = metrics[:-1]
     common = Options(metrics=metrics, layers=layers, images=DECODED_IMAGES, micro_batch=32)
     controls = tuple(control for control in ("none", "random") if control in ("none", *recipe.controls))
@@ -91,7 +92,7 @@ def demo_options(models: Path, world: Path, recipe: ProbeRunRecipe, layers: str)
         common.model_copy(
             update={"da2k": world / "da2k", "extractor": str(models / "toy"), "steps": STEPS, "guidance": GUIDANCE}
         ),
-        # The probe alone: the dearest decoder, so neither the protocols that leak nor the shuffled control.
+        # The decoder is expensive: only the protocol without leakage, and no shuffled control.
         common.model_copy(update={"metrics": ("miou",), "protocols": ("blind",), "controls": controls}),
     ]
 
@@ -103,7 +104,7 @@ def demo_recipe(
     layers: str = "all",
     controls: Sequence[str] = ("shuffled", "random"),
 ) -> ProbeRunRecipe:
-    """A run's recipe: small batches and many steps, because that is what a tiny probe's attention needs to form."""
+    """Returns a probing recipe with small batches and many steps, which the attention of tiny probes needs."""
     values = {
         "backbone": {"checkpoint": str(models / checkpoint), "dtype": "float32"},
         "data": {"path": f"coco:{world}"},
@@ -116,7 +117,7 @@ def demo_recipe(
 
 
 def align_recipe(recipe: ProbeRunRecipe) -> AlignRecipe:
-    """Patches and words of the checkpoint that a recipe probes."""
+    """Returns the alignment recipe for the checkpoint of a probing recipe."""
     values = {
         "backbone": recipe.backbone.model_dump(),
         "data": recipe.data.model_dump() | {"eval_limit": ALIGNED_IMAGES},
@@ -128,7 +129,7 @@ def align_recipe(recipe: ProbeRunRecipe) -> AlignRecipe:
 
 
 def bench_recipe(recipe: ProbeRunRecipe, questions: Path) -> BenchRecipe:
-    """Questions in CV-Bench's form, in the toy world's words, which have no letters: a word answers."""
+    """Returns the benchmark recipe for the checkpoint of a probing recipe; answers are words, not letters."""
     values = {
         "backbone": recipe.backbone.model_dump(),
         "benchmark": "cvbench",
@@ -140,33 +141,33 @@ def bench_recipe(recipe: ProbeRunRecipe, questions: Path) -> BenchRecipe:
     return validate(BenchRecipe, values, "demo").with_absolute_paths()
 
 
-def _tell_quality(quality: dict[str, Any]) -> None:
-    """Says how good the tiny models are, on scenes that they have not seen."""
+def _log_quality(quality: dict[str, Any]) -> None:
+    """Logs the quality of the tiny models on held-out scenes."""
     depth, seg, gen = (quality[name] for name in ("depth", "seg", "gen"))
     logger.info(
-        "depth teacher: %.0f %% of hard pairs right (image row alone %.0f %%)",
+        "depth teacher: %.0f %% of hard pairs correct (image row alone %.0f %%)",
         100 * depth["pairs"],
         100 * depth["pairs_from_image_row"],
     )
     logger.info("seg teacher: mIoU %.2f (mean feature %.2f)", seg["miou"], seg["miou_of_mean_feature"])
     logger.info(
-        "gen teacher: finds the caption of %.0f %% of 200 images (chance %.1f %%)",
+        "gen teacher: retrieves the caption of %.0f %% of 200 images (chance %.1f %%)",
         100 * gen["caption_r_at_1_of_200"],
         100 * gen["caption_r_at_1_chance"],
     )
     logger.info(
-        "gen decoder: %.0f %% of 200 images painted from an embedding are closest to their own (chance %.1f %%)",
+        "gen decoder: %.0f %% of 200 generated images are closest to their source (chance %.1f %%)",
         100 * gen["painted_r_at_1_of_200"],
         100 * gen["painted_r_at_1_chance"],
     )
     for name in (name for name in FULL if name in quality):
-        found = quality[name]
-        kinds = ", ".join(f"{kind} {100 * row['accuracy']:.0f}" for kind, row in found.items() if kind != "all")
+        answers = quality[name]
+        kinds = ", ".join(f"{kind} {100 * row['accuracy']:.0f}" for kind, row in answers.items() if kind != "all")
         logger.info(
-            "%s: %.0f %% of %d questions about held-out scenes right (guessing %.0f %%): %s",
+            "%s: %.0f %% of %d questions about held-out scenes correct (chance %.0f %%): %s",
             name,
-            100 * found["all"]["accuracy"],
-            found["all"]["n"],
-            100 * found["all"]["chance"],
+            100 * answers["all"]["accuracy"],
+            answers["all"]["n"],
+            100 * answers["all"]["chance"],
             kinds,
         )

@@ -1,4 +1,4 @@
-"""What is said about a scene: captions, questions with one-word answers, and the tokenizer of that little language."""
+"""Captions, questions with one-word answers, and the tokenizer of the toy world."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +20,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one scene.
-
-    Attributes:
-        kind: one of `KINDS`.
-        text: the question.
-        answer: one word.
-    """
+    """A question about one scene with a one-word answer; `kind` is one of `KINDS`."""
 
     kind: str
     text: str
@@ -42,22 +36,22 @@ def _solid(scenes: Scenes, index: int, slot: int) -> tuple[str, str, str]:
 
 
 def caption(scenes: Scenes, index: int) -> str:
-    """Two lines: the solids from left to right, and where they stand and which is nearest."""
+    """Describes the solids from left to right, floor, background, and the nearest solid."""
     count = int(scenes.count[index])
     order = np.argsort(scenes.position[index, :count, 0])
-    things = [f"a {' '.join(_solid(scenes, index, slot))}" for slot in order]
+    solids = [f"a {' '.join(_solid(scenes, index, slot))}" for slot in order]
     nearest = COLOURS[scenes.colour[index, np.argmin(scenes.position[index, :count, 1])]]
     floor, back = FLOORS[scenes.floor[index]], BACKGROUNDS[scenes.background[index]]
-    return f"{NUMBERS[count - 1]} : {' , '.join(things)} . on {floor} before {back} , {nearest} is nearest ."
+    return f"{NUMBERS[count - 1]} : {' , '.join(solids)} . on {floor} before {back} , {nearest} is nearest ."
 
 
 def questions(scenes: Scenes, index: int, rng: np.random.Generator) -> list[Question]:
-    """Every kind of question that this scene allows, in random order; which solids they are about is drawn."""
+    """Returns all kinds of questions that apply to a scene, about random solids, in random order."""
     count = int(scenes.count[index])
     slots = rng.permutation(count)
-    one = int(slots[0])
-    size, colour, shape = _solid(scenes, index, one)
-    found = [
+    first = int(slots[0])
+    size, colour, shape = _solid(scenes, index, first)
+    result = [
         Question("count", "how many solids are there ?", NUMBERS[count - 1]),
         Question("shape", f"what shape is the {colour} solid ?", shape),
         Question("size", f"is the {colour} solid small or large ?", size),
@@ -65,42 +59,42 @@ def questions(scenes: Scenes, index: int, rng: np.random.Generator) -> list[Ques
     ]
     unique = [slot for slot in slots if (scenes.shape[index, :count] == scenes.shape[index, slot]).sum() == 1]
     if unique:
-        _, colour_of, shape_of = _solid(scenes, index, int(unique[0]))
-        found.append(Question("colour", f"what colour is the {shape_of} ?", colour_of))
+        _, colour, shape = _solid(scenes, index, int(unique[0]))
+        result.append(Question("colour", f"what colour is the {shape} ?", colour))
     if count > 1:
-        other = int(slots[1])
-        names = [COLOURS[scenes.colour[index, slot]] for slot in (one, other)]
+        second = int(slots[1])
+        names = [COLOURS[scenes.colour[index, slot]] for slot in (first, second)]
         column, distance = scenes.position[index, :, 0], scenes.position[index, :, 1]
-        side = "left" if column[one] < column[other] else "right"
-        nearer = names[0] if distance[one] < distance[other] else names[1]
-        found.append(Question("side", f"is the {names[0]} solid left or right of the {names[1]} one ?", side))
-        found.append(Question("nearer", f"which is nearer , the {names[0]} or the {names[1]} solid ?", nearer))
-    return [found[i] for i in rng.permutation(len(found))]
+        side = "left" if column[first] < column[second] else "right"
+        nearer = names[0] if distance[first] < distance[second] else names[1]
+        result.append(Question("side", f"is the {names[0]} solid left or right of the {names[1]} one ?", side))
+        result.append(Question("nearer", f"which is nearer , the {names[0]} or the {names[1]} solid ?", nearer))
+    return [result[i] for i in rng.permutation(len(result))]
 
 
 def vocabulary() -> list[str]:
-    """Every word of the language."""
-    asked = (
+    """Returns every word of the toy language."""
+    question_words = (
         "how many solids are there what shape is the solid small or large colour floor left right of one which nearer"
     )
-    told = "a on before nearest , . : ? USER ASSISTANT"
-    words = [*asked.split(), *told.split(), *DEFAULT_PROMPT.replace(".", "").split()]
+    caption_words = "a on before nearest , . : ? USER ASSISTANT"
+    words = [*question_words.split(), *caption_words.split(), *DEFAULT_PROMPT.replace(".", "").split()]
     return list(dict.fromkeys([*words, *NUMBERS, *COLOURS, *SHAPES, *SIZES, *FLOORS, *BACKGROUNDS]))
 
 
 def make_tokenizer() -> Any:
-    """A word-level tokenizer of the real fast class, with LLaVA-1.5's special tokens."""
+    """Builds a word-level fast tokenizer with LLaVA-1.5's special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     import probing.utils.torchvision_shim  # noqa: F401
 
     special = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
-    words = {word: code for code, word in enumerate([*special, *vocabulary()])}
-    model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    vocab = {word: code for code, word in enumerate([*special, *vocabulary()])}
+    model = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=model, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
-    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    return fast
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return tokenizer

@@ -1,7 +1,4 @@
-"""Writes scenes in the layouts that the rest of the toolkit reads.
-
-COCO 2017 (images, captions, instances, panoptic), DA-2K (pairs of points) and LLaVA (conversations).
-"""
+"""Writes scenes in the formats of COCO 2017, DA-2K (pairs of points) and LLaVA (conversations)."""
 
 import json
 from pathlib import Path
@@ -15,22 +12,22 @@ from probing.toyworld.language import caption, questions
 from probing.toyworld.scenes import CLASSES, SHAPES, SIZE, SKY_DEPTH, Scenes, generate
 from probing.utils.files import atomic_folder
 
-NOTE = "Procedural toy world; its numbers are its own."
+DESCRIPTION = "Procedural toy world; not comparable with COCO."
 MAX_ROWS_APART = 3
-"""Points of a depth pair lie within so many rows of each other, or the image row alone would solve them."""
-RATIO = 1.15
-"""The farther point of a pair is at least so much farther."""
+"""Maximal distance of the points of a depth pair in rows, so that the image row alone does not solve them."""
+MIN_DEPTH_RATIO = 1.15
+"""Minimal ratio of the depths of a pair."""
 
 
 def write_world(root: Path, train: int, val: int, seed: int, test: int = 0) -> Path:
-    """Writes a world, or keeps the one that is there.
+    """Writes a world; reuses an existing one.
 
     Args:
-        root: folder to make, whole or not at all.
-        train: scenes in train2017.
-        val: scenes in val2017; other scenes than those of training.
-        seed: of all of them.
-        test: scenes in test2017, for what is reported where val2017 was used to choose; depth pairs are theirs then.
+        root: output folder, written atomically.
+        train: number of scenes in train2017.
+        val: number of scenes in val2017.
+        seed: seed of the scenes, which differ between splits.
+        test: number of scenes in test2017, for results after model selection on val2017; has the depth pairs if not 0.
     """
     if (root / "annotations").exists():
         return root
@@ -70,42 +67,45 @@ def _write_split(folder: Path, split: str, scenes: Scenes, start: int) -> None:
     images, captions, panoptic = [], [], []
     instances: list[dict[str, Any]] = []
     for index, name in enumerate(_names(scenes, start)):
-        identity = start + index
+        image_id = start + index
         Image.fromarray(scenes.images[index]).save(folder / split / name)
-        images.append({"id": identity, "file_name": name, "width": SIZE, "height": SIZE, "license": 0})
-        captions.append({"id": identity, "image_id": identity, "caption": caption(scenes, index)})
-        segments, coded = _segments(scenes, index)
-        Image.fromarray(coded).save(panoptic_folder / name)
-        panoptic.append({"image_id": identity, "file_name": name, "segments_info": segments})
+        images.append({"id": image_id, "file_name": name, "width": SIZE, "height": SIZE, "license": 0})
+        captions.append({"id": image_id, "image_id": image_id, "caption": caption(scenes, index)})
+        segments, panoptic_png = _segments(scenes, index)
+        Image.fromarray(panoptic_png).save(panoptic_folder / name)
+        panoptic.append({"image_id": image_id, "file_name": name, "segments_info": segments})
         for segment in segments:
             if segment["category_id"] <= len(SHAPES):
                 mask = scenes.instance[index] == segment["id"]
-                number = len(instances) + 1
-                box = {key: segment[key] for key in ("category_id", "area", "bbox", "iscrowd")}
-                rle = _run_lengths(mask)
-                instances.append({"id": number, "image_id": identity, "segmentation": rle, **box})
-    things = categories[: len(SHAPES)]
+                fields = {key: segment[key] for key in ("category_id", "area", "bbox", "iscrowd")}
+                entry = {"id": len(instances) + 1, "image_id": image_id, "segmentation": _run_lengths(mask)}
+                instances.append(entry | fields)
     files: dict[str, dict[str, Any]] = {
         "captions": {"annotations": captions},
-        "instances": {"annotations": instances, "categories": things},
+        "instances": {"annotations": instances, "categories": categories[: len(SHAPES)]},
         "panoptic": {"annotations": panoptic, "categories": categories},
     }
     for kind, content in files.items():
-        whole = {"info": {"description": NOTE}, "licenses": [{"id": 0, "name": "CC0"}], "images": images, **content}
-        (folder / "annotations" / f"{kind}_{split}.json").write_text(json.dumps(whole), encoding="utf-8")
+        document = {
+            "info": {"description": DESCRIPTION},
+            "licenses": [{"id": 0, "name": "CC0"}],
+            "images": images,
+            **content,
+        }
+        (folder / "annotations" / f"{kind}_{split}.json").write_text(json.dumps(document), encoding="utf-8")
 
 
 def _segments(scenes: Scenes, index: int) -> tuple[list[dict[str, Any]], np.ndarray[Any, Any]]:
-    """Panoptic segments and their PNG, id = R + 256 G + 65536 B: solid k has id k + 1, stuff 100 + class."""
+    """Returns panoptic segments and their PNG, id = R + 256 G + 65536 B: solid k has id k + 1, stuff 100 + class."""
     instance, semantic = scenes.instance[index], scenes.semantic[index]
     ids = np.where(instance > 0, instance, 100 + semantic).astype(np.uint8)
     segments = []
-    for identity in np.unique(ids):
-        rows, columns = np.nonzero(ids == identity)
+    for segment_id in np.unique(ids):
+        rows, columns = np.nonzero(ids == segment_id)
         left, top = int(columns.min()), int(rows.min())
         segments.append(
             {
-                "id": int(identity),
+                "id": int(segment_id),
                 "category_id": int(semantic[rows[0], columns[0]]) + 1,
                 "area": len(rows),
                 "bbox": [left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1],
@@ -116,7 +116,7 @@ def _segments(scenes: Scenes, index: int) -> tuple[list[dict[str, Any]], np.ndar
 
 
 def _run_lengths(mask: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """COCO's uncompressed run lengths: column by column, starting with the background."""
+    """Encodes a mask as COCO's uncompressed run lengths: by column, starting with the background."""
     flat = mask.flatten(order="F").astype(np.int8)
     edges = np.flatnonzero(np.diff(flat)) + 1
     counts = np.diff([0, *edges, len(flat)]).tolist()
@@ -132,14 +132,14 @@ def _turns(*pairs: tuple[str, str], image: bool = True) -> list[dict[str, str]]:
 
 
 def _write_conversations(folder: Path, split: str, scenes: Scenes, names: list[str], rng: np.random.Generator) -> None:
-    """pt.json (captions), ift.json (questions) and text.json (both, without the image)."""
+    """Writes pt.json (captions), ift.json (questions) and text.json (both, without images)."""
     pt, ift, text = [], [], []
     for index, name in enumerate(names):
-        described = (DEFAULT_PROMPT, caption(scenes, index))
-        asked = [(question.text, question.answer) for question in questions(scenes, index, rng)]
-        pt.append({"id": name, "image": f"{split}/{name}", "conversations": _turns(described)})
-        ift.append({"id": name, "image": f"{split}/{name}", "conversations": _turns(*asked)})
-        text.append({"id": name, "conversations": _turns(described, *asked, image=False)})
+        description = (DEFAULT_PROMPT, caption(scenes, index))
+        answered = [(question.text, question.answer) for question in questions(scenes, index, rng)]
+        pt.append({"id": name, "image": f"{split}/{name}", "conversations": _turns(description)})
+        ift.append({"id": name, "image": f"{split}/{name}", "conversations": _turns(*answered)})
+        text.append({"id": name, "conversations": _turns(description, *answered, image=False)})
     for file, entries in (("pt", pt), ("ift", ift), ("text", text)):
         (folder / f"{file}.json").write_text(json.dumps(entries), encoding="utf-8")
 
@@ -153,41 +153,41 @@ def _write_questions(folder: Path, split: str, scenes: Scenes, names: list[str],
     (folder / f"questions_{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def depth_pairs(scenes: Scenes, index: int, rng: np.random.Generator, wanted: int = 2) -> list[dict[str, Any]]:
-    """Pairs of points with clearly different depth, in DA-2K's form.
+def depth_pairs(scenes: Scenes, index: int, rng: np.random.Generator, n: int = 2) -> list[dict[str, Any]]:
+    """Samples up to `n` pairs of points with clearly different depth, in DA-2K's format.
 
-    The points lie a few rows apart, and a coin decides whether the closer one is the upper or the lower one, and
-    whether it comes first: lower in the image is usually closer, and alone would solve most pairs drawn at random.
+    The points are a few rows apart, and the closer one is the upper or the lower one, first or second, at random:
+    otherwise the image row alone would solve most pairs.
     """
     depth = scenes.depth[index]
     pairs: list[dict[str, Any]] = []
-    upper = bool(rng.random() < 0.5)
+    closer_is_upper = bool(rng.random() < 0.5)
     for _ in range(400):
-        if len(pairs) == wanted:
+        if len(pairs) == n:
             break
-        row, apart = rng.integers(0, SIZE), rng.integers(1, MAX_ROWS_APART + 1)
-        one = np.array([row, rng.integers(0, SIZE)])
-        two = np.array([row + apart, rng.integers(0, SIZE)])
-        if two[0] >= SIZE:
+        row, offset = rng.integers(0, SIZE), rng.integers(1, MAX_ROWS_APART + 1)
+        upper_point = np.array([row, rng.integers(0, SIZE)])
+        lower_point = np.array([row + offset, rng.integers(0, SIZE)])
+        if lower_point[0] >= SIZE:
             continue
-        near, far = (one, two) if upper else (two, one)
-        if depth[tuple(far)] >= SKY_DEPTH or depth[tuple(far)] < RATIO * depth[tuple(near)]:
+        near, far = (upper_point, lower_point) if closer_is_upper else (lower_point, upper_point)
+        if depth[tuple(far)] >= SKY_DEPTH or depth[tuple(far)] < MIN_DEPTH_RATIO * depth[tuple(near)]:
             continue
         first, second = (near, far) if rng.random() < 0.5 else (far, near)
         closer = "point1" if first is near else "point2"
         pairs.append({"point1": first.tolist(), "point2": second.tolist(), "closer_point": closer})
-        upper = not upper
+        closer_is_upper = not closer_is_upper
     return pairs
 
 
 def _write_pairs(folder: Path, scenes: Scenes, names: list[str], rng: np.random.Generator) -> None:
-    """DA-2K's layout: annotations.json keyed by image path below the same root."""
+    """Writes DA-2K's layout: annotations.json keyed by relative image path."""
     root = folder / "da2k"
     (root / "images" / "toy").mkdir(parents=True)
-    found = {}
+    annotations = {}
     for index, name in enumerate(names):
         pairs = depth_pairs(scenes, index, rng)
         if pairs:
             Image.fromarray(scenes.images[index]).save(root / "images" / "toy" / name)
-            found[f"images/toy/{name}"] = pairs
-    (root / "annotations.json").write_text(json.dumps(found), encoding="utf-8")
+            annotations[f"images/toy/{name}"] = pairs
+    (root / "annotations.json").write_text(json.dumps(annotations), encoding="utf-8")

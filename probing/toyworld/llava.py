@@ -1,4 +1,4 @@
-"""Makes the toy world's LLaVA: a tower trained by captioning, a language model that has read, then PT and IFT."""
+"""Trains the toy LLaVA: a vision tower by captioning, an LLM on text, then PT and IFT."""
 
 import json
 import logging
@@ -23,12 +23,12 @@ from probing.utils.files import atomic_folder
 logger = logging.getLogger(__name__)
 
 CHOICES = ("size", "side", "nearer")
-"""Kinds of questions that name two possible answers: guessing scores one half."""
+"""Kinds of questions that name two possible answers: chance is one half."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long each part is trained, in optimiser steps."""
+    """Optimiser steps of each part."""
 
     tower: int = 900
     text: int = 300
@@ -37,7 +37,7 @@ class Schedule:
 
 
 def build(layers: int, width: int, seed: int) -> tuple[Any, Any]:
-    """An untrained LLaVA of the real classes, and its processor."""
+    """Builds an untrained LLaVA and its processor."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     torch.manual_seed(seed)
@@ -66,30 +66,30 @@ def build(layers: int, width: int, seed: int) -> tuple[Any, Any]:
 
 
 def train_tower(scenes: Scenes, steps: int, seed: int = 0) -> Any:
-    """A CLIP vision tower, trained by captioning through a small language model that is then thrown away.
+    """Trains a CLIP vision tower by captioning through a small LLM, which is discarded.
 
-    Captioning gives patch tokens that say what is where (Tschannen et al., 2023, arXiv:2306.07915); a contrastive loss
-    on so few scenes gives hardly any.
+    Captioning yields patch tokens with local information (Tschannen et al., 2023, arXiv:2306.07915); a contrastive loss
+    on few scenes yields hardly any.
     """
     model, processor = build(layers=2, width=96, seed=seed)
     tokenizer = processor.tokenizer
-    places = (SIZE // PATCH) ** 2
-    tag = model.config.image_token_id
+    n_patches = (SIZE // PATCH) ** 2
+    image_token = model.config.image_token_id
 
-    def loss_of(batch: Scenes) -> torch.Tensor:
-        said = [caption(batch, index) + "</s>" for index in range(len(batch))]
-        ids = tokenizer(said, return_tensors="pt", padding=True)["input_ids"]
-        inputs = torch.cat([torch.full((len(batch), places), tag), ids], dim=1)
-        labels = inputs.masked_fill((inputs == tag) | (inputs == 0), -100)
+    def compute_loss(batch: Scenes) -> torch.Tensor:
+        captions = [caption(batch, index) + "</s>" for index in range(len(batch))]
+        ids = tokenizer(captions, return_tensors="pt", padding=True)["input_ids"]
+        inputs = torch.cat([torch.full((len(batch), n_patches), image_token), ids], dim=1)
+        labels = inputs.masked_fill((inputs == image_token) | (inputs == 0), -100)
         attention = (inputs != 0).long()
         return model(input_ids=inputs, attention_mask=attention, pixel_values=pixels(batch), labels=labels).loss
 
-    train_loop("vision tower", model.parameters(), batches(scenes, 64, steps, seed), loss_of, steps, 2e-3)
+    train_loop("vision tower", model.parameters(), batches(scenes, 64, steps, seed), compute_loss, steps, 2e-3)
     return model.model.vision_tower.eval()
 
 
 def make_tower(scenes: Scenes, folder: Path, steps: int, seed: int = 0) -> Path:
-    """Makes the vision tower that all checkpoints share; one that is there is kept."""
+    """Trains the vision tower that all checkpoints share; reuses an existing one."""
     if not (folder / "config.json").exists():
         with atomic_folder(folder) as part:
             train_tower(scenes, steps, seed).save_pretrained(part)
@@ -99,55 +99,60 @@ def make_tower(scenes: Scenes, folder: Path, steps: int, seed: int = 0) -> Path:
 def make_base_checkpoint(
     world: Path, tower: Path, folder: Path, schedule: Schedule, layers: int = 6, width: int = 128, seed: int = 0
 ) -> Path:
-    """Makes what all checkpoints start from: a language model that has read, with the tower and a fresh projector.
+    """Trains the starting point of all checkpoints: an LLM on text, with the tower and an untrained projector.
 
     Args:
-        world: written by `write_world`, for the texts.
-        tower: made by `make_tower`.
-        folder: gets `untrained/` and `text/`, each a LLaVA folder; the last is the result.
-        schedule: steps.
-        layers: decoder blocks of the LLM.
-        width: its hidden size.
-        seed: of language model, projector and the order of the texts.
+        world: folder of `write_world`, for the texts.
+        tower: folder of `make_tower`.
+        folder: output folder for `untrained/` and `text/`, each a LLaVA folder; the latter is returned.
+        schedule: optimiser steps.
+        layers: number of decoder blocks of the LLM.
+        width: hidden size of the LLM.
+        seed: seed of LLM, projector and the order of the texts.
     """
     from transformers import CLIPVisionModel
 
-    start = folder / "untrained"
-    if not (start / "config.json").exists():
+    untrained = folder / "untrained"
+    if not (untrained / "config.json").exists():
         model, processor = build(layers, width, seed + 1)
         model.model.vision_tower = CLIPVisionModel.from_pretrained(tower)
-        with atomic_folder(start) as part:
+        with atomic_folder(untrained) as part:
             model.save_pretrained(part)
             processor.save_pretrained(part)
-    return _stage(world, "text.json", start, folder / "text", "ift", schedule.text, 2e-3, seed)
+    return _stage(world, "text.json", untrained, folder / "text", "ift", schedule.text, 2e-3, seed)
 
 
 def make_llava(
-    world: Path, reader: Path, folder: Path, schedule: Schedule, seed: int = 0, beside: dict[str, Any] | None = None
+    world: Path,
+    base: Path,
+    folder: Path,
+    schedule: Schedule,
+    seed: int = 0,
+    extra_fields: dict[str, Any] | None = None,
 ) -> Path:
     """Trains stages pt and ift.
 
     Args:
-        world: written by `write_world`, for the conversations.
-        reader: made by `make_base_checkpoint`.
-        folder: gets `pt/` and `ift/`, each a LLaVA folder; the last is the result.
-        schedule: steps.
-        seed: of the order of the conversations and of what is fresh.
-        beside: further fields of stage pt's recipe: `embedding` or `encoders`.
+        world: folder of `write_world`, for the conversations.
+        base: folder of `make_base_checkpoint`.
+        folder: output folder for `pt/` and `ift/`, each a LLaVA folder; the latter is returned.
+        schedule: optimiser steps.
+        seed: seed of the order of the conversations and of new weights.
+        extra_fields: further fields of the recipe of stage pt: `embedding` or `encoders`.
     """
-    projected = _stage(world, "pt.json", reader, folder / "pt", "pt", schedule.pt, 2e-3, seed, beside)
-    return _stage(world, "ift.json", projected, folder / "ift", "ift", schedule.ift, 1e-3, seed)
+    pretrained = _stage(world, "pt.json", base, folder / "pt", "pt", schedule.pt, 2e-3, seed, extra_fields)
+    return _stage(world, "ift.json", pretrained, folder / "ift", "ift", schedule.ift, 1e-3, seed)
 
 
 def _stage(
     world: Path, file: str, source: Path, out: Path, kind: str, steps: int, lr: float, seed: int,
-    beside: dict[str, Any] | None = None,
+    extra_fields: dict[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     recipe = {
         "checkpoint": str(source), "stage": kind, "max_steps": steps, "lr": lr, "batch_size": 32, "micro_batch": 32,
         "data": {"conversations": str(world / file), "image_root": str(world)}, "workers": 1, "warmup": 0.05,
         "save_steps": 10_000, "seed": seed,
-        "trainer": {"report_to": "none"}, **(beside or {}),
+        "trainer": {"report_to": "none"}, **(extra_fields or {}),
     }  # fmt: skip
     logger.info("%s, %s", out.parent.name, out.name)
     return run_stage(DistillRecipe.model_validate(recipe), out)
@@ -156,41 +161,41 @@ def _stage(
 def answer_accuracy(
     checkpoint: Path, world: Path, split: str = "val2017", limit: int = 600
 ) -> dict[str, dict[str, float]]:
-    """Greedy one-word answers to questions about held-out scenes.
+    """Scores greedy one-word answers to questions about held-out scenes.
 
     Args:
-        checkpoint: LLaVA folder, with several encoders or not.
-        world: written by `write_world`.
-        split: of which scenes.
-        limit: take only the first so many questions.
+        checkpoint: LLaVA folder, with one or several encoders.
+        world: folder of `write_world`.
+        split: split of the scenes.
+        limit: maximal number of questions.
 
     Returns:
-        Per kind of question, and for all: accuracy, what guessing scores (the commonest answer, or one half where the
-        question names two), and the number of questions.
+        By kind of question, and for all: accuracy, chance (the most common answer, or one half if the question names
+        two) and the number of questions.
     """
     recipe = BackboneRecipe(checkpoint=str(checkpoint), dtype="float32")
     backbone = load_backbone(recipe, torch.device("cpu"), with_head=True)
     lines = (world / f"questions_{split}.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
-    asked = [json.loads(line) for line in lines]
-    right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    questions = [json.loads(line) for line in lines]
+    correct: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     answers: dict[str, list[str]] = {kind: [] for kind in KINDS}
-    for first in range(0, len(asked), 64):
-        part = asked[first : first + 64]
-        images = [read_image(world / question["image"]) for question in part]
-        said = ask(backbone, recipe, images, [question["question"] for question in part], most=1)
-        for question, word in zip(part, said, strict=True):
-            right[question["kind"]].append(word == question["answer"])
+    for first in range(0, len(questions), 64):
+        batch = questions[first : first + 64]
+        images = [read_image(world / question["image"]) for question in batch]
+        predictions = ask(backbone, recipe, images, [question["question"] for question in batch], most=1)
+        for question, word in zip(batch, predictions, strict=True):
+            correct[question["kind"]].append(word == question["answer"])
             answers[question["kind"]].append(question["answer"])
-    found = {}
-    for kind in (kind for kind in KINDS if right[kind]):
-        commonest = max(answers[kind].count(a) for a in set(answers[kind])) / len(answers[kind])
-        found[kind] = {
-            "accuracy": sum(right[kind]) / len(right[kind]),
-            "chance": 0.5 if kind in CHOICES else commonest,
-            "n": len(right[kind]),
+    result = {}
+    for kind in (kind for kind in KINDS if correct[kind]):
+        majority = max(answers[kind].count(answer) for answer in set(answers[kind])) / len(answers[kind])
+        result[kind] = {
+            "accuracy": sum(correct[kind]) / len(correct[kind]),
+            "chance": 0.5 if kind in CHOICES else majority,
+            "n": len(correct[kind]),
         }
-    total = sum(row["n"] for row in found.values())
-    found["all"] = {
-        name: sum(row[name] * row["n"] for row in found.values()) / total for name in ("accuracy", "chance")
+    total = sum(row["n"] for row in result.values())
+    result["all"] = {
+        name: sum(row[name] * row["n"] for row in result.values()) / total for name in ("accuracy", "chance")
     } | {"n": total}
-    return found
+    return result

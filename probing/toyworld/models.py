@@ -1,4 +1,4 @@
-"""Makes everything of the toy world from nothing, and the half-precision copies that ship with the package."""
+"""Trains all models of the toy world, and writes the half-precision copies that ship with the package."""
 
 import json
 import logging
@@ -22,15 +22,15 @@ from probing.utils.files import atomic_folder, write_text
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
-"""Ready-made models: depth/, seg/, gen/, llava/, ola/, the classifier toy/, and quality.json."""
+"""Shipped models: depth/, seg/, gen/, llava/, ola/, the classifier toy/, and quality.json."""
 SHIPPED = ("depth", "seg", "gen", "toy", "llava", "ola")
 TEACHER_SCENES_SEED, HELD_OUT_SEED = 90_001, 90_002
-"""Seeds of the scenes that teachers and tower learn from and are tested on; no world of the demo has them."""
+"""Seeds of the training and test scenes of teachers and tower; no demo world has these scenes."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; the defaults take about three quarters of an hour on two CPU cores."""
+    """Numbers of scenes and steps; the defaults take about 45 minutes on two CPU cores."""
 
     teacher_scenes: int = 8000
     held_out: int = 400
@@ -45,36 +45,36 @@ class Sizes:
 
 
 def make_models(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
-    """Makes teachers and checkpoints; existing files are reused.
+    """Trains teachers and checkpoints; reuses existing ones.
 
     Args:
-        folder: gets what `make_teachers` and `make_checkpoints` write, and a folder per finished checkpoint.
-        sizes: how much of everything.
-        seed: of everything.
+        folder: output folder of `make_teachers` and `make_checkpoints`, with a folder per finished checkpoint.
+        sizes: numbers of scenes and steps.
+        seed: seed of models and data.
 
     Returns:
-        Quality of each model on scenes it has not seen, each number beside what a trivial answer scores.
+        Quality of each model on held-out scenes, with the score of a trivial baseline.
     """
     quality = make_teachers(folder, sizes, seed)
-    found = make_checkpoints(folder, sizes.llava, seed)
-    for name in (name for name in found if name not in quality):
+    answers = make_checkpoints(folder, sizes.llava, seed)
+    for name in (name for name in answers if name not in quality):
         with atomic_folder(folder / name) as part:
             shutil.copytree(folder / "stages" / f"seed_{seed}" / name / "ift", part, dirs_exist_ok=True)
-        quality[name] = found[name]
+        quality[name] = answers[name]
         write_text(folder / "quality.json", json.dumps(quality, indent=2) + "\n")
     return quality
 
 
 def make_teachers(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
-    """Makes what does not depend on a checkpoint; existing files are reused.
+    """Trains teachers and vision tower and writes a world; reuses existing parts.
 
     Args:
-        folder: gets `world/`, for the conversations, a folder per teacher, `stages/tower/` and `quality.json`.
-        sizes: how much of everything.
-        seed: of everything.
+        folder: output folder for `world/`, a folder per teacher, `stages/tower/` and `quality.json`.
+        sizes: numbers of scenes and steps.
+        seed: seed of models and data.
 
     Returns:
-        Quality of each teacher on scenes it has not seen, each number beside what a trivial answer scores.
+        Quality of each teacher on held-out scenes, with the score of a trivial baseline.
     """
     file = folder / "quality.json"
     quality: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -82,8 +82,8 @@ def make_teachers(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
     held_out = generate(sizes.held_out, HELD_OUT_SEED + seed)
 
     def make_gen(part: Path) -> Quality:
-        encoder, found = train_gen(scenes, held_out, sizes.gen_steps, seed)
-        return found | train_unclip(encoder, scenes, held_out, part, sizes.unclip_steps)
+        encoder, gen_quality = train_gen(scenes, held_out, sizes.gen_steps, seed)
+        return gen_quality | train_unclip(encoder, scenes, held_out, part, sizes.unclip_steps)
 
     makers: dict[str, Callable[[Path], Quality]] = {
         "depth": lambda part: train_depth(scenes, held_out, part, sizes.depth_steps, seed),
@@ -104,13 +104,13 @@ def make_teachers(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
 
 
 def make_study_inputs(folder: Path) -> tuple[Path, Path]:
-    """Makes what the studies in examples/ share, so that they can share a folder; what is there already is kept.
+    """Makes the models and the world that the studies in examples/ share; reuses existing parts.
 
     Args:
-        folder: gets `models/`, filled by `make_teachers`, and `world/`.
+        folder: output folder for `models/`, see `make_teachers`, and `world/`.
 
     Returns:
-        Both: the models, and a world for the probes, whose scenes no teacher, tower or checkpoint has seen.
+        Folders of the models, and of a world of scenes that no model has seen.
     """
     world = write_world(folder / "world", 4000, 400, seed=12, test=600)
     make_teachers(folder / "models", Sizes())
@@ -120,39 +120,39 @@ def make_study_inputs(folder: Path) -> tuple[Path, Path]:
 def make_checkpoints(
     folder: Path, schedule: Schedule, seed: int, variants: dict[str, dict[str, Any]] | None = None
 ) -> dict[str, dict[str, Quality]]:
-    """Makes the language model of one seed and checkpoints that start from it; what is there is kept.
+    """Trains the LLM of one seed and the checkpoints that start from it; reuses existing ones.
 
     Args:
-        folder: filled by `make_teachers`; gets `stages/seed_<seed>/`: `untrained/`, `text/`, and per checkpoint `pt/`
-            and `ift/`.
-        schedule: steps.
-        seed: of all that is random but teachers, tower and world.
-        variants: the checkpoints, as `checkpoint_variants` says them; without, its own.
+        folder: folder of `make_teachers`; output in `stages/seed_<seed>/`: `untrained/`, `text/`, and `pt/` and
+            `ift/` of each checkpoint.
+        schedule: optimiser steps.
+        seed: seed of everything but teachers, tower and world.
+        variants: recipe fields by checkpoint; default: `checkpoint_variants`.
 
     Returns:
-        Per checkpoint of these what `answer_accuracy` finds, and the seconds it took; kept in `answers.json`.
+        By checkpoint the result of `answer_accuracy` and the seconds; also saved in `answers.json`.
     """
     world, stages = folder / "world", folder / "stages" / f"seed_{seed}"
     file = stages / "answers.json"
-    found: dict[str, dict[str, Quality]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    answers: dict[str, dict[str, Quality]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     variants = variants or checkpoint_variants(folder)
-    lacking = [name for name in variants if name not in found]
-    if lacking:
-        reader = make_base_checkpoint(world, folder / "stages" / "tower", stages, schedule, seed=seed)
-    for name in lacking:
+    missing = [name for name in variants if name not in answers]
+    if missing:
+        base = make_base_checkpoint(world, folder / "stages" / "tower", stages, schedule, seed=seed)
+    for name in missing:
         started = time.monotonic()
-        last = make_llava(world, reader, stages / name, schedule, seed, variants[name])
-        found[name] = answer_accuracy(last, world)
-        found[name]["all"]["seconds"] = round(time.monotonic() - started)
-        write_text(file, json.dumps(found, indent=2) + "\n")
-    return {name: found[name] for name in variants}
+        checkpoint = make_llava(world, base, stages / name, schedule, seed, variants[name])
+        answers[name] = answer_accuracy(checkpoint, world)
+        answers[name]["all"]["seconds"] = round(time.monotonic() - started)
+        write_text(file, json.dumps(answers, indent=2) + "\n")
+    return {name: answers[name] for name in variants}
 
 
 def checkpoint_variants(folder: Path) -> dict[str, dict[str, Any]]:
-    """The toy world's checkpoints: what each one's stage pt has beside next-token prediction.
+    """Returns the recipe fields that each checkpoint adds to next-token prediction in stage pt.
 
-    All start from the same tower and language model and see the same conversations for the same number of steps. OLA's
-    layers 8–20 of 32 become 2–4 of 6, and a grid of 36 is pooled to 4 tokens.
+    All start from the same tower and LLM and see the same conversations for the same number of steps. OLA's layers
+    8–20 of 32 become 2–4 of 6, and a grid of 36 is pooled to 4 tokens.
     """
     teachers = {name: {"id": str(folder / name)} for name in ("gen", "depth", "seg")}
     layers = {"depth": "2,4", "seg": "2,3", "gen": "2,4"}
@@ -164,11 +164,11 @@ def checkpoint_variants(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_assets(folder: Path, assets: Path = ASSETS) -> float:
-    """Copies made models in half precision; returns their size in MB.
+    """Copies models in half precision and returns their size in MB.
 
     Args:
-        folder: made by `make_models`.
-        assets: where the package keeps them.
+        folder: folder of `make_models`.
+        assets: output folder.
     """
     with atomic_folder(assets) as target:
         for path in sorted(path for name in SHIPPED for path in (folder / name).rglob("*") if path.is_file()):

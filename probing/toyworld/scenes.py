@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-Draw = dict[str, Array]
+Arrays = dict[str, Array]
 
 SIZE = 48
 """Side of an image in pixels."""
@@ -21,14 +21,14 @@ CLASSES = (*SHAPES, *BACKGROUNDS, *FLOORS)
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 SIZES = ("small", "large")
 SKY_DEPTH = 100.0
-"""Depth given to the sky, in the scenes' unit of length."""
+"""Depth of the sky, in the scenes' unit of length."""
 
 _RGB = np.array(
     [(214, 40, 40), (30, 140, 60), (45, 75, 215), (240, 205, 40), (150, 50, 170), (235, 235, 235)], dtype=np.float32
 )
 _FLOOR_RGB = np.array([(96, 150, 70), (214, 186, 130), (150, 150, 155)], dtype=np.float32)
 _WALL_RGB = np.array([(186, 160, 150), (150, 165, 170), (200, 195, 170)], dtype=np.float32)
-_CHUNK = 128  # scenes drawn from one random stream; also keeps the ray-casting inside the cache
+_CHUNK = 128  # scenes per random stream, few enough for the CPU cache
 _TAN = float(np.tan(np.radians(30.0)))  # half the field of view
 _MIN_VISIBLE = 14  # pixels of a solid that must stay unoccluded
 _FAR = np.float32(1e6)
@@ -36,9 +36,9 @@ _FAR = np.float32(1e6)
 
 @dataclass
 class Scenes:
-    """A batch of rendered scenes and what is in them.
+    """A batch of rendered scenes with their descriptions.
 
-    The arrays that describe solids have one column per solid; columns from `count` on hold -1 or NaN.
+    Arrays that describe solids have one column per solid; columns from `count` on are -1 or NaN.
 
     Attributes:
         images: (n, 48, 48, 3) uint8, RGB.
@@ -70,55 +70,50 @@ class Scenes:
         return len(self.images)
 
     def __getitem__(self, index: slice | Array) -> Self:
-        """The chosen scenes."""
+        """Selects scenes."""
         return type(self)(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
     @property
     def inverse_depth(self) -> Array:
-        """(n, 48, 48) float32, 1 / depth, and 0 for the sky."""
+        """Returns 1 / depth, and 0 for the sky, (n, 48, 48) float32."""
         return np.where(self.depth >= SKY_DEPTH, 0, 1 / self.depth).astype(np.float32)
 
 
 def generate(n: int, seed: int) -> Scenes:
-    """Renders n scenes, fully determined by the seed; the first of a longer batch are the same scenes.
-
-    Args:
-        n: number of scenes, at least 1.
-        seed: any non-negative integer.
-    """
+    """Renders n scenes, determined by the seed; a longer batch starts with the same scenes."""
     chunks = [_chunk(np.random.default_rng([seed, index])) for index in range(-(-n // _CHUNK))]
     names = [field.name for field in fields(Scenes)]
     return Scenes(**{name: np.concatenate([chunk[name] for chunk in chunks])[:n] for name in names})
 
 
-def _chunk(rng: np.random.Generator) -> Draw:
-    """Draws one chunk; scenes in which solids touch or hide are drawn again, with the same content elsewhere."""
-    scenes = _draw_content(rng)
-    places = _draw_places(rng, scenes)
-    todo = np.arange(_CHUNK)
-    result: Draw = {}
-    while len(todo):
-        part = {name: value[todo] for name, value in (scenes | places).items()}
+def _chunk(rng: np.random.Generator) -> Arrays:
+    """Samples one chunk; scenes in which solids touch or are hidden get a new layout with the same content."""
+    scenes = _sample_content(rng)
+    layout = _sample_layout(rng, scenes)
+    pending = np.arange(_CHUNK)
+    result: Arrays = {}
+    while len(pending):
+        part = {name: value[pending] for name, value in (scenes | layout).items()}
         rendered = _render(part, rng)
         slots = np.arange(1, MAX_SOLIDS + 1)
-        visible = (rendered["instance"].reshape(len(todo), -1, 1) == slots).sum(1)
-        wanted = slots[None] <= part["count"][:, None]
-        good = (~wanted | (visible >= _MIN_VISIBLE)).all(1) & _apart(part)
+        visible = (rendered["instance"].reshape(len(pending), -1, 1) == slots).sum(1)
+        exists = slots[None] <= part["count"][:, None]
+        valid = (~exists | (visible >= _MIN_VISIBLE)).all(1) & _separate(part)
         for name, value in rendered.items():
-            result.setdefault(name, np.zeros((_CHUNK, *value.shape[1:]), value.dtype))[todo[good]] = value[good]
-        todo = todo[~good]
-        for name, value in _draw_places(rng, scenes).items():
-            places[name][todo] = value[todo]
-    kept = {name: scenes[name] for name in ("count", "shape", "colour", "size", "background", "floor")}
-    unused = np.arange(MAX_SOLIDS)[None] >= kept["count"][:, None]
+            result.setdefault(name, np.zeros((_CHUNK, *value.shape[1:]), value.dtype))[pending[valid]] = value[valid]
+        pending = pending[~valid]
+        for name, value in _sample_layout(rng, scenes).items():
+            layout[name][pending] = value[pending]
+    content = {name: scenes[name] for name in ("count", "shape", "colour", "size", "background", "floor")}
+    unused = np.arange(MAX_SOLIDS)[None] >= content["count"][:, None]
     for name in ("shape", "colour", "size"):
-        kept[name] = np.where(unused, -1, kept[name])
+        content[name] = np.where(unused, -1, content[name])
     result["position"][unused] = np.nan
-    return result | kept
+    return result | content
 
 
-def _draw_content(rng: np.random.Generator) -> Draw:
-    """What is in each scene; drawn once, so that rejecting arrangements does not skew it."""
+def _sample_content(rng: np.random.Generator) -> Arrays:
+    """Samples the content of scenes, once, so that rejected layouts do not bias it."""
     solids = (_CHUNK, MAX_SOLIDS)
     return {
         "count": rng.integers(1, MAX_SOLIDS + 1, _CHUNK),
@@ -134,37 +129,37 @@ def _draw_content(rng: np.random.Generator) -> Draw:
     }
 
 
-def _draw_places(rng: np.random.Generator, scenes: Draw) -> Draw:
-    """Camera and positions; each solid gets its own column of the view, in random order."""
+def _sample_layout(rng: np.random.Generator, scenes: Arrays) -> Arrays:
+    """Samples camera and positions; solids are in separate columns of the view, in random order."""
     solids = (_CHUNK, MAX_SOLIDS)
     slots = rng.permuted(np.tile(np.arange(MAX_SOLIDS), (_CHUNK, 1)), axis=1)
-    across = (slots + 0.5 + rng.uniform(-0.28, 0.28, solids)) / MAX_SOLIDS * 1.8 - 0.9
-    along = rng.uniform(2.9, 6.8, solids)
+    horizontal = (slots + 0.5 + rng.uniform(-0.28, 0.28, solids)) / MAX_SOLIDS * 1.8 - 0.9
+    distance = rng.uniform(2.9, 6.8, solids)
     radius = np.where(scenes["size"] == 0, rng.uniform(0.42, 0.5, solids), rng.uniform(0.72, 0.84, solids))
     return {
         "height": rng.uniform(1.3, 2.4, _CHUNK),
         "pitch": np.radians(rng.uniform(6, 20, _CHUNK)),
         "back": rng.uniform(10, 15, _CHUNK),
-        "x": across * along * _TAN,
-        "z": along,
+        "x": horizontal * distance * _TAN,
+        "z": distance,
         "radius": radius,
         "turn": rng.uniform(0, np.pi / 2, solids),
     }
 
 
-def _apart(part: Draw) -> NDArray[np.bool_]:
-    """Whether no two solids of a scene touch."""
-    good = np.ones(len(part["count"]), bool)
+def _separate(part: Arrays) -> NDArray[np.bool_]:
+    """Checks that no two solids of a scene touch."""
+    separate = np.ones(len(part["count"]), bool)
     for i in range(MAX_SOLIDS):
         for j in range(i):
             gap = np.hypot(part["x"][:, i] - part["x"][:, j], part["z"][:, i] - part["z"][:, j])
-            reach = 1.15 * (part["radius"][:, i] + part["radius"][:, j])
-            good &= (part["count"] <= i) | (gap > reach)
-    return good
+            min_gap = 1.15 * (part["radius"][:, i] + part["radius"][:, j])
+            separate &= (part["count"] <= i) | (gap > min_gap)
+    return separate
 
 
-def _rays(part: Draw) -> tuple[Array, Array, Array]:
-    """Components (n, 2304) of the viewing rays in world axes, scaled to advance one unit of optical-axis depth."""
+def _rays(part: Arrays) -> tuple[Array, Array, Array]:
+    """Returns the components (n, 2304) of the viewing rays in world axes, scaled to one unit of depth."""
     step = ((np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE * 2 - 1) * np.float32(_TAN)
     u, v = np.tile(step, SIZE)[None], np.repeat(-step, SIZE)[None]
     sine = np.sin(part["pitch"]).astype(np.float32)[:, None]
@@ -172,7 +167,7 @@ def _rays(part: Draw) -> tuple[Array, Array, Array]:
     return np.broadcast_to(u, (len(sine), SIZE * SIZE)), v * cosine - sine, cosine + v * sine
 
 
-def _render(part: Draw, rng: np.random.Generator) -> Draw:
+def _render(part: Arrays, rng: np.random.Generator) -> Arrays:
     """Ray-casts scenes: a ray is camera + t * direction, and t is the depth."""
     part = {name: value.astype(np.float32) if value.dtype == np.float64 else value for name, value in part.items()}
     n = len(part["count"])
@@ -180,7 +175,7 @@ def _render(part: Draw, rng: np.random.Generator) -> Draw:
     height = part["height"][:, None]
     light = np.stack([part["light"][:, 0], np.full(n, 1.4, np.float32), part["light"][:, 1] * 0.5 - 0.7], axis=1)
     light /= np.linalg.norm(light, axis=1, keepdims=True)
-    depth, semantic, colour = _surroundings(part, dx, dy, dz, height, rng)
+    depth, semantic, colour = _render_background(part, dx, dy, dz, height, rng)
     instance = np.zeros((n, SIZE * SIZE), np.uint8)
     for slot in range(MAX_SOLIDS):
         for code in range(len(SHAPES)):
@@ -188,37 +183,37 @@ def _render(part: Draw, rng: np.random.Generator) -> Draw:
             if not len(rows):
                 continue
             solid = {name: part[name][rows, slot, None] for name in ("x", "z", "radius", "turn")}
-            t, normal = _HITS[code](solid, height[rows], dx[rows], dy[rows], dz[rows])
+            t, normal = _INTERSECTIONS[code](solid, height[rows], dx[rows], dy[rows], dz[rows])
             front = t < depth[rows]
             shade = 0.45 + 0.6 * np.maximum(sum(normal[k] * light[rows, k, None] for k in range(3)), 0)
             base = _RGB[part["colour"][rows, slot]] * part["tone"][rows, slot, None]
-            which, pixel = np.nonzero(front)
-            depth[rows[which], pixel] = t[which, pixel]
-            semantic[rows[which], pixel] = code
-            instance[rows[which], pixel] = slot + 1
-            colour[rows[which], pixel] = base[which] * shade[which, pixel, None]
+            row, pixel = np.nonzero(front)
+            depth[rows[row], pixel] = t[row, pixel]
+            semantic[rows[row], pixel] = code
+            instance[rows[row], pixel] = slot + 1
+            colour[rows[row], pixel] = base[row] * shade[row, pixel, None]
     colour += rng.normal(0, 4, colour.shape[:2]).astype(np.float32)[..., None]
-    ahead = part["z"] * np.cos(part["pitch"])[:, None]
-    axis = ahead + np.sin(part["pitch"])[:, None] * (part["height"][:, None] - part["radius"])
+    forward = part["z"] * np.cos(part["pitch"])[:, None]
+    axis = forward + np.sin(part["pitch"])[:, None] * (part["height"][:, None] - part["radius"])
     column = (part["x"] / axis / _TAN + 1) * SIZE / 2
-    square = (n, SIZE, SIZE)
+    shape = (n, SIZE, SIZE)
     return {
-        "images": np.clip(colour, 0, 255).astype(np.uint8).reshape(*square, 3),
-        "depth": depth.reshape(square),
-        "semantic": semantic.reshape(square),
-        "instance": instance.reshape(square),
+        "images": np.clip(colour, 0, 255).astype(np.uint8).reshape(*shape, 3),
+        "depth": depth.reshape(shape),
+        "semantic": semantic.reshape(shape),
+        "instance": instance.reshape(shape),
         "position": np.stack([column, axis], axis=2).astype(np.float32),
     }
 
 
-def _surroundings(
-    part: Draw, dx: Array, dy: Array, dz: Array, height: Array, rng: np.random.Generator
+def _render_background(
+    part: Arrays, dx: Array, dy: Array, dz: Array, height: Array, rng: np.random.Generator
 ) -> tuple[Array, Array, Array]:
-    """Depth, classes and colours of ground, wall and sky."""
+    """Returns depth, classes and colours of ground, wall and sky."""
     n = len(height)
     ground = np.where(dy < -1e-4, -height / np.minimum(dy, -1e-4), _FAR)
     wall = np.where(part["background"][:, None] == 1, part["back"][:, None] / dz, _FAR)
-    horizon = np.where(ground > 60, _FAR, ground)  # beyond that the sky begins
+    horizon = np.where(ground > 60, _FAR, ground)  # the sky begins beyond
     depth = np.minimum(horizon, wall)
     on_floor, on_wall = horizon <= wall, wall < horizon
     on_floor &= depth < _FAR
@@ -247,14 +242,14 @@ Normal = tuple[Array, Array, Array]
 
 
 def _roots(a: Array, b: Array, c: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
-    """Both solutions of a t² + 2 b t + c = 0, and where they are real."""
-    disc = b * b - a * c
-    root = np.sqrt(np.maximum(disc, 0))
+    """Returns both solutions of a t² + 2 b t + c = 0, and whether they are real."""
+    discriminant = b * b - a * c
+    root = np.sqrt(np.maximum(discriminant, 0))
     safe = np.where(np.abs(a) < 1e-6, np.float32(1e-6), a)
-    return (-b - root) / safe, (-b + root) / safe, disc > 0
+    return (-b - root) / safe, (-b + root) / safe, discriminant > 0
 
 
-def _sphere(s: Draw, height: Array, dx: Array, dy: Array, dz: Array) -> tuple[Array, Normal]:
+def _sphere(s: Arrays, height: Array, dx: Array, dy: Array, dz: Array) -> tuple[Array, Normal]:
     ox, oy, oz = -s["x"], height - s["radius"], -s["z"]
     t, _, hit = _roots(
         dx * dx + dy * dy + dz * dz, dx * ox + dy * oy + dz * oz, ox * ox + oy * oy + oz * oz - s["radius"] ** 2
@@ -263,7 +258,7 @@ def _sphere(s: Draw, height: Array, dx: Array, dy: Array, dz: Array) -> tuple[Ar
     return np.where(hit, t, _FAR), ((ox + t * dx) / r, (oy + t * dy) / r, (oz + t * dz) / r)
 
 
-def _cube(s: Draw, height: Array, dx: Array, dy: Array, dz: Array) -> tuple[Array, Normal]:
+def _cube(s: Arrays, height: Array, dx: Array, dy: Array, dz: Array) -> tuple[Array, Normal]:
     half = s["radius"] * np.float32(0.85)
     cosine, sine = np.cos(s["turn"]), np.sin(s["turn"])
     origin = [-s["x"] * cosine - s["z"] * sine, height - half, s["x"] * sine - s["z"] * cosine]
@@ -282,23 +277,23 @@ def _cube(s: Draw, height: Array, dx: Array, dy: Array, dz: Array) -> tuple[Arra
     return np.where(entry < leave, entry, _FAR), normal
 
 
-def _cylinder(s: Draw, height: Array, dx: Array, dy: Array, dz: Array) -> tuple[Array, Normal]:
-    radius, tall = s["radius"] * np.float32(0.72), s["radius"] * np.float32(2.0)
+def _cylinder(s: Arrays, height: Array, dx: Array, dy: Array, dz: Array) -> tuple[Array, Normal]:
+    radius, top = s["radius"] * np.float32(0.72), s["radius"] * np.float32(2.0)
     t, _, hit = _roots(dx * dx + dz * dz, -dx * s["x"] - dz * s["z"], s["x"] ** 2 + s["z"] ** 2 - radius**2)
     y = height + t * dy
-    t = np.where(hit & (y > 0) & (y < tall), t, _FAR)
-    lid = (tall - height) / np.where(np.abs(dy) < 1e-6, np.float32(1e-6), dy)
+    t = np.where(hit & (y > 0) & (y < top), t, _FAR)
+    lid = (top - height) / np.where(np.abs(dy) < 1e-6, np.float32(1e-6), dy)
     inside = (lid * dx - s["x"]) ** 2 + (lid * dz - s["z"]) ** 2 < radius**2
     lid = np.where(inside & (lid > 0), lid, _FAR)
-    top = lid < t
+    on_lid = lid < t
     nx, nz = (t * dx - s["x"]) / radius, (t * dz - s["z"]) / radius
-    return np.minimum(t, lid), (np.where(top, 0, nx), np.where(top, np.float32(1), 0), np.where(top, 0, nz))
+    return np.minimum(t, lid), (np.where(on_lid, 0, nx), np.where(on_lid, np.float32(1), 0), np.where(on_lid, 0, nz))
 
 
-def _cone(s: Draw, height: Array, dx: Array, dy: Array, dz: Array) -> tuple[Array, Normal]:
-    tall = s["radius"] * np.float32(2.2)
-    slope = s["radius"] / tall  # radius = slope * (tall - y)
-    oy = height - tall
+def _cone(s: Arrays, height: Array, dx: Array, dy: Array, dz: Array) -> tuple[Array, Normal]:
+    top = s["radius"] * np.float32(2.2)
+    slope = s["radius"] / top  # radius = slope * (top - y)
+    oy = height - top
     a = dx * dx + dz * dz - (slope * dy) ** 2
     b = -dx * s["x"] - dz * s["z"] - slope**2 * dy * oy
     c = s["x"] ** 2 + s["z"] ** 2 - (slope * oy) ** 2
@@ -306,18 +301,18 @@ def _cone(s: Draw, height: Array, dx: Array, dy: Array, dz: Array) -> tuple[Arra
     one, two, hit = _roots(a, b, c)
     for t in (one, two):
         y = height + t * dy
-        best = np.where(hit & (t > 0) & (y > 0) & (y < tall) & (t < best), t, best)
+        best = np.where(hit & (t > 0) & (y > 0) & (y < top) & (t < best), t, best)
     nx, nz = best * dx - s["x"], best * dz - s["z"]
-    reach = np.maximum(np.sqrt(nx * nx + nz * nz), 1e-6)
-    lean = 1 / np.sqrt(1 + slope**2)
-    return best, (nx / reach * lean, slope * lean, nz / reach * lean)
+    norm = np.maximum(np.sqrt(nx * nx + nz * nz), 1e-6)
+    scale = 1 / np.sqrt(1 + slope**2)
+    return best, (nx / norm * scale, slope * scale, nz / norm * scale)
 
 
-_HITS = (_sphere, _cube, _cone, _cylinder)
+_INTERSECTIONS = (_sphere, _cube, _cone, _cylinder)
 
 
 def batches(scenes: Scenes, batch: int, steps: int, seed: int) -> Iterator[Scenes]:
-    """Random batches with replacement between passes: `steps` of them, in an order set by the seed."""
+    """Yields `steps` batches of shuffled scenes, over as many epochs as needed."""
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(len(scenes)) for _ in range(-(-steps * batch // len(scenes)))])
     for step in range(steps):

@@ -1,7 +1,7 @@
-"""Trains the toy world's teachers: real classes, small configurations, minutes on two CPU cores.
+"""Trains the toy teachers: real model classes in small configurations, minutes on two CPU cores.
 
-Every function trains one model, saves it with its image processor, and returns its quality on scenes it has not seen,
-each number beside what a trivial answer scores.
+Each function trains one model, saves it with its image processor, and returns its quality on held-out scenes, with the
+score of a trivial baseline.
 """
 
 import contextlib
@@ -27,32 +27,36 @@ logger = logging.getLogger(__name__)
 
 Quality = dict[str, float]
 PATCH = 8
-"""Pixels per patch: every teacher and the tower cut a scene into 6 x 6."""
+"""Pixels per patch: all teachers and the tower have 6 x 6 patches."""
 MEAN, STD = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
 
 
 def pixels(scenes: Scenes) -> Tensor:
-    """Normalised images (n, 3, 48, 48), as the saved image processors give them."""
+    """Returns normalised images (n, 3, 48, 48), like the saved image processors."""
     return torch.from_numpy(scenes.images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_loop(
-    what: str,
+    name: str,
     parameters: Iterable[nn.Parameter],
     data: Iterable[Any],
-    loss_of: Callable[[Any], Tensor],
+    compute_loss: Callable[[Any], Tensor],
     steps: int,
     lr: float,
 ) -> float:
-    """AdamW with warm-up and cosine; returns the mean loss of the last tenth of the steps."""
-    chosen = [p for p in parameters if p.requires_grad]
-    optimizer = torch.optim.AdamW(chosen, lr=lr, weight_decay=0.01, fused=True)
+    """Trains with AdamW, warm-up and cosine decay.
+
+    Returns:
+        Mean loss of the last tenth of the steps.
+    """
+    trainable = [p for p in parameters if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01, fused=True)
     losses = []
-    with Progress(what, steps) as progress:
+    with Progress(name, steps) as progress:
         for step, batch in enumerate(data):
-            loss = loss_of(batch)
+            loss = compute_loss(batch)
             loss.backward()
-            nn.utils.clip_grad_norm_(chosen, 1.0)
+            nn.utils.clip_grad_norm_(trainable, 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, 0.05)
             optimizer.step()
@@ -69,9 +73,9 @@ def save(model: Any, processor: Any, folder: Path) -> None:
 
 
 def train_depth(scenes: Scenes, held_out: Scenes, folder: Path, steps: int, seed: int = 0) -> Quality:
-    """Depth Anything on a tiny DINOv2, trained on exact inverse depth.
+    """Trains Depth Anything with a tiny DINOv2 on exact inverse depth.
 
-    Every other step feeds the last feature to all four inputs of the neck, as a probe's output will be decoded.
+    Every other step feeds the last feature to all four inputs of the neck, as when a probe's output is decoded.
     """
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor
 
@@ -86,43 +90,43 @@ def train_depth(scenes: Scenes, held_out: Scenes, folder: Path, steps: int, seed
     )  # fmt: skip
     model = DepthAnythingForDepthEstimation(config)
     grid = SIZE // PATCH
-    turn = 0
+    step = 0
 
     def predict(images: Tensor, replicated: bool) -> Tensor:
         maps = list(model.backbone(images).feature_maps)
         states = model.neck([maps[-1]] * 4 if replicated else maps, grid, grid)
         return model.head(states, grid, grid)
 
-    def loss_of(batch: Scenes) -> Tensor:
-        nonlocal turn
-        turn += 1
-        return F.l1_loss(predict(pixels(batch), turn % 2 == 0), 5 * torch.from_numpy(batch.inverse_depth))
+    def compute_loss(batch: Scenes) -> Tensor:
+        nonlocal step
+        step += 1
+        return F.l1_loss(predict(pixels(batch), step % 2 == 0), 5 * torch.from_numpy(batch.inverse_depth))
 
-    train_loop("depth teacher", model.parameters(), batches(scenes, 32, steps, seed), loss_of, steps, 2e-3)
+    train_loop("depth teacher", model.parameters(), batches(scenes, 32, steps, seed), compute_loss, steps, 2e-3)
     save(model, DPTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD), folder)
-    found: Quality = {}
+    quality: Quality = {}
     with torch.no_grad():
         for name, replicated in (("pairs", False), ("pairs_from_last_feature", True)):
-            found[name] = _pair_accuracy(held_out, predict(pixels(held_out), replicated).numpy())
+            quality[name] = _pair_accuracy(held_out, predict(pixels(held_out), replicated).numpy())
     rows = np.broadcast_to(np.arange(SIZE, dtype=np.float32)[:, None], (len(held_out), SIZE, SIZE))
-    return found | {"pairs_from_image_row": _pair_accuracy(held_out, rows)}
+    return quality | {"pairs_from_image_row": _pair_accuracy(held_out, rows)}
 
 
 def _pair_accuracy(scenes: Scenes, maps: np.ndarray[Any, Any]) -> float:
-    """Share of depth pairs whose closer point has the larger value; ties count half."""
+    """Returns the share of depth pairs whose closer point has the larger value; ties count half."""
     rng, scores = np.random.default_rng(0), []
     for index in range(len(scenes)):
         for pair in depth_pairs(scenes, index, rng):
-            one, two = (maps[index][tuple(pair[name])] for name in ("point1", "point2"))
-            right = one > two if pair["closer_point"] == "point1" else two > one
-            scores.append(0.5 if one == two else float(right))
+            first, second = (maps[index][tuple(pair[name])] for name in ("point1", "point2"))
+            correct = first > second if pair["closer_point"] == "point1" else second > first
+            scores.append(0.5 if first == second else float(correct))
     return float(np.mean(scores))
 
 
 def train_seg(scenes: Scenes, held_out: Scenes, folder: Path, steps: int, seed: int = 0) -> Quality:
-    """OneFormer on a tiny Swin, with its own matching loss and a per-pixel head on the last stage while it trains.
+    """Trains OneFormer with a tiny Swin on its matching loss and a per-pixel loss on the last stage.
 
-    The per-pixel head is dropped afterwards; it makes the last stage, the probes' target, carry the segmentation.
+    The per-pixel head is discarded; it puts the segmentation into the last stage, the probes' target.
     """
     from transformers import OneFormerConfig, OneFormerForUniversalSegmentation, OneFormerImageProcessor, SwinConfig
 
@@ -142,36 +146,36 @@ def train_seg(scenes: Scenes, held_out: Scenes, folder: Path, steps: int, seed: 
     model = OneFormerForUniversalSegmentation(config)
     head = nn.Conv2d(8 * swin.embed_dim, len(CLASSES) * PATCH**2, 1)
     task = torch.zeros(1, config.task_seq_len, dtype=torch.long)
-    turn = 0
+    step = 0
 
     def dense(feature: Tensor) -> Tensor:
         return F.pixel_shuffle(head(feature), PATCH)
 
     def without_early_stages(_: nn.Module, __: Any, output: Any) -> Any:
-        """Leaves the decoder the last stage alone, as when a probe's output is decoded."""
+        """Replaces early stages by their means, as when a probe's output is decoded."""
         early = [m.mean((0, 2, 3), keepdim=True).detach().expand_as(m) for m in output.feature_maps[:-1]]
         output.feature_maps = (*early, output.feature_maps[-1])
         return output
 
-    def loss_of(batch: Scenes) -> Tensor:
-        nonlocal turn
-        turn += 1
+    def compute_loss(batch: Scenes) -> Tensor:
+        nonlocal step
+        step += 1
         images, labels = pixels(batch), torch.from_numpy(batch.semantic).long()
         encoder = model.model.pixel_level_module.encoder
         loss = F.cross_entropy(dense(encoder(images).feature_maps[-1]), labels)
-        if turn % 2:  # the matching loss is dear: every other step, on a part of the batch
+        if step % 2:  # the matching loss is expensive: every other step, on a part of the batch
             part = slice(0, 8)
-            masks = [F.one_hot(one, len(CLASSES)).permute(2, 0, 1).float() for one in labels[part]]
-            classes = [one.flatten(1).any(1).nonzero()[:, 0] for one in masks]
-            chosen = [m[c] for m, c in zip(masks, classes, strict=True)]
-            hook = encoder.register_forward_hook(without_early_stages) if turn % 4 == 3 else contextlib.nullcontext()
+            masks = [F.one_hot(label, len(CLASSES)).permute(2, 0, 1).float() for label in labels[part]]
+            classes = [mask.flatten(1).any(1).nonzero()[:, 0] for mask in masks]
+            present = [mask[c] for mask, c in zip(masks, classes, strict=True)]
+            hook = encoder.register_forward_hook(without_early_stages) if step % 4 == 3 else contextlib.nullcontext()
             with hook:
-                found = model(images[part], task_inputs=task.expand(8, -1), mask_labels=chosen, class_labels=classes)
-            loss = loss + 0.1 * found.loss.squeeze()
+                output = model(images[part], task_inputs=task.expand(8, -1), mask_labels=present, class_labels=classes)
+            loss = loss + 0.1 * output.loss.squeeze()
         return loss
 
     parameters = [*model.parameters(), *head.parameters()]
-    train_loop("seg teacher", parameters, batches(scenes, 32, steps, seed), loss_of, steps, 2e-3)
+    train_loop("seg teacher", parameters, batches(scenes, 32, steps, seed), compute_loss, steps, 2e-3)
     info = {str(c): {"isthing": int(c < len(SHAPES)), "name": name} for c, name in enumerate(CLASSES)}
     (folder / "class_info.json").write_text(json.dumps(info), encoding="utf-8")
     processor = OneFormerImageProcessor(
@@ -205,7 +209,7 @@ def train_seg(scenes: Scenes, held_out: Scenes, folder: Path, steps: int, seed: 
 
 
 def padding_tokenizer() -> Any:
-    """The tokenizer of a OneFormer that knows a single task: every word of the task's name is padding to it."""
+    """Builds the tokenizer of a OneFormer with a single task: every word is padding."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -214,18 +218,20 @@ def padding_tokenizer() -> Any:
     )
 
 
-def _miou(found: Tensor, scenes: Scenes) -> float:
-    """Mean intersection over union from one confusion matrix over all scenes."""
+def _miou(predicted: Tensor, scenes: Scenes) -> float:
+    """Returns the mean IoU from one confusion matrix over all scenes."""
     true = torch.from_numpy(scenes.semantic).long().flatten()
-    table = torch.bincount(true * len(CLASSES) + found.flatten(), minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)
-    both = table.diagonal()
-    return float((both / (table.sum(0) + table.sum(1) - both).clamp(min=1)).mean())
+    table = torch.bincount(true * len(CLASSES) + predicted.flatten(), minlength=len(CLASSES) ** 2).view(
+        len(CLASSES), -1
+    )
+    intersection = table.diagonal()
+    return float((intersection / (table.sum(0) + table.sum(1) - intersection).clamp(min=1)).mean())
 
 
 def train_gen(scenes: Scenes, held_out: Scenes, steps: int, seed: int = 0) -> tuple[Any, Quality]:
-    """A CLIP image encoder, trained to find its caption and to let a small network repaint the scene.
+    """Trains a CLIP image encoder on a contrastive loss with captions and on image reconstruction.
 
-    Only the encoder is returned, to become that of an unCLIP pipeline.
+    Only the encoder is returned, for the unCLIP pipeline.
     """
     from transformers import (
         CLIPTextConfig,
@@ -244,9 +250,9 @@ def train_gen(scenes: Scenes, held_out: Scenes, steps: int, seed: int = 0) -> tu
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
         max_position_embeddings=48, projection_dim=64, pad_token_id=0, bos_token_id=2, eos_token_id=3,
     )  # fmt: skip
-    model, reader = CLIPVisionModelWithProjection(vision), CLIPTextModelWithProjection(text)
+    model, text_encoder = CLIPVisionModelWithProjection(vision), CLIPTextModelWithProjection(text)
     init_position_embeddings(model.vision_model.embeddings)
-    painter = nn.Sequential(
+    decoder = nn.Sequential(
         nn.Linear(64, 96 * 9), nn.GELU(), nn.Unflatten(1, (96, 3, 3)),
         *(layer for a, b in ((96, 64), (64, 48), (48, 32)) for layer in (nn.ConvTranspose2d(a, b, 4, 2, 1), nn.GELU())),
         nn.ConvTranspose2d(32, 3, 4, 2, 1),
@@ -254,20 +260,20 @@ def train_gen(scenes: Scenes, held_out: Scenes, steps: int, seed: int = 0) -> tu
     scale = nn.Parameter(torch.tensor(2.5))
 
     def embed(batch: Scenes) -> tuple[Tensor, Tensor]:
-        said = [caption(batch, index) + "</s>" for index in range(len(batch))]
-        tokens = tokenizer(said, return_tensors="pt", padding=True)
+        captions = [caption(batch, index) + "</s>" for index in range(len(batch))]
+        tokens = tokenizer(captions, return_tensors="pt", padding=True)
         tokens.pop("token_type_ids", None)
-        return model(pixels(batch)).image_embeds, reader(**tokens).text_embeds
+        return model(pixels(batch)).image_embeds, text_encoder(**tokens).text_embeds
 
-    def loss_of(batch: Scenes) -> Tensor:
+    def compute_loss(batch: Scenes) -> Tensor:
         image, text_embeds = embed(batch)
         logits = scale.exp() * F.normalize(image, dim=-1) @ F.normalize(text_embeds, dim=-1).T
-        own = torch.arange(len(batch))
-        contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        return 0.2 * contrast + 2 * F.mse_loss(painter(image), pixels(batch))
+        matches = torch.arange(len(batch))
+        contrastive = (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
+        return 0.2 * contrastive + 2 * F.mse_loss(decoder(image), pixels(batch))
 
-    parameters = [*model.parameters(), *reader.parameters(), *painter.parameters(), scale]
-    train_loop("gen teacher", parameters, batches(scenes, 64, steps, seed), loss_of, steps, 2e-3)
+    parameters = [*model.parameters(), *text_encoder.parameters(), *decoder.parameters(), scale]
+    train_loop("gen teacher", parameters, batches(scenes, 64, steps, seed), compute_loss, steps, 2e-3)
     model.eval().requires_grad_(False)
     with torch.no_grad():
         part = held_out[slice(0, 200)]
@@ -276,7 +282,7 @@ def train_gen(scenes: Scenes, held_out: Scenes, steps: int, seed: int = 0) -> tu
         return model, {
             "caption_r_at_1_of_200": float((logits.argmax(1) == torch.arange(len(part))).float().mean()),
             "caption_r_at_1_chance": 1 / len(part),
-            "repaint_mse": F.mse_loss(painter(image), pixels(part)).item(),
+            "repaint_mse": F.mse_loss(decoder(image), pixels(part)).item(),
             "repaint_mse_of_mean_image": F.mse_loss(
                 pixels(scenes).mean(0).expand(len(part), -1, -1, -1), pixels(part)
             ).item(),
@@ -284,7 +290,7 @@ def train_gen(scenes: Scenes, held_out: Scenes, steps: int, seed: int = 0) -> tu
 
 
 def image_processor() -> Any:
-    """The CLIP preprocessing of the toy world's models."""
+    """Builds the CLIP preprocessing of the toy models."""
     from transformers import CLIPImageProcessor
 
     square = {"height": SIZE, "width": SIZE}
@@ -292,9 +298,9 @@ def image_processor() -> Any:
 
 
 def init_position_embeddings(embeddings: Any) -> None:
-    """Starts CLIP's position table from 2-D sines (Vaswani et al., 2017, sec. 3.5, per axis).
+    """Initialises CLIP's position embeddings with 2-D sines (Vaswani et al., 2017, sec. 3.5, per axis).
 
-    From random positions a tiny tower takes long to tell places apart, and probes stay at the mean target.
+    With random embeddings a tiny tower learns positions slowly, and probes stay at the mean target.
     """
     table = embeddings.position_embedding.weight
     width, side = table.shape[1], SIZE // PATCH

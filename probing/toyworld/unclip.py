@@ -1,7 +1,4 @@
-"""The toy world's unCLIP: diffusion from an image embedding, through the real pipeline class of diffusers.
-
-And a small classifier: its features stand in for Inception's, which know nothing of such scenes.
-"""
+"""Trains the toy unCLIP with diffusers' pipeline, and a classifier whose features replace Inception's."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,26 +14,26 @@ from probing.toyworld.scenes import BACKGROUNDS, COLOURS, FLOORS, MAX_SOLIDS, SH
 from probing.toyworld.teachers import Quality, image_processor, pixels, save, train_loop
 
 CHUNK = 200
-"""Scenes encoded at once, outside of training."""
-DROPPED, BLURRED = 0.1, 0.5
-"""Shares of training examples whose embedding is left out (for guidance), or noised as a probe's output might be."""
+"""Scenes per batch outside of training."""
+EMBEDDING_DROPOUT, NOISED_FRACTION = 0.1, 0.5
+"""Fractions of training embeddings that are dropped (for guidance), or noised (like a probe's output)."""
 STEPS, GUIDANCE = 10, 2.0
-"""Settings under which the toy pipeline is shown and scored: small images need fewer steps and less guidance."""
+"""Sampling settings of the toy pipeline: small images need fewer steps and less guidance."""
 
 
 def train_unclip(encoder: Any, scenes: Scenes, held_out: Scenes, folder: Path, steps: tuple[int, int]) -> Quality:
-    """Trains an autoencoder and a diffusion model on its latents, given the encoder's embedding.
+    """Trains an autoencoder, and a diffusion model on its latents conditioned on the encoder's embedding.
 
     Args:
         encoder: the gen teacher's image encoder.
-        scenes: to train on.
-        held_out: to test on.
-        folder: gets the `StableUnCLIPImg2ImgPipeline`.
-        steps: of the autoencoder and of the diffusion model.
+        scenes: training scenes.
+        held_out: test scenes.
+        folder: output folder of the `StableUnCLIPImg2ImgPipeline`.
+        steps: optimiser steps of the autoencoder and of the diffusion model.
 
     Returns:
-        How often, of 200 held-out scenes, the image painted from a scene's embedding is closest to that scene in the
-        encoder's own space; and squared errors of the painted pixels, from the own embedding and from another's.
+        Retrieval accuracy of 200 held-out scenes by the embedding of the image generated from them, and squared pixel
+        errors of these images to their scene and to another.
     """
     import diffusers as d
     from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
@@ -52,7 +49,7 @@ def train_unclip(encoder: Any, scenes: Scenes, held_out: Scenes, folder: Path, s
     width = embeds.shape[1]
     normalizer = StableUnCLIPImageNormalizer(embedding_dim=width)
     normalizer.mean.data, normalizer.std.data = embeds.mean(0, keepdim=True), embeds.std(0, keepdim=True)
-    tokenizer, text_encoder = _speechless()
+    tokenizer, text_encoder = _empty_prompt_encoder()
     pipeline: Any = d.StableUnCLIPImg2ImgPipeline(
         feature_extractor=image_processor(), image_encoder=encoder, image_normalizer=normalizer,
         image_noising_scheduler=d.DDPMScheduler(beta_schedule="squaredcos_cap_v2"), tokenizer=tokenizer,
@@ -72,48 +69,48 @@ def train_unclip(encoder: Any, scenes: Scenes, held_out: Scenes, folder: Path, s
     for part in (pipeline.unet, pipeline.vae):
         part.eval().to(memory_format=torch.contiguous_format)
     pipeline.save_pretrained(folder)
-    return _judge(pipeline, held_out)
+    return _evaluate(pipeline, held_out)
 
 
 def _train_autoencoder(model: Any, scenes: Scenes, steps: int) -> None:
-    model.to(memory_format=torch.channels_last)  # half as slow on a CPU
+    model.to(memory_format=torch.channels_last)  # twice as fast on a CPU
 
-    def loss_of(batch: Scenes) -> Tensor:
+    def compute_loss(batch: Scenes) -> Tensor:
         images = pixels(batch).contiguous(memory_format=torch.channels_last)
         latent = model.encode(images).latent_dist
         return F.l1_loss(model.decode(latent.sample()).sample, images) + 2e-7 * latent.kl().mean()
 
-    train_loop("autoencoder", model.parameters(), batches(scenes, 16, steps, 0), loss_of, steps, 2e-3)
+    train_loop("autoencoder", model.parameters(), batches(scenes, 16, steps, 0), compute_loss, steps, 2e-3)
 
 
 def _train_diffusion(pipeline: Any, latents: Tensor, embeds: Tensor, steps: int, batch: int = 32) -> None:
-    """Velocity prediction (Salimans & Ho, 2022, app. D); a part of the embeddings is dropped, a part noised."""
+    """Trains velocity prediction (Salimans & Ho, 2022, app. D); some embeddings are dropped, some noised."""
     unet, schedule = pipeline.unet, pipeline.scheduler
     unet.to(memory_format=torch.channels_last)
-    said, _ = pipeline.encode_prompt([""] * batch, latents.device, 1, False)
+    text_states, _ = pipeline.encode_prompt([""] * batch, latents.device, 1, False)
     noise_levels = pipeline.image_noising_scheduler.config.num_train_timesteps
 
-    def draws() -> Iterator[Tensor]:
+    def random_indices() -> Iterator[Tensor]:
         for _ in range(steps):
             yield torch.randint(len(latents), (batch,))
 
-    def loss_of(chosen: Tensor) -> Tensor:
-        clean = latents[chosen].contiguous(memory_format=torch.channels_last)
+    def compute_loss(indices: Tensor) -> Tensor:
+        clean = latents[indices].contiguous(memory_format=torch.channels_last)
         noise, time = torch.randn_like(clean), torch.randint(schedule.config.num_train_timesteps, (batch,))
-        # Noise as the pipeline adds it, of one low level for a part of the batch and none for the others.
-        level, part = int(torch.randint(noise_levels // 4, ())), round(BLURRED * batch)
-        given = torch.cat(
+        # Add noise like the pipeline: one low level for a part of the batch, none for the rest.
+        level, part = int(torch.randint(noise_levels // 4, ())), round(NOISED_FRACTION * batch)
+        condition = torch.cat(
             [
-                pipeline.noise_image_embeddings(embeds[chosen[:part]], level),
-                pipeline.noise_image_embeddings(embeds[chosen[part:]], 0),
+                pipeline.noise_image_embeddings(embeds[indices[:part]], level),
+                pipeline.noise_image_embeddings(embeds[indices[part:]], 0),
             ]
         )
-        given = given * (torch.rand(batch, 1) > DROPPED)
+        condition = condition * (torch.rand(batch, 1) > EMBEDDING_DROPOUT)
         noised = schedule.add_noise(clean, noise, time)
-        found = unet(noised, time, encoder_hidden_states=said, class_labels=given).sample
-        return F.mse_loss(found, schedule.get_velocity(clean, noise, time))
+        predicted = unet(noised, time, encoder_hidden_states=text_states, class_labels=condition).sample
+        return F.mse_loss(predicted, schedule.get_velocity(clean, noise, time))
 
-    train_loop("diffusion model", unet.parameters(), draws(), loss_of, steps, 2e-3)
+    train_loop("diffusion model", unet.parameters(), random_indices(), compute_loss, steps, 2e-3)
 
 
 @torch.no_grad()
@@ -121,8 +118,8 @@ def _in_chunks(scenes: Scenes, encode: Any) -> Tensor:
     return torch.cat([encode(scenes[slice(i, i + CHUNK)]) for i in range(0, len(scenes), CHUNK)])
 
 
-def _speechless() -> tuple[Any, Any]:
-    """A text encoder for the empty prompt, the only one that a probe's output is decoded with."""
+def _empty_prompt_encoder() -> tuple[Any, Any]:
+    """Builds tokenizer and text encoder for the empty prompt, the only one used for decoding."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     tokenizer = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=2)
@@ -134,27 +131,27 @@ def _speechless() -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def _judge(pipeline: Any, held_out: Scenes) -> Quality:
+def _evaluate(pipeline: Any, held_out: Scenes) -> Quality:
     part = held_out[slice(0, CHUNK)]
     true = pixels(part)
     embeds = pipeline.image_encoder(true).image_embeds
-    painted = GenDecoder(pipeline, STEPS, GUIDANCE).decode(embeds, range(len(part)))
-    found = torch.from_numpy(painted).permute(0, 3, 1, 2).float() / 127.5 - 1
-    again = pipeline.image_encoder(found).image_embeds
-    near = (F.normalize(again, dim=-1) @ F.normalize(embeds, dim=-1).T).argmax(1)
+    generated = GenDecoder(pipeline, STEPS, GUIDANCE).decode(embeds, range(len(part)))
+    images = torch.from_numpy(generated).permute(0, 3, 1, 2).float() / 127.5 - 1
+    generated_embeds = pipeline.image_encoder(images).image_embeds
+    nearest = (F.normalize(generated_embeds, dim=-1) @ F.normalize(embeds, dim=-1).T).argmax(1)
     return {
-        "painted_r_at_1_of_200": float((near == torch.arange(len(part))).float().mean()),
+        "painted_r_at_1_of_200": float((nearest == torch.arange(len(part))).float().mean()),
         "painted_r_at_1_chance": 1 / len(part),
-        "painted_mse": F.mse_loss(found, true).item(),
-        "painted_mse_of_other_scenes": F.mse_loss(found.roll(1, dims=0), true).item(),
+        "painted_mse": F.mse_loss(images, true).item(),
+        "painted_mse_of_other_scenes": F.mse_loss(images.roll(1, dims=0), true).item(),
     }
 
 
 def train_classifier(scenes: Scenes, held_out: Scenes, folder: Path, steps: int, seed: int = 0) -> Quality:
-    """A small ResNet that says what is in a scene; its pooled features are what `frechet_toy` compares.
+    """Trains a small ResNet to classify the content of scenes; `frechet_toy` compares its pooled features.
 
     Returns:
-        Accuracy over its yes-or-no labels, and what the commoner answer to each scores.
+        Accuracy over its binary labels, and the accuracy of the majority answers.
     """
     from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -165,23 +162,23 @@ def train_classifier(scenes: Scenes, held_out: Scenes, folder: Path, steps: int,
     )  # fmt: skip
     model = ResNetForImageClassification(config)
 
-    def loss_of(batch: Scenes) -> Tensor:
+    def compute_loss(batch: Scenes) -> Tensor:
         return F.binary_cross_entropy_with_logits(model(pixels(batch)).logits, _contents(batch))
 
-    train_loop("classifier", model.parameters(), batches(scenes, 64, steps, seed), loss_of, steps, 3e-3)
+    train_loop("classifier", model.parameters(), batches(scenes, 64, steps, seed), compute_loss, steps, 3e-3)
     save(model, image_processor(), folder)
     with torch.no_grad():
         labels = _contents(held_out)
-        right = ((model(pixels(held_out)).logits > 0) == (labels > 0.5)).float().mean()
-        common = torch.maximum(labels.mean(0), 1 - labels.mean(0)).mean()
-    return {"label_accuracy": float(right), "label_accuracy_of_commoner": float(common)}
+        accuracy = ((model(pixels(held_out)).logits > 0) == (labels > 0.5)).float().mean()
+        majority = torch.maximum(labels.mean(0), 1 - labels.mean(0)).mean()
+    return {"label_accuracy": float(accuracy), "label_accuracy_of_commoner": float(majority)}
 
 
 def _contents(scenes: Scenes) -> Tensor:
-    """Yes-or-no labels (n, 39): each shape in each colour, number of solids, background, floor, colour of nearest."""
+    """Returns binary labels (n, 39): shape × colour, number of solids, background, floor, colour of the nearest."""
     shape, colour = torch.from_numpy(scenes.shape).long(), torch.from_numpy(scenes.colour).long()
-    there = shape >= 0
-    pairs = F.one_hot((shape * len(COLOURS) + colour).clamp(min=0), len(SHAPES) * len(COLOURS)) * there[..., None]
+    exists = shape >= 0
+    pairs = F.one_hot((shape * len(COLOURS) + colour).clamp(min=0), len(SHAPES) * len(COLOURS)) * exists[..., None]
     distance = torch.from_numpy(scenes.position[..., 1]).nan_to_num(torch.inf)
     nearest = colour.gather(1, distance.argmin(1, keepdim=True))[:, 0]
     one_of = (
