@@ -103,7 +103,7 @@ def paired_differences(runs: Sequence[Path]) -> tuple[pd.DataFrame | None, pd.Da
     from analysis.benchmarks.compare import compare_answers
     from analysis.evaluation.compare import compare as compare_runs
     from reports.alignment import load_alignments
-    from reports.benchmarks import arm_labels, load_benchmarks
+    from reports.benchmarks import load_benchmarks, run_labels
     from reports.results import load_runs
 
     answered = [run for run in runs if is_benchmark(run)]
@@ -113,7 +113,7 @@ def paired_differences(runs: Sequence[Path]) -> tuple[pd.DataFrame | None, pd.Da
     load_benchmarks(answered)  # reports missing results before the work begins
     differences = answers = None
     if answered:
-        answers = compare_answers(answered, arm_labels(answered))
+        answers = compare_answers(answered, run_labels(answered))
     if others or not answered:
         labelled = load_alignments(others) if others and is_alignment(others[0]) else load_runs(others)
         differences = compare_runs(others, [run.label for run in labelled])
