@@ -265,7 +265,7 @@ def test_a_whole_run(recipes, models, coco, tmp_path):
         "fit": {"epochs": 1, "batch_size": 6, "micro_batch": 3, "workers": 0},
     }
     run = train(validate(ProbeRunRecipe, values, "test"), tmp_path / "run")
-    assert "depth,3,resampler,random,cosine_centred,strict,val2017,0" in evaluate(run.path).read_text()
+    assert "depth,3,resampler,random,cosine_centred,strict,,val2017,0" in evaluate(run.path).read_text()
 
 
 def test_ambiguous_grids_are_user_errors(recipes, tmp_path):

@@ -145,7 +145,7 @@ def test_a_whole_run(checkpoints, models, coco, tmp_path, name, view):
         "fit": {"epochs": 1, "batch_size": 6, "micro_batch": 3, "workers": 0},
     }
     run = train(validate(ProbeRunRecipe, values, "test"), tmp_path / "run")
-    assert "depth,3,resampler,no,cosine_centred,strict,val2017,0" in evaluate(run.path).read_text()
+    assert "depth,3,resampler,none,cosine_centred,strict,,val2017,0" in evaluate(run.path).read_text()
 
 
 @pytest.mark.parametrize(

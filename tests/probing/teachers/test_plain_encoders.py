@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ from probing.runs.directory import Run
 from probing.teachers import load_teacher
 from probing.toyworld.layout import write_world
 from probing.utils.images import square
-from tests.helpers import cli, encoders, full_size
+from tests.helpers import cli, encoders
 from tests.helpers.cli import error_line
 
 SMALL = ["fit.epochs=1", "fit.batch_size=6", "fit.micro_batch=3", "fit.workers=0"]
@@ -154,17 +153,3 @@ def test_bad_teachers_are_one_line_and_leave_nothing(models, coco, teachers, tmp
     arguments = ["train", "--checkpoint", models["llava"], "--data", f"coco:{coco}", "--out", tmp_path / "run"]
     line = error_line(*arguments, "--teacher", option.format(dino=teachers["dino"], empty=tmp_path))
     assert re.search(message, line) and not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("teacher", "cost"), [("siglip", "12")])
-def test_a_recipe_costs_what_it_says(tmp_path, teacher, cost):
-    """At full size, from configurations alone; one recipe stands for all."""
-    full_size.llava(tmp_path / "llava")
-    full_size.encoders(tmp_path)
-    full_size.coco(tmp_path / "coco", train2017=600, val2017=20)
-    file = Path(__file__).parents[3] / f"examples/probe/{teacher}.yaml"
-    places = [f"backbone.checkpoint={tmp_path}/llava", f"teachers.{teacher}.id={tmp_path}/{teacher}"]
-    said = probing("plan", file, *places, f"data.path=coco:{tmp_path}/coco", "fit.workers=0")
-    assert f"600 images x 4 passes x {cost} TFLOP" in said
-    assert f"{cost} TFLOP" in file.read_text()
