@@ -131,6 +131,14 @@ def tensors_of_file(file: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]
             yield from ((name, tensor) for name, tensor in loaded.items() if name.startswith(prefix))
 
 
+def tensor_names(source: str | Path, revision: str | None = None) -> list[str]:
+    """Lists the tensors of a model, from the index where there is one: shards may be absent."""
+    for name in WEIGHTS:
+        if fetch(source, name, revision) is None and (shards := weight_map(source, name, revision)):
+            return list(shards)
+    return list(tensor_shapes(source, revision))
+
+
 def tensor_shapes(source: str | Path, revision: str | None = None) -> dict[str, list[int]]:
     """Returns name → shape of all tensors of a model, without reading them; raises as `weight_files`."""
     return {name: shape for file in weight_files(source, revision) for name, shape in shapes_of_file(file).items()}

@@ -18,6 +18,7 @@ from probing.utils.checkpoint_files import (
     has_weights,
     read_json,
     refuse_unreachable,
+    tensor_names,
     tensor_shapes,
     weight_map,
 )
@@ -88,7 +89,7 @@ def identity(source: str, config: Any, device: torch.device | None = None) -> st
     else:
         parts = [f"sha256:{model_hash(Path(source))}"]
         tower = getattr(config, "tower", None)  # a separate folder, in LLaVA's original format
-        if tower and local_path(tower).is_dir() and not any(map(TOWER_TENSOR.match, tensor_shapes(source))):
+        if tower and local_path(tower).is_dir() and not any(map(TOWER_TENSOR.match, tensor_names(source))):
             parts.append(f"vision tower {weights_hash(local_path(tower))}")
     if adapter := getattr(config, "adapter", None):
         values = settings(read_json(adapter, ADAPTER_CONFIG))  # they hold the scale of its weights

@@ -18,12 +18,12 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
     """Loads `SegformerForSemanticSegmentation`; the target is (grid², classes)."""
     from transformers import SegformerForSemanticSegmentation
 
-    source, config = open_teacher(recipe, "semantic", ["segformer"])
-    prepare, _ = square_pixels(source, recipe.revision)
-    model = load_model(SegformerForSemanticSegmentation, source, config, "semantic", device, revision=recipe.revision)
+    source = open_teacher(recipe, "semantic", ["segformer"])
+    prepare, _ = square_pixels(source)
+    model = load_model(SegformerForSemanticSegmentation, source, device)
 
     def encode(pixels: Tensor) -> Tensor:
         return on_grid(model(pixels).logits, recipe.grid or PAPER_GRID, recipe.grid is not None)
 
     licences: dict[str, str] = dict(ENTRY["licences"])  # type: ignore[call-overload]
-    return finish("semantic", recipe, source, config, model, prepare, encode, licences)
+    return finish(source, model, prepare, encode, licences)

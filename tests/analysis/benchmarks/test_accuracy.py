@@ -25,8 +25,8 @@ def test_cvbench_accuracies_follow_its_card():
     frame["source"] = np.where((frame["type"] == "2D") & (frame.index < 13), "ADE20K", frame["source"])  # uneven
     rows = frame.to_dict("records")
     frame["score"] = np.random.default_rng(0).integers(0, 2, len(rows)).astype(float)
-    found = {s.curve.variant: s for s in summarise("cvbench", answers(rows, frame["score"]))
-             if s.curve.metric == "accuracy"}  # fmt: skip
+    found = {s.key.variant: s for s in summarise("cvbench", answers(rows, frame["score"]))
+             if s.key.metric == "accuracy"}  # fmt: skip
     of = frame.groupby("source")["score"].mean()
     flat = (of["ADE20K"] + of["COCO"]) / 2
     expected = {"": (flat + of["Omni3D"]) / 2, "2d": flat, "3d": of["Omni3D"]}
@@ -40,7 +40,7 @@ def test_cvbench_accuracies_follow_its_card():
 
 def test_half_of_cvbench_has_no_overall_accuracy():
     rows = [row for row in cvbench_rows() if row["type"] == "3D"]
-    found = {s.curve.variant for s in summarise("cvbench", answers(rows, [1.0] * len(rows)))}
+    found = {s.key.variant for s in summarise("cvbench", answers(rows, [1.0] * len(rows)))}
     assert found == {"3d", "3d/depth", "3d/distance"}
 
 

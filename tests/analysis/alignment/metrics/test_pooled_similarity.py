@@ -15,7 +15,7 @@ def test_rotated_copy_is_similar_and_others_are_at_chance():
     layer = normal(200, 24)
     rotated = layer @ torch.linalg.qr(normal(24, 24, seed=1))[0]
     table, rows = compare_pooled({"3": layer}, {"same": rotated, "other": normal(200, 50, seed=2)}, "val")
-    cka = {(row.curve.teacher, row.curve.control): row.interval for row in rows}
+    cka = {(row.key.teacher, row.key.control): row.interval for row in rows}
     overlap = {(key.teacher, key.control): shares for key, shares in table.items()}
     whole = cka["same", "none"]
     assert abs(whole.value - 1) < 1e-6 and whole.high - whole.low < 1e-6
@@ -46,7 +46,7 @@ def test_images_that_are_not_finite_are_left_out(caplog):
     layers["1"][:20] = torch.nan
     table, rows = compare_pooled(layers, {"tower": tower}, "val")
     rest = torch.arange(30) != 4
-    found = {(row.curve.layer, row.curve.control): row for row in rows}
+    found = {(row.key.layer, row.key.control): row for row in rows}
     assert abs(found["0", "none"].interval.value - linear_cka(layers["0"][rest], tower[rest])) < 1e-9
     assert found["0", "none"].n == 29 and found["1", "none"].n == 10 and np.isnan(found["1", "none"].interval.value)
     assert all(np.isnan(shares).sum() == (1 if key.layer == "0" else 30) for key, shares in table.items())

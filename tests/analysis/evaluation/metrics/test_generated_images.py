@@ -127,6 +127,6 @@ def test_an_encoder_alone_cannot_paint(evaluated, models, unclip, coco, inceptio
         "fit": {"epochs": 1, "batch_size": 6, "micro_batch": 3, "workers": 0},
     }
     run = train(validate(ProbeRunRecipe, values, "test"), tmp_path / "run")
-    with pytest.raises(UserError, match="image encoder without decoder"):
+    with pytest.raises(UserError, match="has no decoder"):
         evaluate(run.path, options(inception_file))
     assert not (run.path / "results.csv").exists()
