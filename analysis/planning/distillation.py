@@ -78,9 +78,8 @@ def _work(recipe: DistillRecipe, start: StageInputs, parts: Stage, micro: int, p
     """
     model, bits = parts.model.model, 16 if recipe.bf16 else 32
     blocks, width = decoder_parts(model)[0], model.config.get_text_config().hidden_size
-    order = torch.randperm(
-        len(parts.inputs.conversations), generator=torch.Generator().manual_seed(recipe.seed)
-    ).tolist()
+    generator = torch.Generator().manual_seed(recipe.seed)
+    order = torch.randperm(len(parts.inputs.conversations), generator=generator).tolist()
     order = order[: max(SAMPLED, 2 * micro)]
     lengths = [_length(parts, index) for index in order]
     widths = [max(lengths[at : at + micro]) for at in range(0, len(lengths), micro)]
@@ -99,11 +98,11 @@ def _work(recipe: DistillRecipe, start: StageInputs, parts: Stage, micro: int, p
     head = 2 * model.lm_head.weight.numel() * tokens
     flops = products * (2 + trained) + attention * 3 + again * repeated + head * (2 + (_trained(model.lm_head) > 0))
     flops += share * tower.flops * (3 if trains_tower else 1)
-    contrast = 0
-    predictors = [module for module in parts.model.modules() if isinstance(module, Resampler)]
-    if predictors:
-        for predictor in predictors:
-            flops += share * resampler_flops(predictor.config, tokens, states_need_grad=True)
+    contrast, predicted = 0, 0
+    if predictors := [module for module in parts.model.modules() if isinstance(module, Resampler)]:
+        for config in (predictor.config for predictor in predictors):
+            flops += share * resampler_flops(config, tokens, states_need_grad=True)
+            predicted += micro * config.width * (4 * max(widths) + 10 * config.queries)
         contrast = sum(n * d for n, d in (one.shape for one in parts.teachers.values())) * recipe.global_batch
     weights, parameters = weight_bytes(parts.model), _trained(parts.model)
     most = micro * max(widths)
@@ -111,7 +110,7 @@ def _work(recipe: DistillRecipe, start: StageInputs, parts: Stage, micro: int, p
     kept = block + 4 * len(blocks) * most * width if again else len(blocks) * block
     logits = 3 * 4 * most * len(model.lm_head.weight)
     copies = 2 * parameters if bits == 16 else 0
-    kept += logits + copies + 4 * contrast + trains_tower * micro * tower.outputs * bits // 32
+    kept += logits + copies + 4 * contrast + predicted * bits // 8 + trains_tower * micro * tower.outputs * bits // 32
     steps = recipe.steps(len(start.conversations))
     return Work(
         samples=f"{steps:,} steps x {recipe.global_batch} conversations of {tokens:,} tokens with padding",
