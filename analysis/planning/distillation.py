@@ -74,7 +74,7 @@ def plan_stage(recipe: DistillRecipe, out: Path | None = None, processes: int = 
 def _work(recipe: DistillRecipe, start: StageInputs, parts: Stage, micro: int, processes: int) -> Work:
     """Costs a stage: a frozen part before everything that is trained has no backward pass.
 
-    Kept for the backward pass, per block and token: inputs of norms, projections and products, about 11 H + 4 I.
+    Activations for the backward pass, per block and token: inputs of norms, projections and products, about 11 H + 4 I.
     """
     model, bits = parts.model.model, 16 if recipe.bf16 else 32
     blocks, width = decoder_parts(model)[0], model.config.get_text_config().hidden_size
@@ -107,10 +107,12 @@ def _work(recipe: DistillRecipe, start: StageInputs, parts: Stage, micro: int, p
     weights, parameters = weight_bytes(parts.model), _trained(parts.model)
     most = micro * max(widths)
     block = most * (11 * width + 4 * widest(blocks)) * bits // 8
-    kept = block + 4 * len(blocks) * most * width if again else len(blocks) * block
+    activations = block + 4 * len(blocks) * most * width if again else len(blocks) * block
     logits = 3 * 4 * most * len(model.lm_head.weight)
     copies = 2 * parameters if bits == 16 else 0
-    kept += logits + copies + 4 * contrast + predicted * bits // 8 + trains_tower * micro * tower.outputs * bits // 32
+    activations += logits + copies + 4 * contrast + predicted * bits // 8
+    activations += trains_tower * micro * tower.outputs * bits // 32
+    peak = max([activations, *(4 * micro * one.largest for one in seen)])
     steps = recipe.steps(len(start.conversations))
     return Work(
         samples=f"{steps:,} steps x {recipe.global_batch} conversations of {tokens:,} tokens with padding",
@@ -122,7 +124,7 @@ def _work(recipe: DistillRecipe, start: StageInputs, parts: Stage, micro: int, p
             "teachers": sum(weight_bytes(one.model) for one in parts.teachers.values()),
             f"gradients of {si(parameters, '').strip()} parameters": 4 * parameters * (2 if processes > 1 else 1),
             "moments": 8 * parameters,
-            f"activations of {micro} x {max(widths):,} tokens": max([kept, *(4 * micro * one.largest for one in seen)]),
+            f"activations of {micro} x {max(widths):,} tokens": peak,
         },
         sharded=weights + 12 * parameters,
         disk=2 * (weights + 8 * parameters),
@@ -153,5 +155,5 @@ def _batch(parts: Stage, shown: list[int]) -> dict[str, Any]:
             return parts.collate([sample])
         skipped = skipped or sample["skipped"]
     if skipped:
-        raise UserError(f"none of {len(shown)} conversations could be used, first: {skipped}; fix image_root")
+        raise UserError(f"none of {len(shown)} conversations could be used, first: {skipped}; correct image_root")
     return {}

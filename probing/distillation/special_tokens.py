@@ -54,7 +54,7 @@ def add_special_tokens(processor: Any, model: Any, tasks: Sequence[str], number:
     rows = [row for ids in added.values() for row in ids]
     tables = {id(w): w for w in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
     with torch.no_grad():
-        for weight in tables.values():  # one, where they are tied
+        for weight in (w for w in tables.values() if not w.is_meta):  # one, where they are tied
             others = torch.tensor(sorted(set(range(len(weight))) - set(rows)), device=weight.device)
             weight[rows] = weight[others].mean(dim=0)
     return added
