@@ -1,6 +1,7 @@
 """Metrics of `probing evaluate`: each is one file of `metrics/` that registers itself.
 
-Command line and reports read the descriptions without torch: a metric's file imports torch inside functions only.
+Command line and reports read the descriptions: a metric's file imports torch and numpy inside functions only, so that
+they stay fast.
 """
 
 from __future__ import annotations

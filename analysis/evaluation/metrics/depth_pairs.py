@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from analysis.evaluation.registry import EvaluationBatch, Metric, MetricInfo, Series, register
 from probing.utils.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -40,6 +39,8 @@ def score_pairs(depth: NDArray[np.floating], pairs: Sequence[Pair]) -> NDArray[n
         Per pair 1 where the closer point has the larger value, 0.5 where both are equal, else 0; a constant map
         therefore scores one half.
     """
+    import numpy as np
+
     near = np.array([depth[pair.closer] for pair in pairs])
     far = np.array([depth[pair.farther] for pair in pairs])
     return np.where(near > far, 1.0, np.where(near == far, 0.5, 0.0))
@@ -47,6 +48,8 @@ def score_pairs(depth: NDArray[np.floating], pairs: Sequence[Pair]) -> NDArray[n
 
 def row_score(pairs: Sequence[Pair]) -> NDArray[np.float64]:
     """Scores the guess that the point further down in the image is the closer one."""
+    import numpy as np
+
     return np.array([0.5 + 0.5 * np.sign(pair.closer[0] - pair.farther[0]) for pair in pairs])
 
 
@@ -124,6 +127,7 @@ class DepthPairs(Metric):
         warn_if_inverted(scores)
 
     def _scores(self, maps: Tensor, names: Sequence[str]) -> dict[Series, Tensor]:
+        import numpy as np
         import torch
         from torch.nn.functional import interpolate
 

@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from analysis.evaluation.registry import EvaluationBatch, Metric, MetricInfo, Series, register
 from probing.utils.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -66,6 +65,8 @@ def class_counts(matrix: Tensor) -> Tensor:
 
 def class_iou(totals: NDArray[np.floating]) -> NDArray[np.float64]:
     """Computes IoU per class (…, classes) from sums (…, 3 · classes); NaN for a class that does not occur."""
+    import numpy as np
+
     both, true, predicted = np.split(np.asarray(totals, dtype=np.float64), 3, axis=-1)
     union = true + predicted - both
     return np.divide(both, union, out=np.full_like(union, np.nan), where=union > 0)
@@ -73,6 +74,8 @@ def class_iou(totals: NDArray[np.floating]) -> NDArray[np.float64]:
 
 def mean_iou(totals: NDArray[np.floating]) -> NDArray[np.float64]:
     """Averages `class_iou` over the classes of the truth (…); NaN if it has none."""
+    import numpy as np
+
     occurs = np.split(totals, 3, axis=-1)[1] > 0
     number = occurs.sum(axis=-1).astype(np.float64)
     total = np.where(occurs, class_iou(totals), 0.0).sum(axis=-1)
