@@ -21,7 +21,7 @@ STREAM = "probing.models.base.Backbone.stream"
 STAGES = {
     "demo": ("probing.toyworld.demo.write_world", STREAM),
     "train": ("probing.training.run.load_teachers", STREAM, "probing.training.run.write_manifest"),
-    "evaluate": ("analysis.evaluation.run.EvaluationContext", STREAM, "analysis.evaluation.run.write_results"),
+    "evaluate": ("analysis.evaluation.context.EvaluationContext.load", STREAM, "analysis.evaluation.run.write_results"),
     "align": ("analysis.alignment.run.load_backbone", STREAM, "analysis.alignment.run.write_pictures"),
     "bench": (
         "analysis.benchmarks.run.load_backbone",
