@@ -131,8 +131,8 @@ def test_a_wrong_image_root_is_noticed_at_once(tmp_path):
         (None, "has no chat template"),
         ("{% for", "cannot be used"),
         ("{{ raise_exception('roles must alternate') }}", "cannot be used .roles must alternate"),
-        ("{{ messages | length }}", "writes 0 images where there are 1"),
-        ("{{ '<image><image>' }}", "writes 2 images where there are 1"),
+        ("{{ messages | length }}", "writes 0 images instead of 1"),
+        ("{{ '<image><image>' }}", "writes 2 images instead of 1"),
     ],
 )
 def test_templates_that_do_not_fit_are_refused_before_anything_is_trained(models, template, message):

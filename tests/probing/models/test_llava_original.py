@@ -296,7 +296,7 @@ def test_it_is_probed_and_not_trained(tmp_path):
     data = tiny.conversations(tmp_path / "data", 4)
     values = {"conversations": str(data / "data.json"), "image_root": str(data)}
     recipe = DistillRecipe.model_validate({"checkpoint": str(tmp_path / "model"), "stage": "pt", "data": values})
-    with pytest.raises(UserError, match="original format, which is probed as it is, and not trained"):
+    with pytest.raises(UserError, match="original format, which cannot be trained"):
         run_stage(recipe, tmp_path / "out")
 
 

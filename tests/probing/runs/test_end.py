@@ -104,7 +104,7 @@ def verbs(models, tmp_path_factory) -> dict[str, list[object]]:
 @pytest.mark.parametrize("verb", STAGES)
 def test_every_verb_ends_and_resumes(verbs, stop, monkeypatch, verb):
     """An error, then a signal at each stage; then the printed command finishes the work."""
-    for scenes in ("TRAIN_SCENES", "VAL_SCENES", "ASKED_SCENES"):
+    for scenes in ("TRAIN_SCENES", "VAL_SCENES", "QUESTION_SCENES"):
         monkeypatch.setattr(f"probing.toyworld.demo.{scenes}", 8)
     stop(STAGES[verb][1], EOFError("injected"))
     assert isinstance(probing(*verbs[verb], code=1).exception, EOFError)

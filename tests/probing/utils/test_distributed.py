@@ -102,7 +102,7 @@ def test_spread_layers_give_the_bytes_of_one_process(recipe_values, tmp_path):
         assert "interrupted; resume with the same" in said, said
     (tmp_path / "spread/state/none/state_1_of_2.9.pt").write_bytes(b"killed before the other had saved")
     refused = two_processes(tmp_path, "spread", -1, "fit.spread=images")
-    assert "saved by another number of processes, or with another trainer.spread" in refused.stderr, refused.stderr
+    assert "saved by another number of processes, or with another fit.spread" in refused.stderr, refused.stderr
     done = two_processes(tmp_path, "spread", -1, "fit.spread=layers")
     assert done.returncode == 0 and "resuming from step 4" in done.stderr, done.stderr
     one = train(recipe, tmp_path / "one")
