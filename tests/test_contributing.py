@@ -1,7 +1,6 @@
-"""The recipes of CONTRIBUTING.md, followed to the letter: each file into its package, each line where it is listed."""
+"""The examples of CONTRIBUTING.md: each is one new file in its package."""
 
 import importlib
-import re
 import sys
 from pathlib import Path
 
@@ -23,14 +22,6 @@ from probing.utils.images import square
 from tests.helpers import cli, explained
 from tests.helpers.new_parts import add_family, add_teacher, fast_vlm, segformer
 
-GUIDE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
-
-
-def blocks(heading):
-    """The file and the line of a section."""
-    section = GUIDE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-
 
 @pytest.fixture
 def run_cli():
@@ -46,7 +37,7 @@ def place(monkeypatch, package, folder, name, text):
 
 
 @pytest.mark.slow
-def test_a_teacher_a_family_and_a_metric_are_a_file_and_a_line_each(monkeypatch, coco, tmp_path, run_cli):
+def test_teacher_family_and_metric_are_one_file_each(monkeypatch, coco, tmp_path, run_cli):
     monkeypatch.setitem(REGISTRY, "explained", None)
     monkeypatch.delitem(REGISTRY, "explained")
     monkeypatch.delitem(sys.modules, "analysis.evaluation.metrics.explained", raising=False)
