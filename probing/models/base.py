@@ -12,14 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from probing.models.token_map import IMAGE_KINDS, TokenMap
+from probing.models.token_map import TokenMap
 from probing.recipe import BackboneRecipe
 from probing.utils.errors import UserError
 
 Layer = int | str
 FINAL = "final"
-PIXELS = ("pixel_",)
-"""Prefixes of inputs that hold the image itself."""
 Callback = Callable[[Layer, Tensor], None]
 
 
@@ -64,17 +62,10 @@ class Batch:
     Attributes:
         inputs: the model's arguments.
         tokens: what each position of the sequences is.
-        embedded: (B, N, H), the LLM's inputs at the image's tokens, if they are known and no tower has to run.
     """
 
     inputs: dict[str, Tensor]
     tokens: TokenMap
-    embedded: Tensor | None = None
-
-    def with_embedded(self, features: Tensor) -> "Batch":
-        """Returns the batch with known LLM inputs (B, N, H) at the image's tokens, and without pixels."""
-        inputs = {name: tensor for name, tensor in self.inputs.items() if not name.startswith(PIXELS)}
-        return Batch(inputs, self.tokens, features)
 
     def to(self, device: torch.device) -> "Batch":
         """Returns a copy on a device."""
@@ -87,7 +78,7 @@ class Batch:
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
         tokens = replace(self.tokens, kinds=move(self.tokens.kinds))
-        return Batch(inputs, tokens, None if self.embedded is None else move(self.embedded))
+        return Batch(inputs, tokens)
 
 
 class InputProcessor(Protocol):
@@ -230,18 +221,8 @@ class Backbone:
         def emit_output(layer: Layer) -> Callable[..., None]:
             return lambda module, args, output: emit(layer, output)
 
-        def insert_image(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            assert batch.embedded is not None
-            states = (args[0] if args else kwargs["hidden_states"]).clone()
-            states[batch.tokens.mask(*IMAGE_KINDS)] = batch.embedded.to(states).flatten(0, 1)
-            return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
-
         handles = []
         try:
-            if batch.embedded is not None:
-                handles.append(self.blocks[0].register_forward_pre_hook(insert_image, with_kwargs=True))
             for layer in layers:
                 if layer == 0:
                     handles.append(self.blocks[0].register_forward_pre_hook(emit_input, with_kwargs=True))
@@ -257,12 +238,6 @@ class Backbone:
                 handle.remove()
         if pending:
             raise RuntimeError(f"{self.name}: layers {sorted(map(str, pending))} were never reached")
-
-    def embed_images(self, batch: Batch) -> Tensor:
-        """Returns vision tower and projector's output (B, N, H) for images with the same number of tokens."""
-        states: list[Tensor] = []
-        self.stream(batch, [0], lambda _, state: states.append(state))
-        return states[0][batch.tokens.mask(*IMAGE_KINDS)].view(len(states[0]), -1, self.hidden_size)
 
     def hidden_states(self, images: Sequence[Any], layers: str = "all") -> tuple[dict[Layer, Tensor], TokenMap]:
         """Returns hidden states {layer: (B, T, H)} of a few RGB images, and their token map; for notebooks.

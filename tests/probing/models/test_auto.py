@@ -211,16 +211,6 @@ def test_states_are_transformers_own(recipes, images, name):
     assert torch.equal(tokens.kinds[1:2], own.kinds)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_embedded_images_replace_pixels(recipes, images, name):
-    backbone = load_backbone(recipes[name], CPU)
-    batch = backbone.prepare([images[0]] * 2)
-    states = []
-    for given in (batch, batch.with_embedded(backbone.embed_images(batch))):
-        backbone.stream(given, [0, 3, "final"], lambda _, state: states.append(state))
-    assert all(torch.equal(states[k], states[k + 3]) for k in range(3))
-
-
 @pytest.mark.parametrize("name", ["internvl", "idefics3"])
 def test_the_recipe_says_which_part_is_the_whole_image(recipes, images, name):
     """The image tokens are those that alone change when only the whole image does: the processor's last crop."""

@@ -165,9 +165,6 @@ def test_every_tower_strategy_and_layer(tmp_path, tower, strategy, layer):
         return
     found = describe_checkpoint(BackboneRecipe(checkpoint=str(tmp_path)))
     assert found["tokens"]["image"] == patches + min(0, extra) and found["tokens"].get("cls", 0) == max(0, extra)
-    backbone, again = load(tmp_path), {}
-    backbone.stream(batch.with_embedded(backbone.embed_images(batch)), [3], again.__setitem__)
-    assert torch.equal(again[3], states[3])
 
 
 @pytest.mark.parametrize(
@@ -304,8 +301,5 @@ def test_pixtral_has_a_grid_per_size_of_image(tmp_path, kind, merge):
         for layer in (0, 1, 2):
             torch.testing.assert_close(states[layer], own[layer], rtol=0, atol=1e-6)
         torch.testing.assert_close(states[FINAL], own[-1], rtol=0, atol=1e-6)
-        again = {}
-        backbone.stream(batch.with_embedded(backbone.embed_images(batch)), [3], again.__setitem__)
-        assert torch.equal(again[3], states[3])
     with pytest.raises(UserError, match=r"different shapes have different grids .* set data\.view=square"):
         backbone.prepare([Image.new("RGB", (60, 30)), Image.new("RGB", (30, 60))])

@@ -64,16 +64,6 @@ def test_neither_batch_nor_padding_changes_a_state(checkpoints, images, name):
             torch.testing.assert_close(together[layer][index][valid], alone[layer][0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_embedded_images_replace_pixels(checkpoints, images, name):
-    backbone = load_backbone(BackboneRecipe(checkpoint=str(checkpoints[name])), CPU)
-    batch = backbone.prepare([images[0]] * 2)
-    states = []
-    for given in (batch, batch.with_embedded(backbone.embed_images(batch))):
-        backbone.stream(given, [0, 3, "final"], lambda _, state: states.append(state))
-    assert all(torch.equal(states[k], states[k + 3]) for k in range(3))
-
-
 def test_half_precision_runs(checkpoints, images):
     recipe = BackboneRecipe(checkpoint=str(checkpoints["llava_next"]))
     full, _ = load_backbone(recipe, CPU).hidden_states(images, "3")
