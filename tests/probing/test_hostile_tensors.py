@@ -3,8 +3,8 @@
 import json
 import pickle
 import shutil
-import signal
 import struct
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -182,7 +182,7 @@ def test_no_pickle_runs_code(models, recipe_values, tmp_path, monkeypatch):
     recipe = ProbeRunRecipe.model_validate(recipe_values | {"layers": "1", "controls": []})
     state = tmp_path / "run" / "state" / "none" / "state.pt"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ProbeTrainer, "run", lambda fit: signal.raise_signal(signal.SIGINT))
+        patch.setattr(ProbeTrainer, "run", mock.Mock(side_effect=KeyboardInterrupt))
         train(recipe, tmp_path / "run")
     state.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(evil, state)

@@ -139,7 +139,7 @@ def test_report_shows_what_is_empty(both, tmp_path):
     text = page.read_text()
     assert "no finite score" in text and "nan" not in text.split("<script")[0].lower().replace("nanmean", "")
     assert "6 images of val2017" not in text  # grouped by the layers that they lack
-    assert "4 images of val2017 are not finite at layers 2" in text
+    assert "4 images of val2017 have non-finite values at layers 2" in text
     write_report(list(both), tmp_path / "two")
     assert len(differences)
 

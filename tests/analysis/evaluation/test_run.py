@@ -236,7 +236,7 @@ def test_a_pass_that_was_stopped_goes_on_to_the_same_numbers(evaluated, tmp_path
     options = decoded(world, "miou", "cosine", micro_batch=2)
 
     class Stop(Interruption):
-        asked = property(lambda self: True, lambda self, value: None)
+        requested = property(lambda self: True, lambda self, value: None)
 
     stops = 0
     with monkeypatch.context() as patch:
