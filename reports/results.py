@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ FINAL, AVERAGE = "final", "mean"
 """Values of the column `layer`: the state after the final norm, and the mean over the probed layers 1 … L."""
 KEY_COLUMNS = ("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "variant", "split", "seed")
 """Columns of `results.csv` that identify a number."""
+CURVE = ["layer", "value", "ci_low", "ci_high", "n"]
+"""Columns of one curve."""
 
 
 def sort_teachers(teachers: Iterable[str]) -> list[str]:
@@ -83,17 +86,17 @@ class RunResults:
         return int(self.manifest["checkpoint"]["layers"])
 
     def _rows(self, teacher: str, probe: str, control: str, metric: str, protocol: str) -> pd.DataFrame:
-        r = self.results
-        chosen = r[
-            (r["teacher"] == teacher)
-            & (r["probe"] == probe)
-            & (r["control"] == control)
-            & (r["metric"] == metric)
-            & (r["protocol"] == protocol)
-        ]
-        if "all" in set(chosen["seed"]):
-            chosen = chosen[chosen["seed"] == "all"]
-        return chosen[["layer", "value", "ci_low", "ci_high", "n"]]
+        rows = self._groups.get((teacher, probe, control, metric, protocol))
+        return self.results[CURVE].iloc[:0] if rows is None else rows
+
+    @cached_property
+    def _groups(self) -> dict[Any, pd.DataFrame]:
+        """The rows of each curve, pooled over seeds if there are several."""
+        groups = {}
+        for key, rows in self.results.groupby(["teacher", "probe", "control", "metric", "protocol"], sort=False):
+            pooled = rows["seed"] == "all"
+            groups[key] = rows.loc[pooled if pooled.any() else slice(None), CURVE]
+        return groups
 
     def curve(
         self, teacher: str, probe: str, control: str, metric: str, protocol: str, with_empty: bool = False

@@ -65,3 +65,10 @@ def recipe_values(models, coco):
         "layers": "all",
         "fit": {"epochs": 2, "batch_size": 6, "micro_batch": 3, "workers": 0},
     }
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Leaves out the figures of a report, which take most of its time, where a test reads only the page."""
+    for name in ("save_figure", "write_curves", "write_differences"):
+        monkeypatch.setattr(f"reports.page.{name}", lambda *values: None)

@@ -40,7 +40,8 @@ class Parsed(HTMLParser):
         return [json.loads(attrs["data-plot"]) for tag, attrs in self.tags if "data-plot" in attrs]
 
 
-def test_the_numbers_of_the_page_are_those_of_the_table(tmp_path):
+@pytest.mark.usefixtures("no_figures")
+def test_page_has_the_numbers_of_the_table(tmp_path):
     """Of every curve, control and level, by the place that the page says they are of."""
     paths = [make_run(tmp_path / name, name, layers=5, random=0.3 + 0.1 * k) for k, name in enumerate(("a", "b"))]
     page = Parsed(write_report(paths, tmp_path / "report").read_text())
@@ -105,7 +106,7 @@ def test_differences_can_be_seen_from_every_checkpoint():
 
 
 @pytest.mark.slow
-def test_three_checkpoints_of_32_layers_with_pictures_fit_in_five_megabytes(tmp_path):
+def test_large_page_is_under_five_megabytes(tmp_path):
     """Every metric there is, both probes, four pictures a layer, and differences of every pair."""
     paths = [make_run(tmp_path / f"run{k}", f"model {k}", layers=32, random=0.3 + 0.1 * k) for k in range(3)]
     decoded = [("da2k", "strict", "depth"), *(("miou", p, "seg") for p in ("blind", "strict", "paper"))]

@@ -2,11 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +20,7 @@ from probing.distillation.trainer import run_stage
 from probing.models import describe_checkpoint, load_backbone
 from probing.models.token_map import special_ids, token_kinds
 from probing.probes.bank import ProbeBank, ProbeKey
-from probing.recipe import TOKEN_KINDS, BackboneRecipe, TeacherRecipe, dump_recipe
+from probing.recipe import TOKEN_KINDS, BackboneRecipe, TeacherRecipe
 from probing.teachers import load_teacher
 from probing.utils.errors import UserError
 from tests.helpers import tiny
@@ -256,31 +251,6 @@ def test_zero_weights_equal_the_baseline(recipe, tmp_path):
     zero, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("zero", "plain"))
     assert zero.keys() == plain.keys() and all(torch.equal(zero[name], plain[name]) for name in zero)
     assert not (tmp_path / "zero" / "predictors").exists()
-
-
-def test_killed_stage_resumes_to_same_weights(recipe, tmp_path):
-    """SIGKILL to the whole process group, from the command line, each time a new state has been saved."""
-    file = tmp_path / "recipe.yaml"
-    file.write_text(dump_recipe(recipe(max_steps=3, save_steps=2)))
-
-    def start(out):
-        command = [sys.executable, "-m", "probing", "distill", str(file), "--out", str(out)]
-        log = (tmp_path / "log").open("w")
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-
-    assert start(tmp_path / "whole").wait() == 0, (tmp_path / "log").read_text()
-    for state in (2,):
-        process = start(tmp_path / "cut")
-        # The folder alone: the kill may come while the state is still being written.
-        while not (tmp_path / "cut.training" / f"checkpoint-{state}").exists() and process.poll() is None:
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
-        assert not (tmp_path / "cut").exists()
-    assert start(tmp_path / "cut").wait() == 0, (tmp_path / "log").read_text()
-    for name in ("model.safetensors", "predictors/queries.safetensors", "predictors/seg/model.safetensors"):
-        whole, cut = (load_file(tmp_path / folder / name) for folder in ("whole", "cut"))
-        assert all(torch.equal(whole[key], cut[key]) for key in whole), name
 
 
 def test_predictors_without_special_tokens_have_latents(recipe, tmp_path):

@@ -3,11 +3,7 @@
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,7 +31,7 @@ from probing.recipe import dump_recipe
 from probing.toyworld.layout import write_world
 from probing.utils.errors import UserError
 from probing.utils.images import square
-from tests.helpers import tiny
+from tests.helpers import tiny, warm
 
 CPU = torch.device("cpu")
 LOSSES = ("cosine", "contrastive")
@@ -317,12 +313,10 @@ def test_two_processes_equal_one(recipe, models, world, tmp_path):
     )  # fmt: skip
     run_stage(same, tmp_path / "one")
     (tmp_path / "recipe.yaml").write_text(dump_recipe(same))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "probing"]
-    done = subprocess.run(
-        [*launch, "distill", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "two")],
-        cwd=Path(__file__).parents[3], env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = tmp_path / "log"
+    processes = warm.launch(["distill", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "two")], log)
+    codes, said = warm.finish(processes, log)
+    assert codes == [0, 0], said[-3000:]
     one, two = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two"))
     assert one["skipped"] == two["skipped"] and one["skipped"]
     for first, second in zip(one["log"], two["log"], strict=True):

@@ -1,66 +1,31 @@
 """Commands killed before any change to their files resume to the results of an uninterrupted run."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from analysis.alignment import run as align
 from probing.cli import main
 from probing.toyworld.layout import write_world
-from tests.helpers import tiny
+from tests.helpers import tiny, warm
 
-ROOT = Path(__file__).parents[3]
 KILLS = 6
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 """Python's audit events, besides files that are opened to be written."""
-PRELOAD = (
-    *(
-        "probing.training.run",
-        "probing.distillation.trainer",
-        "analysis.evaluation.run",
-        "analysis.alignment.run",
-        "torch.utils.tensorboard",
-    ),
-    *("transformers.models.auto", "transformers.models.auto.tokenization_auto", "transformers.models.llava"),
-    *(f"transformers.models.{name}.modeling_{name}" for name in ("llava", "clip", "llama", "depth_anything", "dinov2")),
-    *("transformers.models.llava.processing_llava", "transformers.models.clip.image_processing_clip"),
-    *("transformers.models.vit.image_processing_vit", "torch._dynamo", "safetensors.numpy"),
-)
-"""Imports of the commands, which take most of the time."""
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[ForkServerContext]:
-    """Starts processes as copies of one that has imported everything."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.syspath_prepend(ROOT)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOAD))
-        yield context
 
 
 def command(arguments: list[str], log: Path, moment: int, counted: Path) -> None:
     """`python -m probing …`, with what it says in a file; killed before its change number `moment` to any file."""
-    os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    # Threads that wait for each other spin: on a machine that is busy otherwise, two took twenty times as long as one.
-    torch.set_num_threads(1)
+    warm.detach(log)
     align.SAVE_MINUTES = 0.0  # the others' recipes say so
     sys.argv = ["probing", *arguments]
     changes = 0
@@ -85,8 +50,8 @@ class Killer:
         changes: files that the command creates, renames or removes when nobody disturbs it.
     """
 
-    def __init__(self, context: ForkServerContext, folder: Path, seed: int) -> None:
-        self.context, self.folder, self.random = context, folder, random.Random(seed)
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.context, self.folder, self.random = warm.context(), folder, random.Random(seed)
         self.kills = self.survived = self.changes = 0
 
     def _start(self, arguments: list[object], moment: int = 0) -> int | None:
@@ -151,27 +116,27 @@ def recipe(models, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(warm, recipe, tmp_path_factory) -> tuple[Path, int]:
+def whole(recipe, tmp_path_factory) -> tuple[Path, int]:
     """An uninterrupted run, and the number of its file changes."""
     folder = tmp_path_factory.mktemp("whole")
-    killer = Killer(warm, folder, 0)
+    killer = Killer(folder, 0)
     killer.finish(["train", "--recipe", recipe, "--out", folder / "run"])
     return folder / "run", killer.changes
 
 
-def test_train(warm, recipe, whole, tmp_path):
+def test_train(recipe, whole, tmp_path):
     run, changes = whole
-    killer, expected = Killer(warm, tmp_path, 1), contents(run)
+    killer, expected = Killer(tmp_path, 1), contents(run)
     killer.changes = changes
     for out in killer.outs(tmp_path):
         killer.survive(["train", "--recipe", recipe, "--out", out])
         assert contents(out) == expected
 
 
-def test_evaluate(warm, whole, tmp_path):
+def test_evaluate(whole, tmp_path):
     controls = [f"--control={control}" for control in ("none", "shuffled", "random", "blank")]
     shutil.copytree(whole[0], tmp_path / "whole")
-    killer = Killer(warm, tmp_path, 2)
+    killer = Killer(tmp_path, 2)
     killer.finish(["evaluate", tmp_path / "whole", *controls])
     expected = contents(tmp_path / "whole")
     assert "000000000017.jpg" in expected["manifest.json"].decode()
@@ -184,11 +149,11 @@ def test_evaluate(warm, whole, tmp_path):
         assert files == expected
 
 
-def test_align(warm, models, tmp_path):
+def test_align(models, tmp_path):
     world = write_world(tmp_path / "world", 2, 6, seed=4)
     teachers = [f"--teacher={name}={models[name]}" for name in ("depth", "gen")]
     arguments = ["align", models["llava"], f"--data=coco:{world}", *teachers, "micro_batch=1", "workers=0", "sample=3"]
-    killer = Killer(warm, tmp_path, 4)
+    killer = Killer(tmp_path, 4)
     killer.finish([*arguments, "--out", tmp_path / "whole"])
     expected = contents(tmp_path / "whole")
     assert {"scores/alignment-val2017.safetensors", "pictures/patches.safetensors"} <= expected.keys()
@@ -197,7 +162,7 @@ def test_align(warm, models, tmp_path):
         assert contents(out) == expected
 
 
-def test_distill(warm, models, tmp_path):
+def test_distill(models, tmp_path):
     data = tiny.conversations(tmp_path / "data", 10)
     (data / "3.png").write_bytes(b"broken")
     values = {
@@ -209,7 +174,7 @@ def test_distill(warm, models, tmp_path):
         "trainer": {"use_cpu": True, "lr_scheduler_type": "constant"},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    killer, arguments = Killer(warm, tmp_path, 3), ["distill", tmp_path / "recipe.yaml", "--out"]
+    killer, arguments = Killer(tmp_path, 3), ["distill", tmp_path / "recipe.yaml", "--out"]
     killer.finish([*arguments, tmp_path / "whole"])
     expected = contents(tmp_path / "whole")
     assert "3.png" in expected["training.json"].decode()

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,10 @@ from safetensors.torch import load_file
 from probing.recipe import ProbeRunRecipe, dump_recipe
 from probing.training.run import train
 from probing.training.schedule import plan_steps
+from probing.training.trainer import ProbeTrainer
 from probing.utils.distributed import DEAD_RANK_MESSAGES, init_accelerator, report_dead_ranks, require_single_process
 from probing.utils.errors import UserError
-from tests.helpers import tiny
+from tests.helpers import tiny, warm
 
 ROOT = Path(__file__).parents[3]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
@@ -24,21 +28,6 @@ from probing.utils.distributed import init_accelerator
 accelerator = init_accelerator()
 total = accelerator.reduce(torch.ones(1, device=accelerator.device), "sum")
 sys.stdout.write(f"process {accelerator.process_index} of {int(total)}\\n")
-"""
-
-STOPPED = """
-import os, signal, time
-from probing import cli; from probing.training import trainer
-step, resume = trainer.ProbeTrainer._step, trainer.ProbeTrainer._resume
-def stopped(self, state, *rest, **more):
-    if state.step == int(os.environ["STOP"]) and self.accelerator.process_index == 1:
-        signal.raise_signal(signal.SIGTERM)
-    return step(self, state, *rest, **more)
-def late(self, state):
-    time.sleep(3 * self.accelerator.process_index)
-    resume(self, state)
-trainer.ProbeTrainer._step, trainer.ProbeTrainer._resume = stopped, late
-cli.main()
 """
 
 
@@ -77,13 +66,27 @@ def test_dead_rank_is_a_user_error(monkeypatch, message):
         raise RuntimeError("shapes do not fit")
 
 
+def stop_second_process(at: int) -> None:
+    """Signals the second process before a step, and lets it find the saved state late."""
+    step, resume = ProbeTrainer._step, ProbeTrainer._resume
+
+    def stopped(self, state, *rest, **more):
+        if state.step == at and self.accelerator.process_index == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, state, *rest, **more)
+
+    def late(self, state):
+        time.sleep(3 * self.accelerator.process_index)
+        resume(self, state)
+
+    ProbeTrainer._step, ProbeTrainer._resume = stopped, late
+
+
 def two_processes(folder, out, stop=-1, *overrides):
-    """`probing train` of the recipe in a folder; the second process is asked to stop before a step."""
-    (folder / "stopped.py").write_text(STOPPED)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "STOP": str(stop)}
-    command = [*LAUNCH, str(folder / "stopped.py"), "train", "--recipe", str(folder / "recipe.yaml")]
-    command += ["--out", str(folder / out), *overrides]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    """Runs `probing train` of the folder's recipe in two processes; the second is signalled before a step."""
+    arguments = ["train", "--recipe", str(folder / "recipe.yaml"), "--out", str(folder / out), *overrides]
+    log = folder / "log"
+    return warm.finish(warm.launch(arguments, log, partial(stop_second_process, stop)), log)
 
 
 @pytest.mark.slow
@@ -97,14 +100,15 @@ def test_spread_layers_give_the_bytes_of_one_process(recipe_values, tmp_path):
     recipe = ProbeRunRecipe.model_validate(recipe_values)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     for stop in (2, 3):
-        said = two_processes(tmp_path, "spread", stop, "fit.spread=layers").stderr
+        codes, said = two_processes(tmp_path, "spread", stop, "fit.spread=layers")
+        assert codes == [130, 130]
         assert f"saved the training state at step {stop + 1}" in said, said
         assert "interrupted; resume with the same" in said, said
     (tmp_path / "spread/state/none/state_1_of_2.9.pt").write_bytes(b"killed before the other had saved")
-    refused = two_processes(tmp_path, "spread", -1, "fit.spread=images")
-    assert "saved by another number of processes, or with another fit.spread" in refused.stderr, refused.stderr
-    done = two_processes(tmp_path, "spread", -1, "fit.spread=layers")
-    assert done.returncode == 0 and "resuming from step 4" in done.stderr, done.stderr
+    codes, said = two_processes(tmp_path, "spread", -1, "fit.spread=images")
+    assert "saved by another number of processes, or with another fit.spread" in said and 0 not in codes, said
+    codes, said = two_processes(tmp_path, "spread", -1, "fit.spread=layers")
+    assert codes == [0, 0] and "resuming from step 4" in said, said
     one = train(recipe, tmp_path / "one")
     files = [f.relative_to(one.path) for f in one.path.rglob("*") if f.suffix in (".safetensors", ".csv")]
     assert len(files) > 15
@@ -131,14 +135,14 @@ def test_signal_to_one_process_stops_all_and_they_resume(recipe_values, tmp_path
             (data / "train2017" / names[index]).write_bytes(b"broken")
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
 
-    whole = two_processes(tmp_path, "whole")
-    assert whole.returncode == 0, whole.stderr
+    codes, said = two_processes(tmp_path, "whole")
+    assert codes == [0, 0], said
     for stop in (0, 3, 7):
-        said = two_processes(tmp_path, "cut", stop).stderr
-        assert f"saved the training state at step {stop + 1}" in said, said
-        assert "interrupted; resume with the same" in said and "Traceback (most recent" not in said.split("E1")[0], said
-    last = two_processes(tmp_path, "cut")
-    assert last.returncode == 0, last.stderr
+        codes, said = two_processes(tmp_path, "cut", stop)
+        assert codes == [130, 130] and f"saved the training state at step {stop + 1}" in said, said
+        assert "interrupted; resume with the same" in said and "Traceback (most recent" not in said, said
+    codes, said = two_processes(tmp_path, "cut")
+    assert codes == [0, 0], said
     for file in ("probes/depth/model.safetensors", "ridge/gen/model.safetensors", "mean_targets.safetensors"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     manifests = [json.loads((tmp_path / out / "manifest.json").read_text()) for out in ("whole", "cut")]

@@ -54,6 +54,14 @@ def test_directions_without_variance_change_nothing():
     assert frechet_distance(Gaussian.fit(x @ wide), Gaussian.fit(y @ wide)) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(("n", "m"), [(12, 90), (90, 12), (9, 20), (90, 90)])
+def test_fewer_images_than_features_take_the_same_distance(n, m):
+    x, y = features(np.random.default_rng(n), n=200, width=40)
+    one, two = Gaussian.fit(x[:n]), Gaussian.fit(y[:m])
+    plain = frechet_distance(*(Gaussian(g.mean, g.covariance) for g in (one, two)))
+    assert frechet_distance(one, two) == pytest.approx(plain, rel=1e-6)
+
+
 def test_the_covariance_is_the_unbiased_one():
     x = np.random.default_rng(2).normal(size=(30, 5))
     centred = x - x.mean(0)
