@@ -13,6 +13,7 @@ import torch
 
 import probing.utils.torchvision_shim  # noqa: F401
 from tests.helpers import tiny
+from tests.helpers.report_runs import without_figures
 
 torch.set_num_threads(1)  # tests run in several processes
 
@@ -68,7 +69,7 @@ def recipe_values(models, coco):
 
 
 @pytest.fixture
-def no_figures(monkeypatch):
-    """Leaves out the figures of a report, which take most of its time, where a test reads only the page."""
-    for name in ("save_figure", "write_curves", "write_differences"):
-        monkeypatch.setattr(f"reports.page.{name}", lambda *values: None)
+def no_figures() -> Iterator[None]:
+    """For tests that read only the page of a report."""
+    with without_figures():
+        yield

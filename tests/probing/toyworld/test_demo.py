@@ -102,7 +102,7 @@ def test_checkpoints_of_another_study_are_added_to_those_there(tmp_path, monkeyp
 def test_everything_can_be_made_from_nothing(tmp_path):
     """The whole way of `--preset full` and of the shipped models, with too few steps to be any good."""
     few = Sizes(
-        teacher_scenes=200, held_out=200, train=40, val=20, depth_steps=3, seg_steps=3, gen_steps=3,
+        teacher_scenes=60, held_out=60, train=20, val=10, depth_steps=3, seg_steps=3, gen_steps=3,
         unclip_steps=(3, 3), classifier_steps=3, llava=Schedule(3, 2, 2, 2),
     )  # fmt: skip
     quality = make_models(tmp_path / "models", few)
