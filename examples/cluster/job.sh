@@ -5,7 +5,7 @@
 #   sbatch --nodes=2   examples/cluster/job.sh sixteen_gpus.yaml train --recipe examples/probe/fig3_row1.yaml --out runs/fig3
 #   sbatch --gpus-per-node=1 --cpus-per-task=12 examples/cluster/job.sh one_gpu.yaml evaluate runs/fig3
 #
-# First comes one of the files beside this one, then what follows `probing`. Submit it from the root of the repository,
+# Arguments: one of the YAML files of this folder, then those of `probing`. Submit it from the root of the repository,
 # in an environment that has `probing`. Ten minutes before the time limit, SLURM sends USR1 to all processes of the step;
 # they ignore it, but for the shell of every host, which asks the training processes once to save and stop (TERM).
 #SBATCH --job-name=probing
@@ -28,21 +28,21 @@ fi
 
 # On every host: the launcher, and a shell that waits for it. 130 says that it was stopped and has saved.
 node() {
-    asked=0
+    signals=0
     (
         trap '' USR1
         exec accelerate launch --config_file "$CONFIG" --machine_rank "${SLURM_NODEID:-0}" \
             --main_process_ip "$HEAD" --main_process_port "$PORT" -m probing "$@"
     ) &
     launcher=$!
-    trap 'asked=$((asked + 1)); pkill -TERM -P "$launcher"' USR1
+    trap 'signals=$((signals + 1)); pkill -TERM -P "$launcher"' USR1
     while :; do
-        before=$asked
+        before=$signals
         wait "$launcher" # until it ends, or a signal comes
         code=$?
-        [ "$before" = "$asked" ] && break
+        [ "$before" = "$signals" ] && break
     done
-    if [ "$asked" != 0 ] && [ "$code" != 0 ]; then code=130; fi
+    if [ "$signals" != 0 ] && [ "$code" != 0 ]; then code=130; fi
     exit "$code"
 }
 

@@ -4,8 +4,8 @@
     python examples/distill/ablations.py "Table 5" runs/table5 --toy | bash
 
 Every row of ablations.md becomes a checkpoint (pt, then ift) and a run with probes at every layer; at the end all are
-compared with the baseline, which has no embedding losses. What is finished is kept, so the script can be given again.
-On a cluster, look at the commands first, and give each to the launcher of examples/cluster.
+compared with the baseline, which has no embedding losses. Finished parts are reused, so the script can be repeated.
+On a cluster, print the commands and submit each with the launcher of examples/cluster.
 """
 
 import os
