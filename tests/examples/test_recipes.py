@@ -79,7 +79,7 @@ def test_the_index_has_everything_and_nothing_else():
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", *sorted(EXAMPLES.rglob("README.md"))], ids=lambda path: str(path.relative_to(ROOT))
 )
-def test_pages_link_to_what_there_is_and_their_commands_can_be_typed(page):
+def test_page_links_exist_and_commands_parse(page):
     text = page.read_text()
     for link in re.findall(r"\]\(([^):#]+)\)", text):
         assert (page.parent / link).exists(), link

@@ -149,7 +149,7 @@ def test_outlines_that_no_image_can_have(world, outline):
 
 
 @pytest.mark.parametrize("name", ["../../../secret.jpg", "/etc/passwd", "..", ".", "/", "..\\x.png", ""])
-def test_label_maps_lie_beside_their_annotations(world, name):
+def test_label_maps_are_in_the_folder_of_their_annotations(world, name):
     entry = PANOPTIC["annotations"][0] | {"file_name": name}
     annotate(world, "panoptic", PANOPTIC | {"annotations": [entry]})
     with pytest.raises(UserError, match="not a plain path"):

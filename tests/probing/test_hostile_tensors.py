@@ -95,7 +95,7 @@ def test_tensor_files(models, scores, bank, tmp_path, kind):
         load_backbone(BackboneRecipe(checkpoint=str(tmp_path / "llava")), CPU)
 
 
-def test_what_is_said_beside_tensors(scores, bank, tmp_path):
+def test_metadata_of_tensors(scores, bank, tmp_path):
     """The metadata of scores, and the configuration of a bank."""
     content = scores.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
@@ -150,7 +150,7 @@ def test_a_configuration_that_is_nonsense(models, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["../other/model.safetensors", "/etc/passwd", "..", "a/b", 3, None])
-def test_shards_lie_beside_their_index(models, tmp_path, place):
+def test_shards_are_in_the_folder_of_their_index(models, tmp_path, place):
     folder = tmp_path / "llava"
     shutil.copytree(models["llava"], folder)
     shutil.copytree(models["llava"], tmp_path / "other")

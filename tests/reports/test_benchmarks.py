@@ -121,7 +121,7 @@ def test_no_correlation_of_two(runs):
     assert not panels(load_runs(probed[5:]), load_benchmarks(asked))
 
 
-def test_runs_that_were_probed_on_other_images_are_told(runs):
+def test_runs_probed_on_other_images_are_named(runs):
     probed, _ = runs
     assert not comparability_warnings(load_runs(probed))
     manifest = json.loads((probed[1] / "manifest.json").read_text())

@@ -90,7 +90,7 @@ def test_the_slider_the_reference_the_legend_and_the_theme(page, tmp_path):
     assert found["dark"] == ["rgb(23, 24, 26)", "rgb(58, 134, 208)"] and found["hit"] == 0
 
 
-def test_values_are_told_to_pointer_and_keyboard(page, tmp_path):
+def test_values_show_at_pointer_and_keyboard(page, tmp_path):
     script = """
     const plot = document.querySelector("#curves .plot"); const picture = plot.querySelector("svg");
     const found = { data: JSON.parse(plot.dataset.plot) };

@@ -72,7 +72,7 @@ def test_page_has_the_numbers_of_the_table(tmp_path):
     assert compared == 3 * len(curves)  # none of the table is missing
 
 
-def test_what_is_drawn_is_what_is_told(tmp_path):
+def test_drawn_values_equal_shown_values(tmp_path):
     """The line in the picture goes through the numbers beside it: heights and values are in one proportion."""
     runs, _ = load([make_run(tmp_path / "run", layers=6)])
     page = render(runs, [])
@@ -161,7 +161,7 @@ def harmless(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_a_name_is_only_text_in_scripts_attributes_styles_and_drawings(tmp_path, harmless, name):
+def test_name_is_only_text_in_scripts_attributes_and_drawings(tmp_path, harmless, name):
     """The page has the same tags, attributes and scripts as with a harmless name; the name is in it unchanged."""
     hostile = named_page(tmp_path, name)
     assert [(tag, list(attrs)) for tag, attrs in hostile.tags] == [(tag, list(attrs)) for tag, attrs in harmless.tags]

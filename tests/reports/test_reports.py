@@ -34,7 +34,7 @@ def test_panels_draw_the_tables_values_in_layer_order(run):
     assert figure.axes[0].get_xticklabels()[-1].get_text() == "final"
 
 
-def test_every_line_of_a_panel_is_in_the_legend_and_looks_different(run):
+def test_every_line_is_in_the_legend_and_looks_different(run):
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()
@@ -146,7 +146,7 @@ def test_decoded_metric_has_floor_and_ceiling(tmp_path):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_table_8_has_mean_and_best_layer_between_floor_and_ceiling(tmp_path):
+def test_table_8_has_mean_and_best_layer(tmp_path):
     run = make_run(tmp_path / "run", layers=2, final=False)
     decode(run)
     (loaded,) = load_runs([run])

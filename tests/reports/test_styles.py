@@ -107,7 +107,7 @@ def drawn(figure, names):
     return {name: next(iter(found)) for name, found in looks.items()}
 
 
-def test_a_checkpoint_looks_the_same_in_every_figure_and_in_the_page(paths):
+def test_checkpoint_looks_the_same_in_figures_and_page(paths):
     runs, _ = load(paths)
     names = [run.label for run in runs]
     differences = make_differences(names, 2)

@@ -149,7 +149,7 @@ def test_broken_runs_are_named(tmp_path, scores, file, content, said):
         compare_answers(paths, ["a", "b"])
 
 
-def test_several_benchmarks_are_kept_apart(tmp_path, scores):
+def test_several_benchmarks_stay_separate(tmp_path, scores):
     runs = [
         write(tmp_path / f"{name}{benchmark}", name, row, benchmark=benchmark)
         for name, row in zip("ab", scores[:2], strict=True)

@@ -68,7 +68,7 @@ def run_bench(*arguments):
         ("okvqa", as_official_okvqa, okvqa_rows),
     ],
 )
-def test_published_formats_are_asked_and_scored(checkpoint, tmp_path, name, write, rows):
+def test_published_formats_are_answered_and_scored(checkpoint, tmp_path, name, write, rows):
     rows = rows()
     data = write(tmp_path / "data", rows)
     said, lines, results = run_bench(checkpoint, name, data, tmp_path / "run", "micro_batch=5")

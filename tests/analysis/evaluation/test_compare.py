@@ -63,7 +63,7 @@ def test_a_run_compared_with_itself_differs_by_nothing(runs):
     assert all("no clear difference" in sentence for sentence in statements(table))
 
 
-def test_every_pair_is_compared_once_and_those_of_the_first_run_come_first(runs):
+def test_every_pair_is_compared_once_first_run_first(runs):
     table = compare([runs[0], runs[1], runs[0]], ["one", "two", "three"])
     pairs = list(dict.fromkeys(zip(table["checkpoint"], table["reference"], strict=True)))
     assert pairs == [("two", "one"), ("three", "one"), ("three", "two")]
@@ -112,7 +112,7 @@ def change_manifest(path, *keys, value):
         (("checkpoint", "layers"), 5, r"they differ in number of layers \(3 and 5\)"),
     ],
 )
-def test_runs_that_were_not_probed_alike_are_refused(runs, tmp_path, keys, value, message):
+def test_runs_with_different_probes_are_refused(runs, tmp_path, keys, value, message):
     shutil.copytree(runs[1], tmp_path / "run")
     change_manifest(tmp_path / "run", *keys, value=value)
     with pytest.raises(UserError, match=message):

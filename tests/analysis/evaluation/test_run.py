@@ -188,7 +188,7 @@ def test_a_missing_image_is_counted(evaluated, tmp_path):
     assert {len(scores) for scores in found.table.values()} == {len(found.names)} and len(found.names) > 2
 
 
-def test_the_matrix_kept_per_layer_gives_the_mean_iou_again(evaluated):
+def test_saved_matrix_of_a_layer_gives_its_mean_iou(evaluated):
     run, _, results = evaluated
     found = ScoreFile.read(score_file(run, "scores/miou", "val2017"))
     curves = [c for c in found.sums if c.protocol != "paper" and c.probe == "ridge"]
@@ -209,7 +209,7 @@ def test_the_mean_over_layers_is_that_of_the_blocks(evaluated):
             assert list(chosen[chosen["layer"] == "mean"][name]) == list(chosen[chosen["layer"] == "6"][name])
 
 
-def test_what_was_scored_is_kept_and_a_layer_can_be_added(evaluated, tmp_path, caplog):
+def test_scores_are_reused_and_a_layer_can_be_added(evaluated, tmp_path, caplog):
     run, world, _ = evaluated
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

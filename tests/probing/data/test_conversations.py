@@ -90,7 +90,7 @@ def test_cutting_never_splits_an_image(models, tmp_path):
         Encoder(processor, 3, 10)(conversation, [Image.new("RGB", (8, 8))])
 
 
-def test_a_second_image_that_does_not_fit_is_left_out_with_its_turn(models, tmp_path):
+def test_second_image_that_does_not_fit_is_dropped_with_its_turn(models, tmp_path):
     second = [{"from": "human", "value": "<image>And this?"}, {"from": "gpt", "value": "blue"}]
     entry = TWO_TURNS | {"image": ["x.jpg", "y.jpg"], "conversations": TWO_TURNS["conversations"] + second}
     (conversation,) = read_conversations(write(tmp_path, entry))
@@ -102,7 +102,7 @@ def test_a_second_image_that_does_not_fit_is_left_out_with_its_turn(models, tmp_
     assert whole["pixel_values"].shape[0] == 2 and cut["pixel_values"].shape[0] == 1
 
 
-def test_what_cannot_be_used_is_named_and_a_batch_of_nothing_teaches_nothing(models, tmp_path):
+def test_unusable_samples_are_named_and_empty_batch_has_no_loss(models, tmp_path):
     text = {"id": "t", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello there"}]}
     Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
     conversations = read_conversations(write(tmp_path, TWO_TURNS, TWO_TURNS | {"image": "no.jpg"}, text))
@@ -135,7 +135,7 @@ def test_a_wrong_image_root_is_noticed_at_once(tmp_path):
         ("{{ '<image><image>' }}", "writes 2 images instead of 1"),
     ],
 )
-def test_templates_that_do_not_fit_are_refused_before_anything_is_trained(models, template, message):
+def test_unsuitable_templates_are_refused_before_training(models, template, message):
     processor = AutoProcessor.from_pretrained(models["llava"])
     processor.chat_template = template
     with pytest.raises(UserError, match=message):

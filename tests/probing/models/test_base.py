@@ -63,7 +63,7 @@ def test_a_state_is_free_once_its_layer_has_been_visited(backbone, images):
     assert len(alive) == 4 and max(alive) <= 1
 
 
-def test_a_block_that_runs_twice_or_gives_another_shape_is_noticed(backbone, images):
+def test_block_that_runs_twice_or_changes_shape_is_an_error(backbone, images):
     batch = backbone.prepare(images)
     backbone.blocks[1].register_forward_hook(
         lambda module, args, out: (out[0] if isinstance(out, tuple) else out)[:, :-1]

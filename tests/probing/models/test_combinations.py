@@ -186,7 +186,7 @@ def test_absent_fields_are_taken_from_config(tmp_path, tower, strategy, absent):
     assert_own_states(tmp_path, model, "layers", "norm")
 
 
-def test_fields_that_differ_and_count_alike_are_left(tmp_path):
+def test_different_fields_of_equal_effect_remain(tmp_path):
     """Transformers runs them as they are: nothing is added, and nothing subtracted."""
     fields = {"vision_feature_select_strategy": "full", "num_additional_image_tokens": 0}
     assert_own_states(tmp_path, llava(tmp_path, fields=fields), "layers", "norm")

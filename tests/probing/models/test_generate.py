@@ -74,7 +74,7 @@ def test_the_generic_adapter_answers_too(name, images, tmp_path):
     check(tmp_path / name, images, **settings)
 
 
-def test_the_original_format_answers_with_its_special_tokens_after_the_image(images, tmp_path):
+def test_original_format_answers_with_special_tokens(images, tmp_path):
     path = tmp_path / "ola"
     original(path, kind="llava_phi3", own_tower=True, special=4)
     recipe = BackboneRecipe(checkpoint=str(path), dtype="float32")

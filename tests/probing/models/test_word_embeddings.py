@@ -8,7 +8,7 @@ from probing.utils.errors import UserError
 from tests.helpers import tiny
 
 
-def test_a_word_is_the_mean_of_its_rows_as_they_stand_in_a_sentence():
+def test_word_is_the_mean_of_its_token_embeddings():
     tokenizer = tiny.tokenizer()
     embeddings = torch.randn(len(tokenizer), 6)
     whole = tokenizer("a red cube", add_special_tokens=False).input_ids

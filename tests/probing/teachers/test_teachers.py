@@ -95,6 +95,6 @@ def test_a_folder_of_another_class_is_named(models):
         load_teacher("gen", TeacherRecipe(id=str(models["seg"])), CPU)
 
 
-def test_every_teacher_of_the_catalogue_names_its_default_and_licence():
+def test_every_teacher_has_default_id_and_licence():
     assert all(entry.default_id in entry.licences for entry in CATALOGUE.values())
     assert "CC-BY-NC" in CATALOGUE["depth"].licences[CATALOGUE["depth"].default_id]

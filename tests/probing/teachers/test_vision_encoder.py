@@ -102,7 +102,7 @@ def test_targets_are_what_the_model_gives_at_each_place(folders, name):
 
 
 @pytest.mark.parametrize("name", encoders.MAKERS)
-def test_a_place_depends_most_on_the_pixels_that_it_stands_for(folders, name):
+def test_grid_place_depends_most_on_its_own_pixels(folders, name):
     teacher = load_teacher("mine", TeacherRecipe(id=str(folders[name])), CPU)
     for key, value in teacher.model.named_parameters():  # what mixes places
         if re.search(r"(out_proj|attn\.proj)\.", key):
@@ -136,7 +136,7 @@ def test_pixels_have_the_own_statistics_and_show_the_whole_image(folders, name):
     )
 
 
-def test_a_finer_encoder_is_brought_to_the_papers_grid_and_any_other(tmp_path):
+def test_finer_encoder_is_resampled_to_any_grid(tmp_path):
     torch.manual_seed(0)
     config = t.ViTConfig(**encoders.VIT | {"image_size": 27 * 8})
     t.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
@@ -299,7 +299,7 @@ def test_names_that_folders_or_results_could_not_bear(name):
         validate(LayersRecipe, values, "test")
 
 
-def test_fields_of_plain_encoders_do_not_change_the_papers_teachers(models):
+def test_fields_of_plain_encoders_do_not_change_other_teachers(models):
     with pytest.raises(UserError, match=r"teachers\.depth has a target of its own"):
         load_teacher("depth", TeacherRecipe(id=str(models["depth"]), features="pooled"), CPU)
     with pytest.raises(UserError, match="pooled features have no grid"):

@@ -38,7 +38,7 @@ def test_they_are_small():
 
 
 @pytest.mark.parametrize("name", ["depth", "seg", "gen"])
-def test_teachers_load_by_path_and_their_targets_say_something_about_the_image(name, world):
+def test_teachers_load_by_path_and_targets_depend_on_image(name, world):
     AutoImageProcessor.from_pretrained(ASSETS / name, subfolder="feature_extractor" if name == "gen" else "")
     teacher = load_teacher(name, TeacherRecipe(id=str(ASSETS / name)), torch.device("cpu"))
     assert teacher.grid == (None if name == "gen" else (6, 6))
@@ -113,7 +113,7 @@ def test_everything_can_be_made_from_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(("asked", "browser"), [([], True), (["--open"], True), (["--open"], False)])
-def test_the_page_opens_in_the_browser_where_it_is_asked_for(tmp_path, monkeypatch, asked, browser):
+def test_open_shows_the_page_in_the_browser(tmp_path, monkeypatch, asked, browser):
     opened = []
     monkeypatch.setattr("probing.toyworld.demo.run_demo", lambda preset, out: out / "report" / "index.html")
     monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or browser)

@@ -63,7 +63,7 @@ def own_scores(teacher, world) -> dict[str, float]:
     }
 
 
-def test_metric_and_relative_teachers_score_alike(world, metric):
+def test_metric_and_relative_teachers_have_equal_scores(world, metric):
     """Metres are a falling function of the relative teacher's values, which order the same pairs."""
     relative = own_scores(load_teacher("depth", TeacherRecipe(id=str(ASSETS / "depth")), CPU), world)
     metres = own_scores(load_teacher("depth", TeacherRecipe(id=str(metric)), CPU), world)

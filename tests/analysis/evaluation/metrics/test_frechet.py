@@ -88,7 +88,7 @@ def test_kid_is_torch_fidelitys():
     assert squared_mmd(x, y) == pytest.approx(expected, rel=1e-6)
 
 
-def test_kid_is_about_zero_for_one_distribution_and_says_its_spread():
+def test_kid_of_one_distribution_is_zero_within_its_spread():
     rng = np.random.default_rng(4)
     x, y = rng.normal(size=(2, 800, 16))
     same = subset_spread(kernel_distances(x, y, subsets=50, subset_size=200))
@@ -101,7 +101,7 @@ def test_sub_samples_differ_even_when_there_are_few_images():
     assert np.std(kernel_distances(x, y, subsets=10)) > 0
 
 
-def test_the_jackknife_covers_the_distance_and_narrows_with_more_images():
+def test_jackknife_covers_distance_and_narrows_with_images():
     """Of 60 draws from one distribution against a fixed other, about 95 % of the intervals hold what the mean draw is.
 
     The distance of n images has a bias of its own, which an interval of that distance does not cover; so the reference

@@ -49,7 +49,7 @@ def results(run):
     return pd.read_csv(run / "results.csv", dtype={"layer": str}, keep_default_na=False)
 
 
-def test_every_curve_has_both_distances_and_only_the_checkpoints_resampler(evaluated):
+def test_every_resampler_curve_has_both_distances(evaluated):
     found = results(evaluated)
     assert set(found["metric"]) == {"fid", "kid"} and set(found["n"]) == {6}
     for metric in ("fid", "kid"):
@@ -75,7 +75,7 @@ def test_the_teachers_own_row_is_computed_by_hand(evaluated, unclip, coco, incep
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_probe_that_puts_out_the_target_scores_the_teachers_row(evaluated, inception_file, tmp_path):
+def test_probe_equal_to_target_scores_as_the_teacher(evaluated, inception_file, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(evaluated, run)
     file = score_file(run, "embeddings/gen", "val2017")
@@ -109,7 +109,7 @@ def test_too_few_images_for_a_distance(evaluated, inception_file):
         evaluate(evaluated, options(inception_file, images=3))
 
 
-def test_features_and_pictures_are_kept(evaluated):
+def test_features_and_pictures_are_saved(evaluated):
     files = list((evaluated / "generated").glob("inception-*/*.safetensors"))
     assert len(files) == 4 and all(load_file(file)["features"].shape == (6, 2048) for file in files)
     pictures = ScoreFile.read(score_file(evaluated, "pictures/gen", "val2017"))

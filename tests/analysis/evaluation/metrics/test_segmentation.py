@@ -33,7 +33,7 @@ def test_mean_iou_is_scikit_learns_over_all_pixels_of_a_split():
     assert mean_iou(totals) == pytest.approx(expected.mean(), rel=1e-6)
 
 
-def test_the_papers_mean_is_per_image_and_counts_unlabeled_pixels_in_the_union():
+def test_paper_mean_is_per_image_with_unlabeled_pixels_in_union():
     truth, found = maps(np.random.default_rng(2), 6)
     truth[truth == 5] = 255
     there = [c for c in truth.unique().tolist() if c != 255]
@@ -46,7 +46,7 @@ def iou(truth, found, classes):
     return mean_iou(class_counts(confusion(torch.tensor(truth), torch.tensor(found), classes)).numpy())
 
 
-def test_classes_that_are_not_there_do_not_count_but_predicting_them_costs():
+def test_absent_classes_count_only_if_predicted():
     assert iou([[0, 0], [0, 0]], [[0, 0], [0, 2]], 4) == 0.75
     assert np.isnan(iou([[255]], [[0]], 4))
 
