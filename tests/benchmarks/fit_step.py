@@ -4,7 +4,7 @@
 
 Floor = the bare forward of the backbone (no lm_head) + the same probes' own forward and backward + the optimiser's
 step, each measured alone. The first ratio is that of a step whose targets are kept on disk, the second that of a step
-that runs the teachers over the floor and the teachers. Images are read beside the step; that is printed apart. Parts
+that runs the teachers over the floor and the teachers. Images are read in parallel; that is printed separately. Parts
 and steps are timed in turns, and the best of each counts.
 Peak memory is that of a fresh process with 4 and with 32 probed layers, above the process before its first step.
 """

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.profile_step --size middle
 
 Probes of one shape (the same teacher's, of another control or seed) can run as one stacked module; so can the first
-projection of all probes of a layer. Both are timed beside what is done: one probe after the other.
+projection of all probes of a layer. Both are compared with the actual code: one probe after the other.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The reference's procedure beside ours: the same model, images, probes and machine.
+"""The reference's procedure against ours: the same model, images, probes and machine.
 
     python -m tests.benchmarks.reference
 

@@ -165,7 +165,7 @@ def conversations(
     path: Path, number: int, rounds: tuple[int, int], words: tuple[int, int], without: float = 0,
     about: str = "picture.jpg",
 ) -> Path:  # fmt: skip
-    """A conversation file, and beside it the picture that all of it is about.
+    """A conversation file, and the image that all of it is about.
 
     Args:
         path: of the file.

@@ -40,7 +40,7 @@ def tower(path):
 
 
 def convnext_tower(path):
-    """timm's smallest ConvNeXt, with timm's description beside it, and a head as published towers have."""
+    """timm's smallest ConvNeXt, with timm's description, and a head as published towers have."""
     path.mkdir()
     torch.manual_seed(7)
     model = timm.create_model("test_convnext", pretrained=False, num_classes=0, global_pool="").eval()
@@ -55,7 +55,7 @@ def original(
     """Writes a checkpoint in the original layout.
 
     Args:
-        path: folder to make; the tower lies beside it.
+        path: folder to make; the tower is next to it.
         kind: model type.
         convnext: a ConvNeXt of 128 pixels instead of CLIP, among the checkpoint's weights.
         own_tower: whether the tower's weights are among the checkpoint's (OLA-VLM), or apart (LLaVA-1.5).

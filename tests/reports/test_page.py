@@ -73,7 +73,7 @@ def test_page_has_the_numbers_of_the_table(tmp_path):
 
 
 def test_drawn_values_equal_shown_values(tmp_path):
-    """The line in the picture goes through the numbers beside it: heights and values are in one proportion."""
+    """Heights of a drawn line are proportional to its values."""
     runs, _ = load([make_run(tmp_path / "run", layers=6)])
     page = render(runs, [])
     figure = re.search(r"<figure class=\"plot\" data-plot='(.*?)'>(.*?)</figure>", page, re.DOTALL)

@@ -48,7 +48,7 @@ def test_the_toy_worlds_files_say_what_its_scenes_say(tmp_path):
     assert len(generate(1, 0).semantic[0]) == 48
 
 
-@pytest.mark.skipif(not REAL_COCO.exists(), reason="the small piece of real COCO is not beside the repository")
+@pytest.mark.skipif(not REAL_COCO.exists(), reason="the small piece of real COCO is not next to the repository")
 def test_real_coco_areas():
     panoptic = read_panoptic(REAL_COCO, "val2017")
     assert len(panoptic.names) == 133 and panoptic.names[0] == "person" and panoptic.names[79] == "toothbrush"

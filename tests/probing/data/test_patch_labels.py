@@ -78,7 +78,7 @@ def test_broken_annotations_are_named(tmp_path):
         read_instances(tmp_path, "val2017")
 
 
-@pytest.mark.skipif(not REAL_COCO.exists(), reason="the small piece of real COCO is not beside the repository")
+@pytest.mark.skipif(not REAL_COCO.exists(), reason="the small piece of real COCO is not next to the repository")
 def test_real_coco_agrees_with_pycocotools():
     maps = read_instances(REAL_COCO, "train2017")
     official = COCO(str(REAL_COCO / "annotations" / "instances_train2017.json"))

@@ -326,20 +326,20 @@ def test_two_processes_equal_one(recipe, models, world, tmp_path):
     assert all((one[name] - two[name]).abs().max() < 1e-5 for name in one)
 
 
-@pytest.mark.parametrize("beside", ["embedding", "feature"])
-def test_loss_starts_the_same_next_to_other_losses(recipe, models, world, tmp_path, beside):
+@pytest.mark.parametrize("other", ["embedding", "feature"])
+def test_loss_starts_the_same_next_to_other_losses(recipe, models, world, tmp_path, other):
     teachers = {"depth": {"id": str(models["depth"])}, "gen": {"id": str(models["gen"])}}
     embedding = {"teachers": teachers, "layers": {"depth": "1", "gen": "2"}, "seek": 2, "heads": 2, "dim_head": 8}
     section = {"embedding": embedding}
-    if beside != "embedding":
-        section = {"encoders": {"mode": beside, "teachers": teachers, "tokens": 2}}
+    if other != "embedding":
+        section = {"encoders": {"mode": other, "teachers": teachers, "tokens": 2}}
     data = {"conversations": str(world / "pt.json"), "image_root": str(world)}
     starts = []
-    for name, changes in (("alone", {}), ("beside", section)):
+    for name, changes in (("alone", {}), ("other", section)):
         run_stage(recipe(data=data, batch_size=12, micro_batch=4, max_steps=1, **changes), tmp_path / name)
         log = json.loads((tmp_path / name / "training.json").read_text())["log"]
         starts.append(log[0]["loss/patches.cosine"])
-    if beside == "feature":  # a projector of its own
+    if other == "feature":  # a projector of its own
         assert 0.5 < starts[1] < 1.5 and starts[1] != starts[0]
     else:
         assert starts[1] == pytest.approx(starts[0], abs=1e-5)

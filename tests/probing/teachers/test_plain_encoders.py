@@ -1,4 +1,4 @@
-"""Plain encoders beside a teacher of the paper, from the command line to the page."""
+"""Plain encoders together with a teacher of the paper, from the command line to the page."""
 
 import json
 import re

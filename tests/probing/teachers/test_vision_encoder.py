@@ -1,4 +1,4 @@
-"""Plain encoders as teachers: their targets beside what the model itself gives, place by place."""
+"""Plain encoders as teachers: their targets against the model's own output, place by place."""
 
 import json
 import re
