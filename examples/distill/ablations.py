@@ -1,11 +1,11 @@
-"""Writes the commands of one of the paper's ablations, row by row, as a shell script.
+"""Writes the commands of one ablation of the paper as a shell script.
 
     python examples/distill/ablations.py "Table 5" runs/table5 | bash
     python examples/distill/ablations.py "Table 5" runs/table5 --toy | bash
 
-Every row of ablations.md becomes a checkpoint (pt, then ift) and a run with probes at every layer; at the end all are
-compared with the baseline, which has no embedding losses. Finished parts are reused, so the script can be repeated.
-On a cluster, print the commands and submit each with the launcher of examples/cluster.
+Every row of ablations.md becomes a checkpoint (pt, then ift) and a run with probes at every layer. At the end all are
+compared with the baseline, which has no embedding losses. The script can be repeated: finished steps are not repeated.
+On a cluster, pass each command to examples/cluster/job.sh.
 """
 
 import os
@@ -19,11 +19,11 @@ import yaml
 HERE = Path(os.path.relpath(Path(__file__).parent))
 BASELINE = "baseline"
 EMBEDDING = re.compile("section `embedding`|that section")
-"""What the column of ift says where it has the losses too."""
+"""Matches the ift column of rows that have the losses in ift too."""
 
 
 def rows(table: str, toy: bool) -> dict[str, tuple[list[str], str]]:
-    """Rows of a table: name → overrides of pt, and what is said of ift.
+    """Returns the rows of a table: name → overrides of pt, and text of column ift.
 
     Raises:
         click.ClickException: there is no such table.
@@ -43,13 +43,13 @@ def rows(table: str, toy: bool) -> dict[str, tuple[list[str], str]]:
 
 
 def embedding_overrides(recipe: Path) -> list[str]:
-    """Section `embedding` of a recipe of pt, for one of ift."""
+    """Returns section `embedding` of a pt recipe as an override for ift."""
     section = yaml.safe_load(recipe.read_text(encoding="utf-8"))["embedding"]
     return [f"embedding={yaml.safe_dump(section, default_flow_style=True, sort_keys=False, width=10_000).strip()}"]
 
 
 def commands(table: str, out: Path, toy: bool) -> list[list[str]]:
-    """What to type, one command after the other."""
+    """Returns the commands in order."""
     recipes = HERE.parent / ("toy" if toy else "distill")
     probe = HERE.parent / ("toy/fig3.yaml" if toy else "probe/fig3_row1.yaml")
     arms = {BASELINE: (["embedding=null"], "")} | rows(table, toy)
@@ -71,9 +71,9 @@ def commands(table: str, out: Path, toy: bool) -> list[list[str]]:
 @click.command()
 @click.argument("table")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--toy", is_flag=True, help="On the toy world, after: probing demo --preset full --out runs/full")
+@click.option("--toy", is_flag=True, help="Use the toy world. First run: probing demo --preset full --out runs/full")
 def main(table: str, out: Path, toy: bool) -> None:
-    """Writes the commands of TABLE of ablations.md, with everything below OUT."""
+    """Writes the commands for TABLE of ablations.md, with all output below OUT."""
     click.echo("set -e")
     for command in commands(table, out, toy):
         click.echo(shlex.join(command))

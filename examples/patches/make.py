@@ -1,8 +1,8 @@
-"""Makes what the study compares: LLaVA and OLA, each with and without patch-aligned training, of several seeds.
+"""Trains the study's checkpoints: LLaVA and OLA, each with and without patch-aligned training, with several seeds.
 
     python examples/patches/make.py FOLDER --seed 0 --seed 1 --seed 2
 
-Existing files are reused; FOLDER may be that of examples/study, whose teachers, world and checkpoints are these. On
+Existing files are reused; FOLDER may be that of examples/study, which has the same teachers, world and checkpoints. On
 one core, a checkpoint takes about a quarter of an hour.
 """
 
@@ -18,7 +18,7 @@ from probing.toyworld.models import Sizes, checkpoint_variants, make_checkpoints
 
 
 def arms(models: Path) -> dict[str, dict[str, Any]]:
-    """Returns the losses of stage pt besides next-token prediction, by checkpoint; stage ift is the same for all."""
+    """Returns what stage pt of each checkpoint adds to next-token prediction; stage ift is the same for all."""
     plain = checkpoint_variants(models)
     patches = {"annotations": f"coco:{models / 'world'}"}
     return {
@@ -33,7 +33,7 @@ def arms(models: Path) -> dict[str, dict[str, Any]]:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, default=range(3), show_default=True)
 def main(folder: Path, seeds: tuple[int, ...]) -> None:
-    """Makes FOLDER/models and FOLDER/world, and logs how many questions each checkpoint answers."""
+    """Makes FOLDER/models and FOLDER/world, and prints how many questions each checkpoint answers."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("probing").setLevel(logging.INFO)
     models, _ = make_study_inputs(folder)

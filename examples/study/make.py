@@ -1,9 +1,9 @@
-"""Makes what the study compares: teachers, worlds, and the checkpoints of several seeds.
+"""Trains the study's teachers and its checkpoints with several seeds, and makes the worlds.
 
     python examples/study/make.py FOLDER --seed 0 --seed 1 --seed 2 --seed 3 --seed 4
 
-Existing files are reused, and once teachers and tower are there, several of these may run side by side, each with
-seeds of its own. On one core, a seed takes about three quarters of an hour.
+Existing files are reused. Once teachers and tower exist, several processes may run in parallel, each with different
+seeds. On one core, a seed takes about three quarters of an hour.
 """
 
 import json
@@ -25,7 +25,7 @@ QUESTIONS = 2000
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, default=range(5), show_default=True)
 def main(folder: Path, seeds: tuple[int, ...]) -> None:
-    """Makes FOLDER/models and FOLDER/world, and says how well each checkpoint answers questions."""
+    """Makes FOLDER/models and FOLDER/world, and prints how well each checkpoint answers questions."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("probing").setLevel(logging.INFO)
     models, world = make_study_inputs(folder)

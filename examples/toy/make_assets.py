@@ -1,8 +1,8 @@
-"""Makes the tiny models that ship with the package, from nothing, and puts them in their place.
+"""Trains the tiny models that ship with the package, from nothing, and copies them into it.
 
     python examples/toy/make_assets.py WORK_FOLDER
 
-About three quarters of an hour on two CPU cores. Finished parts in WORK_FOLDER are reused; the command can be repeated.
+About three quarters of an hour on two CPU cores. Finished files in WORK_FOLDER are reused; the command can be repeated.
 """
 
 import logging
@@ -17,7 +17,7 @@ from probing.toyworld.models import Sizes, make_models, write_assets
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def main(folder: Path) -> None:
-    """Makes the models in FOLDER and copies them into the package in half precision."""
+    """Trains the models in FOLDER and copies them into the package in half precision."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     make_models(folder, Sizes())
     click.echo(f"assets: {write_assets(folder):.1f} MB")
