@@ -68,7 +68,6 @@ def image_cost(core: Any, inputs: dict[str, Tensor]) -> ForwardCost:
     """
     if "pixel_values" not in inputs:
         return ForwardCost(0)
-    core = getattr(core, "llava", core)  # of several encoders
     try:
         names = inspect.signature(core.get_image_features).parameters
         known = {n: t.to(META) if t.is_floating_point() else t for n, t in inputs.items() if n in names}

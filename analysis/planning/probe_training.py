@@ -79,8 +79,8 @@ def _work(
     deepest = backbone.layers if FINAL in layers else int(max(layers))
     shuffled, random = "shuffled" in recipe.controls, "random" in recipe.controls
     passes, micro = fit.epochs * (1 + random), min(fit.micro_batch, -(-min(fit.batch_size, len(images)) // processes))
-    encoders = getattr(getattr(backbone.core, "encoders", None), "teachers", {})  # of a multi-encoder checkpoint
-    seen = [trace(one.target, pixels=one.prepare([image])) for one in [*teachers.values(), *encoders.values()]]
+    encoders = getattr(backbone.core, "teachers", {})  # of a multi-encoder checkpoint; they run with its tower
+    seen = [trace(one.target, pixels=one.prepare([image])) for one in teachers.values()]
     tower = image_cost(backbone.core, batch.inputs)
     checkpoint = tower.flops + sum(decoder_flops(backbone.blocks[:deepest], tokens, width))
     configs = probe_configs(recipe.probe, width, teachers).values()

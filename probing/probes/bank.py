@@ -183,11 +183,13 @@ class ProbeBank:
             device: device of the probes.
 
         Raises:
-            UserError: a teacher has no probes, or none of these layers.
+            UserError: there are no probes, a teacher has none, or none are of these layers.
         """
         if not Path(source).is_dir():
             patterns = [f"probes/{teacher}/*" for teacher in teachers or ["*"]]
             source = snapshot_download(str(source), allow_patterns=patterns)
+        if not bank_teachers(Path(source) / "probes"):
+            raise UserError(f"{source} has no folder probes/; give a run or a folder of save_pretrained")
         return cls.load(Path(source) / "probes", torch.device(device), teachers or None, layers)
 
     def push_to_hub(self, repo: str, private: bool = False) -> str:

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from analysis.planning.probe_training import plan_training
 from probing.distillation.recipe import DistillRecipe
 from probing.distillation.trainer import run_stage
 from probing.models import describe_checkpoint, load_backbone
@@ -126,7 +127,12 @@ def test_probes_train_on_it(trained, models, coco, tmp_path):
         "controls": ["random"],
         "fit": {"epochs": 1, "batch_size": 6, "micro_batch": 3, "workers": 0},
     }
-    run = train(validate(ProbeRunRecipe, values, "test"), tmp_path / "run")
+    recipe = validate(ProbeRunRecipe, values, "test")
+    core = load_backbone(recipe.backbone, CPU).core
+    own = [core, *(teacher.model for teacher in core.teachers.values())]
+    weights = sum(4 * parameter.numel() for model in own for parameter in model.parameters())
+    assert plan_training(recipe).work.memory["checkpoint"] == pytest.approx(weights, rel=1e-4)
+    run = train(recipe, tmp_path / "run")
     assert run.manifest["checkpoint"]["family"] == "llava_multi_encoder"
 
 

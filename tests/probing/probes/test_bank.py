@@ -28,6 +28,8 @@ def test_bank_round_trip_keeps_predictions(bank, tmp_path):
     assert all(torch.equal(probe(states), bank.probes[key](states)) for key, probe in loaded.probes.items())
     with pytest.raises(UserError, match="no layer 7"):
         ProbeBank.from_pretrained(tmp_path, layers="7")
+    with pytest.raises(UserError, match="has no folder probes/"):
+        ProbeBank.from_pretrained(tmp_path / "probes")
 
 
 def test_bank_from_hub_downloads_one_teacher(bank, tmp_path, monkeypatch):

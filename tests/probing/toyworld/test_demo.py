@@ -17,7 +17,7 @@ from probing.data.coco import list_images
 from probing.recipe import TeacherRecipe
 from probing.teachers import load_teacher
 from probing.teachers.gen import GenDecoder
-from probing.toyworld import models
+from probing.toyworld import demo, models
 from probing.toyworld.demo import demo_recipe
 from probing.toyworld.layout import write_world
 from probing.toyworld.llava import Schedule, answer_accuracy
@@ -120,3 +120,16 @@ def test_open_shows_the_page_in_the_browser(tmp_path, monkeypatch, asked, browse
     done = CliRunner().invoke(cli, ["demo", "--out", str(tmp_path / "a b"), *asked], catch_exceptions=False)
     assert done.exit_code == 0 and opened == [f"file://{tmp_path}/a%20b/report/index.html"] * len(asked)
     assert ("no browser found" in done.stderr) == (not browser)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_figures")
+def test_small_demo_ends_and_repeats_from_its_files(tmp_path, monkeypatch):
+    for name, count in {"TRAIN_SCENES": 24, "VAL_SCENES": 12, "QUESTION_SCENES": 6, "DECODED_IMAGES": 6}.items():
+        monkeypatch.setattr(demo, name, count)
+    page = demo.run_demo("quick", tmp_path / "demo")
+    text = page.read_text(encoding="utf-8")
+    assert all(word in text for word in ("llava", "ola", "Patches and words", "CV-Bench", "mIoU, probe alone"))
+    manifests = {file: file.read_bytes() for file in (tmp_path / "demo" / "runs").rglob("manifest.json")}
+    demo.run_demo("quick", tmp_path / "demo")
+    assert manifests == {file: file.read_bytes() for file in manifests} and len(manifests) >= 4
