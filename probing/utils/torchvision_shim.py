@@ -30,8 +30,3 @@ def _declare_missing_operators() -> torch.library.Library | None:
 
 
 _LIBRARY = _declare_missing_operators()  # must outlive the process: its schemas vanish with it
-
-
-def native_torchvision() -> bool:
-    """Returns whether torchvision's native operators work here."""
-    return _LIBRARY is None
