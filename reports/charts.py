@@ -88,7 +88,7 @@ def layer_ticks(deepest: int, final: bool) -> tuple[list[float], list[str]]:
 def draw_panel(
     axes: Axes, lines: Sequence[Series], teacher: str, probe: str, metric: str, protocol: str, ylabel: bool = True
 ) -> None:
-    """Draws one teacher's curves; x is the layer, with `final` set apart on the right."""
+    """Draws one teacher's curves; x is the layer, with `final` separate on the right."""
     deepest = max(line.run.depth for line in lines)
     final_at = final_position(deepest)
     has_final = False

@@ -74,7 +74,7 @@ class Plot:
         labels: name of every x position.
         xlabel: label of the x axis.
         ylabel: label of the y axis.
-        apart: limits of the band of `final`.
+        final_band: limits of the band of `final`.
         zero: whether the y axis starts at zero if all values are positive.
     """
 
@@ -85,7 +85,7 @@ class Plot:
     levels: Sequence[tuple[str, str, str, float]] = ()
     xlabel: str = LAYER
     ylabel: str = ""
-    apart: tuple[float, float] | None = None
+    final_band: tuple[float, float] | None = None
     zero: bool = False
 
 
@@ -113,7 +113,7 @@ def layer_plot(lines: Sequence[Series], teacher: str, probe: str, metric: str, p
         labels,
         references,
         ylabel=metric_label(metric, protocol) + (", lower is better" if not describe(metric).higher_is_better else ""),
-        apart=(final - half, final + half) if final in labels else None,
+        final_band=(final - half, final + half) if final in labels else None,
     )
 
 
@@ -171,7 +171,7 @@ def svg(plot: Plot) -> Markup:
     margin = 0.05 * (high - low) or 0.05 * (abs(high) or 1.0)
     low, high = low - (0.0 if plot.zero and low == 0 else margin), high + margin
     positions = [x for line in plot.lines for x in line.x] + list(plot.ticks[0])
-    left, right = min(positions, default=0.0), max([*positions, *(plot.apart or ())], default=1.0)
+    left, right = min(positions, default=0.0), max([*positions, *(plot.final_band or ())], default=1.0)
     side = 0.02 * (right - left) or 0.5
     grid = nice_ticks(low, high)
     digits = _digits(grid)
@@ -185,10 +185,10 @@ def svg(plot: Plot) -> Markup:
         return HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<text class="title" x="2" y="15">{escape(_short(plot.title, 52))}</text>']
-    if plot.apart:
-        a, b = map(across, plot.apart)
+    if plot.final_band:
+        a, b = map(across, plot.final_band)
         size = f'width="{b - a:.1f}" height="{HEIGHT - TOP - BOTTOM}"'
-        parts.append(f'<rect class="apart" x="{a:.1f}" y="{TOP}" {size}/>')
+        parts.append(f'<rect class="final-band" x="{a:.1f}" y="{TOP}" {size}/>')
     for tick, text in zip(grid, names, strict=True):
         y = down(tick)
         parts.append(f'<path class="grid" d="M{start} {y:.1f}H{WIDTH - RIGHT}"/>')
@@ -208,7 +208,7 @@ def svg(plot: Plot) -> Markup:
             f'<g data-name="{escape(name)}"><path class="line thin {tone}" {_dash(dash)}'
             f'd="M{start} {y:.1f}H{WIDTH - RIGHT}"/></g>'
         )
-    parts += [_drawn(line, across, down, plot.apart) for line in plot.lines]
+    parts += [_drawn(line, across, down, plot.final_band) for line in plot.lines]
     parts.append(f'<path class="guide" d="M0 {TOP}V{HEIGHT - BOTTOM}" visibility="hidden"/>')
     numbers = _quoted(json.dumps(_numbers(plot, across), ensure_ascii=False, separators=(",", ":")))
     label = escape(_described(plot))
@@ -265,10 +265,10 @@ def _dash(dash: str) -> str:
     return f'stroke-dasharray="{DASHES[dash]}" ' if DASHES[dash] else ""
 
 
-def _drawn(line: Line, across: Any, down: Any, apart: tuple[float, float] | None) -> str:
+def _drawn(line: Line, across: Any, down: Any, band: tuple[float, float] | None) -> str:
     """Draws band, line and markers; points in the band of `final` are not joined to the others."""
     points = [p for p in zip(line.x, line.value, line.low, line.high, strict=True) if math.isfinite(p[1])]
-    inside = [p for p in points if apart and p[0] >= apart[0]]
+    inside = [p for p in points if band and p[0] >= band[0]]
     rest = [p for p in points if p not in inside]
     shape = []
     kind = f"line thin {line.tone}" if line.thin else f"line {line.tone}"

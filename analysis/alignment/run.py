@@ -125,7 +125,7 @@ class AlignmentRun:
         self.inputs = inputs
         self.settings = f"{__version__} {images.digest()}"
         self.scores = {
-            name: score_file(out, f"scores/{name}", images.split) for name in ("alignment", "sample", "likeness")
+            name: score_file(out, f"scores/{name}", images.split) for name in ("alignment", "sample", "similarity")
         }
         self.states = {name: out / "state" / f"{name}.safetensors" for name in ("sample", "alignment")}
 
@@ -157,7 +157,7 @@ class AlignmentRun:
             if table:
                 count = len(next(iter(layers.values())))
                 chance = {"mutual_knn": neighbour_count(count) / (count - 1)}
-                file = self.scores["likeness"]
+                file = self.scores["similarity"]
                 ScoreFile(table, scores.names[:count], scores.split, self.settings, chance=chance).write(file)
                 write_summaries(file.with_suffix(".json"), rows)
             manifest = self._manifest(scores, sample, time.monotonic() - started) | to_record(self.inputs)

@@ -63,11 +63,11 @@ class CheckpointAnswers:
         return cls(run, manifest["benchmark"], manifest["data"]["digest"], settings, [run.name], [answers])
 
     def require_same_questions(self, other: "CheckpointAnswers") -> None:
-        """Raises UserError where two checkpoints were asked other questions, or in another way."""
+        """Raises UserError if two checkpoints had different questions or prompts."""
         mine, theirs = ([(answer.question, answer.image) for answer in one.seeds[0]] for one in (self, other))
         prefix = f"{self.path} and {other.path} cannot be compared: they"
         if self.digest != other.digest or mine != theirs:
-            raise UserError(f"{prefix} were not asked the same questions about the same images")
+            raise UserError(f"{prefix} have different questions or images")
         for field, value in self.settings.items():
             if value != other.settings[field]:
                 raise UserError(f"{prefix} differ in {field} ({value!r} and {other.settings[field]!r})")
@@ -86,7 +86,7 @@ def compare_answers(paths: Sequence[Path], labels: Sequence[str]) -> pd.DataFram
         `protocol` is the benchmark, `variant` its part, and `n` the number of questions.
 
     Raises:
-        UserError: two runs of one benchmark were not asked the same questions in the same way, or a benchmark has one
+        UserError: two runs of one benchmark have different questions or prompts, or a benchmark has one
             run only.
     """
     runs = [CheckpointAnswers.read(path) for path in paths]

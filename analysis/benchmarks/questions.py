@@ -52,7 +52,7 @@ def _require_benchmark(name: str, row: Row) -> None:
 
 
 def digest(questions: Sequence[Question]) -> str:
-    """SHA-256 over names, texts and answers: identifies what was asked."""
+    """SHA-256 over names, texts and answers: identifies the questions."""
     sha256 = hashlib.sha256()
     for question in questions:
         sha256.update(repr((question.name, question.text, question.answers)).encode())

@@ -140,7 +140,7 @@ def scored(benchmark: str, question: Question, image: str, answer: str) -> Score
 def _ask_all(recipe: BenchRecipe, questions: Sequence[Question], state: Path) -> Iterator[Raw]:
     """Yields the raw answer to every question.
 
-    Answers are saved after each batch, and saved ones are not asked again. Batches do not depend on interruptions:
+    Answers are saved after each batch, and saved ones are not repeated. Batches do not depend on interruptions:
     padding changes the last bits of logits.
     """
     settings = hashlib.sha256(f"{__version__} {dump_recipe(recipe)} {digest(questions)}".encode()).hexdigest()

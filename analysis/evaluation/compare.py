@@ -1,4 +1,4 @@
-"""`probing compare`: paired differences between checkpoints that were probed alike."""
+"""`probing compare`: paired differences between checkpoints with the same probes, teachers and images."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Reads image files of every Pillow mode as 8-bit RGB, turned upright where that is asked for."""
+"""Reads image files of every Pillow mode as 8-bit RGB, turned upright on request."""
 
 import contextlib
 from collections.abc import Iterator

@@ -163,7 +163,7 @@ def match_processor(inputs: Any, features: ImageFeatures, source: str, config: A
         right["num_additional_image_tokens"] = features.extra + dropped
     if hasattr(processor, "vision_aspect_ratio"):
         right["vision_aspect_ratio"] = config.vision_aspect_ratio
-        if "vision_aspect_ratio" not in stated:  # its default may count alike for small images only
+        if "vision_aspect_ratio" not in stated:  # its default may give the same count for small images only
             processor.vision_aspect_ratio = config.vision_aspect_ratio
     if _find_mismatch(inputs, features, config) is None:
         return

@@ -3,10 +3,9 @@
     python -m tests.benchmarks.alignment
 
 Two sizes: the toy world's LLaVA over 1,000 scenes (36 patches each), and one of LLaVA-1.5's 576 patches over fewer
-images, with a sample as much smaller. Bootstrap and likeness cost seconds whatever the model, so that the toy's ratio
+images, with a sample as much smaller. Bootstrap and similarity cost seconds whatever the model, so that the toy's ratio
 is not that of a real one. The bare pass reads and prepares the same images, and stops at every layer.
-Without teachers, as what is asked is the price of compression and alignment; the lenses, sums of words, likeness to the
-tower and attention are in it, since they come with them.
+Without teachers: compression and alignment, with the lenses, sums of words, similarity to the tower and attention.
 """
 
 import argparse

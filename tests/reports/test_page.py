@@ -81,7 +81,7 @@ def test_drawn_values_equal_shown_values(tmp_path):
     drawn = re.search(r'<g data-name="tiny">.*?class="line k0" .*?d="M(.*?)"', figure[2], re.DOTALL)[1]
     points = [tuple(map(float, point.split())) for point in drawn.split("L")]
     line = data["lines"][0]
-    assert [x for x, _ in points] == pytest.approx(data["x"][:-1], abs=0.11)  # `final` stands apart
+    assert [x for x, _ in points] == pytest.approx(data["x"][:-1], abs=0.11)  # `final` is separate
     (_, first), (_, last) = points[0], points[-1]
     for (_, y), value in zip(points, line["value"], strict=False):
         share = (value - line["value"][0]) / (line["value"][6] - line["value"][0])

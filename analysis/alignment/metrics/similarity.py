@@ -38,7 +38,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     of U-centred matrices over n (n - 3) (Székely & Rizzo, 2014, Annals of Statistics 42), so that CKA is a cosine.
 
     Returns:
-        -1 … 1, about 0 for unrelated representations of any width; 0 where one does not tell items apart.
+        -1 … 1, about 0 for unrelated representations of any width; 0 if one is the same for all items.
     """
     return matrix_cosine(u_centred(gram(x)), u_centred(gram(y)))
 

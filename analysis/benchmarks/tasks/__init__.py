@@ -18,7 +18,7 @@ discover()
 
 
 def title(name: str, questions: set[int]) -> str:
-    """The benchmark's title; `…-like` where a checkpoint was not asked as many questions as published."""
+    """The benchmark's title; `…-like` if a checkpoint did not answer the published number of questions."""
     benchmark = BENCHMARKS[name]
     if questions == {benchmark.size}:
         return benchmark.title

@@ -26,7 +26,7 @@ class Question:
 
     Attributes:
         name: unique in its benchmark.
-        text: what the checkpoint is asked.
+        text: the prompt.
         answers: the correct one; several people's for an open question.
         choices: text by letter; empty for an open question. Texts are empty where only the letters are known.
         groups: kind → group that it belongs to, e.g. `task` → `count`.

@@ -59,7 +59,7 @@ class CVBench(Benchmark):
     def parts(self, groups: Sequence[dict[str, str]]) -> list[Part]:
         """The whole is the mean of 2D and 3D, and each of these the mean over its sources, as on the data set's card.
 
-        There is no whole where only one of the two was asked.
+        There is no overall score if only one of the two was evaluated.
         """
         parts: list[Part] = []
         for kind in sorted({group["type"] for group in groups}):

@@ -1,7 +1,7 @@
 """OK-VQA (Marino et al., 2019, arXiv:1906.00067): the official JSON files next to COCO's images, or `lmms-lab/OK-VQA`.
 
 Scored by VQA accuracy (Antol et al., 2015, arXiv:1505.00468, sec. 5.1) with the official script's normalisation of the
-answer and of all ten people's alike. lmms-eval leaves people's articles and capitals as they are, the script does not.
+answer and of all ten people's answers; lmms-eval does not normalise people's articles and capitals.
 """
 
 import json

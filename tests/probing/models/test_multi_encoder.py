@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from analysis.planning.model_cost import trace
 from analysis.planning.probe_training import plan_training
 from probing.distillation.recipe import DistillRecipe
 from probing.distillation.trainer import run_stage
@@ -131,7 +132,14 @@ def test_probes_train_on_it(trained, models, coco, tmp_path):
     core = load_backbone(recipe.backbone, CPU).core
     own = [core, *(teacher.model for teacher in core.teachers.values())]
     weights = sum(4 * parameter.numel() for model in own for parameter in model.parameters())
-    assert plan_training(recipe).work.memory["checkpoint"] == pytest.approx(weights, rel=1e-4)
+    planned = plan_training(recipe)
+    assert planned.work.memory["checkpoint"] == pytest.approx(weights, rel=1e-4)
+    plain = plan_training(recipe.model_copy(update={"backbone": BackboneRecipe(checkpoint=str(models["llava"]))}))
+    meta = load_backbone(recipe.backbone, torch.device("meta")).core
+    image = Image.new("RGB", (64, 64))
+    teachers = [trace(one.target, pixels=one.prepare([image])).flops for one in meta.teachers.values()]
+    own, bare = (sum((plan.work.flops16, plan.work.flops32)) for plan in (planned, plain))
+    assert own - bare > 0.99 * sum(teachers)
     run = train(recipe, tmp_path / "run")
     assert run.manifest["checkpoint"]["family"] == "llava_multi_encoder"
 

@@ -119,7 +119,7 @@ def test_every_file_of_an_alignment_can_fail_once(models, trouble, tmp_path):
     settings = AlignRecipe.model_validate(values | {"teachers": {"gen": {"id": str(models["gen"])}}, "layers": "0,3"})
     align(settings, tmp_path / "whole")
     out = tmp_path / "run"
-    # recipe, inputs, sample, pictures (2), manifest, scores, results; likeness takes more images
+    # recipe, inputs, sample, pictures (2), manifest, scores, results; similarity takes more images
     assert trouble(lambda: align(settings, out), out) == 8
     for file in ("results.csv", "scores/alignment-val2017.safetensors", "pictures/patches.json"):
         assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -19,7 +19,7 @@ class Gaussian:
     Attributes:
         mean: (D).
         covariance: (D, D), divided by n - 1.
-        factor: (n, D), the centred features over the root of n - 1, if n < D; its square is the covariance.
+        factor: (n, D), the centred features over the root of n - 1, if n < D: A with A^T A = covariance.
     """
 
     mean: NDArray[np.float64]
@@ -51,14 +51,12 @@ def frechet_distance(one: Gaussian, reference: Gaussian) -> float:
     """Computes |m1 - m2|² + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al., 2017, eq. 6).
 
     The trace of the root comes from the eigenvalues of the symmetric S2^(1/2) S1 S2^(1/2), with the reference's root
-    computed once; where n < D they are those of the smaller A S A^T, with A^T A one of the covariances.
+    computed once; if there are fewer features than dimensions, from those of the smaller A S2 A^T, with A^T A = S1.
     `pytorch_fid.fid_score.calculate_frechet_distance` gives the same number from a root of S1 S2 and takes 8 times as
     long: 36 s in place of 4.5 s for 1024 features on two cores; an interval needs 11 distances.
     """
     if one.factor is not None:
         cross = np.linalg.eigvalsh(one.factor @ reference.covariance @ one.factor.T)
-    elif reference.factor is not None:
-        cross = np.linalg.eigvalsh(reference.factor @ one.covariance @ reference.factor.T)
     else:
         cross = np.linalg.eigvalsh(reference.root @ one.covariance @ reference.root)
     trace = np.trace(one.covariance) + np.trace(reference.covariance) - 2 * np.sqrt(cross.clip(min=0)).sum()
