@@ -120,7 +120,7 @@ def test_other_questions_or_settings_are_refused(tmp_path, scores):
     first = write(tmp_path / "a", "a", scores[0])
     for name, other, said in (
         ("b", {"digest": "other"}, "have different questions"),
-        ("c", {"images": "j"}, "about the same images"),
+        ("c", {"images": "j"}, "different questions or images"),
         ("d", {"suffix": "short"}, r"differ in suffix \('auto' and 'short'\)"),
         ("e", {"tokens": 9}, r"differ in max_new_tokens \(8 and 9\)"),
         ("f", {"benchmark": "realworldqa"}, "a is the only run of CV-Bench"),
