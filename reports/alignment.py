@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,18 @@ from analysis.alignment.headlines import HEADLINE_METRICS
 from probing.runs.directory import runs_in
 from probing.utils.errors import UserError
 from probing.utils.files import RESTORE_ADVICE, read_json, reading
-from reports.charts import LAYER
 from reports.plots import Line, Plot, named_plot, table_line
-from reports.results import AVERAGE, FINAL, read_results, sort_teachers, teacher_title, unique_labels
+from reports.results import (
+    AVERAGE,
+    Results,
+    interval_text,
+    layer_rank,
+    read_results,
+    run_name,
+    sort_teachers,
+    teacher_title,
+    unique_labels,
+)
 from reports.styles import SCREEN, marker, tone
 
 ATOMS = (1, 2, 4, 8)
@@ -95,22 +104,8 @@ ATTENTION = [
 
 
 @dataclass(frozen=True)
-class AlignmentResults:
-    """One run of `probing align`.
-
-    Attributes:
-        label: name in legends, unique within a report.
-        path: the run's folder.
-        results: `results.csv`, with `layer` as text.
-        manifest: `manifest.json`.
-        style_index: number of the checkpoint in the report, which determines colour and marker.
-    """
-
-    label: str
-    path: Path
-    results: pd.DataFrame
-    manifest: dict[str, Any]
-    style_index: int = 0
+class AlignmentResults(Results):
+    """One run of `probing align`."""
 
     def curve(self, metric: str, control: str = "none", variant: str = "", teacher: str = "") -> pd.DataFrame:
         """Returns one curve in the order of the layers, the tower first, without layers that have no finite score.
@@ -129,11 +124,7 @@ class AlignmentResults:
             chosen = chosen[chosen["teacher"] == teacher]
         if "all" in set(chosen["seed"]):
             chosen = chosen[chosen["seed"] == "all"]
-        return chosen.iloc[chosen["layer"].map(_rank).argsort(kind="stable")]
-
-
-def _rank(layer: str) -> float:
-    return {TOWER: -1.0, FINAL: float("inf")}.get(layer) or float(layer)
+        return chosen.iloc[chosen["layer"].map(layer_rank).argsort(kind="stable")]
 
 
 def load_alignments(paths: Sequence[Path]) -> list[AlignmentResults]:
@@ -152,13 +143,9 @@ def load_alignments(paths: Sequence[Path]) -> list[AlignmentResults]:
         first = (runs or [path])[0]
         manifest = read_json(first / "manifest.json", RESTORE_ADVICE)
         loaded.append((first, results, manifest | ({"runs": len(runs)} if runs else {})))
-    names = [
-        path.resolve().name if runs_in(path) else manifest["checkpoint"]["name"]
-        for path, (_, _, manifest) in zip(paths, loaded, strict=True)
-    ]
+    labels = unique_labels([run_name(path, entry[2]) for path, entry in zip(paths, loaded, strict=True)], paths)
     return [
-        AlignmentResults(label, *entry, index)
-        for index, (label, entry) in enumerate(zip(unique_labels(names, paths), loaded, strict=True))
+        AlignmentResults(label, *entry, index) for index, (label, entry) in enumerate(zip(labels, loaded, strict=True))
     ]
 
 
@@ -171,14 +158,15 @@ def measure_plot(runs: Sequence[AlignmentResults], measure: Measure) -> Plot:
         random = run.curve(m.metric, "random", m.variant, m.teacher)
         if len(random) and m.control == "permuted":
             name = f"random projector{suffix}"
-            lines.append((table_line(name, "ink", "-", "x", random.iloc[:1], thin=True), ["0"]))
+            lines.append((table_line(name, ("ink", "-", "x"), random.iloc[:1], thin=True), ["0"]))
         if m.control:
             chance = run.curve(m.metric, m.control, m.variant, m.teacher)
-            lines.append((table_line(f"{m.chance}{suffix}", "grey", ":", "", chance, thin=True), list(chance["layer"])))
+            line = table_line(f"{m.chance}{suffix}", ("grey", ":", ""), chance, thin=True)
+            lines.append((line, list(chance["layer"])))
         curve = run.curve(m.metric, "none", m.variant, m.teacher)
-        line = table_line(run.label, tone(run.style_index), "-", marker(run.style_index), curve)
+        line = table_line(run.label, (tone(run.style_index), "-", marker(run.style_index)), curve)
         lines.append((line, list(curve["layer"])))
-    return named_plot(m.label, [line for line in lines if line[1]], xlabel=LAYER, zero=not m.control)
+    return named_plot(m.label, [line for line in lines if line[1]], zero=not m.control)
 
 
 def similarity_measures(runs: Sequence[AlignmentResults]) -> list[Measure]:
@@ -204,11 +192,11 @@ def pursuit_plot(runs: Sequence[AlignmentResults], pursuit: str, layer: str) -> 
             curves = [run.curve(f"explained_energy_{count}", control, pursuit).assign(count=count) for count in ATOMS]
             rows = pd.concat(curves)
             rows = rows[rows["layer"] == layer]
+            x = [float(count) for count in rows["count"]]
             if control == "none":
-                line = table_line(run.label, tone(run.style_index), "-", marker(run.style_index), rows)
+                lines.append(table_line(run.label, (tone(run.style_index), "-", marker(run.style_index)), rows, x))
             else:
-                line = table_line(f"random vectors{suffix}", "grey", ":", "", rows, thin=True)
-            lines.append(replace(line, x=[float(k) for k in rows["count"]]))
+                lines.append(table_line(f"random vectors{suffix}", ("grey", ":", ""), rows, x, thin=True))
             counts |= set(rows["count"])
     labels = {float(count): str(count) for count in sorted(counts)}
     title = f"explained at layer {layer}, {PURSUITS[pursuit]}"
@@ -234,7 +222,7 @@ def difference_table(differences: pd.DataFrame) -> dict[str, Any]:
 
 
 def _difference(row: pd.Series) -> dict[str, Any]:
-    text = f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]" if row["n"] else "no finite score"
+    text = interval_text(row, sign="+")
     return {"text": text, "excludes_zero": bool(row["ci_low"] > 0 or row["ci_high"] < 0), "seeds": str(row["higher"])}
 
 
@@ -293,11 +281,7 @@ def similarity_figure(picture: PatchPicture) -> Figure:
         grid = figure.subplots(rows, len(layers) + 1, squeeze=False)
         for row, label in enumerate(picture.labels):
             for column, axes in enumerate(grid[row]):
-                axes.set_xticks([])
-                axes.set_yticks([])
-                axes.grid(False)
-                for spine in axes.spines.values():
-                    spine.set_visible(False)
+                axes.set(xticks=[], yticks=[], frame_on=False)
                 if column == 0:
                     axes.imshow(picture.photograph)
                     axes.set_ylabel(label, fontsize=9)

@@ -17,9 +17,18 @@ from analysis.evaluation.registry import ACCURACY
 from probing.runs.directory import runs_in
 from probing.utils.errors import UserError
 from probing.utils.files import RESTORE_ADVICE, read_json
-from reports.charts import PROBES
+from reports.charts import PROBES, panel_title
 from reports.images import png_data_uri
-from reports.results import RunResults, load_runs, metric_label, read_results, teacher_title, unique_labels
+from reports.results import (
+    Results,
+    RunResults,
+    interval_text,
+    load_runs,
+    metric_label,
+    read_results,
+    run_name,
+    unique_labels,
+)
 from reports.styles import DOUBLE, LIGHT, PAPER, SCREEN, SINGLE, marker, tone
 from reports.summary import METRIC, PROTOCOL
 
@@ -28,20 +37,8 @@ MIDDLE = (0.25, 0.75)
 
 
 @dataclass(frozen=True)
-class BenchmarkResults:
-    """One run of `probing bench`.
-
-    Attributes:
-        label: name in tables, unique within its benchmark.
-        path: the run's folder.
-        results: `results.csv`.
-        manifest: `manifest.json`.
-    """
-
-    label: str
-    path: Path
-    results: pd.DataFrame
-    manifest: dict[str, Any]
+class BenchmarkResults(Results):
+    """One run of `probing bench`; its label is unique within its benchmark."""
 
     @property
     def benchmark(self) -> str:
@@ -75,8 +72,8 @@ def load_benchmarks(paths: Sequence[Path]) -> list[BenchmarkResults]:
         loaded.append((name, run, read_results(run / "results.csv"), manifest))
     labels = labels_by_benchmark([(name, run, manifest["benchmark"]) for name, run, _, manifest in loaded])
     return [
-        BenchmarkResults(label, run, results, manifest)
-        for label, (_, run, results, manifest) in zip(labels, loaded, strict=True)
+        BenchmarkResults(label, run, results, manifest, index)
+        for index, (label, (_, run, results, manifest)) in enumerate(zip(labels, loaded, strict=True))
     ]
 
 
@@ -89,8 +86,7 @@ def run_labels(paths: Sequence[Path]) -> list[str]:
     runs = []
     for path in paths:
         manifest = read_json((runs_in(path) or [path])[0] / "manifest.json", RESTORE_ADVICE)
-        name = path.resolve().name if runs_in(path) else manifest["checkpoint"]["name"]
-        runs.append((name, path, manifest["benchmark"]))
+        runs.append((run_name(path, manifest), path, manifest["benchmark"]))
     return labels_by_benchmark(runs)
 
 
@@ -118,13 +114,10 @@ def accuracy_table(runs: Sequence[BenchmarkResults], benchmark: str) -> dict[str
     rows = []
     for part, accuracies in table.items():
         chance = ["" if math.isnan(chances[part]) else f"{chances[part]:.3f}"] if has_chance else []
-        rows.append([part_label(part), *map(_cell, accuracies), *chance])
+        cells = ["" if row is None else f"{interval_text(row)}, n = {row['n']}" for row in accuracies]
+        rows.append([part_label(part), *cells, *chance])
     head = ["part", *(run.label for run in selected), *(["chance"] if has_chance else [])]
     return {"title": _title(runs, benchmark), "head": head, "rows": rows, "notes": _notes(selected)}
-
-
-def _cell(row: pd.Series | None) -> str:
-    return "" if row is None else f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}], n = {row['n']}"
 
 
 def answer_differences(differences: pd.DataFrame | None, benchmark: str) -> list[list[str]]:
@@ -135,8 +128,7 @@ def answer_differences(differences: pd.DataFrame | None, benchmark: str) -> list
         [
             f"{row['checkpoint']} − {row['reference']}",
             part_label(row["variant"]),
-            f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]".replace("-", "−")
-            + (f" · higher in {row['higher']}" if row["higher"] else ""),
+            interval_text(row, sign="+").replace("-", "−") + (f" · higher in {row['higher']}" if row["higher"] else ""),
             str(row["n"]),
         ]
         for _, row in differences.iterrows()
@@ -181,18 +173,13 @@ class Panel:
     correlation: RankCorrelation | None
 
     @property
-    def title(self) -> str:
-        """Returns teacher and probe."""
-        return f"{teacher_title(self.teacher)}, {PROBES[self.probe]}"
-
-    @property
     def sentence(self) -> str:
         """Describes the rank correlation."""
         count = len(self.points)
         if count < LEAST:
             have = "1 checkpoint has" if count == 1 else f"{count} checkpoints have"
             return f"{self.name}: {have} both probes and answers; a rank correlation needs {LEAST}."
-        subject = f"{self.name}, {self.title}"
+        subject = f"{self.name}, {panel_title(self.teacher, self.probe)}"
         if self.correlation is None:
             return f"{subject}: no rank correlation, since quality or accuracy is the same for all {count} checkpoints."
         rho, tau = (
@@ -294,7 +281,7 @@ def quality_figure(panels: Sequence[Panel], style_indices: Mapping[str, int], pa
                 )  # fmt: skip
             rho = "" if panel.correlation is None else f"\nρ = {panel.correlation.rho.value:+.2f}"
             count = f", {len(panel.points)} checkpoints" if rho else ""
-            axes.set_title(f"{panel.title}{rho}{count}", loc="left")
+            axes.set_title(f"{panel_title(panel.teacher, panel.probe)}{rho}{count}", loc="left")
             axes.set_xlabel(f"{metric_label(METRIC, PROTOCOL)}, middle layers")
         for row in grid:
             row[0].set_ylabel(f"accuracy, {panels[0].name}")

@@ -9,8 +9,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from probing.utils.files import atomic_file
-from reports.charts import column_figure, difference_figure, layer_figure, shown_probes, teachers_of
+from reports.charts import difference_figure, layer_figure, layer_plot, series, shown_probes, teachers_of
 from reports.differences import compared_metrics, differences_from, references
+from reports.plots import figure
 from reports.results import RunResults
 from reports.styles import PAPER, SCREEN
 from reports.summary import METRIC, PROTOCOL
@@ -60,13 +61,13 @@ def write_curves(runs: Sequence[RunResults], out: Path, style: Style) -> None:
             for teacher in teachers_of(scored, metric, protocol):
                 for probe in shown_probes(scored):
                     if any(len(run.curve(teacher, probe, "none", metric, protocol)) for run in scored):
-                        figure = column_figure(scored, teacher, probe, metric, protocol)
-                        save_figure(figure, out, f"{stem}_{teacher}_{probe}", style)
+                        plot = layer_plot(series(scored), teacher, probe, metric, protocol)
+                        save_figure(figure(plot, paper=True), out, f"{stem}_{teacher}_{probe}", style)
 
 
 def write_differences(differences: pd.DataFrame, style_indices: Mapping[str, int], out: Path, style: Style) -> None:
     """Writes the paired differences from the first checkpoint."""
     first = differences_from(differences, references(differences)[0]) if len(differences) else differences
     for metric, protocol in compared_metrics(first, (METRIC, PROTOCOL)):
-        figure = difference_figure(first, metric, protocol, style_indices, style == "paper")
-        save_figure(figure, out, f"differences_{metric}_{protocol}", style)
+        drawn = difference_figure(first, metric, protocol, style_indices, style == "paper")
+        save_figure(drawn, out, f"differences_{metric}_{protocol}", style)

@@ -14,10 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from safetensors import safe_open
 
-from probing.utils.files import reading
-from reports.results import layer_rank
+from analysis.evaluation.scores import ScoreFile, by_seed
 from reports.styles import SCREEN
 
 MAX_ROWS = 12
@@ -61,23 +59,15 @@ def read_grids(run: Path) -> list[Grid]:
     grids = []
     for teacher in ("depth", "seg", "gen"):
         for file in sorted((run / "pictures").glob(f"{teacher}-*.safetensors")):
-            stored: dict[tuple[str, str], dict[str, tuple[int, NDArray[Any]]]] = {}
-            with reading(file, "remove it and evaluate again"), safe_open(file, framework="np") as tensors:
-                for key in tensors.keys():  # noqa: SIM118
-                    _, layer, probe, control, _, _, _, seed = key.partition(":")[2].split("/")
-                    layers = stored.setdefault((probe, control), {})
-                    if layer not in layers or int(seed) < layers[layer][0]:
-                        layers[layer] = (int(seed), tensors.get_tensor(key))
+            stored: dict[tuple[str, str], dict[str, NDArray[Any]]] = {}
+            for key, seeds in by_seed(ScoreFile.read(file).table).items():
+                stored.setdefault((key.probe, key.control), {})[key.layer] = seeds[min(seeds)]
             classes = file.with_name("classes.json")
             names = json.loads(classes.read_text(encoding="utf-8")) if teacher == "seg" and classes.exists() else []
             for probe in ("resampler", "ridge"):
-                rows = stored.get((probe, "none"), {})
-                pictures = {layer: rows[layer][1] for layer in sorted(rows, key=layer_rank)}
-                if pictures:
-                    photographs, teacher_pictures = (
-                        stored[kind, "teacher"][""][1] for kind in ("photograph", "target")
-                    )
-                    grids.append(Grid(teacher, probe, photographs, teacher_pictures, pictures, names))
+                if pictures := stored.get((probe, "none")):
+                    photographs, target = (stored[kind, "teacher"][""] for kind in ("photograph", "target"))
+                    grids.append(Grid(teacher, probe, photographs, target, pictures, names))
     return grids
 
 
@@ -91,7 +81,10 @@ def sample_layers(layers: list[str]) -> list[str]:
 def grid_figure(grid: Grid) -> Figure:
     """Draws a grid with photograph, teacher and layers as rows, and images as columns."""
     rows: list[tuple[str, NDArray[Any]]] = [("photograph", grid.photographs), ("teacher", grid.teacher_pictures)]
-    rows += [(layer_title(layer), grid.layers[layer]) for layer in sample_layers(list(grid.layers))]
+    rows += [
+        (f"layer {layer}" if layer.isdecimal() else layer, grid.layers[layer])
+        for layer in sample_layers(list(grid.layers))
+    ]
     columns = len(grid.photographs)
     colours = class_colours([grid]) if grid.teacher == "seg" else {}
     with mpl.rc_context(SCREEN):
@@ -133,9 +126,10 @@ def class_colours(grids: Sequence[Grid]) -> dict[int, str]:
     return dict(zip(largest, CLASS_COLOURS, strict=False))
 
 
-def layer_title(layer: str) -> str:
-    """Returns the row label of a layer."""
-    return f"layer {layer}" if layer.isdecimal() else layer
+def classes_rgb(labels: NDArray[np.uint8], colours: dict[int, str]) -> NDArray[np.float64]:
+    """Colours a label map, (rows, columns) → (rows, columns, 3), 0 to 1."""
+    table = np.array([to_rgb(colours.get(label, OTHER_COLOUR)) for label in range(256)])
+    return table[labels]
 
 
 def _draw(axes: Axes, grid: Grid, picture: NDArray[Any], column: int, colours: dict[int, str], plain: bool) -> None:
@@ -152,13 +146,6 @@ def _draw(axes: Axes, grid: Grid, picture: NDArray[Any], column: int, colours: d
             interpolation=interpolation,
         )
     else:
-        rgb = np.zeros((*picture.shape, 3))
-        for label in np.unique(picture):
-            rgb[picture == label] = to_rgb(colours.get(int(label), OTHER_COLOUR))
-        overlay = OVERLAY * rgb + (1 - OVERLAY) * grid.photographs[column] / 255
+        overlay = OVERLAY * classes_rgb(picture, colours) + (1 - OVERLAY) * grid.photographs[column] / 255
         axes.imshow(overlay, interpolation=interpolation)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set(xticks=[], yticks=[], frame_on=False)

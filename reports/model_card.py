@@ -4,13 +4,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData
 
 from analysis.evaluation.registry import describe
 from probing.utils.paths import ELSEWHERE
 from reports.charts import PROBES, layer_figure
-from reports.results import RunResults, best_layer, load_runs, metric_label, teacher_title
+from reports.results import RunResults, best_layer, interval_text, load_runs, metric_label, teacher_title
 from reports.summary import convergence, random_control
 
 TAGS = ("probing", "interpretability", "multimodal", "vision-language-model")
@@ -76,6 +75,7 @@ def _properties(run: RunResults) -> dict[str, str]:
 
 def _rows(run: RunResults, metric: str, protocol: str) -> Iterator[list[str]]:
     """Yields the scores of each teacher and probe: best layer, mean over layers, and references."""
+    digits = describe(metric).digits
     for teacher in run.teachers_of(metric, protocol):
         for probe, title in PROBES.items():
             curve, random = (run.curve(teacher, probe, control, metric, protocol) for control in ("none", "random"))
@@ -88,20 +88,12 @@ def _rows(run: RunResults, metric: str, protocol: str) -> Iterator[list[str]]:
                 title,
                 _escaped(metric_label(metric, protocol)),
                 str(best["layer"]),
-                _interval(best, metric),
-                _interval(run.average(teacher, probe, "none", metric, protocol), metric),
-                _interval(None if random.empty else best_layer(random, metric), metric),
+                interval_text(best, digits),
+                interval_text(run.average(teacher, probe, "none", metric, protocol), digits),
+                interval_text(None if random.empty else best_layer(random, metric), digits),
                 "" if mean_target is None else f"{mean_target:.3f}",
                 str(int(best["n"])),
             ]
-
-
-def _interval(row: pd.Series | None, metric: str) -> str:
-    if row is None:
-        return ""
-    digits = describe(metric).digits
-    value, low, high = (f"{row[name]:.{digits}f}" for name in ("value", "ci_low", "ci_high"))
-    return f"{value} [{low}, {high}]"
 
 
 def _escaped(text: str) -> str:

@@ -14,19 +14,19 @@ from probing.utils.errors import UserError
 from probing.utils.files import atomic_file, disk_errors, write_text
 from reports.alignment import AlignmentResults, difference_table, load_alignments
 from reports.alignment_chapter import chapter, chapter_plots
-from reports.benchmarks import BenchmarkResults, load_benchmarks, quality_figure
 from reports.benchmarks import Chapter as Benchmarks
 from reports.benchmarks import chapter as benchmark_chapter
+from reports.benchmarks import load_benchmarks, quality_figure
 from reports.charts import (
     CEILING_LABEL,
     INPUT_CONTROLS,
     MEAN_LABEL,
     PROBES,
     Series,
-    difference_teachers,
+    difference_plots,
+    layer_plot,
     learning_figure,
     levels,
-    panel_title,
     series,
     shown_probes,
     teachers_of,
@@ -43,8 +43,8 @@ from reports.figures import (
 )
 from reports.grids import grid_figure, read_grids
 from reports.images import png_data_uri
-from reports.plots import Line, figure, layer_plot, legend_entry, marker_definitions, named_plot, svg, table_line, tones
-from reports.results import AVERAGE, TITLES, RunResults, layer_rank, load_runs, metric_label, teacher_title
+from reports.plots import figure, legend_entry, marker_definitions, svg, tones
+from reports.results import AVERAGE, TITLES, Results, RunResults, interval_text, load_runs, metric_label, teacher_title
 from reports.strips import viewers
 from reports.styles import assign_style_indices, marker, tone
 from reports.summary import METRIC, PROTOCOL, convergence, random_control, teacher_finding
@@ -207,7 +207,7 @@ def _templates() -> jinja2.Environment:
     return jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
-def _write_merged(runs: Sequence[RunResults | AlignmentResults | BenchmarkResults], out: Path) -> None:
+def _write_merged(runs: Sequence[Results], out: Path) -> None:
     merged = pd.concat([run.results.assign(checkpoint=run.label) for run in runs])
     write_text(out / "results.csv", merged.to_csv(index=False))
 
@@ -280,10 +280,6 @@ def _legend(lines: Sequence[Series], has_ceiling: bool) -> list[dict[str, Any]]:
     return [*entries, legend_entry(CEILING_LABEL, "ink", "-", "", True)] if has_ceiling else entries
 
 
-def _cell(row: pd.Series) -> str:
-    return f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]" if row["n"] else "no finite score"
-
-
 def _table(run: RunResults, teacher: str, metric: str, protocol: str) -> dict[str, Any]:
     """Builds the table of one teacher and metric: a row per layer, a column per probe and control."""
     columns: dict[str, dict[str, str]] = {}
@@ -291,7 +287,7 @@ def _table(run: RunResults, teacher: str, metric: str, protocol: str) -> dict[st
     for title, (probe, control) in COLUMNS.items():
         curve = run.curve(teacher, probe, control, metric, protocol, with_empty=True)
         if len(curve):
-            columns[title] = {row["layer"]: _cell(row) for _, row in curve.iterrows()}
+            columns[title] = {row["layer"]: interval_text(row) for _, row in curve.iterrows()}
             layers = layers or list(curve["layer"])
     rows = [[layer, *(cells.get(layer, "") for cells in columns.values())] for layer in layers]
     return {
@@ -312,36 +308,25 @@ def _comparison(differences: pd.DataFrame, style_indices: Mapping[str, int]) -> 
         "references": names,
         "metrics": [
             {
-                "title": _title(metric_label(metric, protocol)),
-                "headline": (metric, protocol) == (METRIC, PROTOCOL),
-                "plots": [_difference_plots(frame, metric, protocol, style_indices) for frame in frames.values()],
+                "title": _title(metric_label(*measure)),
+                "headline": measure == (METRIC, PROTOCOL),
+                "plots": [
+                    [
+                        svg(plot)
+                        for row in difference_plots(frame, *measure, style_indices)
+                        for plot in row
+                        if plot.lines
+                    ]
+                    for frame in frames.values()
+                ],
             }
-            for metric, protocol in compared_metrics(differences, (METRIC, PROTOCOL))
+            for measure in compared_metrics(differences, (METRIC, PROTOCOL))
         ],
         "means": [_means(frame) for frame in frames.values()],
         "entries": [
             legend_entry(name, tone(style_indices[name]), "-", marker(style_indices[name]), False) for name in names
         ],
     }
-
-
-def _difference_plots(frame: pd.DataFrame, metric: str, protocol: str, style_indices: Mapping[str, int]) -> list[Any]:
-    chosen = frame[(frame["metric"] == metric) & (frame["protocol"] == protocol) & (frame["layer"] != AVERAGE)]
-    plots = []
-    for probe in PROBES:
-        for teacher in difference_teachers(chosen):
-            rows = chosen[(chosen["teacher"] == teacher) & (chosen["probe"] == probe)]
-            lines: list[tuple[Line, Sequence[str]]] = []
-            for checkpoint, part in rows.groupby("checkpoint", sort=False):
-                index = style_indices[checkpoint]
-                part = part.iloc[part["layer"].map(layer_rank).argsort(kind="stable")]
-                line = table_line(checkpoint, tone(index), "-", marker(index), part)
-                lines.append((line, list(part["layer"])))
-            if lines:
-                zero = [("no difference", "ink", "-", 0.0)]
-                ylabel = f"difference from {rows['reference'].iloc[0]}"
-                plots.append(svg(named_plot(panel_title(teacher, probe), lines, levels=zero, ylabel=ylabel)))
-    return plots
 
 
 def _means(frame: pd.DataFrame) -> list[list[str]]:
@@ -354,9 +339,7 @@ def _means(frame: pd.DataFrame) -> list[list[str]]:
             teacher_title(row["teacher"]),
             PROBES.get(row["probe"], row["probe"]),
             metric_label(row["metric"], row["protocol"]),
-            f"{row['value']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]".replace("-", "−")
-            if row["n"]
-            else "no finite score",
+            interval_text(row, 4, "+").replace("-", "−"),
             str(row["n"]),
         ]
         for row in sorted(rows, key=lambda row: order[row["metric"], row["protocol"]])

@@ -1,4 +1,4 @@
-"""Plots of the page as inline SVG, with the values of every point as JSON."""
+"""Plots: as inline SVG with the values of every point as JSON, and as figures of matplotlib."""
 
 import itertools
 import json
@@ -8,29 +8,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.evaluation.registry import describe
-from reports.charts import (
-    CEILING_LABEL,
-    LAYER,
-    MEAN_LABEL,
-    Series,
-    draw_legend,
-    final_position,
-    layer_ticks,
-    levels,
-    panel_title,
-)
-from reports.results import FINAL, layer_rank, metric_label
+from reports.results import layer_rank
 from reports.styles import DARK, DASHES, LIGHT, PAPER, SCREEN, SHAPES, SINGLE, UNFILLED
 
+LAYER = "LLM layer (0 = projector output)"
 WIDTH, HEIGHT = 420, 290
 RIGHT, TOP, BOTTOM = 10, 26, 42
 LETTER = 7
 """Approximate width of a digit on the axes."""
+MOST_TICKS = 6
 DIGITS = 6
 """Significant digits of the values of the points."""
 
@@ -89,34 +82,6 @@ class Plot:
     zero: bool = False
 
 
-def layer_plot(lines: Sequence[Series], teacher: str, probe: str, metric: str, protocol: str) -> Plot:
-    """Plots the curves of one teacher and kind of probe."""
-    deepest = max(line.run.depth for line in lines)
-    final = final_position(deepest)
-    drawn: list[Line] = []
-    labels: dict[float, str] = {}
-    for line in lines:
-        curve = line.run.curve(teacher, probe, line.control, metric, protocol)
-        if curve.empty:
-            continue
-        x = [final if layer == FINAL else float(layer) for layer in curve["layer"]]
-        labels |= dict(zip(x, curve["layer"], strict=True))
-        drawn.append(_line(line.label, line.tone, line.dash, line.marker, x, curve, thin=line.control != "none"))
-    mean, ceiling = levels([line.run for line in lines], teacher, metric, protocol)
-    references = [] if mean is None else [(MEAN_LABEL, "grey", "-.", mean)]
-    references += [] if ceiling is None else [(CEILING_LABEL, "ink", "-", ceiling)]
-    half = (final - deepest) / 2
-    return Plot(
-        panel_title(teacher, probe),
-        drawn[::-1],
-        layer_ticks(deepest, final in labels),
-        labels,
-        references,
-        ylabel=metric_label(metric, protocol) + (", lower is better" if not describe(metric).higher_is_better else ""),
-        final_band=(final - half, final + half) if final in labels else None,
-    )
-
-
 def named_plot(title: str, lines: Sequence[tuple[Line, Sequence[str]]], **rest: Any) -> Plot:
     """Plots lines over named, equally spaced positions, such as layers with the tower before them.
 
@@ -125,39 +90,28 @@ def named_plot(title: str, lines: Sequence[tuple[Line, Sequence[str]]], **rest: 
         lines: lines with the names of their positions, which replace `x`.
         rest: further fields of `Plot`.
     """
-    names = sorted({name for _, positions in lines for name in positions}, key=_rank)
+    names = sorted({name for _, positions in lines for name in positions}, key=layer_rank)
     placed = [replace(line, x=[float(names.index(name)) for name in positions]) for line, positions in lines]
     step = max(1, math.ceil(len(names) / 9))
     ticks = [float(index) for index in range(0, len(names), step)]
     return Plot(title, placed, (ticks, names[::step]), {float(i): name for i, name in enumerate(names)}, **rest)
 
 
-def _rank(name: str) -> float:
-    try:
-        return layer_rank(name)
-    except ValueError:
-        return -1.0
-
-
-def table_line(name: str, tone: str, dash: str, marker: str, rows: pd.DataFrame, thin: bool = False) -> Line:
-    """Makes a line without positions from the columns value, ci_low and ci_high."""
-    return _line(name, tone, dash, marker, [], rows, thin)
-
-
-def _line(
-    name: str, tone: str, dash: str, marker: str, x: Sequence[float], rows: pd.DataFrame, thin: bool = False
+def table_line(
+    name: str, style: tuple[str, str, str], rows: pd.DataFrame, x: Sequence[float] = (), thin: bool = False
 ) -> Line:
+    """Makes a line from tone, dash and marker, and the columns value, ci_low and ci_high."""
     value, low, high = (rows[column].tolist() for column in ("value", "ci_low", "ci_high"))
-    return Line(name, tone, dash, marker, x, value, low, high, thin)
+    return Line(name, *style, x, value, low, high, thin)
 
 
-def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Returns at most `most` round numbers within a range."""
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Returns at most `MOST_TICKS` round numbers within a range."""
     span = high - low
     if not (math.isfinite(span) and span > 0):
         return [low]
-    step = 10 ** math.floor(math.log10(span / most))
-    step *= next(factor for factor in (1, 2, 2.5, 5, 10, 20) if span / (step * factor) <= most)
+    step = 10 ** math.floor(math.log10(span / MOST_TICKS))
+    step *= next(factor for factor in (1, 2, 2.5, 5, 10, 20) if span / (step * factor) <= MOST_TICKS)
     first = math.ceil(low / step - 1e-9)
     return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -224,26 +178,54 @@ def _quoted(text: str) -> str:
     return text
 
 
+def draw(axes: Axes, plot: Plot) -> None:
+    """Draws a plot with matplotlib; points in the band of `final` are not joined to the others."""
+    full = mpl.rcParams["lines.linewidth"]
+    for name, tone, dash, level in plot.levels:
+        axes.axhline(level, label=name, color=LIGHT[tone], linestyle=dash, linewidth=0.55 * full)
+    if plot.final_band:
+        axes.axvspan(*plot.final_band, color="#f4f4f4", zorder=0)
+    start = plot.final_band[0] if plot.final_band else math.inf
+    for line in plot.lines:
+        colour = LIGHT[line.tone]
+        width = 0.72 * full if line.thin else full
+        style = {"color": colour, "linestyle": line.dash, "marker": line.marker or None, "linewidth": width}
+        points = np.array([line.x, line.value, line.low, line.high])
+        for x, value, low, high in (points[:, points[0] < start], points[:, points[0] >= start]):
+            if len(x):
+                axes.plot(x, value, markevery=max(len(x) // 16, 1), label=line.name, **style)
+            if len(x) == 1:
+                error = np.array([value - low, high - value]).clip(min=0)
+                axes.errorbar(x, value, yerr=error, fmt="none", ecolor=colour, capsize=2, linewidth=0.55 * full)
+            else:
+                axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    axes.set_title(plot.title, loc="left")
+    axes.set_xticks(*plot.ticks)
+    axes.set_xlabel(plot.xlabel)
+    axes.set_ylabel(plot.ylabel)
+    if plot.zero:
+        axes.set_ylim(bottom=min(axes.get_ylim()[0], 0.0))
+
+
+def draw_legend(figure: Figure) -> None:
+    """Draws the legend of all panels below them, front lines first, in as many columns as fit."""
+    handles: dict[str, Artist] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*(reversed(part) for part in axes.get_legend_handles_labels()), strict=True):
+            handles.setdefault(label, handle)
+    if len(handles) > 1:
+        letters = figure.get_figwidth() * 72 / (0.58 * mpl.rcParams["font.size"])
+        columns = max(1, min(len(handles), 4, int(letters / (max(map(len, handles)) + 6))))
+        figure.legend(handles=[*handles.values()], loc="outside lower center", ncols=columns, frameon=False)
+
+
 def figure(plot: Plot, paper: bool = False) -> Figure:
-    """Draws the plot with matplotlib; for a paper one column wide."""
+    """Draws one plot with matplotlib; for a paper one column wide."""
     with mpl.rc_context(PAPER if paper else SCREEN):
-        drawn = Figure(figsize=(SINGLE, 2.0 + 0.07 * len(plot.lines)) if paper else (4.2, 3.0), layout="constrained")
-        axes = drawn.subplots()
-        full = mpl.rcParams["lines.linewidth"]
-        for line in plot.lines:
-            colour, x = LIGHT[line.tone], list(line.x)
-            width = 0.72 * full if line.thin else full
-            style = {"color": colour, "linestyle": line.dash, "marker": line.marker or None, "linewidth": width}
-            axes.plot(x, line.value, label=line.name, **style)
-            axes.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
-        axes.set_title(plot.title, loc="left")
-        axes.set_xticks(*plot.ticks)
-        axes.set_xlabel(plot.xlabel)
-        axes.set_ylabel(plot.ylabel)
-        if plot.zero:
-            axes.set_ylim(bottom=min(axes.get_ylim()[0], 0.0))
-        if len(plot.lines) > 1:
-            draw_legend(drawn, axes.get_legend_handles_labels()[0][::-1])
+        size = (SINGLE, 2.0 + 0.07 * len([*plot.lines, *plot.levels])) if paper else (4.2, 3.0)
+        drawn = Figure(figsize=size, layout="constrained")
+        draw(drawn.subplots(), plot)
+        draw_legend(drawn)
     return drawn
 
 
@@ -284,15 +266,11 @@ def _drawn(line: Line, across: Any, down: Any, band: tuple[float, float] | None)
             shape.append(f'<path class="line thin {line.tone}" d="M{x:.1f} {low:.1f}V{high:.1f}"/>')
         if at:
             course = "L".join(f"{x:.1f} {v:.1f}" for x, v, *_ in at)
-            mark = 'marker-start="{0}" marker-mid="{0}" marker-end="{0}" '.format(marker_url(line))
+            mark = 'marker-start="{0}" marker-mid="{0}" marker-end="{0}" '
+            mark = mark.format(f"url(#{marker_id(line.tone, line.marker)})") if line.marker else ""
             course += f"L{course}" if len(at) == 1 else ""  # a marker needs a line
-            shape.append(f'<path class="{kind}" {_dash(line.dash)}{mark if line.marker else ""}d="M{course}"/>')
+            shape.append(f'<path class="{kind}" {_dash(line.dash)}{mark}d="M{course}"/>')
     return f'<g data-name="{escape(line.name)}">{"".join(shape)}</g>'
-
-
-def marker_url(line: Line | Series) -> str:
-    """Returns the URL of a line's marker."""
-    return f"url(#{marker_id(line.tone, line.marker)})"
 
 
 def marker_id(tone: str, sign: str) -> str:

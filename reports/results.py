@@ -9,16 +9,15 @@ from typing import Any
 import pandas as pd
 
 from analysis.evaluation.registry import describe, infos
+from analysis.evaluation.scores import AVERAGE, COLUMNS
 from probing.runs.directory import is_alignment, is_benchmark, runs_in
 from probing.utils.errors import UserError
 from probing.utils.files import RESTORE_ADVICE, read_json, reading
 
 TEACHERS = ("depth", "seg", "gen")
 TITLES = {"depth": "Depth", "seg": "Segmentation", "gen": "Generation"}
-FINAL, AVERAGE = "final", "mean"
-"""Values of the column `layer`: the state after the final norm, and the mean over the probed layers 1 … L."""
-KEY_COLUMNS = ("checkpoint", "teacher", "layer", "probe", "control", "metric", "protocol", "variant", "split", "seed")
-"""Columns of `results.csv` that identify a number."""
+FINAL = "final"
+"""In the column `layer`: the state after the final norm."""
 CURVE = ["layer", "value", "ci_low", "ci_high", "n"]
 """Columns of one curve."""
 
@@ -55,15 +54,24 @@ def best_layer(curve: pd.DataFrame, metric: str) -> pd.Series:
     return curve.loc[curve["value"].idxmax() if describe(metric).higher_is_better else curve["value"].idxmin()]
 
 
+def interval_text(row: pd.Series | None, digits: int = 3, sign: str = "") -> str:
+    """Formats value and interval of a row; empty without a row."""
+    if row is None:
+        return ""
+    if not row["n"]:
+        return "no finite score"
+    value, low, high = (f"{row[name]:{sign}.{digits}f}" for name in ("value", "ci_low", "ci_high"))
+    return f"{value} [{low}, {high}]"
+
+
 @dataclass(frozen=True)
-class RunResults:
-    """One evaluated run, or several that differ by their seed.
+class Results:
+    """The results of one run, or of several that differ by their seed.
 
     Attributes:
         label: name in legends, unique within a report.
         path: the run's folder; of several runs the first, whose images are shown.
         results: `results.csv`, with `layer` and `seed` as text.
-        curves: `learning_curves.csv`.
         manifest: `manifest.json`; of several runs the first, with `runs`, the number of runs.
         style_index: number of the checkpoint in the report, which determines colour and marker.
     """
@@ -71,9 +79,15 @@ class RunResults:
     label: str
     path: Path
     results: pd.DataFrame
-    curves: pd.DataFrame
     manifest: dict[str, Any]
-    style_index: int = 0
+    style_index: int
+
+
+@dataclass(frozen=True)
+class RunResults(Results):
+    """Evaluated probes, with `learning_curves.csv`."""
+
+    curves: pd.DataFrame
 
     @property
     def teachers(self) -> list[str]:
@@ -146,8 +160,8 @@ class RunResults:
 
 
 def layer_rank(layer: str) -> float:
-    """Returns the sort key of a layer: 0 … L, then `final`."""
-    return float("inf") if layer == FINAL else float(layer or -1)
+    """Returns the sort key of a layer: none or the tower, 0 … L, then `final`."""
+    return float("inf") if layer == FINAL else float(layer) if layer.isdecimal() else -1.0
 
 
 def load_runs(paths: Sequence[Path]) -> list[RunResults]:
@@ -158,8 +172,8 @@ def load_runs(paths: Sequence[Path]) -> list[RunResults]:
     """
     loaded = []
     for path in paths:
-        runs = runs_in(path)
-        for run in runs or [path]:
+        runs = runs_in(path) or [path]
+        for run in runs:
             for verb, matches in (("align", is_alignment), ("bench", is_benchmark)):
                 if matches(run):
                     raise UserError(f"{run} is a run of probing {verb} and has no probes to compare; remove it")
@@ -168,13 +182,17 @@ def load_runs(paths: Sequence[Path]) -> list[RunResults]:
         if not (path / "results.csv").exists():
             raise UserError(f"{path} has no results yet; run: probing evaluate {path}")
         results = read_results(path / "results.csv")
-        loaded.append((path, results, _learning_curves(runs or [path]), _merged_manifest(runs or [path]), runs))
-    names = [path.resolve().name if runs else manifest["checkpoint"]["name"] for path, *_, manifest, runs in loaded]
-    labelled = []
-    for index, (label, entry) in enumerate(zip(unique_labels(names, paths), loaded, strict=True)):
-        path, results, curves, manifest, runs = entry
-        labelled.append(RunResults(label, (runs or [path])[0], results, curves, manifest, index))
-    return labelled
+        loaded.append((runs[0], results, _merged_manifest(runs), _learning_curves(runs)))
+    labels = unique_labels([run_name(path, entry[2]) for path, entry in zip(paths, loaded, strict=True)], paths)
+    return [
+        RunResults(label, path, results, manifest, index, curves)
+        for index, (label, (path, results, manifest, curves)) in enumerate(zip(labels, loaded, strict=True))
+    ]
+
+
+def run_name(path: Path, manifest: dict[str, Any]) -> str:
+    """Returns the name of a run's checkpoint, or of the folder that holds several runs."""
+    return path.resolve().name if runs_in(path) else str(manifest["checkpoint"]["name"])
 
 
 def unique_labels(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
@@ -185,7 +203,7 @@ def unique_labels(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
 
 def read_results(file: Path) -> pd.DataFrame:
     """Reads a `results.csv`; raises UserError if columns are missing."""
-    text, numbers = dict.fromkeys(KEY_COLUMNS, str), dict.fromkeys(("value", "ci_low", "ci_high", "chance"), float)
+    text, numbers = dict.fromkeys(COLUMNS[:10], str), dict.fromkeys(("value", "ci_low", "ci_high", "chance"), float)
     missing = {name: ["", "nan", "NaN"] for name in numbers}  # in the other columns these are text
     with reading(file, "remove it and evaluate again"):
         results = pd.read_csv(file, dtype=text | numbers, keep_default_na=False, na_values=missing)

@@ -9,13 +9,12 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 from PIL import Image
 
-from reports.charts import PROBES
-from reports.grids import DEPTH_COLOURS, MAX_ROWS, OTHER_COLOUR, Grid, class_colours, class_name, sample_layers
-from reports.results import RunResults, layer_rank, teacher_title
+from reports.charts import PROBES, panel_title
+from reports.grids import DEPTH_COLOURS, MAX_ROWS, Grid, class_colours, class_name, classes_rgb, sample_layers
+from reports.results import RunResults, layer_rank
 
 SIDES = (160, 128, 112, 96, 80, 64, 48)
 """Image sides in pixels; the largest at which all images fit is used."""
@@ -53,7 +52,7 @@ class Viewer:
     coarse: bool
 
 
-def viewers(runs: Sequence[tuple[RunResults, Sequence[Grid]]], max_bytes: int = MAX_BYTES) -> list[Viewer]:
+def viewers(runs: Sequence[tuple[RunResults, Sequence[Grid]]]) -> list[Viewer]:
     """Builds the strips of all grids, with images as large as the page has room for."""
     grouped: dict[tuple[str, str, str], list[tuple[RunResults, Grid]]] = {}
     for run, grids in runs:
@@ -63,15 +62,15 @@ def viewers(runs: Sequence[tuple[RunResults, Sequence[Grid]]], max_bytes: int = 
     result: list[Viewer] = []
     for side in SIDES:
         samples = [
-            (_viewer([(run, _middle_layer(grid))], side), group)
+            (_viewer([(run, _middle_layer(grid))], side), 2 + sum(len(grid.layers) for _, grid in group))
             for group in grouped.values()
             for run, grid in group[:1]
         ]
-        estimate = sum(_n_bytes(viewer) * _n_strips(group) / 3 for viewer, group in samples)
-        if side != SIDES[-1] and estimate > max_bytes:
+        estimate = sum(_n_bytes(viewer) * n_strips / 3 for viewer, n_strips in samples)
+        if side != SIDES[-1] and estimate > MAX_BYTES:
             continue
         result = [_viewer(group, side) for group in grouped.values()]
-        if sum(map(_n_bytes, result)) <= max_bytes:
+        if sum(map(_n_bytes, result)) <= MAX_BYTES:
             break
     return sorted(result, key=lambda viewer: list(PROBES).index(viewer.probe))
 
@@ -80,10 +79,6 @@ def _middle_layer(grid: Grid) -> Grid:
     """Keeps only the middle layer, to estimate the size of a strip."""
     layer = list(grid.layers)[len(grid.layers) // 2]
     return replace(grid, layers={layer: grid.layers[layer]})
-
-
-def _n_strips(group: Sequence[tuple[RunResults, Grid]]) -> int:
-    return 2 + sum(len(grid.layers) for _, grid in group)
 
 
 def _n_bytes(viewer: Viewer) -> int:
@@ -99,7 +94,7 @@ def _viewer(group: Sequence[tuple[RunResults, Grid]], side: int) -> Viewer:
         return _strip(first, pictures, colours, side, plain)
 
     return Viewer(
-        title=f"{teacher_title(first.teacher)}, {PROBES[first.probe]}",
+        title=panel_title(first.teacher, first.probe),
         probe=first.probe,
         layers=layers,
         print_layers=sample_layers(layers) if len(layers) > MAX_ROWS else layers,
@@ -143,7 +138,4 @@ def _coloured(grid: Grid, picture: NDArray[Any], teacher: NDArray[Any], colours:
             ..., :3
         ]
         return coloured
-    table = np.tile(np.array(to_rgb(OTHER_COLOUR)), (256, 1))
-    for label, colour in colours.items():
-        table[label] = to_rgb(colour)
-    return (255 * table[picture]).round().astype(np.uint8)
+    return (255 * classes_rgb(picture, colours)).round().astype(np.uint8)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from reports.charts import INPUT_CONTROLS
-from reports.results import RunResults, teacher_title
+from reports.results import RunResults, interval_text, teacher_title
 
 METRIC, PROTOCOL = "cosine_centred", "strict"
 
@@ -26,10 +26,6 @@ class Finding:
     sentences: list[str]
 
 
-def _number(row: pd.Series) -> str:
-    return f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
-
-
 def _overlap(a: pd.Series, b: pd.Series) -> bool:
     return bool(a["ci_low"] <= b["ci_high"] and b["ci_low"] <= a["ci_high"])
 
@@ -41,7 +37,7 @@ def teacher_finding(run: RunResults, teacher: str) -> Finding:
         return Finding(run.label, teacher, ["No layer has a finite score."])
     best = curve.loc[curve["value"].idxmax()]
     sample = f"{int(best['n'])} images" + (f" and {run.manifest['runs']} runs" if "runs" in run.manifest else "")
-    sentences = [f"Best layer: {best['layer']}, centred cosine {_number(best)}, over {sample}."]
+    sentences = [f"Best layer: {best['layer']}, centred cosine {interval_text(best)}, over {sample}."]
     numbered = curve[curve["layer"] != "final"]
     if len(numbered) > 2:
         first, last = numbered.iloc[0], numbered.iloc[-1]
@@ -66,12 +62,12 @@ def teacher_finding(run: RunResults, teacher: str) -> Finding:
     if len(shuffled):
         top = shuffled.loc[shuffled["value"].idxmax()]
         verdict = "the intervals overlap" if _overlap(best, top) else "the intervals do not overlap"
-        sentences.append(f"Trained on shuffled pairs, the best probe scores {_number(top)}; {verdict}.")
+        sentences.append(f"Trained on shuffled pairs, the best probe scores {interval_text(top)}; {verdict}.")
     for control, (name, _) in INPUT_CONTROLS.items():
         controlled = run.curve(teacher, "resampler", control, METRIC, PROTOCOL)
         controlled = controlled[controlled["layer"] == best["layer"]]
         if len(controlled):
-            score = _number(controlled.iloc[0])
+            score = interval_text(controlled.iloc[0])
             sentences.append(
                 f"When the checkpoint is {name}, the same probe at layer {best['layer']} scores {score}: the "
                 "difference came from the image."
@@ -79,7 +75,7 @@ def teacher_finding(run: RunResults, teacher: str) -> Finding:
     ridge = run.curve(teacher, "ridge", "none", METRIC, PROTOCOL)
     if len(ridge):
         top = ridge.loc[ridge["value"].idxmax()]
-        text = f"The ridge readout, which needs no training, is best at layer {top['layer']} with {_number(top)}"
+        text = f"The ridge readout, which needs no training, is best at layer {top['layer']} with {interval_text(top)}"
         higher = top["ci_low"] > best["ci_high"]
         sentences.append(f"{text}: more than the resampler, which its training limits here." if higher else f"{text}.")
     return Finding(run.label, teacher, sentences)
@@ -96,8 +92,8 @@ def random_control(run: RunResults) -> list[str]:
         best, best_random = (curve.loc[curve["value"].idxmax()] for curve in (trained, random))
         title = teacher_title(teacher)
         start = (
-            f"{title}: with random weights in LLM and projector the best layer scores {_number(best_random)}; "
-            f"the checkpoint's best scores {_number(best)}"
+            f"{title}: with random weights in LLM and projector the best layer scores {interval_text(best_random)}; "
+            f"the checkpoint's best scores {interval_text(best)}"
         )
         both = trained.merge(random, on="layer", suffixes=("", "_random"))
         above = int((both["ci_low"] > both["ci_high_random"]).sum())

@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.evaluation.registry import MetricInfo, describe
 from reports.charts import PROBES
-from reports.results import RunResults, best_layer
+from reports.results import RunResults, best_layer, interval_text
 
 CONTROLS = {"none": "", "random": ", random weights"}
 REFERENCES = (
@@ -89,17 +89,9 @@ def decoded_table(runs: Sequence[RunResults]) -> DecodedTable | None:
     return DecodedTable(columns, rows, _notes(runs, columns))
 
 
-def _cell(row: pd.Series | None, metric: str) -> str:
-    if row is None:
-        return ""
-    digits = describe(metric).digits
-    value, low, high = (f"{row[name]:.{digits}f}" for name in ("value", "ci_low", "ci_high"))
-    return f"{value} [{low}, {high}]"
-
-
 def _mean(run: RunResults, column: Column, probe: str, control: str) -> str:
     row = run.average(column.teacher, probe, control, column.metric, column.protocol)
-    return _cell(row, column.metric)
+    return interval_text(row, column.info.digits)
 
 
 def _best(run: RunResults, column: Column, probe: str, control: str) -> str:
@@ -107,7 +99,7 @@ def _best(run: RunResults, column: Column, probe: str, control: str) -> str:
     if curve.empty:
         return ""
     row = best_layer(curve, column.metric)
-    return f"{_cell(row, column.metric)} · layer {row['layer']}"
+    return f"{interval_text(row, column.info.digits)} · layer {row['layer']}"
 
 
 def _reference(run: RunResults, column: Column, probe: str, control: str) -> str:
@@ -115,7 +107,7 @@ def _reference(run: RunResults, column: Column, probe: str, control: str) -> str
     # The unmodified teacher uses its early stages, so it has no row for the blind protocol.
     if row is None and column.protocol == "blind" and probe == "teacher":
         row = run.reference(column.teacher, probe, control, column.metric, "strict")
-    return _cell(row, column.metric)
+    return interval_text(row, column.info.digits)
 
 
 def _notes(runs: Sequence[RunResults], columns: Sequence[Column]) -> list[str]:

@@ -122,7 +122,13 @@ def pictures(run, teacher, shape, dtype, layers):
     for layer in layers:
         tensors[f"image:{teacher}/{layer}/resampler/none/picture/strict//0"] = some()
     (run / "pictures").mkdir(exist_ok=True)
-    save_file(tensors, run / "pictures" / f"{teacher}-val2017.safetensors")
+    save_pictures(run, teacher, tensors)
+
+
+def save_pictures(run, teacher, tensors):
+    names = [f"{index}.jpg" for index in range(len(next(iter(tensors.values()))))]
+    metadata = {"pass": json.dumps({"names": names, "split": "val2017", "settings": ""})}
+    save_file(tensors, run / "pictures" / f"{teacher}-val2017.safetensors", metadata)
 
 
 def wide_pictures(run, layers=32, side=256, images=4, shift=0):
@@ -148,7 +154,7 @@ def wide_pictures(run, layers=32, side=256, images=4, shift=0):
             for layer in range(layers + 1):
                 phase = layer + shift + 7 * (probe == "ridge")
                 tensors[f"image:{teacher}/{layer}/{probe}/none/picture/strict//0"] = drawn(teacher, phase)
-        save_file(tensors, run / "pictures" / f"{teacher}-val2017.safetensors")
+        save_pictures(run, teacher, tensors)
 
 
 def make_differences(names, layers=12):

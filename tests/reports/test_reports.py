@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from probing.utils.errors import UserError
-from reports.charts import draw_panel, layer_figure, legend_handles, series
+from reports.charts import layer_figure
 from reports.grids import grid_figure, read_grids
 from reports.page import write_report
 from reports.results import load_runs
@@ -35,14 +35,11 @@ def test_panels_draw_the_tables_values_in_layer_order(run):
 
 
 def test_every_line_is_in_the_legend_and_looks_different(run):
-    from matplotlib.figure import Figure
-
-    axes = Figure().subplots()
-    lines = series([run])
-    draw_panel(axes, lines, "depth", "resampler", "cosine", "strict")
-    drawn = {line.get_label() for line in axes.lines if not line.get_label().startswith("_")}
-    assert drawn == {h.get_label() for h in legend_handles(lines)}
-    looks = {(str(h.get_color()), str(h.get_linestyle())) for h in legend_handles(lines)}
+    figure = layer_figure([run], "cosine", "strict")
+    handles = figure.legends[0].legend_handles
+    drawn = {line.get_label() for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")}
+    assert drawn == {handle.get_label() for handle in handles} and handles[0].get_label() == "tiny"
+    looks = {(str(handle.get_color()), str(handle.get_linestyle())) for handle in handles}
     assert len(looks) == len(drawn) == 4
 
 

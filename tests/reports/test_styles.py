@@ -12,9 +12,10 @@ from matplotlib.colors import to_rgb
 
 import reports
 from probing.cli import cli
-from reports.charts import column_figure, difference_figure, layer_figure
+from reports.charts import difference_figure, layer_figure, layer_plot, series
 from reports.differences import differences_from
 from reports.page import load, render
+from reports.plots import figure as plot_figure
 from reports.styles import DARK, DOUBLE, LIGHT, MARKERS, N_COLOURS, SINGLE, assign_style_indices, marker, tone
 from tests.helpers.report_runs import make_differences, make_run
 from tests.reports.test_page import Parsed
@@ -113,10 +114,11 @@ def test_checkpoint_looks_the_same_in_figures_and_page(paths):
     differences = make_differences(names, 2)
     place = {run.label: run.style_index for run in runs}
     whole = drawn(layer_figure(runs, "cosine", "strict"), names)
-    assert list(whole) == names and len(set(whole.values())) == 3
+    assert list(whole) == names[::-1] and len(set(whole.values())) == 3
     without_first = drawn(layer_figure(runs[1:], "cosine", "paper"), names)
     assert without_first == {name: whole[name] for name in ("b", "c")}
-    assert drawn(column_figure(runs[2:], "seg", "ridge", "cosine", "strict"), names) == {"c": whole["c"]}
+    single = plot_figure(layer_plot(series(runs[2:]), "seg", "ridge", "cosine", "strict"))
+    assert drawn(single, names) == {"c": whole["c"]}
     for reference in names:
         figure = difference_figure(differences_from(differences, reference), "cosine", "strict", place)
         assert drawn(figure, names) == {name: look for name, look in whole.items() if name != reference}
@@ -147,7 +149,8 @@ def test_figures_for_a_paper(paths, tmp_path):
     assert "<text" not in svg and "<path" in svg  # letters are paths: no font is needed to see them
     runs, _ = load(paths)
     double = layer_figure(runs, "cosine", "strict", paper=True)
-    for figure in (double, column_figure(runs, "seg", "ridge", "cosine", "strict")):
+    single = plot_figure(layer_plot(series(runs), "seg", "ridge", "cosine", "strict"), paper=True)
+    for figure in (double, single):
         figure.draw_without_rendering()
         width, height = figure.get_size_inches()
         texts = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, *axes.get_xticklabels())]
