@@ -38,7 +38,7 @@ TOWER = "tower"
 
 
 @dataclass(frozen=True)
-class Measure:
+class AlignmentPanel:
     """One panel.
 
     Attributes:
@@ -61,7 +61,7 @@ class Measure:
 
 
 COMPRESSION = [
-    Measure(f"compression_{metric}", metric, label)
+    AlignmentPanel(f"compression_{metric}", metric, label)
     for metric, label in {
         "von_neumann_entropy": "von Neumann entropy (nats)",
         "matrix_entropy": "matrix entropy, order 2 (nats)",
@@ -79,7 +79,9 @@ WORDS = {
 VARIANTS = {"centred": "means subtracted", "raw": "not centred"}
 LENS = [
     *(
-        Measure(f"lens_{metric}_{lens.replace(' ', '_')}", f"lens_{metric}", f"{label}, {lens}", lens, **PERMUTED)
+        AlignmentPanel(
+            f"lens_{metric}_{lens.replace(' ', '_')}", f"lens_{metric}", f"{label}, {lens}", lens, **PERMUTED
+        )
         for metric, label in {
             "retrieval": "label of the largest logit is correct",
             "miou": "mIoU of largest logits",
@@ -87,7 +89,9 @@ LENS = [
         for lens in ("final norm", "no norm")
     ),
     *(
-        Measure(f"lens_entropy_{lens.replace(' ', '_')}", "lens_entropy", f"entropy of next word (nats), {lens}", lens)
+        AlignmentPanel(
+            f"lens_entropy_{lens.replace(' ', '_')}", "lens_entropy", f"entropy of next word (nats), {lens}", lens
+        )
         for lens in ("final norm", "no norm")
     ),
 ]
@@ -97,7 +101,7 @@ PURSUITS = {
     "non-negative": "non-negative pursuit",
 }
 ATTENTION = [
-    Measure(f"attention_{query.replace(' ', '_')}", "image_attention", f"attention to image, {query}", query,
+    AlignmentPanel(f"attention_{query.replace(' ', '_')}", "image_attention", f"attention to image, {query}", query,
             control="uniform", chance="uniform attention")
     for query in ("last token", "tokens after the image")
 ]  # fmt: skip
@@ -149,7 +153,7 @@ def load_alignments(paths: Sequence[Path]) -> list[AlignmentResults]:
     ]
 
 
-def measure_plot(runs: Sequence[AlignmentResults], measure: Measure) -> Plot:
+def measure_plot(runs: Sequence[AlignmentResults], measure: AlignmentPanel) -> Plot:
     """Plots one measure by layer, a line per checkpoint, with its control and the random projector."""
     m = measure
     lines: list[tuple[Line, Sequence[str]]] = []
@@ -169,7 +173,7 @@ def measure_plot(runs: Sequence[AlignmentResults], measure: Measure) -> Plot:
     return named_plot(m.label, [line for line in lines if line[1]], zero=not m.control)
 
 
-def similarity_measures(runs: Sequence[AlignmentResults]) -> list[Measure]:
+def similarity_measures(runs: Sequence[AlignmentResults]) -> list[AlignmentPanel]:
     """Returns a panel for every reference of the similarity metrics."""
     measures = []
     labels = {"cka": "CKA", "cka_places": "CKA of patch positions", "mutual_knn": "shared nearest images"}
@@ -179,7 +183,7 @@ def similarity_measures(runs: Sequence[AlignmentResults]) -> list[Measure]:
             control = {} if metric == "cka_places" else {"control": "permuted", "chance": "permuted images"}
             title = "the tower" if reference == TOWER else f"the {teacher_title(reference).lower()} teacher"
             axis = f"{label} with {title}"
-            measures.append(Measure(f"{metric}_{reference}", metric, axis, teacher=reference, **control))
+            measures.append(AlignmentPanel(f"{metric}_{reference}", metric, axis, teacher=reference, **control))
     return measures
 
 

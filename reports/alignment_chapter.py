@@ -11,8 +11,8 @@ from reports.alignment import (
     PURSUITS,
     VARIANTS,
     WORDS,
+    AlignmentPanel,
     AlignmentResults,
-    Measure,
     PatchPicture,
     measure_plot,
     pursuit_plot,
@@ -24,14 +24,16 @@ from reports.alignment import (
 from reports.images import png_data_uri
 from reports.plots import Plot, legend_of, svg
 
-EXPLAINED = Measure("explained_by_layer", "explained_energy_4", "explained by 4 words", "orthogonal", control="random",
-                    chance="random vectors")  # fmt: skip
+EXPLAINED = AlignmentPanel(
+    "explained_by_layer", "explained_energy_4", "explained by 4 words", "orthogonal",
+    control="random", chance="random vectors",
+)  # fmt: skip
 
 
 def _sections(runs: Sequence[AlignmentResults]) -> Iterator[tuple[str, str, list[tuple[Plot, str]]]]:
     """Yields title, text, and the plots with the names of their files."""
 
-    def plots(measures: Sequence[Measure]) -> list[tuple[Plot, str]]:
+    def plots(measures: Sequence[AlignmentPanel]) -> list[tuple[Plot, str]]:
         available = [m for m in measures if any(len(run.curve(m.metric, "none", m.variant, m.teacher)) for run in runs)]
         return [(measure_plot(runs, m), m.name) for m in available]
 
@@ -41,7 +43,9 @@ def _sections(runs: Sequence[AlignmentResults]) -> Iterator[tuple[str, str, list
         plots(COMPRESSION),
     )
     for variant, text in VARIANTS.items():
-        words = [Measure(f"{metric}_{variant}", metric, label, variant, **PERMUTED) for metric, label in WORDS.items()]
+        words = [
+            AlignmentPanel(f"{metric}_{variant}", metric, label, variant, **PERMUTED) for metric, label in WORDS.items()
+        ]
         yield f"Patches and their words, {text}", "Dotted: permuted labels.", plots(words)
     lens = "The next word that the LLM would predict from a patch's state. Dotted: permuted labels."
     yield "Logit lens", lens, plots(LENS)

@@ -18,7 +18,7 @@ from analysis.alignment.metrics.base import (
     LabelledBatch,
     Measure,
     Patches,
-    Row,
+    ScoreRow,
     States,
 )
 from analysis.alignment.metrics.logit_lens import LensEntropy, LensMatch
@@ -42,10 +42,10 @@ class MeanState(Measure):
 
     sources = (LAYER, RANDOM)
 
-    def update(self, states: States, batch: LabelledBatch) -> Iterator[Row]:
+    def update(self, states: States, batch: LabelledBatch) -> Iterator[ScoreRow]:
         """Yields the mean states of a batch, (B, H + 1)."""
         means = F.pad(states.values.mean(dim=1), (0, 1), value=1.0)
-        yield Row(states.key("tokens", MEAN_STATE), means, states.finite, summed=True)
+        yield ScoreRow(states.key("tokens", MEAN_STATE), means, states.finite, summed=True)
 
 
 def sample_measures(context: AlignmentContext) -> list[Measure]:

@@ -31,8 +31,8 @@ from analysis.evaluation.scores import (
 )
 from probing import __version__
 from probing.data.coco import ImageList, Skipped, list_images
-from probing.data.image_modes import image_size
-from probing.data.instances import Instances, fitting, read_label_maps
+from probing.data.image_modes import size_of_image
+from probing.data.instances import Instances, keep_annotated_size, read_label_maps
 from probing.data.panoptic import Panoptic
 from probing.data.patch_labels import patch_labels
 from probing.models import Identity, identify, load_backbone
@@ -80,7 +80,7 @@ def align(recipe: AlignRecipe, out: Path) -> Path:
     recorded = recorded_inputs(out, any((*(out / "state").glob("*.safetensors"), *(out / "scores").glob("*"))))
     with rendering_at(recorded_moment(recorded)):
         maps, images = labelled_images(recipe)
-        run = AlignmentRun(recipe, out, maps, images, device)
+        run = Alignment(recipe, out, maps, images, device)
         claim(out, recipe, to_record(run.inputs), recorded)
         run.measure()
     files = [file for file in run.scores.values() if file.exists()]
@@ -107,10 +107,10 @@ def labelled_images(recipe: AlignRecipe) -> tuple[Panoptic | Instances, ImageLis
     if skipped:
         logger.warning("%s: %d of %d images have no masks and are not used", split, len(skipped), len(images))
     images = replace(images, names=names[: recipe.data.eval_limit], skipped=images.skipped + skipped)
-    return maps, fitting(images, maps)
+    return maps, keep_annotated_size(images, maps)
 
 
-class AlignmentRun:
+class Alignment:
     """A run of `probing align` in its folder."""
 
     def __init__(
@@ -220,7 +220,7 @@ def _require_labels(context: AlignmentContext) -> None:
     images, reason = context.images, ""
     for name in images.names:
         try:
-            shares = context.annotate(name, image_size(images.folder / name, name in images.turned))
+            shares = context.annotate(name, size_of_image(images.folder / name, name in images.turned))
         except OSError as error:
             reason = reason or f" (first {name}: {error})"
             continue

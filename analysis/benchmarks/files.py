@@ -19,7 +19,7 @@ REFERENCE = 64
 
 
 @dataclass(frozen=True)
-class Row:
+class QuestionRow:
     """One row of a file.
 
     Attributes:
@@ -42,12 +42,12 @@ class Row:
         return str(next(values, f"{self.file.name}:{self.number}"))
 
 
-def file_row(file: Path, number: int, values: dict[str, Any], image: Path) -> Row:
+def file_row(file: Path, number: int, values: dict[str, Any], image: Path) -> QuestionRow:
     """A row whose image is a separate file."""
-    return Row(file, number, values, image.read_bytes, image)
+    return QuestionRow(file, number, values, image.read_bytes, image)
 
 
-def find_rows(source: Path, title: str) -> list[Row]:
+def find_rows(source: Path, title: str) -> list[QuestionRow]:
     """Reads a file, or the files of one kind below a folder.
 
     Raises:
@@ -61,7 +61,7 @@ def find_rows(source: Path, title: str) -> list[Row]:
     files = next(filter(None, by_kind), [])
     if not files:
         raise UserError(f"{source} has no files of {title}; put its Parquet, TSV or JSONL there")
-    rows: list[Row] = []
+    rows: list[QuestionRow] = []
     for file in files:
         try:
             rows += (found := READERS[file.suffix](file))
@@ -75,12 +75,12 @@ def find_rows(source: Path, title: str) -> list[Row]:
     return rows
 
 
-def _parquet(file: Path) -> list[Row]:
+def _parquet(file: Path) -> list[QuestionRow]:
     table = pd.read_parquet(file).astype(object)
     images = table.pop("image")
     records = table.where(table.notna(), None).to_dict("records")
     return [
-        Row(file, n, {str(k): v for k, v in values.items()}, partial(_embedded, cell))
+        QuestionRow(file, n, {str(k): v for k, v in values.items()}, partial(_embedded, cell))
         for n, (values, cell) in enumerate(zip(records, images, strict=True))
     ]
 
@@ -93,13 +93,13 @@ def _embedded(cell: Any) -> bytes:
     return content
 
 
-def _tsv(file: Path) -> list[Row]:
+def _tsv(file: Path) -> list[QuestionRow]:
     table = pd.read_csv(file, sep="\t", dtype=str, keep_default_na=False)
     cells = list(map(str, table.pop("image")))
     owners = dict(zip(table["index"] if "index" in table else map(str, range(len(table))), cells, strict=True))
     cells = [owners.get(cell, cell) if len(cell) <= REFERENCE else cell for cell in cells]
     return [
-        Row(file, n, {str(k): v for k, v in values.items()}, partial(_decoded, cell))
+        QuestionRow(file, n, {str(k): v for k, v in values.items()}, partial(_decoded, cell))
         for n, (values, cell) in enumerate(zip(table.to_dict("records"), cells, strict=True))
     ]
 
@@ -111,7 +111,7 @@ def _decoded(cell: str) -> bytes:
         raise OSError(f"no base64: {error}") from None
 
 
-def _jsonl(file: Path) -> list[Row]:
+def _jsonl(file: Path) -> list[QuestionRow]:
     rows = []
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(line for line in lines if line.strip()):
@@ -124,5 +124,5 @@ def _jsonl(file: Path) -> list[Row]:
     return rows
 
 
-READERS: dict[str, Callable[[Path], list[Row]]] = {".parquet": _parquet, ".tsv": _tsv, ".jsonl": _jsonl}
+READERS: dict[str, Callable[[Path], list[QuestionRow]]] = {".parquet": _parquet, ".tsv": _tsv, ".jsonl": _jsonl}
 """By suffix. Of a folder with several kinds the first is read: data sets are published in more than one form."""

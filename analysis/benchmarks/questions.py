@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.benchmarks.files import Row
+from analysis.benchmarks.files import QuestionRow
 from analysis.benchmarks.tasks import BENCHMARKS, Question
 from probing.utils.errors import UserError
 from probing.utils.paths import is_file
@@ -42,7 +42,7 @@ def read_questions(name: str, source: Path) -> list[Question]:
     return list(questions.values())
 
 
-def _require_benchmark(name: str, row: Row) -> None:
+def _require_benchmark(name: str, row: QuestionRow) -> None:
     """Raises UserError where a file has the columns of another benchmark, of which the most specific is suggested."""
     fits = [other for other, known in BENCHMARKS.items() if set(known.columns) <= row.values.keys()]
     best = max(fits, key=lambda other: len(BENCHMARKS[other].columns), default=None)

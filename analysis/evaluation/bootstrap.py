@@ -48,9 +48,9 @@ def _checked(scores: NDArray[np.floating]) -> NDArray[np.float64]:
     return table[..., None] if table.ndim == 2 else table
 
 
-def _values(table: NDArray[np.float64], statistic: Statistic, resamples: int, seed: int) -> NDArray[np.float64]:
+def _values(table: NDArray[np.float64], statistic: Statistic, resamples: int) -> NDArray[np.float64]:
     """Computes the statistic of every seed in every resample of the images, (resamples, seeds)."""
-    share = _shares(table.shape[1], resamples, seed)
+    share = _shares(table.shape[1], resamples, 0)
     return np.stack([statistic(share @ one) for one in table], axis=1)
 
 
@@ -79,9 +79,7 @@ def _percentiles(drawn: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def bootstrap(
-    scores: NDArray[np.floating], statistic: Statistic = share_mean, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
+def bootstrap(scores: NDArray[np.floating], statistic: Statistic = share_mean, resamples: int = RESAMPLES) -> Interval:
     """Bootstraps a statistic of sums over images by percentiles (Efron & Tibshirani, 1993, ch. 13).
 
     Args:
@@ -89,7 +87,6 @@ def bootstrap(
             resampled independently, so that the interval covers training noise too; see `_mean_over_seeds`.
         statistic: of the sums.
         resamples: number of bootstrap samples.
-        seed: of the resampling.
 
     Returns:
         The mean of the statistic over seeds, and its 95 % interval.
@@ -98,7 +95,7 @@ def bootstrap(
         ValueError: there is no score, or one is not finite.
     """
     table = _checked(scores)
-    interval = _percentiles(_mean_over_seeds(_values(table, statistic, resamples, seed), seed + 1))
+    interval = _percentiles(_mean_over_seeds(_values(table, statistic, resamples), 1))
     return Interval(float(statistic(table.mean(axis=1)).mean()), *interval)
 
 
@@ -107,8 +104,6 @@ def paired_bootstrap(
     reference: NDArray[np.floating],
     statistic: Statistic = share_mean,
     seeds_paired: bool = False,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> Interval:
     """Bootstraps the difference of two statistics over the same resampled images.
 
@@ -118,8 +113,6 @@ def paired_bootstrap(
         statistic: of the sums of each.
         seeds_paired: seed k of one shares something with seed k of the other (for example the language model that two
             checkpoints start from), and they are resampled together; otherwise independently.
-        resamples: number of bootstrap samples.
-        seed: of the resampling.
 
     Returns:
         Scores minus reference, and the 95 % interval of that.
@@ -132,10 +125,10 @@ def paired_bootstrap(
         raise ValueError(f"{one.shape[1]} images cannot be paired with {two.shape[1]}")
     if seeds_paired and len(one) != len(two):
         raise ValueError(f"{len(one)} seeds cannot be paired with {len(two)}")
-    values = [_values(table, statistic, resamples, seed) for table in (one, two)]
+    values = [_values(table, statistic, RESAMPLES) for table in (one, two)]
     if seeds_paired:
-        drawn = _mean_over_seeds(values[0] - values[1], seed + 1)
+        drawn = _mean_over_seeds(values[0] - values[1], 1)
     else:
-        drawn = _mean_over_seeds(values[0], seed + 1) - _mean_over_seeds(values[1], seed + 2)
+        drawn = _mean_over_seeds(values[0], 1) - _mean_over_seeds(values[1], 2)
     value = float(statistic(one.mean(axis=1)).mean() - statistic(two.mean(axis=1)).mean())
     return Interval(value, *_percentiles(drawn))

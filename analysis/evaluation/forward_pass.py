@@ -14,7 +14,7 @@ from analysis.evaluation.registry import EvaluationBatch, Recorder
 from analysis.evaluation.scores import ScoreFile, ScoreKey, read_if_fits
 from probing.data.coco import ImageList, Skipped
 from probing.data.dataloader import Prepared
-from probing.data.input_controls import SUBSTITUTES
+from probing.data.input_substitutes import SUBSTITUTES
 from probing.models import Backbone, Layer, layer_name
 from probing.models.finite import finite_rows, zero_others
 from probing.models.token_map import TokenMap

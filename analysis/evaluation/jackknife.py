@@ -23,11 +23,9 @@ class Jackknife:
     left_out: NDArray[np.float64]
 
     @classmethod
-    def compute(
-        cls, statistic: Callable[[NDArray[np.bool_]], Sequence[float]], images: int, groups: int = 10
-    ) -> "Jackknife":
-        """Computes a statistic per seed from masks over the images; at most half as many groups as images."""
-        groups = min(groups, images // 2)
+    def compute(cls, statistic: Callable[[NDArray[np.bool_]], Sequence[float]], images: int) -> "Jackknife":
+        """Computes a statistic per seed from masks over the images; ten groups, or half as many as images."""
+        groups = min(10, images // 2)
         group = np.arange(images) % groups
         left_out = [statistic(group != number) for number in range(groups)]
         return cls(np.array(statistic(group >= 0)), np.array(left_out))

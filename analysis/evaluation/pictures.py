@@ -86,12 +86,10 @@ class SegPictures(Pictures):
 
     protocol = "blind"
 
-    def decoder_settings(self) -> str:
-        """Writes the names of the classes next to the pictures."""
-        folder = self.context.run.path
-        with disk_errors(folder):
-            write_text(folder / "pictures" / "classes.json", json.dumps(self.context.seg_decoder.names))
-        return ""
+    def __init__(self, context: EvaluationContext, teacher: str) -> None:
+        super().__init__(context, teacher)
+        with disk_errors(context.run.path):  # the report names the classes
+            write_text(context.run.path / "pictures" / "classes.json", json.dumps(context.seg_decoder.names))
 
     def decode(self, prediction: Tensor, batch: EvaluationBatch) -> Tensor:
         """Decodes label maps."""

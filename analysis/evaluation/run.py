@@ -22,7 +22,7 @@ from analysis.evaluation.seed_group import open_runs, write_pooled
 from probing import __version__
 from probing.data.coco import Skipped
 from probing.data.dataloader import MicroBatches, micro_batches
-from probing.data.input_controls import SUBSTITUTES, caption_inputs, substitute
+from probing.data.input_substitutes import SUBSTITUTES, caption_inputs, substitute
 from probing.models import Backbone, layer_name, parse_layers
 from probing.models.chat_templates import rendering_at
 from probing.models.finite import not_finite_rows, report_not_finite

@@ -19,10 +19,10 @@ from analysis.evaluation.scores import (
     summaries,
     write_rows,
 )
-from probing.runs.directory import SPEED_ONLY, AlignmentRun, Run, is_alignment, runs_in
+from probing.runs.directory import SPEED_ONLY, FinishedAlignment, Run, is_alignment, runs_in
 from probing.utils.errors import UserError
 
-Scored = Run | AlignmentRun
+Scored = Run | FinishedAlignment
 
 
 def require_alike(one: Scored, two: Scored) -> None:
@@ -47,7 +47,7 @@ def _conditions(run: Scored, other: Scored) -> Iterator[tuple[str, Any]]:
     yield "eval_split", data["eval_split"]
     yield "held-out images", data["eval_digest"]
     yield "prompt", manifest["prompt"]
-    if isinstance(run, AlignmentRun):
+    if isinstance(run, FinishedAlignment):
         yield from ((what, data[what]) for what in ("annotations", "classes"))
         yield from run.settings.items()
         return
@@ -67,7 +67,7 @@ def open_runs(path: Path) -> Sequence[Scored]:
             several probe seeds, which would be mixed with those of the checkpoints.
     """
     folders = runs_in(path) or [path]
-    runs = [AlignmentRun(folder) if is_alignment(folder) else Run.open(folder) for folder in folders]
+    runs = [FinishedAlignment(folder) if is_alignment(folder) else Run.open(folder) for folder in folders]
     for run in runs[1:]:
         require_alike(runs[0], run)
     for run in runs if len(runs) > 1 else []:

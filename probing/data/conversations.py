@@ -112,12 +112,12 @@ def read_conversations(path: Path, limit: int | None = None) -> list[Conversatio
     return conversations
 
 
-def require_some_image(conversations: list[Conversation], image_root: Path, most: int = 64) -> None:
+def require_some_image(conversations: list[Conversation], image_root: Path) -> None:
     """Detects a wrong image root before training: raises UserError if none of some evenly spaced images exists."""
     if not image_root.is_dir():
         raise UserError(f"no such image folder: {image_root}; set data.image_root")
     names = [name for conversation in conversations for name in conversation.images]
-    some = names[:: max(1, len(names) // most)][:most]
+    some = names[:: max(1, len(names) // 64)][:64]
     if some and not any(is_file(image_root / name) for name in some):
         raise UserError(f"{image_root} has none of {len(some)} images, first {some[0]}; set data.image_root")
 

@@ -64,7 +64,7 @@ class MicroBatches(Dataset[Prepared]):
         view: `square` or `own`, see `DataRecipe.view`.
         target_caches: by teacher; read in place of preparing pixels.
         annotate: image name and size → its annotations; an OSError makes the image a corrupt one.
-        replace: index and image → what the checkpoint gets, see `probing.data.input_controls`; OSError likewise.
+        replace: index and image → what the checkpoint gets, see `probing.data.input_substitutes`; OSError likewise.
     """
 
     images: ImageList

@@ -39,7 +39,7 @@ def read_image(path: Path | BinaryIO, upright: bool = True) -> Image.Image:
         return to_rgb(ImageOps.exif_transpose(image) if upright and _orientation(image) != 1 else image)
 
 
-def image_size(path: Path, upright: bool = True) -> Size:
+def size_of_image(path: Path, upright: bool = True) -> Size:
     """Reads width and height of an image file without its pixels; raises OSError as `read_image` does."""
     (width, height), turn = size_and_orientation(path)
     return (height, width) if upright and turn in QUARTER_TURNS else (width, height)

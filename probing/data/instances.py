@@ -15,7 +15,7 @@ from pycocotools import mask
 
 from probing.data.annotation_file import Fault, Faults, read_annotation_file
 from probing.data.coco import ImageList, Skipped, same_shape
-from probing.data.image_modes import Size, image_size
+from probing.data.image_modes import Size, size_of_image
 from probing.data.panoptic import UNLABELED, Panoptic, class_of, read_classes, read_panoptic
 from probing.utils.errors import UserError
 
@@ -35,12 +35,12 @@ class Instances:
 
     Attributes:
         names: class names; a class's label is its position in the order of category ids.
-        sizes: by image file, its rows and columns.
+        sizes: by image file.
         objects: by image file, label and outline of its objects, the largest first; crowds are among them.
     """
 
     names: list[str]
-    sizes: dict[str, tuple[int, int]]
+    sizes: dict[str, Size]
     objects: dict[str, list[tuple[int, Outline]]]
 
     @property
@@ -56,7 +56,7 @@ class Instances:
         Raises:
             OSError: the annotated size is far too large.
         """
-        rows, columns = self.sizes[image]
+        columns, rows = self.sizes[image]
         if rows * columns > LARGEST:
             raise OSError(f"its annotated size is {columns} x {rows} pixels")
         labels = np.full((rows, columns), UNLABELED, dtype=np.uint8)
@@ -131,26 +131,26 @@ def read_instances(root: Path, split: str) -> Instances:
     source = root / "annotations" / f"instances_{split}.json"
     file, faults = read_annotation_file(source, root / split), Faults(source)
     names, labels = read_classes(file.content, faults)
-    sizes = {name: (rows, columns) for name, (columns, rows) in file.sizes.items()}
     objects: dict[str, list[tuple[float, int, Outline]]] = {}
 
     def read(entry: Any) -> None:
         name = file.image_of(entry)
-        if name not in sizes:
+        if name not in file.sizes:
             raise Fault("objects of images without width and height", name)
-        if math.prod(sizes[name]) > LARGEST:
+        columns, rows = file.sizes[name]
+        if rows * columns > LARGEST:
             raise Fault("objects of images that are far too large", name)
         label = class_of(entry, labels, name)
-        outline = _checked(entry.get("segmentation") or [], *sizes[name], faults, name)
+        outline = _checked(entry.get("segmentation") or [], rows, columns, faults, name)
         area = entry.get("area")
         if not isinstance(area, int | float) or not math.isfinite(area):
-            area = float(mask.area(_run_lengths(outline, *sizes[name])))
+            area = float(mask.area(_run_lengths(outline, rows, columns)))
         objects.setdefault(name, []).append((area, label, outline))
 
     faults.each(read, file.annotations)
     faults.require(objects)
     ordered = {name: sorted(own, key=lambda one: -one[0]) for name, own in objects.items()}
-    return Instances(names, sizes, {name: [(label, o) for _, label, o in own] for name, own in ordered.items()})
+    return Instances(names, file.sizes, {name: [(label, o) for _, label, o in own] for name, own in ordered.items()})
 
 
 def read_label_maps(root: Path, split: str) -> Panoptic | Instances:
@@ -182,7 +182,7 @@ class LabelledImages(ImageList):
         return image
 
 
-def fitting(images: ImageList, maps: Panoptic | Instances) -> ImageList:
+def keep_annotated_size(images: ImageList, maps: Panoptic | Instances) -> ImageList:
     """Skips images that do not have their annotated size; logs how many label maps are scaled to their images.
 
     Raises:
@@ -191,11 +191,11 @@ def fitting(images: ImageList, maps: Panoptic | Instances) -> ImageList:
     names, scaled, skipped = list[str](), list[str](), list[Skipped]()
     for name in images.names:
         try:
-            size = image_size(images.folder / name, name in images.turned)
+            size = size_of_image(images.folder / name, name in images.turned)
         except OSError:
             names.append(name)  # the dataloader reads it again and reports it
             continue
-        annotated = maps.sizes[name][::-1] if name in maps.sizes else size
+        annotated = maps.sizes.get(name, size)
         if not same_shape(annotated, size):
             skipped.append(Skipped(name, images.split, _size_difference(annotated, size)))
             continue

@@ -108,7 +108,7 @@ def read_panoptic(root: Path, split: str) -> Panoptic:
 
     faults.each(read, file.annotations)
     faults.require(any(own for _, own in segments.values()))
-    return Panoptic(folder, names, segments, {name: (rows, columns) for name, (columns, rows) in file.sizes.items()})
+    return Panoptic(folder, names, segments, file.sizes)
 
 
 def read_classes(content: Mapping[str, Any], faults: Faults) -> tuple[list[str], dict[Id, int]]:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from probing.data.coco import find_turned
-from probing.data.image_modes import Size, image_size
+from probing.data.image_modes import Size, size_of_image
 from probing.data.instances import Instances, labels_on, read_label_maps
 from probing.data.panoptic import UNLABELED, Panoptic
 from probing.data.patch_labels import patch_labels, patch_shares, plain_name, word_numbers
@@ -43,8 +43,7 @@ class Annotations:
     def size(self, name: str) -> Size | None:
         """Returns the annotated size of an image, if it is known."""
         found = self.find(name)
-        rows_columns = self.maps[found[0]].sizes.get(found[1]) if found else None
-        return rows_columns[::-1] if rows_columns else None
+        return self.maps[found[0]].sizes.get(found[1]) if found else None
 
     @property
     def words(self) -> list[str]:
@@ -133,17 +132,17 @@ class PatchWords:
         words = self._tables[split][as_seen(labels, self.image_processor, self.squared)]
         return torch.from_numpy(patch_labels(patch_shares(words, len(self.words), self.grid), self.coverage))
 
-    def require_usable(self, names: list[str], most: int = 64) -> None:
+    def require_usable(self, names: list[str]) -> None:
         """Checks before training that patches have labels, since the loss would always be 0 without them.
 
         Reads evenly spaced annotated images, up to the first that has a labelled patch; raises UserError if none has.
         """
         annotated = [name for name in names if self.annotations.find(name) is not None]
         reasons, unlabelled = [], 0
-        for name in annotated[:: max(1, len(annotated) // most)][:most]:
+        for name in annotated[:: max(1, len(annotated) // 64)][:64]:
             path = self.annotations.image_root / name
             try:
-                if (self(name, image_size(path, name in self.annotations.turned)) >= 0).any():
+                if (self(name, size_of_image(path, name in self.annotations.turned)) >= 0).any():
                     return
                 unlabelled += 1
             except OSError as error:

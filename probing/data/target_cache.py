@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +26,7 @@ from probing.data.dataloader import MicroBatches, micro_batches
 from probing.teachers.base import Teacher
 from probing.utils.cache_dir import VARIABLE, cache_folder
 from probing.utils.errors import UserError
-from probing.utils.files import disk_errors, require_space, write_text
+from probing.utils.files import disk_errors, free_bytes, require_space, write_text
 from probing.utils.paths import local_path
 from probing.utils.processors import processor_settings
 from probing.utils.progress import Progress
@@ -148,7 +147,7 @@ def build_target_caches(
             cache.folder,
         )  # fmt: skip
     needed = int(sum(cache.missing * cache.bytes for cache in caches.values()))
-    free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
+    free = free_bytes(root)
     if auto and needed > SPARE * free:
         logger.warning("targets are not cached: they need %.1f GB at %s, of %.1f free", needed / 1e9, root, free / 1e9)
         return {}

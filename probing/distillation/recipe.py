@@ -30,7 +30,7 @@ class ConversationData(Strict):
     """Use only the first N conversations."""
 
 
-Task = Literal["gen", "depth", "seg"]
+TaskName = Literal["gen", "depth", "seg"]
 KeyKind = Literal["system", "image", "special", "text", "answer"]
 
 
@@ -48,7 +48,7 @@ class EmbeddingRecipe(Strict):
     """Weight of InfoNCE relative to smooth L1; 0 omits it (Table V)."""
     seek: int = Field(default=8, ge=0)
     """Special tokens per task; 0 for none (Table 5)."""
-    order: list[Task] = Field(default=["gen", "depth", "seg"])
+    order: list[TaskName] = Field(default=["gen", "depth", "seg"])
     """Order of the special tokens after an image (Table III)."""
     keys: list[KeyKind] = Field(default=["system", "image", "special", "text"], min_length=1)
     """Tokens that predictors read; `special` are the task's own, `answer` the supervised ones (Table I)."""
@@ -70,11 +70,11 @@ class EmbeddingRecipe(Strict):
 
     @model_validator(mode="after")
     def _every_task_once(self) -> Self:
-        plain = [name for name in self.teachers if name not in get_args(Task)]
+        plain = [name for name in self.teachers if name not in get_args(TaskName)]
         if len(set(self.order)) != len(self.order) or not set(self.teachers) <= {*self.order, *plain}:
             raise ValueError("order must name every task that has a teacher, once")
         if plain and self.seek:
-            raise ValueError(f"only {', '.join(get_args(Task))} have special tokens, not {plain[0]}; set seek=0")
+            raise ValueError(f"only {', '.join(get_args(TaskName))} have special tokens, not {plain[0]}; set seek=0")
         for task in self.tasks:
             if task not in self.layers:
                 raise ValueError(f"layers has none for {task}; add them")
@@ -86,7 +86,7 @@ class EncodersRecipe(Strict):
 
     mode: Literal["feature", "token"]
     """`feature`: concatenated with the tower's features by channel; `token`: separate tokens after the image."""
-    teachers: dict[Task, TeacherRecipe] = Field(min_length=1)
+    teachers: dict[TaskName, TeacherRecipe] = Field(min_length=1)
     """Teachers that the model reads."""
     tokens: int = Field(default=8, ge=1)
     """Tokens per teacher, in mode `token`."""
@@ -173,14 +173,6 @@ class DistillRecipe(Strict):
         if self.embedding is not None and self.encoders is not None:
             raise ValueError("embedding and encoders exclude each other: a model that sees a teacher learns nothing")
         return self
-
-    def difference(self, other: "DistillRecipe") -> str:
-        """Names the first field that affects results and differs in a saved recipe; empty if none does."""
-        for name in type(self).model_fields:
-            mine, others = getattr(self, name), getattr(other, name)
-            if mine != others and name not in SPEED_ONLY:
-                return f"{name} is {others} there and {mine} here"
-        return ""
 
     @property
     def trains_special_tokens(self) -> bool:

@@ -27,7 +27,7 @@ from probing.data.target_cache import CacheOptions, build_target_caches
 from probing.distillation.callbacks import AllStepsTaken, StageCallback
 from probing.distillation.data_log import DataLog
 from probing.distillation.predictors import FOLDER
-from probing.distillation.recipe import DistillRecipe
+from probing.distillation.recipe import SPEED_ONLY, DistillRecipe
 from probing.distillation.saving import save_stage
 from probing.distillation.setup import Stage, build_stage, load_inputs
 from probing.models import Identity
@@ -35,6 +35,7 @@ from probing.models.chat_templates import rendering_at
 from probing.models.image_tokens import tower_grid
 from probing.models.llava import LlavaInputs
 from probing.recipe import dump_recipe, validate
+from probing.runs.claim import first_difference
 from probing.runs.compatibility import describe_inputs, recorded_moment, require_same, to_record, vocabulary
 from probing.utils.errors import UserError, first_line
 from probing.utils.files import disk_errors, read_json, remove_temporary_files, write_text
@@ -288,7 +289,8 @@ def require_same_recipe(recipe: DistillRecipe, file: Path) -> None:
             text = json.loads(text)["recipe"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{file} was not written by probing distill; choose another --out") from None
-    if difference := recipe.difference(validate(DistillRecipe, yaml.safe_load(text), str(file))):
+    saved = validate(DistillRecipe, yaml.safe_load(text), str(file))
+    if difference := first_difference(saved.model_dump(), recipe.model_dump(), SPEED_ONLY):
         raise UserError(f"{file.parent} holds another recipe ({difference}); choose another --out, or remove it")
 
 

@@ -1,7 +1,7 @@
 """Claims the folder of a run: one recipe per folder, with the inputs that it began with."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def holds_run(out: Path, recipe: BaseModel) -> bool:
         if out.exists() and any(path for path in out.iterdir() if not path.name.startswith(".")):
             raise UserError(f"{out} is not empty and holds no run; choose another --out")
         return False
-    difference = _first_difference(read_yaml(saved), yaml.safe_load(dump_recipe(recipe)))
+    difference = first_difference(read_yaml(saved), yaml.safe_load(dump_recipe(recipe)), SPEED_ONLY)
     if difference:
         raise UserError(f"{out} holds another run ({difference}); choose another --out, or remove it")
     return True
@@ -66,14 +66,14 @@ def claim(
             write_text(inputs_file(out), json.dumps(record))
 
 
-def _first_difference(old: Any, new: Any, field: str = "") -> str:
-    """Returns the first field in which two recipes differ, with both values; empty if none does."""
+def first_difference(old: Any, new: Any, speed_only: Sequence[str], field: str = "") -> str:
+    """Returns the first field, not one of `speed_only`, in which two recipes differ, with both values; else empty."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(k for k in new if k not in old)]:
             name = f"{field}.{key}".lstrip(".")
-            if name in SPEED_ONLY:
+            if name in speed_only:
                 continue
-            if difference := _first_difference(old.get(key), new.get(key), name):
+            if difference := first_difference(old.get(key), new.get(key), speed_only, name):
                 return difference
         return ""
     return "" if old == new else f"{field} is {old!r} there and {new!r} here"

@@ -109,7 +109,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class AlignmentRun:
+class FinishedAlignment:
     """The directory of a finished run of `probing align`."""
 
     path: Path

@@ -144,30 +144,20 @@ def bench_recipe(recipe: ProbeRunRecipe, questions: Path) -> BenchRecipe:
 def _log_quality(quality: dict[str, Any]) -> None:
     """Logs the quality of the tiny models on held-out scenes."""
     depth, seg, gen = (quality[name] for name in ("depth", "seg", "gen"))
-    logger.info(
-        "depth teacher: %.0f %% of hard pairs correct (image row alone %.0f %%)",
-        100 * depth["pairs"],
-        100 * depth["pairs_from_image_row"],
-    )
+    logs = [
+        ("depth teacher: %.0f %% of hard pairs correct (image row alone %.0f %%)", "pairs", "pairs_from_image_row"),
+        ("gen teacher: retrieves the caption of %.0f %% of 200 images (chance %.1f %%)",
+         "caption_r_at_1_of_200", "caption_r_at_1_chance"),
+        ("gen decoder: %.0f %% of 200 generated images are closest to their source (chance %.1f %%)",
+         "painted_r_at_1_of_200", "painted_r_at_1_chance"),
+    ]  # fmt: skip
+    for text, *keys in logs:
+        logger.info(text, *(100 * (depth | gen)[key] for key in keys))
     logger.info("seg teacher: mIoU %.2f (mean feature %.2f)", seg["miou"], seg["miou_of_mean_feature"])
-    logger.info(
-        "gen teacher: retrieves the caption of %.0f %% of 200 images (chance %.1f %%)",
-        100 * gen["caption_r_at_1_of_200"],
-        100 * gen["caption_r_at_1_chance"],
-    )
-    logger.info(
-        "gen decoder: %.0f %% of 200 generated images are closest to their source (chance %.1f %%)",
-        100 * gen["painted_r_at_1_of_200"],
-        100 * gen["painted_r_at_1_chance"],
-    )
     for name in (name for name in FULL if name in quality):
-        answers = quality[name]
-        kinds = ", ".join(f"{kind} {100 * row['accuracy']:.0f}" for kind, row in answers.items() if kind != "all")
+        total = quality[name]["all"]
+        kinds = ", ".join(f"{kind} {100 * row['accuracy']:.0f}" for kind, row in quality[name].items() if kind != "all")
         logger.info(
             "%s: %.0f %% of %d questions about held-out scenes correct (chance %.0f %%): %s",
-            name,
-            100 * answers["all"]["accuracy"],
-            answers["all"]["n"],
-            100 * answers["all"]["chance"],
-            kinds,
-        )
+            name, 100 * total["accuracy"], total["n"], 100 * total["chance"], kinds,
+        )  # fmt: skip

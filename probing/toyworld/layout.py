@@ -153,8 +153,8 @@ def _write_questions(folder: Path, split: str, scenes: Scenes, names: list[str],
     (folder / f"questions_{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def depth_pairs(scenes: Scenes, index: int, rng: np.random.Generator, n: int = 2) -> list[dict[str, Any]]:
-    """Samples up to `n` pairs of points with clearly different depth, in DA-2K's format.
+def depth_pairs(scenes: Scenes, index: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Samples up to two pairs of points with clearly different depth, in DA-2K's format.
 
     The points are a few rows apart, and the closer one is the upper or the lower one, first or second, at random:
     otherwise the image row alone would solve most pairs.
@@ -163,7 +163,7 @@ def depth_pairs(scenes: Scenes, index: int, rng: np.random.Generator, n: int = 2
     pairs: list[dict[str, Any]] = []
     closer_is_upper = bool(rng.random() < 0.5)
     for _ in range(400):
-        if len(pairs) == n:
+        if len(pairs) == 2:
             break
         row, offset = rng.integers(0, SIZE), rng.integers(1, MAX_ROWS_APART + 1)
         upper_point = np.array([row, rng.integers(0, SIZE)])

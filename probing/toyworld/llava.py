@@ -96,9 +96,7 @@ def make_tower(scenes: Scenes, folder: Path, steps: int, seed: int = 0) -> Path:
     return folder
 
 
-def make_base_checkpoint(
-    world: Path, tower: Path, folder: Path, schedule: Schedule, layers: int = 6, width: int = 128, seed: int = 0
-) -> Path:
+def make_base_checkpoint(world: Path, tower: Path, folder: Path, schedule: Schedule, seed: int = 0) -> Path:
     """Trains the starting point of all checkpoints: an LLM on text, with the tower and an untrained projector.
 
     Args:
@@ -106,15 +104,13 @@ def make_base_checkpoint(
         tower: folder of `make_tower`.
         folder: output folder for `untrained/` and `text/`, each a LLaVA folder; the latter is returned.
         schedule: optimiser steps.
-        layers: number of decoder blocks of the LLM.
-        width: hidden size of the LLM.
         seed: seed of LLM, projector and the order of the texts.
     """
     from transformers import CLIPVisionModel
 
     untrained = folder / "untrained"
     if not (untrained / "config.json").exists():
-        model, processor = build(layers, width, seed + 1)
+        model, processor = build(layers=6, width=128, seed=seed + 1)
         model.model.vision_tower = CLIPVisionModel.from_pretrained(tower)
         with atomic_folder(untrained) as part:
             model.save_pretrained(part)

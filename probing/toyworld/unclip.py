@@ -83,9 +83,9 @@ def _train_autoencoder(model: Any, scenes: Scenes, steps: int) -> None:
     train_loop("autoencoder", model.parameters(), batches(scenes, 16, steps, 0), compute_loss, steps, 2e-3)
 
 
-def _train_diffusion(pipeline: Any, latents: Tensor, embeds: Tensor, steps: int, batch: int = 32) -> None:
+def _train_diffusion(pipeline: Any, latents: Tensor, embeds: Tensor, steps: int) -> None:
     """Trains velocity prediction (Salimans & Ho, 2022, app. D); some embeddings are dropped, some noised."""
-    unet, schedule = pipeline.unet, pipeline.scheduler
+    batch, unet, schedule = 32, pipeline.unet, pipeline.scheduler
     unet.to(memory_format=torch.channels_last)
     text_states, _ = pipeline.encode_prompt([""] * batch, latents.device, 1, False)
     noise_levels = pipeline.image_noising_scheduler.config.num_train_timesteps

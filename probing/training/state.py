@@ -93,19 +93,9 @@ class TrainerState:
                         "checkpoint and teacher back, or choose another --out"
                     ) from None
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.step = saved["step"]
         self.losses = saved["losses"].tolist()
-        device = self.parameters[0][0].device
-        for teacher, layer, sums in saved["ridge"]:
-            self.ridge[teacher, layer] = RidgeSums({name: value.to(device) for name, value in sums.items()})
-        sums = saved["target_sums"].items()
-        self.target_sums = {
-            name: (total.to(device), torch.as_tensor(count, device=device)) for name, (total, count) in sums
-        }
+        self._add(saved)
         self.shared_sums = dict(self.target_sums)
-        self.skipped = {row[0]: Skipped(*row) for row in saved["skipped"]}
-        self.not_finite = _not_finite(saved)
-        self.seconds = saved["seconds"]
 
     def merge(self, part: dict[str, Any], teachers: int) -> None:
         """Adds the final state of a process that trained some of the layers.
@@ -125,18 +115,18 @@ class TrainerState:
             for key, probe in bank.probes.items():
                 if saved := part["banks"][control].get(key.teacher + "/" + key.prefix):
                     probe.load_state_dict(saved)
-        for teacher, layer, sums in part["ridge"]:
-            self.ridge[teacher, layer] = RidgeSums(sums)
-        self.target_sums = {
-            name: (total, torch.as_tensor(count)) for name, (total, count) in part["target_sums"].items()
-        }
-        self.skipped |= {row[0]: Skipped(*row) for row in part["skipped"]}
-        self.not_finite |= _not_finite(part)
-        self.step, self.seconds = part["step"], max(self.seconds, part["seconds"])
+        self._add(part)
 
-
-def _not_finite(saved: dict[str, Any]) -> NotFinite:
-    return {(kind, name): images.numpy() for kind, name, images in saved["not_finite"]}
+    def _add(self, saved: dict[str, Any]) -> None:
+        """Adds the sums and excluded images of a saved state; takes its step."""
+        device = self.parameters[0][0].device
+        for teacher, layer, sums in saved["ridge"]:
+            self.ridge[teacher, layer] = RidgeSums({name: value.to(device) for name, value in sums.items()})
+        for name, (total, count) in saved["target_sums"].items():
+            self.target_sums[name] = total.to(device), torch.as_tensor(count, device=device)
+        self.skipped |= {row[0]: Skipped(*row) for row in saved["skipped"]}
+        self.not_finite |= {(kind, name): images.numpy() for kind, name, images in saved["not_finite"]}
+        self.step, self.seconds = saved["step"], max(self.seconds, saved["seconds"])
 
 
 def summary(state: TrainerState, teachers: Sequence[str], not_finite: list[dict[str, str]]) -> dict[str, Any]:

@@ -131,12 +131,12 @@ def tensors_of_file(file: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]
             yield from ((name, tensor) for name, tensor in loaded.items() if name.startswith(prefix))
 
 
-def tensor_names(source: str | Path, revision: str | None = None) -> list[str]:
+def tensor_names(source: str | Path) -> list[str]:
     """Lists the tensors of a model, from the index where there is one: shards may be absent."""
     for name in WEIGHTS:
-        if fetch(source, name, revision) is None and (shards := weight_map(source, name, revision)):
+        if fetch(source, name) is None and (shards := weight_map(source, name)):
             return list(shards)
-    return list(tensor_shapes(source, revision))
+    return list(tensor_shapes(source))
 
 
 def tensor_shapes(source: str | Path, revision: str | None = None) -> dict[str, list[int]]:

@@ -182,13 +182,14 @@ def read_json_lines(file: Path) -> list[Any]:
     return values
 
 
+def free_bytes(where: Path) -> int:
+    """Returns the free disk space at a path that may not exist yet."""
+    return shutil.disk_usage(next(path for path in (where, *where.parents) if path.exists())).free
+
+
 def require_space(where: Path, needed: int) -> None:
     """Raises UserError if fewer than `needed` bytes are free at a path."""
-    existing = where
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+    if (free := free_bytes(where)) < needed:
         raise UserError(
             f"no disk space: the run needs about {needed / 1e9:.2f} GB at {where} and {free / 1e9:.2f} GB are free; "
             "free some, probe fewer layers, or choose another --out"

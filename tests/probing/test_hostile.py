@@ -17,8 +17,8 @@ from analysis.alignment.run import AlignRecipe
 from probing.data.coco import list_images, read_image
 from probing.data.conversations import read_conversations, require_some_image
 from probing.data.da2k import read_pairs
-from probing.data.image_modes import FORMATS, image_size
-from probing.data.input_controls import read_captions
+from probing.data.image_modes import FORMATS, size_of_image
+from probing.data.input_substitutes import read_captions
 from probing.data.instances import read_label_maps
 from probing.data.patch_labels import plain_name
 from probing.distillation.recipe import DistillRecipe
@@ -308,7 +308,7 @@ def test_images(tmp_path, form):
     whole, file = buffer.getvalue(), tmp_path / "1.jpg"  # whatever it is called
     file.write_bytes(whole)
     if form in FORMATS:
-        assert read_image(file).size == image_size(file) == (16, 12)
+        assert read_image(file).size == size_of_image(file) == (16, 12)
     else:
         with pytest.raises(OSError, match="cannot identify"):
             read_image(file)

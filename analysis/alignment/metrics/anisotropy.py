@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.alignment.metrics.base import LAYER, TOWER, LabelledBatch, Measure, Row, States
+from analysis.alignment.metrics.base import LAYER, TOWER, LabelledBatch, Measure, ScoreRow, States
 
 
 class Anisotropy(Measure):
@@ -13,9 +13,9 @@ class Anisotropy(Measure):
 
     sources = (LAYER, TOWER)
 
-    def update(self, states: States, batch: LabelledBatch) -> Iterator[Row]:
+    def update(self, states: States, batch: LabelledBatch) -> Iterator[ScoreRow]:
         """Yields one number per image."""
-        yield Row(states.key("tokens", "anisotropy"), anisotropy(states.values), states.finite)
+        yield ScoreRow(states.key("tokens", "anisotropy"), anisotropy(states.values), states.finite)
 
 
 def anisotropy(tokens: Tensor) -> Tensor:

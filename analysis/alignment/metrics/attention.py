@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from analysis.alignment.metrics.base import LabelledBatch, Measure, Row, States
+from analysis.alignment.metrics.base import LabelledBatch, Measure, ScoreRow, States
 from probing.models import Backbone, TokenMap
 from probing.models.token_map import IMAGE_KINDS
 
@@ -90,13 +90,13 @@ class ImageAttention(Measure):
                 config._attn_implementation = KERNEL
             _watching.reset(token)
 
-    def update(self, states: States, batch: LabelledBatch) -> Iterator[Row]:
+    def update(self, states: States, batch: LabelledBatch) -> Iterator[ScoreRow]:
         """Yields one number per image and set of queries; these do not depend on whether the states are finite."""
         shares = _watching.get()
         assert shares is not None
         for queries, (share, uniform) in shares.by_layer.get(states.name, {}).items():
-            yield Row(states.key("tokens", "image_attention", queries), share, share.isfinite())
-            yield Row(states.key("tokens", "image_attention", queries, "uniform"), uniform, share.isfinite())
+            yield ScoreRow(states.key("tokens", "image_attention", queries), share, share.isfinite())
+            yield ScoreRow(states.key("tokens", "image_attention", queries, "uniform"), uniform, share.isfinite())
 
 
 def can_watch(model: Backbone) -> bool:

@@ -1,5 +1,6 @@
 """The interface of a measure: it turns the states of a batch into rows of per-image scores."""
 
+import abc
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class LabelledBatch:
     pooled: int
 
 
-class Row(NamedTuple):
+class ScoreRow(NamedTuple):
     """Scores of one batch.
 
     Attributes:
@@ -89,15 +90,15 @@ class Row(NamedTuple):
     summed: bool = False
 
 
-class Measure:
+class Measure(abc.ABC):
     """Scores the states of one batch at one point."""
 
     sources: ClassVar[tuple[str, ...]] = (LAYER,)
     """Where the measure applies."""
 
-    def update(self, states: States, batch: LabelledBatch) -> Iterator[Row]:
+    @abc.abstractmethod
+    def update(self, states: States, batch: LabelledBatch) -> Iterator[ScoreRow]:
         """Yields the scores of a batch."""
-        raise NotImplementedError
 
     def watch(self, tokens: TokenMap) -> contextlib.AbstractContextManager[object]:
         """Surrounds the forward pass of a batch; override to observe more than the states."""

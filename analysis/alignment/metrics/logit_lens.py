@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from analysis.alignment.context import AlignmentContext
-from analysis.alignment.metrics.base import LabelledBatch, Measure, Row, States
+from analysis.alignment.metrics.base import LabelledBatch, Measure, ScoreRow, States
 from analysis.alignment.metrics.word_match import label_orders, match_rows, match_scores
 from probing.models import FINAL, Backbone
 from probing.models.word_embeddings import word_ids
@@ -35,14 +35,14 @@ class LensEntropy(Measure):
         config = getattr(self.model.core, "config", None)
         self.softcap = config and getattr(config.get_text_config(), "final_logit_softcapping", None)
 
-    def update(self, states: States, batch: LabelledBatch) -> Iterator[Row]:
+    def update(self, states: States, batch: LabelledBatch) -> Iterator[ScoreRow]:
         """Yields one number per image and lens."""
         for lens, values in lens_inputs(self.model, states):
             logits = cast(Any, self.model.head)(values[:, self.patches]).float()
             if self.softcap:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             entropy = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1).mean(dim=1)
-            yield Row(states.key("words", "lens_entropy", lens), entropy, states.finite)
+            yield ScoreRow(states.key("words", "lens_entropy", lens), entropy, states.finite)
 
 
 class LensMatch(Measure):
@@ -56,7 +56,7 @@ class LensMatch(Measure):
         self.rows = [torch.tensor([index[token] for token in word], device=self.model.device) for word in words]
         self.orders = label_orders(len(words)).to(self.model.device)
 
-    def update(self, states: States, batch: LabelledBatch) -> Iterator[Row]:
+    def update(self, states: States, batch: LabelledBatch) -> Iterator[ScoreRow]:
         """Yields the scores of each lens, and those of permuted labels."""
         for lens, values in lens_inputs(self.model, states):
             for metric, scores in match_scores(self._label_logits(values), states, batch.patches, self.orders):

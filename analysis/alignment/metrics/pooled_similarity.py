@@ -1,7 +1,7 @@
 """Similarity of layers with the vision tower and the teachers, over images: CKA and mutual k-NN.
 
-Each image is the mean of its tokens. Between the projector's input and layer 0, mutual k-NN is the connector's
-neighbour overlap of "Lost in Embeddings" (arXiv:2509.11986).
+Each image is the mean of its tokens. Mutual k-NN is that of Huh et al. (arXiv:2405.07987); chance is k / (n - 1);
+between the projector's input and layer 0 it is the neighbour overlap of "Lost in Embeddings" (arXiv:2509.11986).
 """
 
 import itertools
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.alignment.metrics.base import LAYER, TEACHER, TOWER, LabelledBatch, Measure, Row, States
+from analysis.alignment.metrics.base import LAYER, TEACHER, TOWER, LabelledBatch, Measure, ScoreRow, States
 from analysis.alignment.metrics.similarity import (
     gram,
     matrix_cosine,
@@ -47,11 +47,11 @@ class PooledSimilarity(Measure):
 
     sources = (LAYER, TOWER, TEACHER)
 
-    def update(self, states: States, batch: LabelledBatch) -> Iterator[Row]:
+    def update(self, states: States, batch: LabelledBatch) -> Iterator[ScoreRow]:
         """Yields mean states (b, H) of the images that are compared."""
         if batch.pooled:
             key = replace(states.key("", POOLED), layer=f"{states.source}:{states.name}")
-            yield Row(key, states.values[: batch.pooled].mean(dim=1), states.finite[: batch.pooled])
+            yield ScoreRow(key, states.values[: batch.pooled].mean(dim=1), states.finite[: batch.pooled])
 
 
 def take_pooled(tally: ScoreAccumulator) -> tuple[Pooled, Pooled]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.alignment.metrics.base import LabelledBatch, Measure, Row, States
+from analysis.alignment.metrics.base import LabelledBatch, Measure, ScoreRow, States
 from analysis.alignment.metrics.spectrum import centred
 from probing.probes.ridge import resize_states
 from probing.teachers.base import Teacher
@@ -21,13 +21,13 @@ class PositionSimilarity(Measure):
     def __init__(self, teachers: Mapping[str, Teacher]) -> None:
         self.grids = {name: teacher.grid for name, teacher in teachers.items() if teacher.grid}
 
-    def update(self, states: States, batch: LabelledBatch) -> Iterator[Row]:
+    def update(self, states: States, batch: LabelledBatch) -> Iterator[ScoreRow]:
         """Yields one number per image and teacher."""
         for name, grid in self.grids.items():
             target = batch.targets[name]
             pairs = zip(resize_states(states.values, batch.tokens.grid, grid), target.values, strict=True)
             cka = torch.tensor([linear_cka(*pair) for pair in pairs])
-            yield Row(states.key(name, "cka_places"), cka, states.finite & target.finite.to(states.finite.device))
+            yield ScoreRow(states.key(name, "cka_places"), cka, states.finite & target.finite.to(states.finite.device))
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
@@ -63,15 +63,6 @@ def u_centred(matrix: Tensor) -> Tensor:
     rest.fill_diagonal_(0)
     round_off = count * torch.finfo(torch.float64).eps * torch.linalg.matrix_norm(matrix)
     return rest.masked_fill(torch.linalg.matrix_norm(rest) <= round_off, 0)
-
-
-def neighbour_overlap(one: Tensor, other: Tensor, k: int) -> Tensor:
-    """Fraction (n) of each item's k nearest neighbours in features (n, d1) that are so in (n, d2) too, float64.
-
-    The mean is the mutual k-NN alignment of Huh et al. (2024, arXiv:2405.07987), and, before and after a projector, the
-    neighbour overlap of "Lost in Embeddings" (2025, arXiv:2509.11986). Chance is k / (n - 1).
-    """
-    return shared_neighbours(nearest_neighbours(one, k), nearest_neighbours(other, k))
 
 
 def nearest_neighbours(features: Tensor, k: int) -> Tensor:

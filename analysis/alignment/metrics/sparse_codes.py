@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from analysis.alignment.context import AlignmentContext
-from analysis.alignment.metrics.base import LabelledBatch, Measure, Row, States
+from analysis.alignment.metrics.base import LabelledBatch, Measure, ScoreRow, States
 
 COUNTS = (1, 2, 4, 8)
 """Numbers of words in a sum."""
@@ -25,7 +25,7 @@ class SparseCodes(Measure):
         self.patches = context.patch_order[:PATCHES]
         self.dictionaries = {"none": context.vocabulary, "random": random_atoms(context.vocabulary, 0)}
 
-    def update(self, states: States, batch: LabelledBatch) -> Iterator[Row]:
+    def update(self, states: States, batch: LabelledBatch) -> Iterator[ScoreRow]:
         """Yields one number per image, dictionary, pursuit and number of words."""
         vectors = states.values[:, self.patches]
         for control, atoms in self.dictionaries.items():
@@ -34,7 +34,7 @@ class SparseCodes(Measure):
                 energy = pursue(vectors.flatten(0, 1), atoms, steps, method).energy.unflatten(0, vectors.shape[:2])
                 for count in (count for count in COUNTS if count <= steps):
                     key = states.key("words", f"explained_energy_{count}", method, control)
-                    yield Row(key, energy[..., count - 1].mean(dim=1), states.finite)
+                    yield ScoreRow(key, energy[..., count - 1].mean(dim=1), states.finite)
 
 
 class Pursuit(NamedTuple):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.alignment.metrics.base import LAYER, TOWER, LabelledBatch, Measure, Row, States
+from analysis.alignment.metrics.base import LAYER, TOWER, LabelledBatch, Measure, ScoreRow, States
 
 
 class Compression(Measure):
@@ -29,7 +29,7 @@ class Compression(Measure):
 
     sources = (LAYER, TOWER)
 
-    def update(self, states: States, batch: LabelledBatch) -> Iterator[Row]:
+    def update(self, states: States, batch: LabelledBatch) -> Iterator[ScoreRow]:
         """Yields one number per image and measure."""
         for metric, variant, function in (
             ("von_neumann_entropy", "uncentred", von_neumann_entropy),
@@ -37,7 +37,7 @@ class Compression(Measure):
             ("effective_rank", "centred", effective_rank),
             ("effective_rank_singular", "uncentred", effective_rank_singular),
         ):
-            yield Row(states.key("tokens", metric, variant), function(states.values), states.finite)
+            yield ScoreRow(states.key("tokens", metric, variant), function(states.values), states.finite)
 
 
 def von_neumann_entropy(tokens: Tensor) -> Tensor:

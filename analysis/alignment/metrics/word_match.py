@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.alignment.context import AlignmentContext
-from analysis.alignment.metrics.base import LAYER, RANDOM, LabelledBatch, Measure, Patches, Row, States
+from analysis.alignment.metrics.base import LAYER, RANDOM, LabelledBatch, Measure, Patches, ScoreRow, States
 from probing.models.finite import finite_rows, zero_others
 
 PERMUTATIONS = 5
@@ -32,7 +32,7 @@ class WordMatch(Measure):
         self.centres, self.words = centres, context.label_words
         self.orders = label_orders(len(context.annotate.words)).to(context.model.device)
 
-    def update(self, states: States, batch: LabelledBatch) -> Iterator[Row]:
+    def update(self, states: States, batch: LabelledBatch) -> Iterator[ScoreRow]:
         """Yields the scores of both variants, and those of permuted labels."""
         centred = states.values - self.centres[states.source, states.name]
         for variant, values in (("raw", states.values), ("centred", centred)):
@@ -76,12 +76,12 @@ def match_scores(
         yield metric, (sums, finite)
 
 
-def match_rows(states: States, metric: str, variant: str, scores: tuple[Tensor, Tensor]) -> Iterator[Row]:
+def match_rows(states: States, metric: str, variant: str, scores: tuple[Tensor, Tensor]) -> Iterator[ScoreRow]:
     """Rows of the labels themselves, then of each permutation."""
     (own, *permuted), finite = scores
-    yield Row(states.key("words", metric, variant), own, finite)
+    yield ScoreRow(states.key("words", metric, variant), own, finite)
     for seed, sums in enumerate(permuted):
-        yield Row(states.key("words", metric, variant, "permuted", seed), sums, finite)
+        yield ScoreRow(states.key("words", metric, variant, "permuted", seed), sums, finite)
 
 
 def label_sums(similarity: Tensor, patches: Patches, orders: Tensor) -> Iterator[tuple[str, Tensor]]:

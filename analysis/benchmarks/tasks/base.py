@@ -1,12 +1,13 @@
 """What a benchmark defines: how a row becomes a question, and how an answer is parsed and scored."""
 
+import abc
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from analysis.benchmarks.files import Row, find_rows
+from analysis.benchmarks.files import QuestionRow, find_rows
 
 LETTERS = "ABCDEFGHIJ"
 LETTER_IN_BRACKETS = re.compile(r"\(([A-Ja-j])\)")
@@ -53,7 +54,7 @@ class Part(NamedTuple):
     cells: list[tuple[float, dict[str, str]]]
 
 
-class Benchmark:
+class Benchmark(abc.ABC):
     """A task; subclasses set the attributes and define `question` and `parse`."""
 
     name: ClassVar[str]
@@ -68,17 +69,17 @@ class Benchmark:
     part_labels: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Groups and their labels, where these are not just capitalised."""
 
-    def rows(self, source: Path) -> list[Row]:
+    def rows(self, source: Path) -> list[QuestionRow]:
         """Reads the rows of its published files."""
         return find_rows(source, self.title)
 
-    def question(self, row: Row) -> Question:
+    @abc.abstractmethod
+    def question(self, row: QuestionRow) -> Question:
         """Makes a question of a row; raises KeyError, ValueError or TypeError where it is none."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def parse(self, question: Question, answer: str) -> str | None:
         """The letter or text that an answer means; None where it is unreadable."""
-        raise NotImplementedError
 
     def score(self, question: Question, parsed: str) -> float:
         """The score of a parsed answer, 0 to 1."""
@@ -107,7 +108,7 @@ def letter(text: Any) -> str:
     return match[1].upper()
 
 
-def choice_columns(row: Row) -> dict[str, str]:
+def choice_columns(row: QuestionRow) -> dict[str, str]:
     """Choices in columns `A`, `B`, …, as in VLMEvalKit's files; empty ones are left out."""
     return {name: str(row.values[name]) for name in LETTERS if str(row.values.get(name) or "").strip()}
 

@@ -7,7 +7,7 @@ character. Here the letter must be one of the question's, and a first character 
 
 from collections.abc import Sequence
 
-from analysis.benchmarks.files import Row
+from analysis.benchmarks.files import QuestionRow
 from analysis.benchmarks.tasks.base import (
     LETTER_ALONE,
     LETTER_IN_BRACKETS,
@@ -32,7 +32,7 @@ class CVBench(Benchmark):
     suffix = "\nAnswer with the letter of the right choice alone, as in (A)."
     part_labels = (("2d", "2D"), ("3d", "3D"), ("ade20k", "ADE20K"), ("coco", "COCO"), ("omni3d", "Omni3D"))
 
-    def question(self, row: Row) -> Question:
+    def question(self, row: QuestionRow) -> Question:
         """Uses the published prompt, or builds it."""
         values = row.values
         choices = choice_columns(row) or dict(zip(LETTERS, map(str, values["choices"]), strict=False))

@@ -4,7 +4,7 @@ In lower case, the letter is the first character, or follows `(`, `option ` or `
 beginning.
 """
 
-from analysis.benchmarks.files import Row
+from analysis.benchmarks.files import QuestionRow
 from analysis.benchmarks.tasks.base import (
     LETTERS,
     ONLY_THE_LETTER,
@@ -25,7 +25,7 @@ class MMStar(Benchmark):
     columns = ("question", "answer", "category", "l2_category")
     suffix = f"\n{ONLY_THE_LETTER}"
 
-    def question(self, row: Row) -> Question:
+    def question(self, row: QuestionRow) -> Question:
         """Its Parquet has the choices inside the question, VLMEvalKit's TSV in columns."""
         choices = choice_columns(row)
         text = str(row.values["question"]) + ("\nOptions:" if choices else "") + listed(choices, "\n{}: {}")

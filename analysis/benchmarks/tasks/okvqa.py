@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from analysis.benchmarks.files import Row, file_row
+from analysis.benchmarks.files import QuestionRow, file_row
 from analysis.benchmarks.tasks.base import NUMBERS, Benchmark, Question, register
 from probing.utils.errors import BROKEN, UserError
 from probing.utils.paths import is_file
@@ -23,7 +23,7 @@ class OKVQA(Benchmark):
     columns = ("question", "answers", "question_id")
     suffix = "\nAnswer the question using a single word or phrase."
 
-    def rows(self, source: Path) -> list[Row]:
+    def rows(self, source: Path) -> list[QuestionRow]:
         """Reads the official files where they exist, else those of other data sets' forms."""
         files = sorted(source.rglob("OpenEnded_mscoco_*_questions.json")) if source.is_dir() else []
         if not files:
@@ -45,7 +45,7 @@ class OKVQA(Benchmark):
                 f"{file} and {annotations.name} do not fit ({type(error).__name__}: {error}); get both again"
             ) from None
 
-    def question(self, row: Row) -> Question:
+    def question(self, row: QuestionRow) -> Question:
         """Answers are texts, or objects with the text in `answer`."""
         if isinstance(row.values["answers"], str) or not len(row.values["answers"]):
             raise ValueError("the answers are no list")

@@ -6,7 +6,7 @@ letter. A letter in brackets, or before a full stop and text (`B. Left`), is acc
 
 import re
 
-from analysis.benchmarks.files import Row
+from analysis.benchmarks.files import QuestionRow
 from analysis.benchmarks.tasks.base import (
     LETTER_ALONE,
     LETTER_IN_BRACKETS,
@@ -32,7 +32,7 @@ class RealWorldQA(Benchmark):
     name, title, split, size = "realworldqa", "RealWorldQA", "test", 765
     columns = ("question", "answer")
 
-    def question(self, row: Row) -> Question:
+    def question(self, row: QuestionRow) -> Question:
         """Choices are in columns or in the question; an answer that is no choice makes it an open question."""
         text, columns = str(row.values["question"]).strip(), choice_columns(row)
         if columns:

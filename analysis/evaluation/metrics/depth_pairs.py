@@ -165,7 +165,7 @@ def read_images(
         UserError: no image can be used.
     """
     from probing.data.coco import ImageList, Skipped
-    from probing.data.image_modes import image_size
+    from probing.data.image_modes import size_of_image
     from probing.utils.paths import is_file
 
     annotated = {name: some for name, some in pairs.items() if some}
@@ -180,7 +180,7 @@ def read_images(
     outside: list[Skipped] = []
     for name in list(pairs)[:limit]:
         try:
-            width, height = image_size(root / name, name in turned)
+            width, height = size_of_image(root / name, name in turned)
         except OSError:
             continue  # the data loader reports it as corrupt
         sizes[name] = (height, width)
@@ -200,14 +200,14 @@ def read_images(
 
 def find_upright(root: Path, pairs: dict[str, list[Pair]]) -> frozenset[str]:
     """Returns the images to rotate by EXIF: all that have it, if points lie inside one of them only when rotated."""
-    from probing.data.image_modes import image_size, orientation
+    from probing.data.image_modes import orientation, size_of_image
 
     rotated, upright = [], False
     for name, points in pairs.items():
         try:
             if orientation(root / name) == 1:
                 continue
-            stored, shown = image_size(root / name, upright=False), image_size(root / name)
+            stored, shown = size_of_image(root / name, upright=False), size_of_image(root / name)
         except OSError:
             continue
         rotated.append(name)

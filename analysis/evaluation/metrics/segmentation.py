@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MEAN_OVER = 256
 """Training images whose early stages are averaged for blind decoding."""
+BATCH = 8
 
 
 def confusion(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
@@ -204,7 +205,7 @@ def labelled_images(images: ImageList, panoptic: Panoptic, limit: int | None) ->
         UserError: no labelled image is left.
     """
     from probing.data.coco import Skipped
-    from probing.data.instances import LabelledImages, fitting
+    from probing.data.instances import LabelledImages, keep_annotated_size
 
     exists = {name: (panoptic.folder / png).is_file() for name, (png, _) in panoptic.segments.items()}
     names = [name for name in images.names if exists.get(name)]
@@ -220,19 +221,19 @@ def labelled_images(images: ImageList, panoptic: Panoptic, limit: int | None) ->
         raise UserError(f"no image of {images.split} has a panoptic annotation with its PNG; unpack them there")
     if not any(panoptic.segments[name][1] for name in names[:limit]):
         raise UserError(f"no image of {images.split} has a labelled segment; check annotations/ of the data")
-    fit = fitting(replace(images, names=names[:limit], skipped=skipped), panoptic)
+    fit = keep_annotated_size(replace(images, names=names[:limit], skipped=skipped), panoptic)
     return LabelledImages(**vars(fit), maps=panoptic)
 
 
-def early_means(decoder: SegDecoder, training: ImageList, batch: int = 8) -> list[Tensor]:
+def early_means(decoder: SegDecoder, training: ImageList) -> list[Tensor]:
     """Averages every early stage over training images and positions, (C) each; unreadable images are skipped."""
     from probing.utils.images import square
 
     totals: list[Tensor] = []
     count = 0
-    for first in range(0, min(len(training), MEAN_OVER), batch):
+    for first in range(0, min(len(training), MEAN_OVER), BATCH):
         pictures = []
-        for index in range(first, min(first + batch, len(training), MEAN_OVER)):
+        for index in range(first, min(first + BATCH, len(training), MEAN_OVER)):
             with contextlib.suppress(OSError):
                 pictures.append(square(training.read(index)))
         if pictures:

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from analysis.alignment.context import Annotator
 from analysis.alignment.headlines import HEADLINE_METRICS
-from analysis.alignment.metrics.similarity import linear_cka, neighbour_overlap
+from analysis.alignment.metrics.similarity import linear_cka
 from analysis.alignment.metrics.sparse_codes import pursue
 from analysis.alignment.metrics.spectrum import von_neumann_entropy
 from analysis.alignment.run import AlignRecipe, align
@@ -35,6 +35,7 @@ from probing.utils.images import square
 from reports.alignment import difference_table
 from reports.page import write_report
 from reports.results import load_runs
+from tests.analysis.alignment.metrics.test_similarity import neighbour_overlap
 from tests.helpers import tiny
 
 

@@ -16,7 +16,7 @@ from analysis.evaluation.registry import metrics
 from analysis.evaluation.run import evaluate
 from analysis.evaluation.scores import ScoreFile, score_file
 from probing.data.coco import list_images
-from probing.data.input_controls import caption_inputs
+from probing.data.input_substitutes import caption_inputs
 from probing.models import load_backbone
 from probing.probes.bank import ProbeBank
 from probing.recipe import TeacherRecipe

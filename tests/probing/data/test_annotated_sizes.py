@@ -10,7 +10,7 @@ from analysis.alignment.context import Annotator
 from analysis.evaluation.metrics.depth_pairs import read_images
 from probing.data.coco import find_turned, list_images, read_image, same_shape
 from probing.data.da2k import read_pairs
-from probing.data.instances import LabelledImages, fitting, labels_on, read_label_maps
+from probing.data.instances import LabelledImages, keep_annotated_size, labels_on, read_label_maps
 from probing.data.patch_words import PatchWords, read_annotations
 from probing.utils.errors import UserError
 from tests.helpers import tiny
@@ -87,7 +87,7 @@ def test_labels_lie_on_turned_images(tmp_path, caplog, kind, size, turns):
         picture = images.read(index)
         assert picture.size == size
         assert red_is_person(picture, labels_on(maps, name, picture.size))
-    assert len(fitting(images, maps)) == len(images)
+    assert len(keep_annotated_size(images, maps)) == len(images)
 
 
 def test_images_annotated_as_stored_stay(tmp_path, caplog):
@@ -118,7 +118,7 @@ def test_turned_images_are_another_list(tmp_path):
 def test_labels_lie_on_resized_copies(tmp_path, caplog, kind, scale, turn):
     root = world(tmp_path, kind, [turn, turn], (60, 80), scale)
     maps = read_label_maps(root, "val2017")
-    images = fitting(list_images(root, "val2017"), maps)
+    images = keep_annotated_size(list_images(root, "val2017"), maps)
     assert "2 label maps are scaled to their images, first 1.jpg" in caplog.text
     picture = images.read(0)
     assert picture.size == (round(60 * scale), round(80 * scale))
@@ -132,7 +132,7 @@ def test_other_sizes_are_left_out_and_named(tmp_path, caplog, kind):
     root = world(tmp_path, kind, [1, 1])
     save(root / "val2017" / "1.jpg", upright(50, 40))
     maps, images = read_label_maps(root, "val2017"), list_images(root, "val2017")
-    found = fitting(images, maps)
+    found = keep_annotated_size(images, maps)
     reason = "30 x 40 pixels are annotated, the image has 50 x 40"
     assert found.names == ["2.jpg"] and [(s.image, s.reason) for s in found.skipped] == [("1.jpg", reason)]
     assert f"1 images are skipped, first 1.jpg: {reason}" in caplog.text
@@ -142,7 +142,7 @@ def test_other_sizes_are_left_out_and_named(tmp_path, caplog, kind):
         LabelledImages(**vars(images), maps=maps).read(0)
     save(root / "val2017" / "2.jpg", upright(50, 40))
     with pytest.raises(UserError, match="no image of val2017 has its annotated size"):
-        fitting(images, maps)
+        keep_annotated_size(images, maps)
 
 
 def test_patches_in_training_follow_turned_images(tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from probing.data.coco import list_images
 from probing.data.da2k import Pair, read_pairs
-from probing.data.input_controls import read_captions
+from probing.data.input_substitutes import read_captions
 from probing.data.instances import read_instances
 from probing.data.panoptic import UNLABELED, read_panoptic
 from probing.utils.errors import UserError

@@ -100,5 +100,5 @@ def test_compressed_runs_are_those_of_pycocotools():
         inside = rng.random(rng.integers(1, 90, 2)) < rng.random()
         packed = mask.encode(np.asfortranarray(inside, dtype=np.uint8))
         packed["counts"] = packed["counts"].decode()
-        found = Instances(["a"], {"x.jpg": inside.shape}, {"x.jpg": [(0, packed)]}).labels("x.jpg")
+        found = Instances(["a"], {"x.jpg": inside.shape[::-1]}, {"x.jpg": [(0, packed)]}).labels("x.jpg")
         np.testing.assert_array_equal(found == 0, inside)

@@ -4,7 +4,7 @@ import pytest
 
 from probing.recipe import ProbeRunRecipe
 from probing.runs.claim import claim
-from probing.runs.directory import AlignmentRun, Run
+from probing.runs.directory import FinishedAlignment, Run
 from probing.utils.errors import UserError
 from probing.utils.files import atomic_file, atomic_folder
 
@@ -54,5 +54,5 @@ def test_broken_alignment_recipe_is_a_user_error(tmp_path, text):
     if text is not None:
         (tmp_path / "recipe.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=r"recipe\.yaml") as caught:
-        _ = AlignmentRun(tmp_path).settings
+        _ = FinishedAlignment(tmp_path).settings
     assert len(str(caught.value).splitlines()) == 1

@@ -3,10 +3,10 @@
 import contextlib
 import hashlib
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -74,7 +74,10 @@ def inception(weights: Path | None, device: torch.device) -> Extractor:
     except ImportError:
         raise UserError("fid needs pytorch-fid; install it with: pip install 'mllm-probing[decode]'") from None
     try:
-        with _read_from(reference, weights):
+        with contextlib.ExitStack() as stack:
+            if weights is not None:  # for which pytorch-fid has no option
+                state = torch.load(weights, map_location="cpu", weights_only=True)
+                stack.enter_context(mock.patch.object(reference, "load_state_dict_from_url", return_value=state))
             model = reference.InceptionV3().eval().to(device)
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         where = f"be read from {weights}" if weights else "be downloaded"
@@ -94,19 +97,6 @@ def inception_file() -> Path | None:
     """Returns the weights that torch.hub has downloaded; None if it has not."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
     return file if file.is_file() else None
-
-
-@contextlib.contextmanager
-def _read_from(reference: Any, weights: Path | None) -> Iterator[None]:
-    """Makes pytorch-fid read its weights from a file, which it has no option for."""
-    download = reference.load_state_dict_from_url
-    if weights is not None:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        reference.load_state_dict_from_url = lambda *_, **__: state
-    try:
-        yield
-    finally:
-        reference.load_state_dict_from_url = download
 
 
 def _identity(model: torch.nn.Module) -> str:

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from analysis.alignment.metrics.pooled_similarity import cka_jackknives, compare_pooled, mutual_knn
-from analysis.alignment.metrics.similarity import linear_cka, neighbour_overlap
+from analysis.alignment.metrics.similarity import linear_cka
+from tests.analysis.alignment.metrics.test_similarity import neighbour_overlap
 
 
 def normal(*shape, seed=0):

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from analysis.alignment.metrics import similarity
-from analysis.alignment.metrics.similarity import linear_cka, neighbour_overlap
+from analysis.alignment.metrics.similarity import linear_cka, nearest_neighbours, shared_neighbours
+
+
+def neighbour_overlap(one, other, k):
+    return shared_neighbours(nearest_neighbours(one, k), nearest_neighbours(other, k))
 
 
 def normal(*shape, seed=0):
