@@ -48,8 +48,7 @@ from probing.runs.compatibility import (
     to_record,
 )
 from probing.runs.manifest import manifest_header, versions
-from probing.teachers import load_teacher
-from probing.teachers.base import Teacher
+from probing.teachers import load_teachers
 from probing.utils.distributed import require_single_process
 from probing.utils.errors import UserError
 from probing.utils.files import disk_errors, write_text
@@ -118,9 +117,7 @@ class Alignment:
     ) -> None:
         self.recipe, self.out, self.maps, self.images, self.device = recipe, out, maps, images, device
         self.checkpoint: Identity = identify(recipe.backbone)
-        self.teachers: dict[str, Teacher] = {
-            name: load_teacher(name, teacher, device) for name, teacher in recipe.teachers.items()
-        }
+        self.teachers = load_teachers(recipe.teachers, device)
         inputs = describe_inputs(self.checkpoint, self.teachers, recipe.data.view, {"images": images.digest()})
         self.inputs = inputs
         self.settings = f"{__version__} {images.digest()}"

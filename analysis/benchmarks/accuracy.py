@@ -43,8 +43,8 @@ class PartSums:
     """How the questions of one part add up.
 
     Attributes:
-        masks: which questions are in which cell, (cells, questions).
-        weights: of the cells, (cells).
+        masks: which questions are in which stratum, (strata, questions).
+        weights: of the strata, (strata).
         images: index of the image of each question, (questions).
     """
 
@@ -54,10 +54,10 @@ class PartSums:
 
     @classmethod
     def of(cls, part: Part, answers: Sequence[ScoredAnswer]) -> "PartSums":
-        """Finds the questions of each cell."""
+        """Finds the questions of each stratum."""
         index = {name: i for i, name in enumerate(dict.fromkeys(answer.image for answer in answers))}
-        masks = [[chosen.items() <= answer.groups.items() for answer in answers] for _, chosen in part.cells]
-        weights = np.array([weight for weight, _ in part.cells])
+        masks = [[chosen.items() <= answer.groups.items() for answer in answers] for _, chosen in part.strata]
+        weights = np.array([weight for weight, _ in part.strata])
         return cls(np.array(masks), weights, np.array([index[answer.image] for answer in answers]))
 
     @property
@@ -66,16 +66,16 @@ class PartSums:
         return int(self.masks.any(axis=0).sum())
 
     def table(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Sum and number of each cell's values (questions) by image, (images, 2 * cells), without empty images."""
+        """Sum and number of each stratum's values (questions) by image, (images, 2 * strata), without empty images."""
         sums = np.zeros((self.images.max() + 1, 2 * len(self.masks)))
-        for cell, mask in enumerate(self.masks):
-            np.add.at(sums[:, 2 * cell], self.images[mask], values[mask])
-            np.add.at(sums[:, 2 * cell + 1], self.images[mask], 1)
+        for row, mask in enumerate(self.masks):
+            np.add.at(sums[:, 2 * row], self.images[mask], values[mask])
+            np.add.at(sums[:, 2 * row + 1], self.images[mask], 1)
         return sums[sums[:, 1::2].any(axis=1)]
 
     @property
     def statistic(self) -> Statistic:
-        """Weighted mean of the cells' means, from sums over images; NaN where a resample lacks a cell."""
+        """Weighted mean of the strata's means, from sums over images; NaN where a resample lacks a stratum."""
 
         def mean(sums: NDArray[np.float64]) -> NDArray[np.float64]:
             with np.errstate(invalid="ignore", divide="ignore"):

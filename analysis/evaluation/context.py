@@ -11,10 +11,10 @@ from analysis.evaluation.options import Options
 from probing.data.coco import ImageList
 from probing.data.target_cache import TargetCache
 from probing.runs.directory import Run
-from probing.teachers import Teacher
+from probing.teachers import Teacher, load_teachers
 from probing.teachers.gen import GenDecoder
 from probing.teachers.seg import SegDecoder
-from probing.training.run import held_out_images, load_teachers, open_target_caches, training_images
+from probing.training.run import held_out_images, open_target_caches, training_images
 
 
 @dataclass
@@ -30,7 +30,7 @@ class EvaluationContext:
     @classmethod
     def load(cls, run: Run, options: Options, device: torch.device) -> "EvaluationContext":
         """Lists the held-out images and loads the teachers."""
-        return cls(run, options, device, held_out_images(run.recipe.data), load_teachers(run.recipe, device))
+        return cls(run, options, device, held_out_images(run.recipe.data), load_teachers(run.recipe.teachers, device))
 
     @property
     def micro_batch(self) -> int:

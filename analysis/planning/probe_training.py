@@ -23,8 +23,8 @@ from probing.probes.bank import probe_configs
 from probing.recipe import ProbeRunRecipe
 from probing.runs.claim import holds_run
 from probing.runs.directory import Run
-from probing.teachers import Teacher
-from probing.training.run import WEIGHTS, held_out_images, load_teachers, summary_file, training_images
+from probing.teachers import Teacher, load_teachers
+from probing.training.run import WEIGHTS, held_out_images, summary_file, training_images
 from probing.training.schedule import count_steps, require_enough
 from probing.training.sizes import disk_bytes, probe_parameters, ridge_bytes
 from probing.training.trackers import require_tracker
@@ -50,7 +50,7 @@ def plan_training(recipe: ProbeRunRecipe, out: Path | None = None, processes: in
     images, held_out = training_images(recipe.data), held_out_images(recipe.data)
     require_enough(len(images), recipe.fit, processes)
     backbone = load_backbone(recipe.backbone.model_copy(update={"device_map": None, "quantization_config": None}), META)
-    layers, teachers = parse_layers(recipe.layers, backbone.layers), load_teachers(recipe, META)
+    layers, teachers = parse_layers(recipe.layers, backbone.layers), load_teachers(recipe.teachers, META)
     steps, disk = count_steps(len(images), recipe.fit), disk_bytes(recipe, backbone.hidden_size, teachers, layers)
     facts = {} if out is None else {"run": f"{out} ({_state(out, recipe, steps, disk)})"}
     facts |= {

@@ -1,5 +1,6 @@
 """Losses next to next-token prediction: their interface, and the embedding losses of OLA-VLM (arXiv:2412.09585)."""
 
+import abc
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from probing.teachers import Teacher
 MAX_SCALE = 100.0
 
 
-class AuxiliaryLoss(nn.Module):
+class AuxiliaryLoss(nn.Module, abc.ABC):
     """One or several named losses next to next-token prediction.
 
     Attributes:
@@ -30,16 +31,16 @@ class AuxiliaryLoss(nn.Module):
     weights: dict[str, float]
     keys: tuple[str, ...]
 
+    @abc.abstractmethod
     def prepare(self, batches: list[dict[str, Any]], device: torch.device, world: int) -> None:
         """Adds to the micro-batches of one optimiser step what `loss` needs.
 
         It sees them together, and gathers from the other processes, so that no mean depends on how a batch is split.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def loss(self, states: dict[int, Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
         """Computes this micro-batch's share of each mean over the global batch, by name; what it omits is 0."""
-        raise NotImplementedError
 
     def save(self, folder: Path, state: Mapping[str, Tensor], provenance: dict[str, Any]) -> None:
         """Writes into a checkpoint what the loss trained; `state` holds the tensors of `state_dict`, unsharded."""

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,7 @@ from probing.models.decoder import decoder_parts
 from probing.models.image_tokens import tower_grid
 from probing.models.llava import fit_processor, use_tokenizer_template
 from probing.models.token_map import SPECIAL, special_ids
-from probing.recipe import TeacherRecipe
-from probing.teachers import Teacher, load_teacher
+from probing.teachers import Teacher, load_teachers
 from probing.utils.checkpoint_files import read_json
 from probing.utils.errors import UserError, first_line
 from probing.utils.paths import local_path
@@ -169,13 +168,11 @@ def build_stage(recipe: DistillRecipe, inputs: StageInputs, device: torch.device
     teachers: dict[str, Teacher] = {}
     predictors: EmbeddingPredictors | None = None
     if recipe.embedding is not None and recipe.embedding.tasks:
-        teachers = {
-            name: load_teacher(name, recipe.embedding.teachers[name], device) for name in recipe.embedding.tasks
-        }
+        teachers = load_teachers({name: recipe.embedding.teachers[name] for name in recipe.embedding.tasks}, device)
         predictors = _build_predictors(recipe, inputs.source, model, processor, teachers)
     if recipe.encoders is not None:
-        names: list[str] = [name for name in SPECIAL if name in recipe.encoders.teachers]
-        teachers = _load_teachers(recipe.encoders.teachers, names, device)
+        encoders = {str(name): teacher for name, teacher in recipe.encoders.teachers.items()}
+        teachers = load_teachers({name: encoders[name] for name in SPECIAL if name in encoders}, device)
         model = _add_encoders(recipe.encoders, recipe.seed, model, processor, teachers)
     elif isinstance(model, multi_encoder.MultiEncoderForConditionalGeneration):
         teachers = model.model.teachers = multi_encoder.load_teachers(inputs.config, device)
@@ -223,10 +220,6 @@ def _load_checkpoint(recipe: DistillRecipe, inputs: StageInputs, device: torch.d
         raise UserError(f"checkpoint {recipe.checkpoint} cannot be loaded: {first_line(error)}") from None
     require_whole(source, missing, unexpected)
     return model, processor
-
-
-def _load_teachers(recipes: Mapping[Any, TeacherRecipe], names: list[str], device: torch.device) -> dict[str, Teacher]:
-    return {name: load_teacher(name, recipes[name], device) for name in names}
 
 
 @contextlib.contextmanager

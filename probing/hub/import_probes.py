@@ -28,9 +28,9 @@ from probing.recipe import ProbeRecipe, ProbeRunRecipe, apply_overrides, validat
 from probing.runs.claim import claim
 from probing.runs.compatibility import recorded_moment
 from probing.runs.directory import Run
-from probing.teachers import Teacher
+from probing.teachers import Teacher, load_teachers
 from probing.teachers.registry import CATALOGUE
-from probing.training.run import held_out_images, load_teachers, provenance_of, training_images, write_manifest
+from probing.training.run import held_out_images, provenance_of, training_images, write_manifest
 from probing.utils.checkpoint_files import read_json, read_tensors
 from probing.utils.distributed import require_single_process
 from probing.utils.errors import UserError
@@ -78,7 +78,7 @@ def import_probes(checkpoint: str, data: str, out: Path, overrides: Sequence[str
     train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
     with rendering_at(recorded_moment(None)):
         identity = identify(recipe.backbone)
-        teachers = load_teachers(recipe, device)
+        teachers = load_teachers(recipe.teachers, device)
         provenance = provenance_of(recipe, identity, teachers, train_images, eval_images)
     provenance["checkpoint"]["name"] += f" {found.kind}"
     _require_teachers(found, identity.hidden_size, teachers)

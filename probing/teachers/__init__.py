@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from probing.teachers.base import Teacher
 
-__all__ = ["Teacher", "describe_teacher", "load_teacher"]
+__all__ = ["Teacher", "describe_teacher", "load_teacher", "load_teachers"]
 
 
 def __getattr__(name: str) -> Any:
@@ -47,6 +47,11 @@ def load_teacher(name: str, recipe: TeacherRecipe, device: "torch.device") -> "T
         )
     teacher: Teacher = importlib.import_module(f"probing.teachers.{name}").load(recipe, device)
     return teacher
+
+
+def load_teachers(recipes: Mapping[str, TeacherRecipe], device: "torch.device") -> "dict[str, Teacher]":
+    """Loads several teachers by name; raises UserError as `load_teacher` does."""
+    return {name: load_teacher(name, recipe, device) for name, recipe in recipes.items()}
 
 
 def describe_teacher(values: Mapping[str, dict[str, Any]], overrides: Iterable[str] = ()) -> dict[str, Any]:

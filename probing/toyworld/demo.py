@@ -149,7 +149,7 @@ def _log_quality(quality: dict[str, Any]) -> None:
         ("gen teacher: retrieves the caption of %.0f %% of 200 images (chance %.1f %%)",
          "caption_r_at_1_of_200", "caption_r_at_1_chance"),
         ("gen decoder: %.0f %% of 200 generated images are closest to their source (chance %.1f %%)",
-         "painted_r_at_1_of_200", "painted_r_at_1_chance"),
+         "generated_r_at_1_of_200", "generated_r_at_1_chance"),
     ]  # fmt: skip
     for text, *keys in logs:
         logger.info(text, *(100 * (depth | gen)[key] for key in keys))

@@ -282,8 +282,8 @@ def train_gen(scenes: Scenes, held_out: Scenes, steps: int, seed: int = 0) -> tu
         return model, {
             "caption_r_at_1_of_200": float((logits.argmax(1) == torch.arange(len(part))).float().mean()),
             "caption_r_at_1_chance": 1 / len(part),
-            "repaint_mse": F.mse_loss(decoder(image), pixels(part)).item(),
-            "repaint_mse_of_mean_image": F.mse_loss(
+            "reconstruction_mse": F.mse_loss(decoder(image), pixels(part)).item(),
+            "reconstruction_mse_of_mean_image": F.mse_loss(
                 pixels(scenes).mean(0).expand(len(part), -1, -1, -1), pixels(part)
             ).item(),
         }

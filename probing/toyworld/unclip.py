@@ -140,10 +140,10 @@ def _evaluate(pipeline: Any, held_out: Scenes) -> Quality:
     generated_embeds = pipeline.image_encoder(images).image_embeds
     nearest = (F.normalize(generated_embeds, dim=-1) @ F.normalize(embeds, dim=-1).T).argmax(1)
     return {
-        "painted_r_at_1_of_200": float((nearest == torch.arange(len(part))).float().mean()),
-        "painted_r_at_1_chance": 1 / len(part),
-        "painted_mse": F.mse_loss(images, true).item(),
-        "painted_mse_of_other_scenes": F.mse_loss(images.roll(1, dims=0), true).item(),
+        "generated_r_at_1_of_200": float((nearest == torch.arange(len(part))).float().mean()),
+        "generated_r_at_1_chance": 1 / len(part),
+        "generated_mse": F.mse_loss(images, true).item(),
+        "generated_mse_of_other_scenes": F.mse_loss(images.roll(1, dims=0), true).item(),
     }
 
 
@@ -171,7 +171,7 @@ def train_classifier(scenes: Scenes, held_out: Scenes, folder: Path, steps: int,
         labels = _contents(held_out)
         accuracy = ((model(pixels(held_out)).logits > 0) == (labels > 0.5)).float().mean()
         majority = torch.maximum(labels.mean(0), 1 - labels.mean(0)).mean()
-    return {"label_accuracy": float(accuracy), "label_accuracy_of_commoner": float(majority)}
+    return {"label_accuracy": float(accuracy), "label_accuracy_of_majority": float(majority)}
 
 
 def _contents(scenes: Scenes) -> Tensor:

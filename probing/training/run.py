@@ -32,7 +32,7 @@ from probing.runs.compatibility import (
 )
 from probing.runs.directory import Run
 from probing.runs.manifest import manifest_header, versions
-from probing.teachers import Teacher, load_teacher
+from probing.teachers import Teacher, load_teachers
 from probing.training.convergence import NOT_TRAINED, judge
 from probing.training.sizes import disk_bytes, probe_parameters
 from probing.training.spread import spread_layers
@@ -82,11 +82,6 @@ def held_out_images(data: DataRecipe) -> ImageList:
     return _images(data, data.eval_split, data.eval_limit)
 
 
-def load_teachers(recipe: ProbeRunRecipe, device: torch.device) -> dict[str, Teacher]:
-    """Loads the teachers of a recipe."""
-    return {name: load_teacher(name, teacher, device) for name, teacher in recipe.teachers.items()}
-
-
 def open_target_caches(
     recipe: ProbeRunRecipe,
     teachers: dict[str, Teacher],
@@ -134,7 +129,7 @@ def _train(recipe: ProbeRunRecipe, out: Path, recorded: dict[str, Any] | None, a
     train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
     backbone = load_run_backbone(recipe, "none", accelerator.device)
     layers = parse_layers(recipe.layers, backbone.layers)
-    teachers = load_teachers(recipe, accelerator.device)
+    teachers = load_teachers(recipe.teachers, accelerator.device)
     run, main = Run(out, recipe), accelerator.is_main_process
     with disk_errors(out):
         holds_run(out, recipe)

@@ -29,7 +29,8 @@ from accelerate import Accelerator
 import probing.utils.torchvision_shim  # noqa: F401
 from probing.data.dataloader import MicroBatches, Prepared, micro_batches
 from probing.recipe import ProbeRunRecipe
-from probing.training.run import load_run_backbone, load_teachers, training_images
+from probing.teachers import load_teachers
+from probing.training.run import load_run_backbone, training_images
 from probing.training.schedule import plan_steps
 from probing.training.trainer import ProbeTrainer
 from tests.benchmarks.sizes import SIZES
@@ -63,7 +64,7 @@ def make_trainer(size: str, root: Path, layers: int | None, bf16: bool) -> Probe
     accelerator = Accelerator(cpu=True)
     backbone = load_run_backbone(recipe, "none", accelerator.device)
     first = 0 if layers is None else backbone.layers - layers + 1  # the forward is as deep in all cases
-    teachers = load_teachers(recipe, accelerator.device)
+    teachers = load_teachers(recipe.teachers, accelerator.device)
     chosen = list(range(first, backbone.layers + 1))
     return ProbeTrainer(
         recipe, backbone, teachers, training_images(recipe.data), chosen, ["none"], root / "state", accelerator

@@ -25,7 +25,8 @@ import probing.teachers.base
 from analysis.planning.probe_training import plan_training
 from probing.data.dataloader import MicroBatches, micro_batches
 from probing.recipe import ProbeRunRecipe
-from probing.training.run import load_run_backbone, load_teachers, training_images
+from probing.teachers import load_teachers
+from probing.training.run import load_run_backbone, training_images
 from probing.training.schedule import plan_steps
 from probing.training.trainer import ProbeTrainer
 from tests.helpers import full_size, tiny
@@ -92,7 +93,7 @@ def main() -> None:
         cost = plan_training(recipe).work
         assert cost is not None
         with random_weights():
-            backbone, teachers = load_run_backbone(recipe, "none", device), load_teachers(recipe, device)
+            backbone, teachers = load_run_backbone(recipe, "none", device), load_teachers(recipe.teachers, device)
         images, layers = training_images(recipe.data), list(range(1, backbone.layers + 1))
         trainer = ProbeTrainer(
             recipe, backbone, teachers, images, layers, ["none"], Path(folder) / "state", accelerator

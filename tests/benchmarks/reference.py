@@ -27,8 +27,8 @@ from accelerate import Accelerator
 from transformers import AutoModelForImageTextToText
 
 from probing.recipe import ProbeRunRecipe
-from probing.teachers import depth
-from probing.training.run import load_run_backbone, load_teachers, open_target_caches, training_images
+from probing.teachers import depth, load_teachers
+from probing.training.run import load_run_backbone, open_target_caches, training_images
 from probing.training.schedule import plan_steps
 from probing.training.trainer import ProbeTrainer
 from probing.utils.images import square
@@ -46,7 +46,7 @@ def make_trainer(values: dict[str, Any], root: Path, batch: int) -> ProbeTrainer
     accelerator = Accelerator(cpu=True)
     backbone, teachers = (
         load_run_backbone(recipe, "none", accelerator.device),
-        load_teachers(recipe, accelerator.device),
+        load_teachers(recipe.teachers, accelerator.device),
     )
     layers = list(range(1, backbone.layers + 1))  # the reference has no layer 0
     return ProbeTrainer(recipe, backbone, teachers, training_images(recipe.data), layers, ["none"], root, accelerator)

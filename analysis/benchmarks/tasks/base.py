@@ -47,11 +47,11 @@ class Part(NamedTuple):
 
     Attributes:
         name: empty for the whole, else e.g. `2d` or `2d/count`.
-        cells: weights, and the groups of the questions that each weighs; the accuracy is the weighted mean.
+        strata: weights, and the groups of the questions that each weighs; the accuracy is the weighted mean.
     """
 
     name: str
-    cells: list[tuple[float, dict[str, str]]]
+    strata: list[tuple[float, dict[str, str]]]
 
 
 class Benchmark(abc.ABC):

@@ -70,5 +70,5 @@ class CVBench(Benchmark):
             if len(sources) > 1:
                 parts += [Part(f"{kind}/{source}", [(1.0, {"type": kind, "source": source})]) for source in sources]
         kinds = [part for part in parts if "/" not in part.name]
-        cells = [(weight / len(kinds), chosen) for part in kinds for weight, chosen in part.cells]
-        return [Part("", cells), *parts] if len(kinds) > 1 else parts
+        strata = [(weight / len(kinds), chosen) for part in kinds for weight, chosen in part.strata]
+        return [Part("", strata), *parts] if len(kinds) > 1 else parts

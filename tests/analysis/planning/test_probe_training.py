@@ -13,7 +13,8 @@ from analysis.planning.plan import Devices, Plan, Work
 from analysis.planning.probe_training import plan_training
 from probing.models import parse_layers
 from probing.recipe import ProbeRunRecipe, dump_recipe
-from probing.training.run import load_run_backbone, load_teachers, train, training_images
+from probing.teachers import load_teachers
+from probing.training.run import load_run_backbone, train, training_images
 from probing.training.schedule import plan_steps
 from probing.training.trainer import ProbeTrainer
 from probing.utils.errors import UserError
@@ -29,7 +30,7 @@ def counted(recipe, folder):
     """Operations of a real step of the first epoch, per image."""
     backbone, teachers, images = (
         load_run_backbone(recipe, "none", CPU),
-        load_teachers(recipe, CPU),
+        load_teachers(recipe.teachers, CPU),
         training_images(recipe.data),
     )
     layers = parse_layers(recipe.layers, backbone.layers)

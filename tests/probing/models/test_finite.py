@@ -17,8 +17,9 @@ from probing.models.finite import finite_rows, layer_ranges, not_finite_rows, re
 from probing.probes.bank import ProbeBank, ProbeKey
 from probing.probes.resampler import ResamplerConfig
 from probing.recipe import BackboneRecipe, ProbeRunRecipe
+from probing.teachers import load_teachers
 from probing.training.convergence import NOT_TRAINED, judge
-from probing.training.run import load_run_backbone, load_teachers, train, training_images
+from probing.training.run import load_run_backbone, train, training_images
 from probing.training.schedule import plan_steps
 from probing.training.trainer import ProbeTrainer
 from probing.utils import pretrained
@@ -42,7 +43,7 @@ def train_probes(recipe_values, tmp_path):
         recipe = ProbeRunRecipe.model_validate(values)
         images = training_images(recipe.data)
         images.names = [image for index, image in enumerate(images.names) if index not in without]
-        backbone, loaded = load_run_backbone(recipe, "none", CPU), load_teachers(recipe, CPU)
+        backbone, loaded = load_run_backbone(recipe, "none", CPU), load_teachers(recipe.teachers, CPU)
         place = Accelerator(cpu=True)
         trainer = ProbeTrainer(recipe, backbone, loaded, images, list(layers), list(controls), tmp_path / name, place)
         if prepare:
@@ -111,7 +112,7 @@ def test_shuffled_pairs_lose_the_pair_of_the_bad_image(train_probes, images, mon
     (order,) = plan_steps(12, trainer.recipe.fit)[0]
     pictures = [square(trainer.images.read(index)) for index in order]
     states, _ = load_run_backbone(trainer.recipe, "none", CPU).hidden_states(pictures, "1")
-    teacher = load_teachers(trainer.recipe, CPU)["gen"]
+    teacher = load_teachers(trainer.recipe.teachers, CPU)["gen"]
     target = teacher.target(teacher.prepare(pictures))
     bank = ProbeBank.build({"gen": ResamplerConfig(32, 1, 12, 12)}, [1], [0], ["image"], CPU)
     predicted = bank.probes[ProbeKey("gen", 1, 0)](states[1])

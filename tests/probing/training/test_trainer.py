@@ -10,7 +10,8 @@ from transformers import get_cosine_schedule_with_warmup
 from probing.probes.bank import ProbeBank, ProbeKey
 from probing.probes.resampler import ResamplerConfig
 from probing.recipe import FitRecipe, ProbeRunRecipe
-from probing.training.run import load_run_backbone, load_teachers, training_images
+from probing.teachers import load_teachers
+from probing.training.run import load_run_backbone, training_images
 from probing.training.schedule import learning_rate, plan_steps
 from probing.training.sizes import probe_parameters
 from probing.training.trainer import ProbeTrainer
@@ -31,7 +32,7 @@ def train_probes(recipe_values, tmp_path):
         trainer = ProbeTrainer(
             recipe,
             load_run_backbone(recipe, "none", CPU),
-            load_teachers(recipe, CPU),
+            load_teachers(recipe.teachers, CPU),
             images,
             list(layers),
             list(controls),
@@ -180,7 +181,7 @@ def test_probe_parameters_equals_built_probes(recipe_values, tmp_path, probe):
     recipe = ProbeRunRecipe.model_validate(recipe_values | {"probe": probe})
     backbone, teachers, layers, controls = (
         load_run_backbone(recipe, "none", CPU),
-        load_teachers(recipe, CPU),
+        load_teachers(recipe.teachers, CPU),
         [0, 2],
         ["none"],
     )
