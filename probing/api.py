@@ -161,13 +161,13 @@ def bench(checkpoint: Path | str, benchmark: str, data: Path | str, out: Path | 
     return read_results(run_benchmark(_recipe(BenchRecipe, values, fields).with_absolute_paths(), Path(out)))
 
 
-def report(*runs: RunLike, out: Path | str | None = None, style: Literal["screen", "paper"] = "screen") -> Path:
-    """Writes the HTML report and figures of runs; returns the page's path.
+def report(*runs: RunLike, out: Path | str | None = None, style: Literal["screen", "paper"] | None = None) -> Path:
+    """Writes the HTML report of runs; returns the page's path.
 
     Args:
         runs: evaluated runs, runs of `align` or of `bench`; their order sets the checkpoints' colours.
         out: folder of the report; by default `report/` in the first run.
-        style: of the figures, `screen` or `paper`.
+        style: also write figures as files, of the style `screen` or `paper`.
 
     Raises:
         UserError: a folder is no run or has no results.

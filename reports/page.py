@@ -66,16 +66,16 @@ def write_report(
     out: Path,
     differences: pd.DataFrame | None = None,
     statements: Sequence[str] = (),
-    style: Style = "screen",
+    style: Style | None = None,
 ) -> Path:
-    """Writes the page, `figures/` and the merged `results.csv`.
+    """Writes the page, the merged `results.csv`, and `figures/` if a style is given.
 
     Args:
         runs: evaluated runs; their order determines the colours of the checkpoints.
         out: folder of the report.
         differences: paired differences, from `probing compare`.
         statements: sentences about the differences.
-        style: style of the figures.
+        style: also write every figure as files of this style.
 
     Returns:
         Path of the page.
@@ -100,7 +100,7 @@ def check_report_paths(runs: Sequence[Path], out: Path) -> None:
 
 
 def _write_report(
-    paths: Sequence[Path], out: Path, differences: pd.DataFrame | None, statements: Sequence[str], style: Style
+    paths: Sequence[Path], out: Path, differences: pd.DataFrame | None, statements: Sequence[str], style: Style | None
 ) -> Path:
     benchmark_runs = load_benchmarks([path for path in paths if is_benchmark(path)])
     paths = [path for path in paths if not is_benchmark(path)]
@@ -113,33 +113,36 @@ def _write_report(
         answer_differences, differences = differences[is_answer], differences[~is_answer]
     probed = [path for path in paths if not is_alignment(path)]
     benchmarks = benchmark_chapter(probed, benchmark_runs, answer_differences) if benchmark_runs else None
-    if benchmarks:
-        _write_benchmarks(benchmarks, out, style)
-    for plot, name in chapter_plots(alignments) if alignments else []:
-        save_figure(figure(plot, style == "paper"), out, name, style)
-    if runs:
-        write_curves(runs, out, style)
-        table = decoded_table(runs)
-        if table:
-            write_text(out / "table8.csv", table.frame().to_csv(index_label="checkpoint"))
-        if differences is not None:
-            write_differences(differences, _style_indices(runs, differences), out, style)
-        for run in (run for run in runs if len(run.curves)):
-            save_figure(learning_figure(run), out, "learning" if len(runs) == 1 else f"learning_{run.label}", style)
-        _write_grids(runs, out)
+    if benchmarks and benchmarks.points is not None:
+        write_text(out / "quality_accuracy.csv", benchmarks.points.to_csv(index=False))
+    if table := decoded_table(runs):
+        write_text(out / "table8.csv", table.frame().to_csv(index_label="checkpoint"))
+    if style:
+        for plot, name in chapter_plots(alignments) if alignments else []:
+            save_figure(figure(plot, style == "paper"), out, name, style)
+        if benchmarks:
+            _write_quality(benchmarks, out, style)
+        if runs:
+            _write_probe_figures(runs, differences, out, style)
     _write_merged([*runs, *alignments, *benchmark_runs], out)
     write_text(page, render(runs, alignments, differences, statements, benchmarks))
     return page
 
 
-def _write_benchmarks(benchmarks: Benchmarks, out: Path, style: Style) -> None:
-    if benchmarks.points is not None:
-        write_text(out / "quality_accuracy.csv", benchmarks.points.to_csv(index=False))
+def _write_quality(benchmarks: Benchmarks, out: Path, style: Style) -> None:
     for name, panels in benchmarks.panels.items():
         if panels:
-            save_figure(
-                quality_figure(panels, benchmarks.style_indices, style == "paper"), out, f"quality_{name}", style
-            )
+            drawn = quality_figure(panels, benchmarks.style_indices, style == "paper")
+            save_figure(drawn, out, f"quality_{name}", style)
+
+
+def _write_probe_figures(runs: Sequence[RunResults], differences: pd.DataFrame | None, out: Path, style: Style) -> None:
+    write_curves(runs, out, style)
+    if differences is not None:
+        write_differences(differences, _style_indices(runs, differences), out, style)
+    for run in (run for run in runs if len(run.curves)):
+        save_figure(learning_figure(run), out, "learning" if len(runs) == 1 else f"learning_{run.label}", style)
+    _write_grids(runs, out)
 
 
 def load(paths: Sequence[Path]) -> tuple[list[RunResults], list[AlignmentResults]]:

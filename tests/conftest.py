@@ -13,7 +13,6 @@ import torch
 
 import probing.utils.torchvision_shim  # noqa: F401
 from tests.helpers import tiny
-from tests.helpers.report_runs import without_figures
 
 torch.set_num_threads(1)  # tests run in several processes
 
@@ -66,10 +65,3 @@ def recipe_values(models, coco):
         "layers": "all",
         "fit": {"epochs": 2, "batch_size": 6, "micro_batch": 3, "workers": 0},
     }
-
-
-@pytest.fixture
-def no_figures() -> Iterator[None]:
-    """For tests that read only the page of a report."""
-    with without_figures():
-        yield

@@ -37,7 +37,6 @@ def place(monkeypatch, package, folder, name, text):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_figures")
 def test_teacher_family_and_metric_are_one_file_each(monkeypatch, coco, tmp_path, run_cli):
     monkeypatch.setitem(REGISTRY, "explained", None)
     monkeypatch.delitem(REGISTRY, "explained")

@@ -17,6 +17,12 @@ RECIPE_FIELDS = {
     "target_cache": "data__target_cache",
 }
 RUNS = click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+FIGURES = click.option("--figures", is_flag=True, help="Also write every figure as a file: PNG, SVG and PDF.")
+STYLE = click.option(
+    "--style",
+    type=click.Choice(["screen", "paper"]),
+    help="Style of the figures, and writes them. paper: SVG and PDF in column widths of 3.25 and 6.75 inches.",
+)
 
 
 @click.command(cls=FieldCommand, model="probing.recipe:ProbeRunRecipe", fields=RECIPE_FIELDS)
@@ -77,7 +83,8 @@ def evaluate(run: Path, dry_run: bool, **options: Any) -> None:
 @click.command()
 @RUNS
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the report.")
-def compare(runs: tuple[Path, ...], out: Path) -> None:
+@FIGURES
+def compare(runs: tuple[Path, ...], out: Path, figures: bool) -> None:
     """Paired differences between runs.
 
     RUNS are evaluated probes, or runs of probing align, or folders of such runs whose checkpoints differ by their seed.
@@ -96,24 +103,21 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
     sentences = [] if differences is None else statements(differences, HEADLINE_METRICS)
     for sentence in [*sentences, *([] if answers is None else answer_statements(answers))]:
         click.echo(sentence)
-    click.echo(f"report: {write_report(runs, out, pd.concat([differences, answers]), sentences)}")
+    both = pd.concat([differences, answers])
+    click.echo(f"report: {write_report(runs, out, both, sentences, 'screen' if figures else None)}")
 
 
 @click.command()
 @RUNS
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the report. Default: report/ in the first run.")
-@click.option(
-    "--style",
-    type=click.Choice(["screen", "paper"]),
-    default="screen",
-    show_default=True,
-    help="Figures as PNG, SVG and PDF; or as SVG and PDF in the column widths of a paper (3.25 and 6.75 inches).",
-)
-def report(runs: tuple[Path, ...], out: Path | None, style: Literal["screen", "paper"]) -> None:
-    """Write the HTML report and figures.
+@FIGURES
+@STYLE
+def report(runs: tuple[Path, ...], out: Path | None, figures: bool, style: Literal["screen", "paper"] | None) -> None:
+    """Write the HTML report.
 
-    The page needs no network. The order of RUNS sets colours and markers of checkpoints in all figures.
+    One page that needs no network. The order of RUNS sets colours and markers of checkpoints.
     """
     from reports.page import write_report
 
+    style = style or ("screen" if figures else None)
     click.echo(f"report: {write_report(runs, out or runs[0] / 'report', style=style)}")

@@ -1,4 +1,4 @@
-"""Loads any vision encoder of transformers or timm as a teacher without decoder: its patches, or its pooled output.
+"""Loads any vision encoder of transformers, timm or open_clip as a teacher: its patches, or its pooled output.
 
 Class tokens and registers, which precede the patches, are dropped. Images are squashed to the encoder's square and
 never cropped, so that patches of all teachers show the same region.
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from probing.recipe import TeacherRecipe
+from probing.teachers import open_clip_encoder
 from probing.teachers.base import PAPER_GRID, Pixels, Teacher, TeacherSource, finish, on_grid, square_processor
 from probing.utils.checkpoint_files import loading, tensor_shapes
 from probing.utils.errors import BROKEN, UserError, first_line
+from probing.utils.open_clip_models import is_open_clip
 from probing.utils.pretrained import load_config, locate, pretrained
 
 MOST_CLASS_TOKENS = 2
@@ -31,6 +33,8 @@ def load(name: str, recipe: TeacherRecipe, device: torch.device) -> Teacher:
     label = f"{name} teacher"
     if recipe.grid == 1:
         raise UserError(f"teachers.{name}.grid=1 has a single patch; give 2 or more, or features=pooled")
+    if is_open_clip(recipe.id):
+        return open_clip_encoder.load(name, recipe, device)
     location = locate(recipe.id, label)
     trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code, "revision": recipe.revision}
     config = load_config(location, label, f"teachers.{name}.trust_remote_code", **trust)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from probing.utils.errors import UserError
 
+BUCKET_BYTES = 64 * 2**20
 DEAD_RANK_MESSAGES = ("by peer", "Broken pipe", "Connection refused", "Timed out waiting")
 """Parts of gloo's messages if another process is gone; other backends raise `DistError`."""
 
@@ -65,11 +66,22 @@ def report_dead_ranks() -> Iterator[None]:
 
 
 def all_reduce_gradients(parameters: Sequence[Tensor]) -> None:
-    """Replaces each gradient by its sum over all processes; a missing gradient counts as zero."""
-    works = []
+    """Replaces each gradient by its sum over all processes; a missing gradient counts as zero.
+
+    Gradients travel in buckets: each call has a latency of a millisecond or more, and probes have many small tensors.
+    """
+    buckets: list[list[Tensor]] = [[]]
+    size = 0
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        works.append(torch.distributed.all_reduce(parameter.grad, async_op=True))
-    for work in works:
-        work.wait()
+        if size > BUCKET_BYTES:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(parameter.grad)
+        size += parameter.grad.nbytes
+    for bucket in filter(None, buckets):
+        total = torch.cat([grad.flatten() for grad in bucket])
+        torch.distributed.all_reduce(total)
+        for grad, part in zip(bucket, total.split([grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(part.view_as(grad))

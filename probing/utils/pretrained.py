@@ -23,6 +23,7 @@ from probing.utils.checkpoint_files import (
     weight_map,
 )
 from probing.utils.errors import BROKEN, UserError
+from probing.utils.open_clip_models import is_open_clip
 from probing.utils.paths import local_path, looks_like_path
 from probing.utils.weights_hash import digest, files_hash, model_hash, settings, weights_hash
 
@@ -46,6 +47,8 @@ def locate(source: str, what: str) -> str:
     Raises:
         UserError: there is no such folder, it holds no model, or it is not downloaded and the Hub cannot be reached.
     """
+    if is_open_clip(source):
+        return source
     path = local_path(source)
     if path.is_dir():
         if not (path / "config.json").exists() and not (path / "model_index.json").exists():

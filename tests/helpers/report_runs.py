@@ -1,9 +1,6 @@
 """Evaluated runs made up from nothing, for the reports: tables, curves, pictures, differences."""
 
-import contextlib
 import json
-from collections.abc import Iterator
-from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -14,15 +11,6 @@ COLUMNS = [
     *("value", "ci_low", "ci_high", "n", "chance"),
 ]
 OFFSETS = {("resampler", "none"): 0.5, ("resampler", "shuffled"): 0.02, ("ridge", "none"): 0.6}
-
-
-@contextlib.contextmanager
-def without_figures() -> Iterator[None]:
-    """Leaves out the figures of reports, which take most of their time."""
-    with contextlib.ExitStack() as stack:
-        for name in ("save_figure", "write_curves", "write_differences"):
-            stack.enter_context(mock.patch(f"reports.page.{name}"))
-        yield
 
 
 def make_run(path, name="tiny", layers=12, random=0.3, width=0.01, final=True):

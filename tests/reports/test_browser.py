@@ -5,7 +5,7 @@ import json
 import pytest
 
 from reports.page import load, render
-from tests.helpers.browser import visit
+from tests.helpers.browser import executable, visit
 from tests.helpers.report_runs import decode, make_differences, make_run, wide_pictures
 
 HOSTILE = (
@@ -16,6 +16,7 @@ HOSTILE = (
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """Three checkpoints, one with a name that is code in any language of the page."""
+    executable()  # skips before the work
     root = tmp_path_factory.mktemp("page")
     names = ["llava", "ola", HOSTILE]
     paths = [make_run(root / f"run{k}", name, layers=3, random=0.3 + 0.1 * k) for k, name in enumerate(names)]

@@ -346,7 +346,6 @@ def test_real_coco_images_of_all_shapes(models, tmp_path):
 
 @pytest.mark.slow
 @needs_real_coco
-@pytest.mark.usefixtures("no_figures")
 def test_real_coco_goes_through_every_decoder(models, unclip, inception_file, tmp_path):
     seg = shutil.copytree(models["seg"], tmp_path / "seg")
     tiny.tokenizer().save_pretrained(seg)

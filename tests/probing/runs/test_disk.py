@@ -190,7 +190,7 @@ def test_full_disk_during_evaluation(recipe, whole, tmp_path):
 
 
 def test_full_disk_during_report(whole, tmp_path):
-    output = in_small_space(lambda: write_report([whole / "run"], tmp_path / "report"), 5000)
+    output = in_small_space(lambda: write_report([whole / "run"], tmp_path / "report", style="screen"), 5000)
     assert output.startswith(f"UserError: no disk space left at {tmp_path / 'report'}")
     assert not (tmp_path / "report" / "index.html").exists()
 
@@ -202,7 +202,7 @@ def test_figures_are_written_atomically(whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", cut)
     with pytest.raises(UserError, match="no disk space left"):
-        write_report([whole / "run"], tmp_path / "report")
+        write_report([whole / "run"], tmp_path / "report", style="screen")
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
@@ -213,7 +213,7 @@ def test_full_disk_during_comparison(whole, tmp_path, most):
     for run in runs:
         shutil.copytree(whole / "run", run)
     out, names = tmp_path / "report", ["one", "two"]
-    output = in_small_space(lambda: write_report(runs, out, compare(runs, names), ["the same"]), most)
+    output = in_small_space(lambda: write_report(runs, out, compare(runs, names), ["the same"], "screen"), most)
     assert output.startswith(f"UserError: no disk space left at {out}")
     assert not (out / "index.html").exists() and not list(out.rglob("*.tmp"))
     assert (out / "differences.csv").exists() == (most > 500)

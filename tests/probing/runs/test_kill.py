@@ -17,7 +17,7 @@ from probing.cli import main
 from probing.toyworld.layout import write_world
 from tests.helpers import tiny, warm
 
-KILLS = 6
+KILLS = 4
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 """Python's audit events, besides files that are opened to be written."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

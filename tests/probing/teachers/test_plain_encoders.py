@@ -17,7 +17,6 @@ from probing.toyworld.layout import write_world
 from probing.utils.images import square
 from tests.helpers import cli, encoders
 from tests.helpers.cli import error_line
-from tests.helpers.report_runs import without_figures
 
 SMALL = ["fit.epochs=1", "fit.batch_size=6", "fit.micro_batch=3", "fit.workers=0"]
 
@@ -46,8 +45,7 @@ def run(models, coco, teachers, tmp_path_factory):
         "teachers.sig-lip_2.features=pooled",
     )  # fmt: skip
     probing("evaluate", out)
-    with without_figures():
-        probing("report", out)
+    probing("report", out)
     return out
 
 
@@ -89,7 +87,6 @@ def test_the_mean_target_is_of_what_the_encoder_itself_gives(run, teachers, coco
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_figures")
 def test_runs_with_plain_encoders_are_compared_and_drawn(run, models, coco, teachers, tmp_path):
     other = tmp_path / "other"
     probing("train", "--recipe", run / "recipe.yaml", "--out", other, "fit.seeds=[1]")
@@ -107,7 +104,6 @@ def test_runs_with_plain_encoders_are_compared_and_drawn(run, models, coco, teac
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_figures")
 def test_layers_are_compared_with_plain_encoders(models, teachers, tmp_path):
     world = write_world(tmp_path / "world", 2, 16, seed=4)
     probing(

@@ -123,7 +123,6 @@ def test_open_shows_the_page_in_the_browser(tmp_path, monkeypatch, asked, browse
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_figures")
 def test_small_demo_ends_and_repeats_from_its_files(tmp_path, monkeypatch):
     for name, count in {"TRAIN_SCENES": 24, "VAL_SCENES": 12, "QUESTION_SCENES": 6, "DECODED_IMAGES": 6}.items():
         monkeypatch.setattr(demo, name, count)

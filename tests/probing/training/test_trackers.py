@@ -21,22 +21,35 @@ def logged_curves(folder) -> dict[str, dict[int, float]]:
     return {tag: {event.step: event.value for event in read.Scalars(tag)} for tag in read.Tags()["scalars"]}
 
 
-def recipe(values, **changes):
-    values["fit"] |= {"epochs": 11, "batch_size": 6, **changes}
-    values["controls"] = ["shuffled", "random"]
+TEACHERS = ("depth", "gen")
+
+
+def recipe(models, coco, **changes):
+    values = {
+        "backbone": {"checkpoint": str(models["llava"])},
+        "data": {"path": f"coco:{coco}"},
+        "teachers": {name: {"id": str(models[name])} for name in TEACHERS},
+        "fit": {"epochs": 11, "batch_size": 6, "micro_batch": 3, "workers": 0, **changes},
+        "controls": ["shuffled", "random"],
+    }
     return validate(ProbeRunRecipe, values, "test")
 
 
-def test_logged_curves_are_means_of_learning_curves(recipe_values, tmp_path):
-    run = train(recipe(recipe_values), tmp_path / "run")
-    curves = logged_curves(run.path / "tensorboard" / "none")
-    every = [f"{t}/{c}{g}" for t in ("depth", "seg", "gen") for c in ("", "shuffled_") for g in GROUPS]
-    assert set(curves) == {*every, "lr", *(f"{t}/mean_target" for t in ("depth", "seg", "gen"))}
-    table = pd.read_csv(run.path / "learning_curves.csv")
+@pytest.fixture(scope="module")
+def logged(models, coco, tmp_path_factory):
+    """A run with the default tracker."""
+    return train(recipe(models, coco), tmp_path_factory.mktemp("logged") / "run")
+
+
+def test_logged_curves_are_means_of_learning_curves(logged):
+    curves = logged_curves(logged.path / "tensorboard" / "none")
+    every = [f"{t}/{c}{g}" for t in TEACHERS for c in ("", "shuffled_") for g in GROUPS]
+    assert set(curves) == {*every, "lr", *(f"{t}/mean_target" for t in TEACHERS)}
+    table = pd.read_csv(logged.path / "learning_curves.csv")
     steps = table["step"].max() + 1
     for name, control, layers in (
         ("depth/layers_0-1", "none", ["0", "1"]),
-        ("seg/shuffled_layer_3", "shuffled", ["3"]),
+        ("gen/shuffled_layer_3", "shuffled", ["3"]),
     ):
         teacher = name.partition("/")[0]
         chosen = table[(table["teacher"] == teacher) & (table["control"] == control)]
@@ -48,18 +61,17 @@ def test_logged_curves_are_means_of_learning_curves(recipe_values, tmp_path):
         assert list(curves[name]) == list(expected)
         np.testing.assert_allclose(list(curves[name].values()), list(expected.values()), rtol=1e-4)
     assert curves["lr"][EVERY] == pytest.approx(learning_rate(EVERY - 1, steps, 1e-3, 0.03), rel=1e-5)
-    assert set(logged_curves(run.path / "tensorboard" / "random")) == {
-        *(f"{t}/random_{g}" for t in ("depth", "seg", "gen") for g in GROUPS), "lr",
-        *(f"{t}/mean_target" for t in ("depth", "seg", "gen")),
+    assert set(logged_curves(logged.path / "tensorboard" / "random")) == {
+        *(f"{t}/random_{g}" for t in TEACHERS for g in GROUPS), "lr",
+        *(f"{t}/mean_target" for t in TEACHERS),
     }  # fmt: skip
 
 
 GROUPS = ("layers_0-1", "layer_2", "layer_3")
 
 
-def test_logging_changes_no_weights_and_none_logs_nothing(recipe_values, tmp_path):
-    logged = train(recipe(recipe_values), tmp_path / "logged")
-    unlogged = train(recipe(recipe_values, report_to="none"), tmp_path / "unlogged")
+def test_logging_changes_no_weights_and_none_logs_nothing(logged, models, coco, tmp_path):
+    unlogged = train(recipe(models, coco, report_to="none"), tmp_path / "unlogged")
     assert not (unlogged.path / "tensorboard").exists()
     for file in (
         "probes/depth/model.safetensors",
@@ -69,8 +81,8 @@ def test_logging_changes_no_weights_and_none_logs_nothing(recipe_values, tmp_pat
         assert (logged.path / file).read_bytes() == (unlogged.path / file).read_bytes(), file
 
 
-def test_interrupted_training_logs_each_step_once(recipe_values, tmp_path, monkeypatch):
-    values = recipe(recipe_values)
+def test_interrupted_training_logs_each_step_once(models, coco, tmp_path, monkeypatch):
+    values = recipe(models, coco).model_copy(update={"controls": [], "layers": "0"})
     agree, calls = fitting.ProbeTrainer._agree, []
 
     def stop_at_13(self, *flags):
@@ -86,13 +98,13 @@ def test_interrupted_training_logs_each_step_once(recipe_values, tmp_path, monke
 
 
 @pytest.mark.parametrize(("name", "message"), [("tensorbord", "choose none, aim"), ("aim", "is not installed")])
-def test_unknown_tracker_is_refused_before_writing(recipe_values, tmp_path, name, message):
+def test_unknown_tracker_is_refused_before_writing(models, coco, tmp_path, name, message):
     with pytest.raises(UserError, match=message):
-        train(recipe(recipe_values, report_to=name), tmp_path / "run")
+        train(recipe(models, coco, report_to=name), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_tracker_that_fails_to_start_is_a_user_error(recipe_values, tmp_path, monkeypatch):
+def test_tracker_that_fails_to_start_is_a_user_error(models, coco, tmp_path, monkeypatch):
     class NotLoggedIn:
         requires_logging_directory = False
 
@@ -102,4 +114,4 @@ def test_tracker_that_fails_to_start_is_a_user_error(recipe_values, tmp_path, mo
     monkeypatch.setitem(trackers.LOGGER_TYPE_TO_CLASS, "wandb", NotLoggedIn)
     monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["wandb"])
     with pytest.raises(UserError, match=r"wandb does not start: no API key; .* fit.report_to=none"):
-        train(recipe(recipe_values, report_to="wandb"), tmp_path / "run")
+        train(recipe(models, coco, report_to="wandb"), tmp_path / "run")

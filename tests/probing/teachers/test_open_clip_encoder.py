@@ -1,0 +1,118 @@
+"""Teachers of open_clip: targets are those of the models themselves, and wrong names are one line."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+
+from probing.recipe import TeacherRecipe
+from probing.teachers import load_teacher
+from probing.utils.errors import UserError
+
+CPU = torch.device("cpu")
+TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+TOWERS = {
+    "vit": {"image_size": 64, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
+    "resnet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8},
+    "timm": {"image_size": 64, "timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "linear"},
+}
+STATISTICS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear"}
+ARCHITECTURES = [
+    "ViT-B-32", "ViT-L-14-quickgelu", "RN50", "convnext_base_w", "convnext_xxlarge", "EVA02-L-14-336",
+    "ViT-B-16-SigLIP2", "PE-Core-B-16", "coca_ViT-B-32", "MobileCLIP-B",
+]  # fmt: skip
+
+
+def make(folder, tower):
+    """A tiny random model in the layout of open_clip's published folders."""
+    config = {"embed_dim": 24, "vision_cfg": TOWERS[tower], "text_cfg": TEXT}
+    folder.mkdir()
+    written = {"model_cfg": config, "preprocess_cfg": STATISTICS, "license": "MIT"}
+    (folder / "open_clip_config.json").write_text(json.dumps(written))
+    torch.manual_seed(0)
+    model = open_clip.create_model(f"local-dir:{folder}")
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def own_map(visual, pixels):
+    """The last map of a tower (B, D, rows, columns), from its modules."""
+    if isinstance(visual, open_clip.transformer.VisionTransformer):
+        states = []
+        handle = visual.transformer.register_forward_hook(lambda *call: states.append(call[-1]))
+        visual(pixels)
+        handle.remove()
+        return visual.ln_post(states[0])[:, 1:].transpose(1, 2).unflatten(2, visual.grid_size)
+    if hasattr(visual, "trunk"):
+        return visual.trunk.forward_features(pixels)
+    return torch.nn.Sequential(visual.stem, visual.layer1, visual.layer2, visual.layer3, visual.layer4)(pixels)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_patches_and_embedding_are_the_models_own(tmp_path, tower):
+    folder = make(tmp_path / tower, tower)
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    pictures = [Image.effect_noise((64, 64), 80).convert("RGB"), Image.new("RGB", (64, 64), (200, 10, 90))]
+    patches = load_teacher("clip", TeacherRecipe(id=str(folder), grid=2), CPU)
+    pooled = load_teacher("clip", TeacherRecipe(id=str(folder), features="pooled"), CPU)
+    pixels = patches.prepare(pictures)
+    expected = torch.stack([torch.tensor(list(picture.getdata())).view(64, 64, 3) for picture in pictures]) / 255
+    expected = (expected - torch.tensor(STATISTICS["mean"])) / torch.tensor(STATISTICS["std"])
+    torch.testing.assert_close(pixels, expected.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        own = F.interpolate(own_map(model.visual, pixels), (2, 2), mode="bilinear").flatten(2).transpose(1, 2)
+        torch.testing.assert_close(patches.target(pixels), own, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(pooled.target(pixels)[:, 0], model.encode_image(pixels), atol=1e-5, rtol=1e-5)
+    assert patches.licence == "MIT" and patches.sha256 == pooled.sha256 != "no weights"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_published_architectures_build(name):
+    teacher = load_teacher("clip", TeacherRecipe(id=f"open_clip:{name}"), torch.device("meta"))
+    config = open_clip.get_model_config(name)
+    side = config["vision_cfg"]["image_size"]
+    step = config["vision_cfg"].get("patch_size") or {"EVA02": 14, "ViT-B": 16, "PE-Co": 16, "Mobil": 16}.get(
+        name[:5], 32
+    )
+    assert teacher.grid == (min(side // step, 24),) * 2
+    pooled = load_teacher("clip", TeacherRecipe(id=f"open_clip:{name}", features="pooled"), torch.device("meta"))
+    assert pooled.shape == (1, config["embed_dim"])
+
+
+def test_xxlarge_has_the_published_number_of_parameters():
+    """844 million in the trunk (timm's model card of convnext_xxlarge.clip_laion2b_soup)."""
+    teacher = load_teacher("clip", TeacherRecipe(id="open_clip:convnext_xxlarge"), torch.device("meta"))
+    assert round(sum(p.numel() for p in teacher.model.trunk.parameters()) / 1e6) == 845
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("open_clip:ViT-B-33", "no architecture 'ViT-B-33'; nearest: ViT-B-32"),
+        ("open_clip:ViT-B-32/laion", "no weights 'laion' of ViT-B-32; choose one of openai, "),
+        ("open_clip:", "no architecture ''"),
+        ("open_clip:RN50", "names no weights; add /TAG, one of openai, yfcc15m, cc12m"),
+    ],
+)
+def test_unknown_names_are_refused(source, message):
+    with pytest.raises(UserError, match=message):
+        load_teacher("clip", TeacherRecipe(id=source), CPU)
+
+
+def test_broken_folders_are_refused(tmp_path):
+    folder = make(tmp_path / "vit", "vit")
+    weights = (folder / "open_clip_model.safetensors").read_bytes()
+    for content in (weights[:-9], b"", None):
+        (folder / "open_clip_model.safetensors").unlink()
+        if content is not None:
+            (folder / "open_clip_model.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match=r"cannot be read by open_clip|has no weights"):
+            load_teacher("clip", TeacherRecipe(id=str(folder)), CPU)
+        (folder / "open_clip_model.safetensors").write_bytes(weights)
+    (folder / "open_clip_config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read by open_clip"):
+        load_teacher("clip", TeacherRecipe(id=str(folder)), CPU)
