@@ -63,8 +63,8 @@ def teachers(name_and_id: str | None, overrides: tuple[str, ...]) -> None:
         lines += [f"licence  {licence}  ({identifier})" for identifier, licence in entry.licences.items()]
         click.echo("\n       ".join([f"{name:<6} {entry.default_id}", *lines]))
     click.echo("\nOther weights of these classes: --teacher NAME=FOLDER_OR_HUB_ID, under their own licence.")
-    click.echo("Any other NAME is a plain encoder of transformers or timm, without decoder. Its target is its patches")
-    click.echo("(at most 24 x 24), or with teachers.NAME.features=pooled its pooled output. For example:")
+    click.echo("Any other NAME is a plain encoder of transformers, timm or open_clip, without decoder. Its target is")
+    click.echo("its patches (at most 24 x 24), or with teachers.NAME.features=pooled its pooled output. For example:")
     for name, (identifier, licence) in ENCODERS.items():
         click.echo(f"       --teacher {name}={identifier}  ({licence})")
 

@@ -31,12 +31,14 @@ def load(name: str, recipe: TeacherRecipe, device: torch.device) -> Teacher:
         "size": {"height": found.side, "width": found.side},
     }
 
+    normalised = getattr(found.visual, "attn_pool", None) is None  # CoCa has a norm of the pooled feature alone
+
     def encode(pixels: Tensor) -> Tensor:
         if recipe.features == "pooled":
             embedding = found.visual(pixels)
             return (embedding[0] if isinstance(embedding, tuple) else embedding)[:, None]
         maps = found.visual.forward_intermediates(
-            pixels, indices=1, normalize_intermediates=True, intermediates_only=True
+            pixels, indices=1, normalize_intermediates=normalised, intermediates_only=True
         )["image_intermediates"]
         if maps[-1].ndim != 4 or maps[-1].shape[-1] != maps[-1].shape[-2]:
             raise UserError(f"{name} teacher: features have shape {tuple(maps[-1].shape)}; set features=pooled")

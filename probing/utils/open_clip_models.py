@@ -2,13 +2,18 @@
 
 import difflib
 import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+
+import probing.utils.torchvision_shim  # noqa: F401  # isort: skip
 from torch import nn
 
-from probing.utils.errors import BROKEN, UserError, first_line
+from probing.utils.checkpoint_files import loading
+from probing.utils.errors import UserError
 from probing.utils.paths import local_path
 
 PREFIX = "open_clip:"
@@ -63,7 +68,7 @@ def load_open_clip(source: str, device: torch.device) -> OpenClipModel:
     import open_clip
 
     name, tag = _parse(source)
-    try:
+    with loading(source):
         config = _configuration(name)
         _require_known(name, tag, config)
         if device.type == "meta":
@@ -73,8 +78,6 @@ def load_open_clip(source: str, device: torch.device) -> OpenClipModel:
         else:
             whole: Any = open_clip.create_model(name, tag or None, pretrained_text=False, require_pretrained=True)
             visual = whole.visual
-    except (*BROKEN, RuntimeError) as error:
-        raise UserError(f"{source} cannot be read by open_clip: {first_line(error)}; give another model") from None
     side = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
     stated = config["preprocessing"] | (open_clip.get_pretrained_cfg(name, tag) or {} if tag else {})
     statistics = {key: stated.get(key) or default for key, default in DEFAULT_STATISTICS.items()}
@@ -89,7 +92,7 @@ def tensors_hash(module: nn.Module) -> str:
         if tensor.is_meta:
             return "no weights"
         digest.update(name.encode() + str(tuple(tensor.shape)).encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return f"tensors:{digest.hexdigest()}"
 
 
@@ -107,9 +110,6 @@ def _parse(source: str) -> tuple[str, str]:
 
 def _configuration(name: str) -> dict[str, Any]:
     """Reads configuration, preprocessing and licence of a model; the configuration is None for an unknown name."""
-    import json
-    from pathlib import Path
-
     import open_clip
 
     stated: dict[str, Any] = {}

@@ -21,10 +21,12 @@ TOWERS = {
     "timm": {"image_size": 64, "timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "linear"},
 }
 STATISTICS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear"}
-ARCHITECTURES = [
-    "ViT-B-32", "ViT-L-14-quickgelu", "RN50", "convnext_base_w", "convnext_xxlarge", "EVA02-L-14-336",
-    "ViT-B-16-SigLIP2", "PE-Core-B-16", "coca_ViT-B-32", "MobileCLIP-B",
-]  # fmt: skip
+ARCHITECTURES = {
+    "ViT-B-32": (87.85, 7), "ViT-B-16-quickgelu": (86.19, 14), "ViT-L-14": (303.97, 16), "ViT-B-16-SigLIP": (92.88, 14),
+    "EVA02-B-16": (86.26, 14), "RN50": (38.32, 7), "coca_ViT-B-32": (89.16, 7), "convnext_base_w": (88.22, 8),
+    "convnext_large_d": (199.77, 8), "convnext_xxlarge": (846.54, 8),
+}  # fmt: skip
+"""Millions of parameters of the image tower, from open_clip's docs/model_profile.csv, and the side of its map."""
 
 
 def make(folder, tower):
@@ -49,7 +51,7 @@ def own_map(visual, pixels):
         return visual.ln_post(states[0])[:, 1:].transpose(1, 2).unflatten(2, visual.grid_size)
     if hasattr(visual, "trunk"):
         return visual.trunk.forward_features(pixels)
-    return torch.nn.Sequential(visual.stem, visual.layer1, visual.layer2, visual.layer3, visual.layer4)(pixels)
+    return visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels)))))
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -71,22 +73,14 @@ def test_patches_and_embedding_are_the_models_own(tmp_path, tower):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_published_architectures_build(name):
+def test_published_architectures_have_published_sizes(name):
+    millions, side = ARCHITECTURES[name]
     teacher = load_teacher("clip", TeacherRecipe(id=f"open_clip:{name}"), torch.device("meta"))
-    config = open_clip.get_model_config(name)
-    side = config["vision_cfg"]["image_size"]
-    step = config["vision_cfg"].get("patch_size") or {"EVA02": 14, "ViT-B": 16, "PE-Co": 16, "Mobil": 16}.get(
-        name[:5], 32
-    )
-    assert teacher.grid == (min(side // step, 24),) * 2
-    pooled = load_teacher("clip", TeacherRecipe(id=f"open_clip:{name}", features="pooled"), torch.device("meta"))
-    assert pooled.shape == (1, config["embed_dim"])
-
-
-def test_xxlarge_has_the_published_number_of_parameters():
-    """844 million in the trunk (timm's model card of convnext_xxlarge.clip_laion2b_soup)."""
-    teacher = load_teacher("clip", TeacherRecipe(id="open_clip:convnext_xxlarge"), torch.device("meta"))
-    assert round(sum(p.numel() for p in teacher.model.trunk.parameters()) / 1e6) == 845
+    assert round(sum(p.numel() for p in teacher.model.parameters()) / 1e6, 2) == millions
+    assert teacher.grid == (side, side)
+    embedding = teacher.model(torch.zeros(1, 3, *teacher.prepare([Image.new("RGB", (9, 9))]).shape[2:], device="meta"))
+    embedding = embedding[0] if isinstance(embedding, tuple) else embedding
+    assert embedding.shape == (1, open_clip.get_model_config(name)["embed_dim"])
 
 
 @pytest.mark.parametrize(
@@ -110,9 +104,9 @@ def test_broken_folders_are_refused(tmp_path):
         (folder / "open_clip_model.safetensors").unlink()
         if content is not None:
             (folder / "open_clip_model.safetensors").write_bytes(content)
-        with pytest.raises(UserError, match=r"cannot be read by open_clip|has no weights"):
+        with pytest.raises(UserError, match=r"vit cannot be loaded"):
             load_teacher("clip", TeacherRecipe(id=str(folder)), CPU)
         (folder / "open_clip_model.safetensors").write_bytes(weights)
     (folder / "open_clip_config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read by open_clip"):
+    with pytest.raises(UserError, match="vit cannot be loaded"):
         load_teacher("clip", TeacherRecipe(id=str(folder)), CPU)
