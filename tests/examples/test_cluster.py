@@ -67,12 +67,12 @@ def test_page_states_what_plan_prints(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_stopped_job_saves_asks_for_its_place_and_goes_on(recipe_values, tmp_path):
+def test_stopped_job_saves_and_requests_its_requeue(recipe_values, tmp_path):
     """Two processes; USR1 reaches everything, as SLURM sends it."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "srun").write_text('#!/bin/bash\nshift\nexec "$@"\n')
-    (tools / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\necho localhost\n')
+    (tools / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/requests\necho localhost\n')
     (tools / "accelerate").write_text(f'#!/bin/bash\nshift\nexec {sys.executable} -m accelerate.commands.launch "$@"\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
@@ -85,31 +85,14 @@ def test_a_stopped_job_saves_asks_for_its_place_and_goes_on(recipe_values, tmp_p
     command = ["bash", str(CLUSTER / "job.sh"), str(tmp_path / "two.yaml"), "train"]
     command += ["--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]
 
-    def start():
-        return subprocess.Popen(
-            command, env=env, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-            text=True,
-        )  # fmt: skip
-
-    def stop(job):
-        """What the job said from now to its end; pytest would leave out the middle of it."""
-        os.killpg(job.pid, signal.SIGUSR1)
-        said = job.communicate(timeout=120)[1]
-        assert job.returncode == 130, said
-        return said
-
-    job = start()
+    job = subprocess.Popen(
+        command, env=env, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     while not (tmp_path / "run/state/none/state.pt").exists():
         assert job.poll() is None, job.stderr.read()
         time.sleep(0.1)
-    said = stop(job)
-    assert "interrupted; resume with the same" in said, said
-    assert "requeue 7" in (tmp_path / "asked").read_text()
+    os.killpg(job.pid, signal.SIGUSR1)
+    said = job.communicate(timeout=120)[1]
+    assert job.returncode == 130 and "interrupted; resume with the same" in said, said
+    assert "requeue 7" in (tmp_path / "requests").read_text()
     assert not (tmp_path / "run/manifest.json").exists()
-
-    job = start()
-    said = []
-    while "resuming from step" not in "".join(said[-1:]):
-        said.append(job.stderr.readline())
-        assert said[-1], "".join(said)
-    stop(job)

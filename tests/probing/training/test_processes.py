@@ -40,7 +40,7 @@ def test_two_processes_train_what_one_does(start, recipe_values, tmp_path):
 
 def test_run_resumes_after_the_death_of_a_process(start, tmp_path):
     """The survivor reports it in one line; the same command gives the bytes of an undisturbed run."""
-    more = ["fit.epochs=12", "fit.save_minutes=0"]
+    more = ["fit.epochs=8", "fit.save_minutes=0"]
     codes, said = warm.finish(start("whole", *more), tmp_path / "whole")
     assert codes == [0, 0], said
     first, second = start("hurt", *more)

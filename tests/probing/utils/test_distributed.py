@@ -91,7 +91,7 @@ def two_processes(folder, out, stop=-1, *overrides):
 
 @pytest.mark.slow
 def test_spread_layers_give_the_bytes_of_one_process(recipe_values, tmp_path):
-    """With all controls and two seeds, stopped in the midst and in the last step.
+    """With all controls and two seeds, stopped after the first pass.
 
     A state that was saved otherwise, or by a process that was killed, is not mistaken for one.
     """
@@ -99,16 +99,14 @@ def test_spread_layers_give_the_bytes_of_one_process(recipe_values, tmp_path):
     recipe_values["controls"] = ["shuffled", "random"]
     recipe = ProbeRunRecipe.model_validate(recipe_values)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    for stop in (2, 3):
-        codes, said = two_processes(tmp_path, "spread", stop, "fit.spread=layers")
-        assert codes == [130, 130]
-        assert f"saved the training state at step {stop + 1}" in said, said
-        assert "interrupted; resume with the same" in said, said
+    codes, said = two_processes(tmp_path, "spread", 2, "fit.spread=layers")
+    assert codes == [130, 130]
+    assert "saved the training state at step 3" in said and "interrupted; resume with the same" in said, said
     (tmp_path / "spread/state/none/state_1_of_2.9.pt").write_bytes(b"killed before the other had saved")
     codes, said = two_processes(tmp_path, "spread", -1, "fit.spread=images")
     assert "saved by another number of processes, or with another fit.spread" in said and 0 not in codes, said
     codes, said = two_processes(tmp_path, "spread", -1, "fit.spread=layers")
-    assert codes == [0, 0] and "resuming from step 4" in said, said
+    assert codes == [0, 0] and "resuming from step 3" in said, said
     one = train(recipe, tmp_path / "one")
     files = [f.relative_to(one.path) for f in one.path.rglob("*") if f.suffix in (".safetensors", ".csv")]
     assert len(files) > 15
@@ -120,7 +118,7 @@ def test_spread_layers_give_the_bytes_of_one_process(recipe_values, tmp_path):
 
 @pytest.mark.slow
 def test_signal_to_one_process_stops_all_and_they_resume(recipe_values, tmp_path):
-    """In the first pass, after it, and in the last step, when nothing is left but the main process's work.
+    """In the first step, and in the last one, when nothing is left but the main process's work.
 
     The other one can read no image until the first state is saved, and is late to look at it.
     """
@@ -137,7 +135,7 @@ def test_signal_to_one_process_stops_all_and_they_resume(recipe_values, tmp_path
 
     codes, said = two_processes(tmp_path, "whole")
     assert codes == [0, 0], said
-    for stop in (0, 3, 7):
+    for stop in (0, 7):
         codes, said = two_processes(tmp_path, "cut", stop)
         assert codes == [130, 130] and f"saved the training state at step {stop + 1}" in said, said
         assert "interrupted; resume with the same" in said and "Traceback (most recent" not in said, said
