@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from analysis.alignment.recipe import AlignRecipe
     from analysis.benchmarks.recipe import BenchRecipe
-    from probing.api import align, bench, compare, evaluate, load_model, load_teacher, report, train
+    from probing.api import align, assemble, bench, compare, evaluate, load_model, load_teacher, report, train
     from probing.distillation.recipe import DistillRecipe
     from probing.probes.bank import ProbeBank
     from probing.probes.resampler import Resampler
-    from probing.recipe import BackboneRecipe, ProbeRunRecipe, TeacherRecipe, load_recipe
+    from probing.recipe import AssembleRecipe, BackboneRecipe, ProbeRunRecipe, TeacherRecipe, load_recipe
 
 __version__ = "0.1.0"
 __all__ = [
     "AlignRecipe",
+    "AssembleRecipe",
     "BackboneRecipe",
     "BenchRecipe",
     "DistillRecipe",
@@ -23,6 +24,7 @@ __all__ = [
     "Resampler",
     "TeacherRecipe",
     "align",
+    "assemble",
     "bench",
     "compare",
     "evaluate",
@@ -38,7 +40,9 @@ _HOMES = {
     "DistillRecipe": "probing.distillation.recipe",
     "ProbeBank": "probing.probes.bank",
     "Resampler": "probing.probes.resampler",
-    **dict.fromkeys(("BackboneRecipe", "ProbeRunRecipe", "TeacherRecipe", "load_recipe"), "probing.recipe"),
+    **dict.fromkeys(
+        ("AssembleRecipe", "BackboneRecipe", "ProbeRunRecipe", "TeacherRecipe", "load_recipe"), "probing.recipe"
+    ),
 }
 
 

@@ -11,7 +11,16 @@ from accelerate import PartialState
 from pydantic import BaseModel
 
 from probing.models import Backbone, load_backbone
-from probing.recipe import BackboneRecipe, ProbeRunRecipe, TeacherRecipe, model_name, read_yaml, set_field, validate
+from probing.recipe import (
+    AssembleRecipe,
+    BackboneRecipe,
+    ProbeRunRecipe,
+    TeacherRecipe,
+    model_name,
+    read_yaml,
+    set_field,
+    validate,
+)
 from probing.runs.directory import Run, is_alignment, is_benchmark
 from probing.teachers import Teacher
 from probing.teachers import load_teacher as load_teacher_recipe
@@ -50,6 +59,23 @@ def load_teacher(name_or_id: str, **fields: Any) -> Teacher:
     name = name_or_id if known else re.sub(r"[^a-z0-9_-]", "-", model_name(name_or_id).rsplit("/", 1)[-1].lower())
     recipe = _recipe(TeacherRecipe, {"id": known.default_id if known else name_or_id}, fields)
     return load_teacher_recipe(name, recipe, PartialState().device)
+
+
+def assemble(llm: str, vision_tower: str, out: Path | str, **fields: Any) -> Path:
+    """Makes a LLaVA folder of an LLM, a vision tower and a fresh projector; returns it.
+
+    Args:
+        llm: folder or Hub id of a decoder-only LLM.
+        vision_tower: folder or Hub id, `hf-hub:ID`, or `open_clip:NAME/TAG`.
+        out: folder of the new checkpoint.
+        fields: of `AssembleRecipe`, e.g. `projector="linear"` or `image_size=768`.
+
+    Raises:
+        UserError: a part cannot be used or does not fit the others, or `out` is not empty.
+    """
+    from probing.models.assemble import assemble as assemble_parts
+
+    return assemble_parts(_recipe(AssembleRecipe, {"llm": llm, "vision_tower": vision_tower}, fields), Path(out))
 
 
 def train(recipe: ProbeRunRecipe | Mapping[str, Any] | Path | str, out: Path | str, **overrides: Any) -> Run:

@@ -63,6 +63,23 @@ class BackboneRecipe(Strict):
     """Run code from the checkpoint."""
 
 
+class AssembleRecipe(Strict):
+    """The parts of a new checkpoint."""
+
+    llm: str
+    """Folder or Hub id of a decoder-only LLM."""
+    vision_tower: str
+    """Folder or Hub id (transformers, timm, open_clip), hf-hub:ID, or open_clip:NAME/TAG."""
+    projector: str = "mlp2x_gelu"
+    """linear, mlp2x_gelu, mlp3x_gelu, …, or identity."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side in pixels of the images of an open_clip or timm tower; by default the tower's."""
+    template: str | None = None
+    """Chat template in place of the LLM's: vicuna_v1, …, or Jinja text."""
+    seed: int = 0
+    """Of the projector's initialisation."""
+
+
 def _teacher_name(name: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", name):
         raise ValueError("a teacher's name is a lowercase letter and up to 31 lowercase letters, digits, - or _")

@@ -1,4 +1,4 @@
-"""Verbs of checkpoints: `probing inspect`, `distill`, `align` and `bench`."""
+"""Verbs of checkpoints: `probing inspect`, `assemble`, `distill`, `align` and `bench`."""
 
 import json
 from pathlib import Path
@@ -31,6 +31,25 @@ def inspect(checkpoint: str, as_json: bool, overrides: tuple[str, ...], **option
     fields = [override.removeprefix("backbone.") for override in overrides]
     parts = describe_checkpoint(build_recipe(BackboneRecipe, {"checkpoint": checkpoint}, options, fields))
     click.echo(json.dumps(parts, indent=2) if as_json else as_lines(parts))
+
+
+@click.command(cls=FieldCommand, model="probing.recipe:AssembleRecipe")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the new checkpoint.")
+@DRY_RUN
+def assemble(out: Path, dry_run: bool, **options: Any) -> None:
+    """Join an LLM, a vision tower and a fresh projector.
+
+    Writes a LLaVA folder to train: its LLM and tower are pretrained, its projector is not. --dry-run shows the model,
+    its parameters and memory, and reads no weights.
+    """
+    from probing.models.assemble import assemble, describe_assembly
+    from probing.recipe import AssembleRecipe
+
+    recipe = build_recipe(AssembleRecipe, {}, options)
+    if dry_run:
+        click.echo(as_lines(describe_assembly(recipe)))
+        return
+    click.echo(f"checkpoint: {assemble(recipe, out)}; next: probing distill RECIPE --out FOLDER checkpoint={out}")
 
 
 @click.command()

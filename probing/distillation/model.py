@@ -118,10 +118,12 @@ class DistillationModel(nn.Module):
         Without an image a stage that trains nothing else has no gradient, and other processes would wait for it.
         """
         core = self.model.model
-        projectors = [(core.multi_modal_projector, core.multi_modal_projector.linear_1)]
-        projectors += [(module, module[0]) for module in getattr(core, "teacher_projectors", {}).values()]
-        zeros = [like.new_zeros(1, 1, first.in_features, dtype=first.weight.dtype) for _, first in projectors]
-        return torch.stack([module(x).sum() for (module, _), x in zip(projectors, zeros, strict=True)]).sum()
+        total = like.new_zeros(())
+        for projector in (core.multi_modal_projector, *getattr(core, "teacher_projectors", {}).values()):
+            first = next((layer for layer in projector.modules() if isinstance(layer, nn.Linear)), None)
+            if first is not None:  # the identity has none
+                total = total + projector(like.new_zeros(1, 1, first.in_features, dtype=first.weight.dtype)).sum()
+        return total
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Lists tied weights once; safetensors refuses to write them twice."""

@@ -31,7 +31,7 @@ from probing.distillation.patch_alignment import PatchAlignmentLoss
 from probing.distillation.predictors import FOLDER, EmbeddingPredictors, Task
 from probing.distillation.recipe import DistillRecipe, EncodersRecipe
 from probing.distillation.special_tokens import SpecialTokens, add_special_tokens
-from probing.models import llava_original, multi_encoder
+from probing.models import llava, llava_original, llava_projector, multi_encoder
 from probing.models.base import parse_layers
 from probing.models.chat_templates import rendering_moment
 from probing.models.decoder import decoder_parts
@@ -87,7 +87,7 @@ def load_inputs(recipe: DistillRecipe) -> StageInputs:
             "convert it to transformers' format"
         )
     config = load_config(source, "checkpoint", revision=recipe.revision)
-    if config.model_type not in ("llava", multi_encoder.MODEL_TYPE):
+    if config.model_type not in (llava.MODEL_TYPE, llava_projector.MODEL_TYPE, multi_encoder.MODEL_TYPE):
         raise UserError(f"{recipe.checkpoint} is no LLaVA checkpoint (model type {config.model_type!r})")
     if config.model_type == multi_encoder.MODEL_TYPE and (recipe.encoders or recipe.embedding):
         raise UserError(f"{recipe.checkpoint} has several encoders already; remove embedding and encoders")
@@ -203,6 +203,8 @@ def build_stage(recipe: DistillRecipe, inputs: StageInputs, device: torch.device
         enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     trained = DistillationModel(model, recipe.stage, auxiliary, special)
+    if not any(parameter.requires_grad for parameter in trained.parameters()):
+        raise UserError(f"{recipe.checkpoint} has nothing that stage {recipe.stage} trains; add embedding, or use ift")
     return Stage(recipe, inputs, trained, processor, teachers, encoder, patch_words)
 
 
@@ -263,13 +265,16 @@ def _build_predictors(
 
 
 def _add_encoders(
-    recipe: EncodersRecipe, seed: int, llava: Any, processor: Any, teachers: dict[str, Teacher]
+    recipe: EncodersRecipe, seed: int, base: Any, processor: Any, teachers: dict[str, Teacher]
 ) -> multi_encoder.MultiEncoderForConditionalGeneration:
     """Makes a LLaVA a multi-encoder one: shares its modules, and initialises the projectors of the teachers.
 
     Raises:
-        UserError: a teacher's features cannot be pooled to equal groups, one per token.
+        UserError: a teacher's features cannot be pooled to equal groups, one per token, or there is no projector that
+            could read them.
     """
+    if recipe.mode == "feature" and getattr(base.config, "projector_depth", 2) == 0:
+        raise UserError("encoders.mode=feature needs a projector, and this checkpoint has none; set mode=token")
     ids = {}
     if recipe.mode == "token":
         for name, teacher in teachers.items():
@@ -280,7 +285,7 @@ def _add_encoders(
                     f"encoders.tokens = {recipe.tokens} does not divide the {count} tokens of the {name} teacher; "
                     f"choose {choices}"
                 )
-        ids = add_special_tokens(processor, llava, list(teachers), recipe.tokens)
+        ids = add_special_tokens(processor, base, list(teachers), recipe.tokens)
     grids = {str(name): teacher.grid for name, teacher in recipe.teachers.items()}
     entries = {
         name: {
@@ -292,18 +297,18 @@ def _add_encoders(
         }
         for name, teacher in teachers.items()
     }
-    values = {name: value for name, value in llava.config.to_dict().items() if name != "model_type"}
+    values = {name: value for name, value in base.config.to_dict().items() if name != "model_type"}
     values["encoders"] = {"mode": recipe.mode, "token_ids": ids, "teachers": entries}
     with META:
         model = multi_encoder.MultiEncoderForConditionalGeneration(multi_encoder.MultiEncoderConfig(**values))
     core = model.model
-    core.vision_tower, core.language_model = llava.model.vision_tower, llava.model.language_model
-    model.lm_head, model.generation_config = llava.lm_head, llava.generation_config
+    core.vision_tower, core.language_model = base.model.vision_tower, base.model.language_model
+    model.lm_head, model.generation_config = base.lm_head, base.generation_config
     if recipe.mode == "token":
-        core.multi_modal_projector = llava.model.multi_modal_projector
+        core.multi_modal_projector = base.model.multi_modal_projector
     projectors = core.multi_modal_projector if recipe.mode == "feature" else core.teacher_projectors
-    projectors.to_empty(device=llava.device)
-    with _seeded(seed, llava.device):
+    projectors.to_empty(device=base.device)
+    with _seeded(seed, base.device):
         for layer in projectors.modules():
             if isinstance(layer, nn.Linear):
                 layer.reset_parameters()

@@ -50,6 +50,13 @@ TEMPLATES = {
     "mistral_instruct": _chat_template("", ("[INST] ", " [/INST]"), ("", "</s>")),
 }
 """Conversation templates of LLaVA's original code, as chat templates."""
+_PARTS_TO_TEXT = (
+    "{% set flat = namespace(messages=[]) %}{% for m in messages %}{% set turn = namespace(text='') %}"
+    "{% if m['content'] is string %}{% set turn.text = m['content'] %}{% else %}{% for p in m['content'] %}"
+    "{% set turn.text = turn.text + ('<image>\\n' if p['type'] == 'image' else p['text']) %}{% endfor %}{% endif %}"
+    "{% set flat.messages = flat.messages + [{'role': m['role'], 'content': turn.text}] %}{% endfor %}"
+    "{% set messages = flat.messages %}{{ '' }}"
+)
 _clock: ContextVar[datetime.datetime | None] = ContextVar("clock", default=None)
 
 
@@ -73,6 +80,11 @@ def find_template(text: str) -> str:
     if "{" not in text and text not in TEMPLATES:
         raise UserError(f"no template is called {text!r}; give {', '.join(TEMPLATES)}, or Jinja")
     return TEMPLATES.get(text, text)
+
+
+def with_images(template: str) -> str:
+    """Returns an LLM's chat template, which takes texts, as one that also takes items of text and images."""
+    return _PARTS_TO_TEXT + template
 
 
 def render(processor: Any, messages: list[dict[str, Any]], generation_prompt: bool = False) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+import probing.models.open_clip_tower
 import probing.utils.torchvision_shim  # noqa: F401
 from probing.models.base import Backbone, Batch, InputProcessor
 from probing.models.chat_templates import find_template, render

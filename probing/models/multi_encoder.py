@@ -19,9 +19,7 @@ import probing.utils.torchvision_shim  # noqa: F401  # isort: skip
 from transformers import (
     AutoConfig,
     GenerationMixin,
-    LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaModel,
     LlavaPreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -29,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from probing.models import llava
 from probing.models.base import Backbone
 from probing.models.image_tokens import tower_grid
+from probing.models.llava_projector import ProjectorConfig, ProjectorModel
 from probing.models.token_map import SPECIAL
 from probing.recipe import BackboneRecipe, TeacherRecipe
 from probing.teachers import Teacher, load_teacher
@@ -43,7 +42,7 @@ PIXELS = tuple(f"pixel_values_{name}" for name in SPECIAL)
 """Model inputs that hold the teachers' pixels."""
 
 
-class MultiEncoderConfig(LlavaConfig):
+class MultiEncoderConfig(ProjectorConfig):
     """A LLaVA's configuration and `encoders`: mode, ids of each teacher's tokens, and the teachers."""
 
     model_type = MODEL_TYPE
@@ -56,7 +55,7 @@ class MultiEncoderConfig(LlavaConfig):
 AutoConfig.register(MODEL_TYPE, MultiEncoderConfig, exist_ok=True)
 
 
-class MultiEncoderModel(LlavaModel):
+class MultiEncoderModel(ProjectorModel):
     """LLaVA without `lm_head`, whose image features include the teachers'.
 
     Attributes:
@@ -113,7 +112,7 @@ class MultiEncoderModel(LlavaModel):
         if self.concatenates:
             features += [self._resample(one).to(features[0]) for one in extra.values()]
         projector = self.multi_modal_projector
-        tokens = [projector(torch.cat(features, dim=-1).to(projector.linear_1.weight.dtype))]
+        tokens = [projector(torch.cat(features, dim=-1).to(self.language_model.dtype))]
         if not self.concatenates:
             tokens += [self._project(name, one) for name, one in extra.items()]
         per_image: Any = list(torch.cat(tokens, dim=1))

@@ -73,7 +73,7 @@ def original(
     width = 64 if convnext else 24
     tokenizer = tiny.tokenizer()
     tokenizer = type(tokenizer)(
-        tokenizer_object=_without_image(tokenizer), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=without_image(tokenizer), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
     if headers:
         tokenizer.add_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], special_tokens=True)
@@ -129,7 +129,7 @@ def original(
     return tensors, raw, tokenizer
 
 
-def _without_image(tokenizer):
+def without_image(tokenizer):
     """The original code knows no token for an image: it splits the text there."""
     from tokenizers import Tokenizer
 

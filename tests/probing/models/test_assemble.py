@@ -1,0 +1,140 @@
+"""Models assembled from an LLM and a vision tower, against a plain composition of the parts."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, SiglipVisionModel
+
+from probing.models import load_backbone
+from probing.models.assemble import assemble
+from probing.recipe import AssembleRecipe, BackboneRecipe
+from tests.helpers import encoders, parts
+
+CPU = torch.device("cpu")
+QUESTION = "Which colour?"
+
+
+def pictures():
+    noise = torch.Generator().manual_seed(0)
+    return [
+        Image.fromarray((torch.rand(*size, 3, generator=noise) * 255).byte().numpy()) for size in ((40, 50), (64, 32))
+    ]
+
+
+def clip(path):
+    model = CLIPVisionModel.from_pretrained(encoders.make("clip", path)).eval()
+    return str(path), lambda pixels: model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+
+
+def siglip(path):
+    model = SiglipVisionModel.from_pretrained(encoders.make("siglip", path)).eval()
+    return str(path), lambda pixels: model(pixels, output_hidden_states=True).hidden_states[-2]
+
+
+def open_clip_visual(path, vision):
+    import open_clip
+
+    return open_clip.create_model(f"local-dir:{parts.open_clip_model(path, vision)}").visual.eval()
+
+
+def open_clip_vit(path):
+    visual = open_clip_visual(path, parts.VIT)
+
+    def features(pixels):
+        x = visual.conv1(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
+        x = visual.ln_pre(x)
+        for block in visual.transformer.resblocks[:-1]:
+            x = block(x)
+        return x[:, 1:]
+
+    return str(path), features
+
+
+def convnext(path):
+    trunk = open_clip_visual(path, parts.CONVNEXT).trunk
+    return str(path), lambda pixels: trunk.stages(trunk.stem(pixels)).flatten(2).transpose(1, 2)
+
+
+def timm_vit(path):
+    import timm
+
+    model = timm.create_model(f"local-dir:{encoders.make('timm_vit', path)}", pretrained=True, num_classes=0).eval()
+
+    def features(pixels):
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels))))
+        for block in model.blocks[:-1]:
+            x = block(x)
+        return x[:, model.num_prefix_tokens :]
+
+    return str(path), features
+
+
+def project(features, projector):
+    """Linear layers with GELU between them."""
+    layers = [layer for layer in projector.children() if isinstance(layer, torch.nn.Linear)]
+    for number, layer in enumerate(layers):
+        features = layer(features if number == 0 else torch.nn.functional.gelu(features))
+    return features
+
+
+def compose(tower, projector, llm, batch, image_id):
+    """The embedded sequence: words, and the projected patches at the image tokens."""
+    embedded = llm.get_input_embeddings()(batch["input_ids"].clamp(max=llm.config.vocab_size - 1))
+    embedded[batch["input_ids"] == image_id] = project(tower(batch["pixel_values"]), projector).flatten(0, 1)
+    return embedded
+
+
+@pytest.mark.parametrize(
+    ("tower", "projector"),
+    [(clip, "mlp2x_gelu"), (siglip, "linear"), (open_clip_vit, "mlp2x_gelu"), (convnext, "mlp2x_gelu"),
+     (timm_vit, "mlp3x_gelu"), (convnext, "linear")],
+)  # fmt: skip
+def test_states_are_those_of_a_plain_composition(tmp_path, tower, projector):
+    source, features = tower(tmp_path / "tower")
+    llm = AutoModelForCausalLM.from_pretrained(parts.llm(tmp_path / "llm")).eval()
+    recipe = AssembleRecipe(llm=str(tmp_path / "llm"), vision_tower=source, projector=projector)
+    out = assemble(recipe, tmp_path / "out")
+    backbone = load_backbone(BackboneRecipe(checkpoint=str(out), prompt=QUESTION), CPU, with_head=True)
+    states, tokens = backbone.hidden_states(pictures(), "all,final")
+    prompt = AutoTokenizer.from_pretrained(llm.name_or_path).apply_chat_template(
+        [{"role": "user", "content": f"<image>\n{QUESTION}"}], tokenize=False, add_generation_prompt=True
+    )
+    assert backbone.prepare.text == prompt
+    # another question makes the second sequence longer: padding
+    texts = [prompt, prompt.replace(QUESTION, "And what else is there?")]
+    batch = backbone.prepare.encode(pictures(), texts)
+    assert not batch["attention_mask"].all()
+    own = backbone.prepare.token_map(batch)
+    last = {}
+    llm.model.layers[-1].register_forward_hook(
+        lambda module, args, output: last.update(state=output[0] if isinstance(output, tuple) else output)
+    )
+    padded = {}
+    backbone.stream(type(backbone.prepare(pictures()))(batch, own), list(states), padded.__setitem__)
+    for got, inputs in ((states, backbone.prepare(pictures()).inputs), (padded, batch)):
+        with torch.no_grad():
+            embedded = compose(features, backbone.projector, llm, inputs, backbone.prepare.image_token_id)
+            mask = inputs["attention_mask"]
+            expected = llm.model(inputs_embeds=embedded, attention_mask=mask, output_hidden_states=True).hidden_states
+        valid = mask.bool()
+        for layer, state in zip(got, [*expected[:-1], last["state"], expected[-1]], strict=True):
+            torch.testing.assert_close(got[layer][valid], state[valid], rtol=0, atol=1e-6)
+    assert tokens.counts()["image"] == features(backbone.prepare(pictures()).inputs["pixel_values"]).shape[1]
+
+
+@pytest.mark.parametrize("tower", [clip, convnext])
+def test_generate_equals_a_greedy_loop_of_whole_passes(tmp_path, tower):
+    source, features = tower(tmp_path / "tower")
+    out = assemble(AssembleRecipe(llm=str(parts.llm(tmp_path / "llm")), vision_tower=source), tmp_path / "out")
+    backbone = load_backbone(BackboneRecipe(checkpoint=str(out), prompt=QUESTION), CPU, with_head=True)
+    llm = AutoModelForCausalLM.from_pretrained(tmp_path / "llm").eval()
+    inputs = backbone.prepare(pictures()).inputs
+    ids, number = inputs["input_ids"], backbone.prepare.image_token_id
+    with torch.no_grad():
+        for _ in range(6):
+            embedded = compose(features, backbone.projector, llm, inputs | {"input_ids": ids}, number)
+            logits = llm(inputs_embeds=embedded).logits[:, -1]
+            ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
+    written = backbone.writer.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(written, ids)
