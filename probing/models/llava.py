@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-import probing.models.open_clip_tower
 import probing.utils.torchvision_shim  # noqa: F401
 from probing.models.base import Backbone, Batch, InputProcessor
 from probing.models.chat_templates import find_template, render
 from probing.models.decoder import decoder_parts
 from probing.models.image_tokens import ImageFeatures, feature_layer, image_size, match_processor, tower_features
+from probing.models.open_clip_tower import OpenClipTowerConfig
 from probing.models.token_map import TokenMap, special_ids, token_kinds
 from probing.recipe import TOKEN_KINDS, BackboneRecipe, model_name
 from probing.utils.checkpoint_files import loading
@@ -284,20 +284,27 @@ def describe_llm(text: Any) -> dict[str, Any]:
     }
 
 
+def tower_type(vision: Any) -> str:
+    """Returns the type of a vision tower as `probing inspect` shows it."""
+    return f"{vision.architecture} ({vision.library})" if isinstance(vision, OpenClipTowerConfig) else vision.model_type
+
+
 def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
     """Returns what `probing inspect` shows, from configuration and processor alone."""
     vision, layer = config.vision_config, feature_layer(config)
     batch = inputs([Image.new("RGB", image_size(config)[::-1])])
     width = vision.hidden_size * (1 if isinstance(layer, int) else len(layer))
     tower = {
-        "type": vision.model_type,
+        "type": tower_type(vision),
         "layers": getattr(vision, "num_hidden_layers", "?"),
         "hidden_size": vision.hidden_size,
         "image_size": getattr(vision, "image_size", "?"),
         "patch_size": getattr(vision, "patch_size", "?"),
         "feature_layer": layer,
     }
-    projector = {"type": f"MLP, {config.projector_hidden_act}", "in": width, "out": config.text_config.hidden_size}
+    depth = getattr(config, "projector_depth", 2)
+    kind = ("identity", "linear")[depth] if depth < 2 else f"MLP of {depth} layers, {config.projector_hidden_act}"
+    projector = {"type": kind, "in": width, "out": config.text_config.hidden_size}
     return {
         **describe_common(config, inputs, batch, {"vision_tower": tower, "projector": projector}),
         **({"patches_dropped": batch.tokens.dropped} if batch.tokens.dropped else {}),

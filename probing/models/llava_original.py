@@ -7,7 +7,6 @@ The original code has vision tower and projector inside the LLM, other names of 
 they become rows of the embedding table and entries of the vocabulary, as in `probing distill`.
 """
 
-import contextlib
 import re
 from collections.abc import Sequence
 from itertools import groupby
@@ -23,17 +22,17 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextCo
 from probing.models import llava, llava_next
 from probing.models.base import Backbone
 from probing.models.chat_templates import TEMPLATES, find_template
-from probing.models.convnext import ConvNextTower, convnext_of, stand_in
 from probing.models.image_tokens import tower_grid
 from probing.models.llava import LlavaInputs
 from probing.models.llava import describe as describe_llava
 from probing.models.llava_next import parse_pinpoints
+from probing.models.open_clip_tower import OpenClipTowerConfig, convnext_config
 from probing.models.token_map import SPECIAL, special_ids, token_name
 from probing.recipe import BackboneRecipe
-from probing.utils.checkpoint_files import loading, read_json, read_tensors, tensor_shapes
+from probing.utils.checkpoint_files import loading, read_json, read_tensors
 from probing.utils.errors import UserError, first_line
 from probing.utils.paths import local_path
-from probing.utils.pretrained import load_config, pretrained, refuse_other_shapes
+from probing.utils.pretrained import load_config, pretrained
 
 LLMS: dict[str, Any] = {
     "llava": LlamaConfig,
@@ -54,6 +53,7 @@ RENAMES = {
     r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
     r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
     r"^model\.vision_tower\.vision_tower\.vision_model\.": "model.vision_tower.",
+    r"^model\.vision_tower\.vision_tower\.(?!vision_model\.)": "model.vision_tower.trunk.",
     r"^model\.embed_tokens\.": "model.language_model.embed_tokens.",
     r"^model\.layers\.": "model.language_model.layers.",
     r"^model\.norm\.": "model.language_model.norm.",
@@ -66,7 +66,7 @@ IGNORED = {
     r"^model\.special_(gen|depth|seg)_tokens$": "special tokens, read separately",
     r"^image_(gen|depth|seg)_heads\.": "embedding predictors, or probes, which probing import reads",
     r"^(gen|depth|seg)_logit_scale$": "scales of the contrastive losses",
-    r"^model\.vision_tower\.vision_tower\.head\.": "layers of a ConvNeXt after the features that are read",
+    r"^model\.vision_tower\.(vision_tower|trunk)\.head\.": "layers of a ConvNeXt after the features that are read",
     r"^(da_v2_head|dav2_backbone|oneformer|gen_encoder)\.": "weights of a teacher",
 }
 """Tensors that are not part of the probed model, and why."""
@@ -95,8 +95,7 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig | Ll
         recipe: may name the vision tower.
 
     Returns:
-        The configuration, with `original` (raw), `tower` (its folder or Hub id) and `convnext` (its architecture, or
-        None for a CLIP tower).
+        The configuration, with `original` (raw) and `tower` (its folder or Hub id).
 
     Raises:
         UserError: the checkpoint is of an unsupported kind.
@@ -119,7 +118,8 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig | Ll
             )
     llm = LLMS[kind]
     fields = (set(llm().to_dict()) | {"rope_theta", "rope_scaling"}) - NOT_OF_THE_LLM
-    source, vision, convnext = _find_tower(raw, recipe)
+    source, vision = _find_tower(raw, recipe)
+    convnext = isinstance(vision, OpenClipTowerConfig)
     values: dict[str, Any] = {
         "vision_config": vision,
         "text_config": llm(**{name: value for name, value in raw.items() if name in fields}),
@@ -136,7 +136,7 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig | Ll
         config = LlavaNextConfig(**values, image_grid_pinpoints=pinpoints)
     else:
         config = LlavaConfig(**values)
-    config.original, config.tower, config.convnext = raw, source, convnext
+    config.original, config.tower = raw, source
     config.architectures, config.dtype = raw.get("architectures"), raw.get("torch_dtype")
     return config
 
@@ -146,17 +146,17 @@ NOT_OF_THE_LLM = {
 }  # fmt: skip
 
 
-def _find_tower(raw: dict[str, Any], recipe: BackboneRecipe) -> tuple[str, Any, str | None]:
-    """Returns folder or Hub id of the tower, its configuration, and its architecture if it is a ConvNeXt.
+def _find_tower(raw: dict[str, Any], recipe: BackboneRecipe) -> tuple[str, Any]:
+    """Returns folder or Hub id of the tower, and its configuration.
 
     The path that a checkpoint names is often one of another machine, whose last part is enough.
     """
     path = str(recipe.vision_tower or raw.get("mm_vision_tower") or "")
     name, local = path.rstrip("/").rsplit("/", 1)[-1], local_path(path).is_dir()
     if not local and name in TOWERS:
-        return f"openai/{name}", CLIPVisionConfig(**TOWERS[name]), None
-    if convnext := convnext_of(name, read_json(path, "config.json") if local else {}):
-        return path, stand_in(*convnext), convnext[0]
+        return f"openai/{name}", CLIPVisionConfig(**TOWERS[name])
+    if convnext := convnext_config(name, read_json(path, "config.json") if local else {}):
+        return path, convnext
     if not path or (not local and path.startswith(("/", ".", "~"))):
         raise UserError(
             f"{recipe.checkpoint} names the vision tower {path!r}, which is not here; give "
@@ -166,7 +166,7 @@ def _find_tower(raw: dict[str, Any], recipe: BackboneRecipe) -> tuple[str, Any, 
     config = getattr(config, "vision_config", config)
     if config.model_type != "clip_vision_model":
         raise UserError(f"vision tower {path} is a {config.model_type}; give a CLIP or ConvNeXt tower")
-    return path, config, None
+    return path, config
 
 
 class PieceInputs(LlavaInputs):
@@ -236,7 +236,7 @@ def make_inputs(source: str, config: Any, recipe: BackboneRecipe) -> LlavaInputs
     processor: Any = (LlavaNextProcessor if tiled else LlavaProcessor)(
         image_processor=image_processor,
         tokenizer=tokenizer, patch_size=config.vision_config.patch_size,
-        num_additional_image_tokens=0 if config.convnext else 1,
+        num_additional_image_tokens=0 if config.vision_feature_select_strategy == "full" else 1,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=template.replace("<image>", "<image>" + "".join(tokens)),
     )  # fmt: skip
@@ -323,8 +323,6 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
     inputs, arguments = make_inputs(source, config, recipe), llava.loading_arguments(recipe)
     with loading(f"checkpoint {source}"):
         model, missing, unexpected = pretrained(model_class, source, config, device, key_mapping=RENAMES, **arguments)
-        if config.convnext:
-            missing, unexpected = _load_convnext(model, source, recipe.revision, missing, unexpected)
         missing -= _load_separate_clip(model, missing)
     _require_all_known(source, missing, unexpected)
     _add_special_tokens(model, inputs.processor.tokenizer, source, recipe.revision)
@@ -333,31 +331,13 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
     return llava.backbone_of(source, model, recipe, device, inputs)
 
 
-def _load_convnext(
-    model: Any, source: str, revision: str | None, missing: set[str], unexpected: set[str]
-) -> tuple[set[str], set[str]]:
-    """Replaces a model's stand-in tower by its ConvNeXt; returns the missing and unexpected tensors of both."""
-    no_weights = model.device.type == "meta"
-    with model.device if no_weights else contextlib.nullcontext():
-        tower = ConvNextTower(model.config.convnext)
-    prefix = f"{TOWER}vision_tower."
-    required = {prefix + name: [*tensor.shape] for name, tensor in tower.state_dict().items()}
-    if missing or unexpected:  # there are none if there are no files
-        missing = {name for name in missing if not name.startswith(TOWER)} | (required.keys() - unexpected)
-        shapes, stored = tensor_shapes(source, revision), required.keys() & unexpected
-        refuse_other_shapes(source, [(n, shapes[n], required[n]) for n in stored if shapes[n] != required[n]])
-    if not no_weights:
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in read_tensors(source, prefix, revision)}
-        tower.load_state_dict(tensors, strict=False)
-    model.model.vision_tower = tower.to(model.device, model.dtype)
-    return missing, unexpected - required.keys()
-
-
 def _load_separate_clip(model: Any, missing: set[str]) -> set[str]:
     """Loads a tower that the checkpoint only names (LLaVA-1.5); returns the names of its tensors."""
     from transformers import CLIPVisionModel
 
     tower = {name for name in model.state_dict() if name.startswith(TOWER)}
+    if isinstance(model.config.vision_config, OpenClipTowerConfig):
+        return set()
     if not tower or tower != {name for name in missing if name.startswith(TOWER)}:
         return set()
     if model.device.type != "meta":
@@ -396,7 +376,5 @@ def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
     """Returns what `probing inspect` shows."""
     values = describe_llava(config, inputs)
     tower = {**values["vision_tower"], "source": config.tower}
-    if config.convnext:  # the configuration is of its stand-in
-        tower |= {"type": f"{config.convnext} (timm)", "layers": "stem and 4 stages", "feature_layer": "last stage"}
     special = sum(values["tokens"].get(task, 0) for task in SPECIAL)
     return values | {"vision_tower": tower, "special_tokens": special}

@@ -245,6 +245,34 @@ def timm_config(config: dict[str, Any], image_size: int | None) -> OpenClipTower
     return OpenClipTowerConfig(library="timm", architecture=config["architecture"], settings=arguments, image_size=side)
 
 
+def convnext_config(name: str, config: dict[str, Any]) -> OpenClipTowerConfig | None:
+    """Makes the configuration of a ConvNeXt tower that a checkpoint of LLaVA's original format names.
+
+    Args:
+        name: last part of the tower's path, with the name of open_clip's architecture; `-res768` is the resolution.
+        config: `config.json` of its folder, in timm's format; may be empty.
+
+    Returns:
+        The configuration; None for another tower.
+
+    Raises:
+        UserError: its features form no grid.
+    """
+    import open_clip
+
+    base, _, resolution = name.partition("-res")
+    side = int(resolution) if resolution.isdecimal() else None
+    if "convnext" in str(config.get("architecture")):
+        tower = timm_config(config, side)
+    elif known := [one for one in open_clip.list_models() if one.startswith("convnext") and one in base]:
+        architecture = max(known, key=len)
+        tower = open_clip_config(architecture, open_clip.get_model_config(architecture), side)
+    else:
+        return None
+    examine(tower, name)
+    return tower
+
+
 def _preprocessing(values: dict[str, Any]) -> dict[str, Any]:
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
@@ -271,11 +299,11 @@ def examine(config: OpenClipTowerConfig, name: str) -> int:
             states = tower(torch.zeros(1, 3, side, side)).hidden_states
     except (*BROKEN, RuntimeError, AssertionError) as error:
         raise UserError(
-            f"vision tower {name} cannot read {side} x {side} pixels as a grid ({first_line(error)}); give another"
+            f"vision tower {name} has no grid at {side} pixels ({first_line(error)[:60]}); give another size or tower"
         ) from None
     tokens = states[-1].shape[1]
     rows = round(tokens**0.5)
     if rows * rows != tokens or rows < 2:
-        raise UserError(f"vision tower {name} gives {tokens} features, which are no grid; give another")
+        raise UserError(f"vision tower {name} gives {tokens} features, which are no grid; give another size or tower")
     config.hidden_size, config.patch_size = int(states[-1].shape[2]), side // rows
     return -2 if len(states) > 1 else -1

@@ -1,14 +1,19 @@
 """Models assembled from an LLM and a vision tower, against a plain composition of the parts."""
 
+import json
+import re
+from itertools import chain
+
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, SiglipVisionModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, SiglipVisionModel, T5Config
 
 from probing.models import load_backbone
-from probing.models.assemble import assemble
+from probing.models.assemble import assemble, describe_assembly
 from probing.recipe import AssembleRecipe, BackboneRecipe
 from tests.helpers import encoders, parts
+from tests.helpers.cli import error_line, probing
 
 CPU = torch.device("cpu")
 QUESTION = "Which colour?"
@@ -138,3 +143,52 @@ def test_generate_equals_a_greedy_loop_of_whole_passes(tmp_path, tower):
             ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
     written = backbone.writer.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert torch.equal(written, ids)
+
+
+def test_dry_run_describes_the_model_without_weights(tmp_path):
+    """For parts whose weights are absent, and for open_clip's full size by name."""
+    source, _ = convnext(tmp_path / "tower")
+    parts.llm(tmp_path / "llm")
+    for file in tmp_path.glob("*/*.safetensors"):
+        file.unlink()
+    out = tmp_path / "out"
+    shown = probing("assemble", "--llm", tmp_path / "llm", "--vision-tower", source, "--out", out, "--dry-run").stdout
+    assert "test_convnext" not in shown and "GB to assemble" in shown and "image grid      2 x 2" in shown
+    tag = "laion2b_s34b_b82k_augreg_soup"
+    large = AssembleRecipe(
+        llm=str(tmp_path / "llm"), vision_tower=f"open_clip:convnext_xxlarge/{tag}", image_size=768
+    )  # fmt: skip
+    found = describe_assembly(large)
+    assert found["image_grid"] == [24, 24] and found["vision_tower"]["hidden_size"] == 3072
+    # open_clip's trunk without the norm of its head, which no feature depends on
+    assert found["parameters"]["vision_tower"] == f"{843_398_016 - 2 * 3072:,}"
+    assert not out.exists()
+
+
+def test_bad_input_is_one_line(tmp_path):
+    llm, tower = parts.llm(tmp_path / "llm"), convnext(tmp_path / "tower")[0]
+    plain = parts.llm(tmp_path / "plain", template=None)
+    t5 = tmp_path / "t5"
+    T5Config(d_model=8, num_layers=1, num_heads=1).save_pretrained(t5)
+    word = parts.llm(tmp_path / "word")
+    tokenizer = json.loads((word / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["<image>"] = len(tokenizer["model"]["vocab"])
+    (word / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for options, message in (
+        ({"llm": plain}, "has no chat template; give --template vicuna_v1, llava_llama_3"),
+        ({"llm": t5}, "encoder-decoder"),
+        ({"llm": word}, "<image> is an ordinary word"),
+        ({"llm": tmp_path / "none"}, "no such LLM"),
+        ({"vision-tower": "open_clip:ViT-B-61/openai"}, "nearest: ViT-B-16"),
+        ({"vision-tower": "open_clip:ViT-B-16"}, "needs its weights: open_clip:ViT-B-16/TAG, one of openai"),
+        ({"image-size": 16}, "has no grid at 16 pixels"),
+        ({"projector": "identity"}, "the tower is 64 wide, the LLM 32; give linear"),
+        ({"projector": "mlp"}, "no projector is called 'mlp'"),
+        ({"out": llm}, "is not empty; choose another --out"),
+    ):
+        values = {"llm": llm, "vision-tower": tower, "out": tmp_path / "out"} | options
+        line = error_line("assemble", *chain(*((f"--{name}", value) for name, value in values.items())))
+        assert re.search(message, line), line
+        assert len(line.split()) < 30
+    assert not (tmp_path / "out").exists()
+    probing("assemble", "--llm", plain, "--vision-tower", tower, "--template", "vicuna_v1", "--out", tmp_path / "out")

@@ -27,7 +27,6 @@ from probing.distillation.recipe import DistillRecipe
 from probing.distillation.trainer import run_stage
 from probing.models import Backbone, Batch, TokenMap, count_blocks, describe_checkpoint, load_backbone
 from probing.models.chat_templates import SYSTEM
-from probing.models.convnext import ConvNextTower
 from probing.models.llava_original import read_config
 from probing.models.token_map import SPECIAL
 from probing.probes.resampler import Resampler, ResamplerConfig
@@ -370,7 +369,7 @@ def test_full_size_models_have_the_published_sizes(name, llm, tower_name, gigaby
             task: 32 * count(Resampler(ResamplerConfig(llm["hidden_size"], tokens, output, output)))
             for task, (tokens, output) in PROBES.items()
         }
-        tower_size = count(ConvNextTower(config.convnext)) if config.convnext else count(model.model.vision_tower)
+        tower_size = count(model.model.vision_tower)
     language = count(model.model.language_model) + count(model.lm_head)
     projector, special = count(model.model.multi_modal_projector), (576 + 576 + 8) * llm["hidden_size"]
     decoder = count(dpt.neck) + count(dpt.head)
