@@ -26,6 +26,7 @@ from probing.models.image_tokens import tower_grid
 from probing.models.llava import LlavaInputs
 from probing.models.llava import describe as describe_llava
 from probing.models.llava_next import parse_pinpoints
+from probing.models.llava_projector import ProjectorConfig, projector_depth
 from probing.models.open_clip_tower import OpenClipTowerConfig, convnext_config
 from probing.models.token_map import SPECIAL, special_ids, token_name
 from probing.recipe import BackboneRecipe
@@ -50,8 +51,8 @@ ALWAYS_POOLED = ("ola_llama", "ola_phi3", "probe_dsg_llava_llama")
 TOWER = "model.vision_tower."
 
 RENAMES = {
-    r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
-    r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
+    r"^model\.mm_projector\.(?=weight|bias)": "model.multi_modal_projector.linear_1.",
+    **{rf"^model\.mm_projector\.{2 * k}\.": f"model.multi_modal_projector.linear_{k + 1}." for k in range(4)},
     r"^model\.vision_tower\.vision_tower\.vision_model\.": "model.vision_tower.",
     r"^model\.vision_tower\.vision_tower\.(?!vision_model\.)": "model.vision_tower.trunk.",
     r"^model\.embed_tokens\.": "model.language_model.embed_tokens.",
@@ -105,7 +106,7 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig | Ll
         raise UserError(f"{recipe.checkpoint} has model type {kind!r}; give one of {', '.join(LLMS)}")
     tiled = raw.get("image_aspect_ratio") == "anyres"
     for name, default, supported in (
-        ("mm_projector_type", "linear", ("mlp2x_gelu",)),
+        *([("mm_projector_type", "linear", ("mlp2x_gelu",))] if tiled else []),
         ("image_aspect_ratio", "square", ("square", "pad", "anyres")),
         *([("mm_patch_merge_type", "flat", ("spatial_unpad",))] if tiled else []),
         ("mm_vision_select_feature", "patch", ("patch",)),
@@ -116,6 +117,7 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig | Ll
                 f"{recipe.checkpoint}: {name} is {value!r}, not {' or '.join(map(repr, supported))}; convert it to "
                 "transformers' format"
             )
+    depth = projector_depth(raw.get("mm_projector_type", "linear"))
     llm = LLMS[kind]
     fields = (set(llm().to_dict()) | {"rope_theta", "rope_scaling"}) - NOT_OF_THE_LLM
     source, vision = _find_tower(raw, recipe)
@@ -134,8 +136,10 @@ def read_config(raw: dict[str, Any], recipe: BackboneRecipe) -> LlavaConfig | Ll
     if tiled:
         pinpoints = parse_pinpoints(raw.get("image_grid_pinpoints"), vision.image_size)
         config = LlavaNextConfig(**values, image_grid_pinpoints=pinpoints)
-    else:
+    elif depth == 2:
         config = LlavaConfig(**values)
+    else:
+        config = ProjectorConfig(**values, projector_depth=depth)
     config.original, config.tower = raw, source
     config.architectures, config.dtype = raw.get("architectures"), raw.get("torch_dtype")
     return config
@@ -316,10 +320,9 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
     Raises:
         UserError: tensors are missing or unknown, or the tower cannot be found.
     """
-    from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    tiled = isinstance(config, LlavaNextConfig)
-    model_class = LlavaNextForConditionalGeneration if tiled else LlavaForConditionalGeneration
+    model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     inputs, arguments = make_inputs(source, config, recipe), llava.loading_arguments(recipe)
     with loading(f"checkpoint {source}"):
         model, missing, unexpected = pretrained(model_class, source, config, device, key_mapping=RENAMES, **arguments)

@@ -50,7 +50,7 @@ def convnext_tower(path):
 
 def original(
     path, kind="llava_llama", convnext=False, own_tower=False, special=0, headers=False, extra=None, split=True,
-    suffix="safetensors", token_format="expand_emb", anyres=False,
+    suffix="safetensors", token_format="expand_emb", anyres=False, projector="mlp2x_gelu",
 ):  # fmt: skip
     """Writes a checkpoint in the original layout.
 
@@ -65,6 +65,7 @@ def original(
         split: two shards and an index.
         suffix: safetensors or bin.
         token_format: what is made of the special tokens' rows.
+        projector: its type, mlp2x_gelu, mlp3x_gelu or linear.
         anyres: tiles of 32 pixels, and a newline after each of their rows.
     """
     path.mkdir(parents=True)
@@ -86,9 +87,10 @@ def original(
     }  # fmt: skip
     torch.manual_seed(6)
     tensors = dict(model_class(config_class(**values)).state_dict())
-    for layer, (rows, columns) in {0: (32, width), 2: (32, 32)}.items():
-        tensors[f"model.mm_projector.{layer}.weight"] = 0.3 * torch.randn(rows, columns)
-        tensors[f"model.mm_projector.{layer}.bias"] = torch.randn(rows)
+    names = {"linear": [""], "mlp2x_gelu": ["0.", "2."], "mlp3x_gelu": ["0.", "2.", "4."]}[projector]
+    for number, name_of_layer in enumerate(names):
+        tensors[f"model.mm_projector.{name_of_layer}weight"] = 0.3 * torch.randn(32, 32 if number else width)
+        tensors[f"model.mm_projector.{name_of_layer}bias"] = torch.randn(32)
     if convnext:
         tensors |= {f"model.vision_tower.vision_tower.{k}": v for k, v in vision.state_dict().items()}
     elif own_tower:
@@ -117,7 +119,7 @@ def original(
     task = {"num_task_tokens": 4, "aux_mode": "gen-depth-seg", "task_token_format": token_format} if special else {}
     raw = values | {
         "model_type": kind, "architectures": [name], "rope_scaling": None, "torch_dtype": "float32",
-        "mm_vision_tower": str(place), "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": width,
+        "mm_vision_tower": str(place), "mm_projector_type": projector, "mm_hidden_size": width,
         "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_patch_merge_type": "flat",
         "image_aspect_ratio": "pad", "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
         "tokenizer_padding_side": "right", "tokenizer_model_max_length": 4096, "hidden_act": "silu",

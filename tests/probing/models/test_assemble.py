@@ -7,12 +7,15 @@ from itertools import chain
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, SiglipVisionModel, T5Config
 
+from probing.distillation.recipe import DistillRecipe
+from probing.distillation.trainer import run_stage
 from probing.models import load_backbone
 from probing.models.assemble import assemble, describe_assembly
 from probing.recipe import AssembleRecipe, BackboneRecipe
-from tests.helpers import encoders, parts
+from tests.helpers import encoders, parts, tiny
 from tests.helpers.cli import error_line, probing
 
 CPU = torch.device("cpu")
@@ -192,3 +195,25 @@ def test_bad_input_is_one_line(tmp_path):
         assert len(line.split()) < 30
     assert not (tmp_path / "out").exists()
     probing("assemble", "--llm", plain, "--vision-tower", tower, "--template", "vicuna_v1", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("projector", "stage", "moving"), [("linear", "vpt", "vision_tower"), ("mlp3x_gelu", "pt", "linear_3")]
+)
+def test_stages_train_assembled_models(tmp_path, projector, stage, moving):
+    """And what a stage saves loads again, with the same tensors."""
+    llm, tower = parts.llm(tmp_path / "llm"), convnext(tmp_path / "tower")[0]
+    start = assemble(AssembleRecipe(llm=str(llm), vision_tower=tower, projector=projector), tmp_path / "start")
+    talk = tiny.conversations(tmp_path / "talk", 4)
+    values = {
+        "checkpoint": str(start), "stage": stage, "workers": 0, "batch_size": 4, "micro_batch": 2, "lr": 1e-2,
+        "data": {"conversations": str(talk / "data.json"), "image_root": str(talk)},
+        "trainer": {"report_to": "none", "use_cpu": True}, "max_steps": 2,
+    }  # fmt: skip
+    out = run_stage(DistillRecipe.model_validate(values), tmp_path / "out")
+    before, after = load_file(start / "model.safetensors"), load_file(out / "model.safetensors")
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and any(moving in name for name in moved)
+    assert stage == "vpt" or all("multi_modal_projector" in name for name in moved)
+    loaded = load_backbone(BackboneRecipe(checkpoint=str(out)), CPU).core.state_dict()
+    assert all(torch.equal(loaded[name.removeprefix("model.")], after[name]) for name in moved - {"lm_head.weight"})

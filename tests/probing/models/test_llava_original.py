@@ -73,12 +73,12 @@ def plain_states(tensors, raw, tokenizer, pixels, before, after, special=()):
         else:
             vision = CLIPVisionModel.from_pretrained(raw["mm_vision_tower"])
             features = vision(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-        first, second = (
-            (tensors[f"model.mm_projector.{layer}.weight"], tensors[f"model.mm_projector.{layer}.bias"])
-            for layer in (0, 2)
-        )
-        hidden = torch.nn.functional.gelu(features @ first[0].T + first[1])
-        projected = hidden @ second[0].T + second[1]
+        names = [f"model.mm_projector.{layer}" for layer in ("", "0.", "2.", "4.")]
+        names = [name for name in names if f"{name}weight" in tensors]
+        projected = features
+        for number, name in enumerate(names):
+            hidden = torch.nn.functional.gelu(projected) if number else projected
+            projected = hidden @ tensors[f"{name}weight"].T + tensors[f"{name}bias"]
         embed = tensors["model.embed_tokens.weight"]
         ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (before, after)]
         rows = [tensors[f"model.special_{task}_tokens"] for task in special]
@@ -116,10 +116,23 @@ PROMPTS = {
         ("llava_llama", {"headers": True, "own_tower": True, "special": 16, "token_format": "emb"}, "llava_llama_3"),
         ("ola_llama", {"headers": True, "own_tower": True, "special": 16, "token_format": "emb"}, "llava_llama_3"),
         ("llava_llama", {"headers": True, "convnext": True, "special": 16}, "llava_llama_3"),
+        ("llava_llama", {"headers": True, "projector": "linear"}, "llava_llama_3"),
+        ("llava_llama", {"headers": True, "projector": "mlp3x_gelu", "own_tower": True}, "llava_llama_3"),
         ("llava_mistral", {"suffix": "bin", "split": False}, "mistral_instruct"),
         ("llava_phi3", {"special": 8, "own_tower": True, "suffix": "bin"}, "llava_phi_3"),
     ],
-    ids=["llava-1.5", "llama-3", "ola-llama-3", "ola-emb", "ola-pt-emb", "ola-convnext", "mistral-bin", "ola-phi-3"],
+    ids=[
+        "llava-1.5",
+        "llama-3",
+        "ola-llama-3",
+        "ola-emb",
+        "ola-pt-emb",
+        "ola-convnext",
+        "linear",
+        "mlp3x",
+        "mistral-bin",
+        "ola-phi-3",
+    ],
 )
 def test_states_are_those_of_the_described_forward_pass(tmp_path, images, kind, options, template):
     tensors, raw, tokenizer = original(tmp_path / "model", kind, **options)
@@ -191,7 +204,7 @@ def test_bad_input(tmp_path):
 
     for values, message in (
         ({"mm_vision_tower": "/cluster/home/someone/my-tower"}, "backbone.vision_tower=FOLDER_OR_HUB_ID"),
-        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
+        ({"mm_projector_type": "cabstract"}, "no projector is called 'cabstract'"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
         ({"image_aspect_ratio": "anyres"}, "mm_patch_merge_type is 'flat'"),
         ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is 'anyres_max_9'"),
