@@ -4,7 +4,6 @@ The tower is open_clip's `visual` (its `trunk` where timm made it), or a model o
 is registered with transformers, so that an ordinary `LlavaForConditionalGeneration` holds it once this is imported.
 """
 
-import difflib
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,13 +17,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from probing.models.image_tokens import height_and_width
 from probing.utils.checkpoint_files import loading, read_json
 from probing.utils.errors import BROKEN, UserError, first_line
+from probing.utils.open_clip_models import (
+    HUB,
+    OpenClipSource,
+    build_visual,
+    complete_preprocessing,
+    find_open_clip,
+)
 from probing.utils.paths import local_path
 
 MODEL_TYPE_OF_TOWER = "open_clip_tower"
-SCHEME = "open_clip:"
-HUB = "hf-hub:"
-NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
-"""The smallest text tower, because open_clip builds both towers."""
 
 
 class OpenClipTowerConfig(PreTrainedConfig):
@@ -92,9 +94,7 @@ def _build_trunk(config: Any) -> nn.Module:
 
         trunk: Any = timm.create_model(config.architecture, pretrained=False, num_classes=0, **config.settings)
     else:
-        import open_clip
-
-        visual: Any = open_clip.CLIP(**config.settings, text_cfg=cast(Any, NO_TEXT)).visual
+        visual = build_visual(config.settings)
         trunk = getattr(visual, "trunk", visual)
     _resize(trunk, config.image_size)
     return cast(nn.Module, trunk)
@@ -126,38 +126,33 @@ class TowerSource:
 
     Attributes:
         id: as the library loads it.
-        tag: weights of a built-in architecture of open_clip.
+        open_clip: the model of open_clip that it is part of; None for one of timm.
         config: what builds it.
         feature_layer: of its hidden states that a LLaVA reads: the last but one, or the last stage.
         preprocessing: of its images: `mean`, `std`, `interpolation` and `resize_mode`.
     """
 
     id: str
-    tag: str | None
+    open_clip: OpenClipSource | None
     config: OpenClipTowerConfig
     feature_layer: int
     preprocessing: dict[str, Any]
 
     def load(self) -> OpenClipTower:
         """Loads the weights; raises UserError if there are none."""
-        import open_clip
         import timm
 
         config, side = self.config, self.config.image_size
         with loading(f"vision tower {self.id}"):
-            if config.library == "timm":
+            if self.open_clip is None:
                 trunk: Any = timm.create_model(self.id, pretrained=True, num_classes=0)
             else:
                 # it changes the positions of its own ViT to the size as it reads them
-                size = {} if side == _built_size(config) else {"force_image_size": side}
-                visual: Any = open_clip.create_model(self.id, self.tag, require_pretrained=True, **size).visual
+                size = {} if side == self.open_clip.image_size else {"force_image_size": side}
+                visual = self.open_clip.load(**size)
                 trunk = getattr(visual, "trunk", visual)
             _resize(trunk, side)
             return OpenClipTower(config, trunk)
-
-
-def _built_size(config: OpenClipTowerConfig) -> int:
-    return int((config.settings or {})["vision_cfg"]["image_size"])
 
 
 def find_tower(source: str, image_size: int | None = None) -> TowerSource | None:
@@ -173,43 +168,18 @@ def find_tower(source: str, image_size: int | None = None) -> TowerSource | None
     Raises:
         UserError: there is no such architecture, or its features form no grid.
     """
-    if source.startswith(SCHEME):
-        return _built_in(source.removeprefix(SCHEME), image_size)
+    if found := find_open_clip(source):
+        found.require_weights()
+        tower = open_clip_config(found.name.rsplit("/", 1)[-1], found.model, image_size)
+        return TowerSource(found.name, found, tower, examine(tower, found.name), found.preprocessing)
     name = source.removeprefix(HUB)
     folder = local_path(name)
-    place = str(folder) if folder.is_dir() else name
-    address = f"local-dir:{folder}" if folder.is_dir() else f"{HUB}{name}"
-    raw = read_json(place, "open_clip_config.json")
-    config = read_json(place, "config.json")
-    if "model_cfg" in raw and (source.startswith(HUB) or "model_type" not in config):
-        return _of_open_clip(address, None, raw["model_cfg"], raw.get("preprocess_cfg", {}), image_size)
+    config = read_json(str(folder) if folder.is_dir() else name, "config.json")
     if "architecture" in config and "model_type" not in config:
-        return _of_timm(address, config, image_size)
+        return _of_timm(f"local-dir:{folder}" if folder.is_dir() else f"{HUB}{name}", config, image_size)
     if source.startswith(HUB):
         raise UserError(f"{name} has no open_clip_config.json; give a repository of open_clip")
     return None
-
-
-def _built_in(text: str, image_size: int | None) -> TowerSource:
-    import open_clip
-
-    name, _, tag = text.partition("/")
-    model = open_clip.get_model_config(name) if name in open_clip.list_models() else None
-    if model is None:
-        near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3)
-        raise UserError(f"open_clip has no architecture {name!r}; nearest: {', '.join(near) or 'none'}")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if tag not in tags and not local_path(tag).is_file():
-        hint = ", ".join(tags[:6]) or "or a file of weights; it has no published ones"
-        raise UserError(f"open_clip:{name} needs its weights: open_clip:{name}/TAG, one of {hint}")
-    return _of_open_clip(name, tag, model, open_clip.get_pretrained_cfg(name, tag), image_size)
-
-
-def _of_open_clip(
-    address: str, tag: str | None, model: dict[str, Any], preprocessing: dict[str, Any], image_size: int | None
-) -> TowerSource:
-    config = open_clip_config(address.rsplit("/", 1)[-1], model, image_size)
-    return TowerSource(address, tag, config, examine(config, address), _preprocessing(preprocessing))
 
 
 def open_clip_config(name: str, model: dict[str, Any], image_size: int | None) -> OpenClipTowerConfig:
@@ -234,7 +204,7 @@ def open_clip_config(name: str, model: dict[str, Any], image_size: int | None) -
 def _of_timm(address: str, config: dict[str, Any], image_size: int | None) -> TowerSource:
     values = timm_config(config, image_size)
     weights = {"interpolation": "bicubic"} | dict(config.get("pretrained_cfg", {}))
-    return TowerSource(address, None, values, examine(values, address), _preprocessing(weights))
+    return TowerSource(address, None, values, examine(values, address), complete_preprocessing(weights))
 
 
 def timm_config(config: dict[str, Any], image_size: int | None) -> OpenClipTowerConfig:
@@ -271,12 +241,6 @@ def convnext_config(name: str, config: dict[str, Any]) -> OpenClipTowerConfig | 
         return None
     examine(tower, name)
     return tower
-
-
-def _preprocessing(values: dict[str, Any]) -> dict[str, Any]:
-    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-
-    return dict(merge_preprocess_dict(PreprocessCfg(), values))
 
 
 def examine(config: OpenClipTowerConfig, name: str) -> int:

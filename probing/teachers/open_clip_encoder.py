@@ -1,15 +1,18 @@
 """Loads the image tower of any model of open_clip as a teacher without decoder: its patches, or its embedding."""
 
+import hashlib
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from probing.recipe import TeacherRecipe
 from probing.teachers.base import PAPER_GRID, Teacher, TeacherSource, finish, on_grid, square_processor
+from probing.utils.checkpoint_files import loading
 from probing.utils.errors import UserError
-from probing.utils.open_clip_models import load_open_clip, tensors_hash
+from probing.utils.open_clip_models import build_visual, find_open_clip
 
 
 def load(name: str, recipe: TeacherRecipe, device: torch.device) -> Teacher:
@@ -23,28 +26,45 @@ def load(name: str, recipe: TeacherRecipe, device: torch.device) -> Teacher:
     """
     from timm.data.transforms import str_to_pil_interp
 
-    found = load_open_clip(recipe.id, device)
-    statistics = {
-        "image_mean": found.preprocessing["mean"],
-        "image_std": found.preprocessing["std"],
-        "resample": int(str_to_pil_interp(found.preprocessing["interpolation"])),
-        "size": {"height": found.side, "width": found.side},
-    }
-
-    normalised = getattr(found.visual, "attn_pool", None) is None  # CoCa has a norm of the pooled feature alone
+    found = find_open_clip(recipe.id)
+    if found is None:
+        raise UserError(f"{recipe.id} has no usable open_clip_config.json; give a model of open_clip")
+    if device.type == "meta":
+        with loading(found.name), device:
+            visual: Any = build_visual(found.model)
+    else:
+        visual = found.load()
+    visual = visual.float().eval().requires_grad_(False).to(device)
+    normalised = getattr(visual, "attn_pool", None) is None  # CoCa has a norm of the pooled feature alone
 
     def encode(pixels: Tensor) -> Tensor:
         if recipe.features == "pooled":
-            embedding = found.visual(pixels)
+            embedding = visual(pixels)
             return (embedding[0] if isinstance(embedding, tuple) else embedding)[:, None]
-        maps = found.visual.forward_intermediates(
+        maps = visual.forward_intermediates(
             pixels, indices=1, normalize_intermediates=normalised, intermediates_only=True
         )["image_intermediates"]
         if maps[-1].ndim != 4 or maps[-1].shape[-1] != maps[-1].shape[-2]:
             raise UserError(f"{name} teacher: features have shape {tuple(maps[-1].shape)}; set features=pooled")
         return on_grid(maps[-1], recipe.grid or PAPER_GRID, recipe.grid is not None)
 
-    prepare, _ = square_processor(statistics, recipe.id)
+    statistics = {
+        "image_mean": found.preprocessing["mean"],
+        "image_std": found.preprocessing["std"],
+        "resample": int(str_to_pil_interp(found.preprocessing["interpolation"])),
+    }
+    prepare, _ = square_processor(statistics, recipe.id, found.image_size)
     source = TeacherSource(name, recipe, recipe.id, SimpleNamespace())
-    teacher = finish(source, found.visual, prepare, encode, {recipe.id: found.licence} if found.licence else {})
-    return replace(teacher, sha256=tensors_hash(found.visual))
+    teacher = finish(source, visual, prepare, encode, {recipe.id: found.licence} if found.licence else {})
+    return replace(teacher, sha256=_tensors_hash(visual))
+
+
+def _tensors_hash(module: nn.Module) -> str:
+    """Hashes names and values of a module's tensors; `no weights` on the meta device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if tensor.is_meta:
+            return "no weights"
+        digest.update(name.encode() + str(tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return f"tensors:{digest.hexdigest()}"

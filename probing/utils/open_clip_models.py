@@ -1,152 +1,136 @@
-"""Builds image towers of open_clip: `open_clip:ARCHITECTURE/TAG`, `hf-hub:ORG/REPO`, or a folder."""
+"""Finds and builds image towers of open_clip: `open_clip:ARCHITECTURE/TAG`, `hf-hub:ORG/REPO`, or a folder."""
 
 import difflib
-import hashlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, cast
 
 import probing.utils.torchvision_shim  # noqa: F401  # isort: skip
-from torch import nn
 
-from probing.utils.checkpoint_files import loading
+from probing.utils.checkpoint_files import loading, read_json
 from probing.utils.errors import UserError
 from probing.utils.paths import local_path
 
-PREFIX = "open_clip:"
+SCHEME = "open_clip:"
 HUB = "hf-hub:"
 CONFIG = "open_clip_config.json"
-DEFAULT_STATISTICS = {
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
-    "interpolation": "bicubic",
-}
-"""OpenAI's, which open_clip assumes if a configuration states none."""
+NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+"""The smallest text tower, because open_clip builds both towers."""
 
 
 @dataclass(frozen=True)
-class OpenClipModel:
-    """An image tower with its preprocessing.
+class OpenClipSource:
+    """A model of open_clip that was found and not loaded.
 
     Attributes:
-        name: `ARCHITECTURE/TAG`, Hub id or folder.
-        visual: `forward_intermediates` gives maps of patches, `forward` the embedding of an image.
-        preprocessing: mean, std, interpolation; images are `side` pixels wide and high.
-        side: pixels.
-        licence: of the weights, if the configuration states it.
+        name: as `open_clip.create_model` takes it.
+        tag: weights of a built-in architecture, by name or file; empty for other sources.
+        model: its configuration, `model_cfg`.
+        preprocessing: of its images: `mean`, `std`, `interpolation` and `resize_mode`.
+        licence: of the weights, if its configuration states it.
     """
 
     name: str
-    visual: Any
+    tag: str
+    model: dict[str, Any]
     preprocessing: dict[str, Any]
-    side: int
     licence: str = ""
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of its square images."""
+        return int(self.model["vision_cfg"].get("image_size", 224))
+
+    def load(self, **options: Any) -> Any:
+        """Loads the image tower in float32; `options` are those of `open_clip.create_model`.
+
+        Raises:
+            UserError: the weights are missing or cannot be read.
+        """
+        import open_clip
+
+        self.require_weights()
+        with loading(self.name):
+            whole: Any = open_clip.create_model(
+                self.name, self.tag or None, require_pretrained=True, pretrained_text=False, **options
+            )
+        return whole.visual
+
+    def require_weights(self) -> None:
+        """Raises UserError if a built-in architecture comes without its weights."""
+        if not self.tag and ":" not in self.name:
+            raise UserError(f"open_clip:{self.name} needs its weights: open_clip:{self.name}/TAG, one of {self._tags}")
+
+    @property
+    def _tags(self) -> str:
+        import open_clip
+
+        tags = open_clip.list_pretrained_tags_by_model(self.name)
+        return ", ".join(tags[:6]) or "or a file of weights; it has no published ones"
+
+
+def build_visual(model: dict[str, Any]) -> Any:
+    """Builds an image tower without weights of its own, from `embed_dim`, `vision_cfg` and `quick_gelu`."""
+    import open_clip
+
+    vision = dict(model["vision_cfg"])
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    quick_gelu = bool(model.get("quick_gelu", False))
+    return open_clip.CLIP(model["embed_dim"], cast(Any, vision), cast(Any, NO_TEXT), quick_gelu).visual
+
+
+def find_open_clip(source: str) -> OpenClipSource | None:
+    """Finds a model of open_clip, from its configuration alone.
+
+    Args:
+        source: `open_clip:ARCHITECTURE`, with `/TAG` or `/FILE` for its weights; `hf-hub:ORG/REPO`; or a folder.
+
+    Returns:
+        The model; None for a folder or repository of another library.
+
+    Raises:
+        UserError: there is no such architecture or tag.
+    """
+    if source.startswith(SCHEME):
+        return _built_in(*source.removeprefix(SCHEME).partition("/")[::2])
+    name = source.removeprefix(HUB)
+    folder = local_path(name)
+    if not folder.is_dir() and not source.startswith(HUB):
+        return None
+    place = str(folder) if folder.is_dir() else name
+    raw = read_json(place, CONFIG)
+    if "model_cfg" not in raw or (source == name and "model_type" in read_json(place, "config.json")):
+        return None
+    address = f"local-dir:{folder}" if folder.is_dir() else f"{HUB}{name}"
+    return _merged(address, "", raw["model_cfg"], raw.get("preprocess_cfg", {}), str(raw.get("license", "")))
 
 
 def is_open_clip(source: str) -> bool:
-    """Returns whether an id or folder names a model of open_clip and none of transformers."""
-    if source.startswith((PREFIX, HUB)):
-        return True
-    folder = local_path(source)
-    return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
+    """Returns whether a name or folder is one that `find_open_clip` reads, without looking at the Hub."""
+    return source.startswith((SCHEME, HUB)) or (local_path(source) / CONFIG).is_file()
 
 
-def load_open_clip(source: str, device: torch.device) -> OpenClipModel:
-    """Loads an image tower in float32; on the meta device only its configuration is read.
-
-    Args:
-        source: `open_clip:ARCHITECTURE`, with `/TAG` or `/FILE` for its weights; `hf-hub:ORG/REPO`; or a folder with
-            `open_clip_config.json`.
-        device: `meta`, or where to put the tower.
-
-    Raises:
-        UserError: there is no such architecture, tag or folder, or the weights cannot be read.
-    """
+def _built_in(name: str, tag: str) -> OpenClipSource:
     import open_clip
 
-    name, tag = _parse(source)
-    with loading(source):
-        config = _configuration(name)
-        _require_known(name, tag, config)
-        if device.type == "meta":
-            visual = _build(config["model"])
-        elif not tag and ":" not in name:
-            raise UserError(f"{source} names no weights; add /TAG, one of {_tags(name)}")
-        else:
-            whole: Any = open_clip.create_model(name, tag or None, pretrained_text=False, require_pretrained=True)
-            visual = whole.visual
-    side = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
-    stated = config["preprocessing"] | (open_clip.get_pretrained_cfg(name, tag) or {} if tag else {})
-    statistics = {key: stated.get(key) or default for key, default in DEFAULT_STATISTICS.items()}
-    frozen = visual.float().eval().requires_grad_(False).to(device)
-    return OpenClipModel(source, frozen, statistics, int(side), config["licence"])
-
-
-def tensors_hash(module: nn.Module) -> str:
-    """Hashes names and values of a module's tensors; `no weights` on the meta device."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if tensor.is_meta:
-            return "no weights"
-        digest.update(name.encode() + str(tuple(tensor.shape)).encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return f"tensors:{digest.hexdigest()}"
-
-
-def _parse(source: str) -> tuple[str, str]:
-    """Returns open_clip's name of a model, and the tag or file of its weights."""
-    if source.startswith(PREFIX + HUB):
-        source = source.removeprefix(PREFIX)
-    if source.startswith(HUB):
-        return source, ""
-    if source.startswith(PREFIX):
-        name, _, tag = source.removeprefix(PREFIX).partition("/")
-        return name, tag
-    return f"local-dir:{local_path(source)}", ""
-
-
-def _configuration(name: str) -> dict[str, Any]:
-    """Reads configuration, preprocessing and licence of a model; the configuration is None for an unknown name."""
-    import open_clip
-
-    stated: dict[str, Any] = {}
-    if name.startswith("local-dir:"):
-        stated = json.loads((Path(name.removeprefix("local-dir:")) / CONFIG).read_text(encoding="utf-8"))
-    elif name.startswith(HUB):
-        file = open_clip.download_pretrained_from_hf(name.removeprefix(HUB), filename=CONFIG)
-        stated = json.loads(Path(file).read_text(encoding="utf-8"))
-    return {
-        "model": stated.get("model_cfg") or open_clip.get_model_config(name),
-        "preprocessing": stated.get("preprocess_cfg", {}),
-        "licence": stated.get("license", ""),
-    }
-
-
-def _require_known(name: str, tag: str, config: dict[str, Any]) -> None:
-    import open_clip
-
-    if config["model"] is None:
-        near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), 3, 0)) or "none"
+    if name not in open_clip.list_models():
+        near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), 3, 0.3)) or "none"
         raise UserError(f"open_clip has no architecture {name!r}; nearest: {near}")
-    if tag and not open_clip.get_pretrained_cfg(name, tag) and not local_path(tag).is_file():
-        raise UserError(f"open_clip has no weights {tag!r} of {name}; choose one of {_tags(name)}, or give a file")
+    config: Any = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    found = _merged(name, tag, open_clip.get_model_config(name), config or {})
+    if tag and not config and not local_path(tag).is_file():
+        raise UserError(f"open_clip has no weights {tag!r} of {name}; give one of {found._tags}")
+    return found
 
 
-def _tags(name: str) -> str:
-    import open_clip
+def _merged(
+    name: str, tag: str, model: dict[str, Any], preprocessing: dict[str, Any], licence: str = ""
+) -> OpenClipSource:
+    return OpenClipSource(name, tag, model, complete_preprocessing(preprocessing), licence)
 
-    return ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
 
+def complete_preprocessing(values: dict[str, Any]) -> dict[str, Any]:
+    """Adds open_clip's defaults to what a configuration states of mean, std, interpolation and resizing."""
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-def _build(config: dict[str, Any]) -> Any:
-    """Builds an image tower without weights; `create_model` would download those of Hub ids, and a text model's."""
-    from open_clip.model import CLIPVisionCfg, _build_vision_tower
-
-    values = dict(config["vision_cfg"])
-    if "timm_model_name" in values:
-        values["timm_model_pretrained"] = False
-    with torch.device("meta"):
-        return _build_vision_tower(config["embed_dim"], CLIPVisionCfg(**values), config.get("quick_gelu", False))
+    return dict(merge_preprocess_dict(PreprocessCfg(), values))

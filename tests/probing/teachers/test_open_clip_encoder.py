@@ -87,9 +87,9 @@ def test_published_architectures_have_published_sizes(name):
     ("source", "message"),
     [
         ("open_clip:ViT-B-33", "no architecture 'ViT-B-33'; nearest: ViT-B-32"),
-        ("open_clip:ViT-B-32/laion", "no weights 'laion' of ViT-B-32; choose one of openai, "),
+        ("open_clip:ViT-B-32/laion", "no weights 'laion' of ViT-B-32; give one of openai, "),
         ("open_clip:", "no architecture ''"),
-        ("open_clip:RN50", "names no weights; add /TAG, one of openai, yfcc15m, cc12m"),
+        ("open_clip:RN50", "needs its weights: open_clip:RN50/TAG, one of openai, yfcc15m, cc12m"),
     ],
 )
 def test_unknown_names_are_refused(source, message):
@@ -108,5 +108,5 @@ def test_broken_folders_are_refused(tmp_path):
             load_teacher("clip", TeacherRecipe(id=str(folder)), CPU)
         (folder / "open_clip_model.safetensors").write_bytes(weights)
     (folder / "open_clip_config.json").write_text("{")
-    with pytest.raises(UserError, match="vit cannot be loaded"):
+    with pytest.raises(UserError, match="no usable open_clip_config"):
         load_teacher("clip", TeacherRecipe(id=str(folder)), CPU)
