@@ -39,7 +39,7 @@ from probing.models.image_tokens import tower_grid
 from probing.models.llava import fit_processor, use_tokenizer_template
 from probing.models.token_map import SPECIAL, special_ids
 from probing.teachers import Teacher, load_teachers
-from probing.utils.checkpoint_files import read_json
+from probing.utils.checkpoint_files import read_json_or_empty
 from probing.utils.errors import UserError, first_line
 from probing.utils.paths import local_path
 from probing.utils.pretrained import load_config, locate, pretrained, require_whole
@@ -81,7 +81,7 @@ def load_inputs(recipe: DistillRecipe) -> StageInputs:
     root = local_path(recipe.data.image_root)
     require_some_image(conversations, root)
     source = locate(recipe.checkpoint, "checkpoint")
-    if llava_original.is_original(read_json(source, "config.json", recipe.revision)):
+    if llava_original.is_original(read_json_or_empty(source, "config.json", recipe.revision)):
         raise UserError(
             f"{recipe.checkpoint} has LLaVA's original format, which cannot be trained; "
             "convert it to transformers' format"

@@ -31,7 +31,7 @@ from probing.runs.directory import Run
 from probing.teachers import Teacher, load_teachers
 from probing.teachers.registry import CATALOGUE
 from probing.training.run import held_out_images, provenance_of, training_images, write_manifest
-from probing.utils.checkpoint_files import read_json, read_tensors
+from probing.utils.checkpoint_files import read_json_or_empty, read_tensors
 from probing.utils.distributed import require_single_process
 from probing.utils.errors import UserError
 from probing.utils.files import atomic_file, atomic_folder, disk_errors, reading, write_text
@@ -71,7 +71,7 @@ def import_probes(checkpoint: str, data: str, out: Path, overrides: Sequence[str
         UserError: the checkpoint has no complete probes, the teachers are not theirs, or data are unreadable.
     """
     source = locate(checkpoint, "checkpoint")
-    config = read_json(source, "config.json")
+    config = read_json_or_empty(source, "config.json")
     found = _published_probes(source, config) if config.get("probe_mode") else _predictors(source, config)
     recipe = _recipe(checkpoint, data, found, overrides)
     device = require_single_process("import").device

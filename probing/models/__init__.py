@@ -24,7 +24,7 @@ from probing.models.base import (
 from probing.models.token_map import TokenMap
 from probing.recipe import BackboneRecipe, model_name
 from probing.utils.adapters import ADAPTER_CONFIG, find_adapter
-from probing.utils.checkpoint_files import fetch, loading, read_json
+from probing.utils.checkpoint_files import fetch, loading, read_json_or_empty
 from probing.utils.errors import UserError
 from probing.utils.paths import local_path, looks_like_path
 from probing.utils.pretrained import checkpoint_path, identity, locate
@@ -78,12 +78,12 @@ def _open(recipe: BackboneRecipe) -> _Checkpoint:
         if recipe.base:
             raise UserError(f"{recipe.checkpoint} is no adapter; leave out backbone.base")
         source = locate(recipe.checkpoint, "checkpoint")
-        raw = read_json(source, "config.json", recipe.revision)
+        raw = read_json_or_empty(source, "config.json", recipe.revision)
     else:
         source = _find_base(recipe, adapter)
         recipe = recipe.model_copy(update={"revision": None})  # it is the adapter's
-        raw = read_json(adapter, "config.json")
-        raw = raw if llava_original.is_original(raw) else read_json(source, "config.json")
+        raw = read_json_or_empty(adapter, "config.json")
+        raw = raw if llava_original.is_original(raw) else read_json_or_empty(source, "config.json")
     if llava_original.is_original(raw):
         family: Any = llava_original
         with loading(f"checkpoint {recipe.checkpoint}"):
@@ -107,8 +107,8 @@ def _find_base(recipe: BackboneRecipe, adapter: Path) -> str:
     """
     if recipe.base:
         return locate(recipe.base, "base model")
-    name = read_json(adapter, ADAPTER_CONFIG).get("base_model_name_or_path")
-    name = str(name or read_json(adapter, "config.json").get("_name_or_path") or "")
+    name = read_json_or_empty(adapter, ADAPTER_CONFIG).get("base_model_name_or_path")
+    name = str(name or read_json_or_empty(adapter, "config.json").get("_name_or_path") or "")
     try:
         if name and (local_path(name).is_dir() or (not looks_like_path(name) and fetch(name, "config.json"))):
             return locate(name, "base model")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import probing.utils.torchvision_shim  # noqa: F401
-from probing.utils.checkpoint_files import read_json
+from probing.utils.checkpoint_files import read_json_or_empty
 from probing.utils.errors import UserError, first_line
 
 CANNOT_RUN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
@@ -153,8 +153,8 @@ def match_processor(inputs: Any, features: ImageFeatures, source: str, config: A
         UserError: the numbers differ; names the fields that are wrong, and the values that they should have.
     """
     processor, dropped = inputs.processor, select_strategy(config) == "default"
-    _require_image_token(processor, config, read_json(source, "config.json", revision))
-    stated = read_json(source, "processor_config.json", revision)
+    _require_image_token(processor, config, read_json_or_empty(source, "config.json", revision))
+    stated = read_json_or_empty(source, "processor_config.json", revision)
     right: dict[str, Any] = {"vision_feature_select_strategy": select_strategy(config)}
     if hasattr(processor, "num_image_tokens"):
         right["num_image_tokens"] = features.count + dropped

@@ -18,7 +18,7 @@ from probing.models.image_tokens import match_processor, select_strategy, tower_
 from probing.models.llava import describe as describe
 from probing.models.token_map import TokenMap, special_ids, token_kinds
 from probing.recipe import TOKEN_KINDS, BackboneRecipe
-from probing.utils.checkpoint_files import read_json
+from probing.utils.checkpoint_files import read_json_or_empty
 from probing.utils.errors import UserError
 
 MODEL_TYPE = "llava_next"
@@ -121,7 +121,7 @@ def read_config(source: str, recipe: BackboneRecipe) -> Any:
 
 
 def _pinpoints_are_text(source: str, recipe: BackboneRecipe) -> bool:
-    return isinstance(read_json(source, "config.json", recipe.revision).get("image_grid_pinpoints"), str)
+    return isinstance(read_json_or_empty(source, "config.json", recipe.revision).get("image_grid_pinpoints"), str)
 
 
 def open_processor(source: str, config: Any, recipe: BackboneRecipe) -> Any:

@@ -30,7 +30,7 @@ from probing.models.llava_projector import ProjectorConfig, projector_depth
 from probing.models.open_clip_tower import OpenClipTowerConfig, convnext_config
 from probing.models.token_map import SPECIAL, special_ids, token_name
 from probing.recipe import BackboneRecipe
-from probing.utils.checkpoint_files import loading, read_json, read_tensors
+from probing.utils.checkpoint_files import loading, read_json_or_empty, read_tensors
 from probing.utils.errors import UserError, first_line
 from probing.utils.paths import local_path
 from probing.utils.pretrained import load_config, pretrained
@@ -159,7 +159,7 @@ def _find_tower(raw: dict[str, Any], recipe: BackboneRecipe) -> tuple[str, Any]:
     name, local = path.rstrip("/").rsplit("/", 1)[-1], local_path(path).is_dir()
     if not local and name in TOWERS:
         return f"openai/{name}", CLIPVisionConfig(**TOWERS[name])
-    if convnext := convnext_config(name, read_json(path, "config.json") if local else {}):
+    if convnext := convnext_config(name, read_json_or_empty(path, "config.json") if local else {}):
         return path, convnext
     if not path or (not local and path.startswith(("/", ".", "~"))):
         raise UserError(

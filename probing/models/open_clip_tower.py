@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from probing.models.image_tokens import height_and_width
-from probing.utils.checkpoint_files import loading, read_json
+from probing.utils.checkpoint_files import loading, read_json_or_empty
 from probing.utils.errors import BROKEN, UserError, first_line
 from probing.utils.open_clip_models import (
     HUB,
@@ -174,7 +174,7 @@ def find_tower(source: str, image_size: int | None = None) -> TowerSource | None
         return TowerSource(found.name, found, tower, examine(tower, found.name), found.preprocessing)
     name = source.removeprefix(HUB)
     folder = local_path(name)
-    config = read_json(str(folder) if folder.is_dir() else name, "config.json")
+    config = read_json_or_empty(str(folder) if folder.is_dir() else name, "config.json")
     if "architecture" in config and "model_type" not in config:
         return _of_timm(f"local-dir:{folder}" if folder.is_dir() else f"{HUB}{name}", config, image_size)
     if source.startswith(HUB):

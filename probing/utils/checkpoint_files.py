@@ -34,7 +34,7 @@ def fetch(source: str | Path, name: str, revision: str | None = None) -> Path | 
     return Path(file) if file else None
 
 
-def read_json(source: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
+def read_json_or_empty(source: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
     """Reads a JSON object of a folder or Hub repository; empty if there is no such file or it holds no object."""
     file = fetch(source, name, revision)
     try:
@@ -88,7 +88,7 @@ def weight_map(source: str | Path, name: str, revision: str | None = None) -> di
     Raises:
         UserError: a shard is not a file in the same folder.
     """
-    shards = read_json(source, f"{name}.index.json", revision).get("weight_map") or {}
+    shards = read_json_or_empty(source, f"{name}.index.json", revision).get("weight_map") or {}
     for shard in shards.values() if isinstance(shards, dict) else [shards]:
         if not isinstance(shard, str) or shard in ("", "..") or "\\" in shard or PurePosixPath(shard).name != shard:
             raise UserError(f"{source}: {name}.index.json names the shard {shard!r}, no file next to it; correct it")
@@ -101,7 +101,7 @@ def weight_files(source: str | Path, revision: str | None = None, prefix: str = 
     Raises:
         UserError: there are no weights, or a shard is missing.
     """
-    name = read_json(source, "config.json", revision).get("transformers_weights")
+    name = read_json_or_empty(source, "config.json", revision).get("transformers_weights")
     for stem in (name.removesuffix(".index.json"),) if isinstance(name, str) else WEIGHTS:
         if file := fetch(source, stem, revision):
             return [file]

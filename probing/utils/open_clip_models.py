@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import probing.utils.torchvision_shim  # noqa: F401  # isort: skip
 
-from probing.utils.checkpoint_files import loading, read_json
+from probing.utils.checkpoint_files import loading, read_json_or_empty
 from probing.utils.errors import UserError
 from probing.utils.paths import local_path
 
@@ -98,8 +98,8 @@ def find_open_clip(source: str) -> OpenClipSource | None:
     if not folder.is_dir() and not source.startswith(HUB):
         return None
     place = str(folder) if folder.is_dir() else name
-    raw = read_json(place, CONFIG)
-    if "model_cfg" not in raw or (source == name and "model_type" in read_json(place, "config.json")):
+    raw = read_json_or_empty(place, CONFIG)
+    if "model_cfg" not in raw or (source == name and "model_type" in read_json_or_empty(place, "config.json")):
         return None
     address = f"local-dir:{folder}" if folder.is_dir() else f"{HUB}{name}"
     return _merged(address, "", raw["model_cfg"], raw.get("preprocess_cfg", {}), str(raw.get("license", "")))

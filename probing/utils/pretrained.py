@@ -16,7 +16,7 @@ from probing.utils.checkpoint_files import (
     WEIGHTS,
     describe_error,
     has_weights,
-    read_json,
+    read_json_or_empty,
     refuse_unreachable,
     tensor_names,
     tensor_shapes,
@@ -95,7 +95,7 @@ def identity(source: str, config: Any, device: torch.device | None = None) -> st
         if tower and local_path(tower).is_dir() and not any(map(TOWER_TENSOR.match, tensor_names(source))):
             parts.append(f"vision tower {weights_hash(local_path(tower))}")
     if adapter := getattr(config, "adapter", None):
-        values = settings(read_json(adapter, ADAPTER_CONFIG))  # they hold the scale of its weights
+        values = settings(read_json_or_empty(adapter, ADAPTER_CONFIG))  # they hold the scale of its weights
         parts.append(f"adapter {digest([files_hash(adapter_files(Path(adapter))), values])}")
     return ", ".join(parts)
 

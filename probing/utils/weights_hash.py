@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from probing.utils.cache_dir import cache_folder
-from probing.utils.checkpoint_files import read_json, weight_files
+from probing.utils.checkpoint_files import read_json_or_empty, weight_files
 from probing.utils.errors import UserError
 from probing.utils.files import write_text
 
@@ -41,7 +41,7 @@ def loaded_weights(folder: Path) -> list[Path]:
         files = weight_files(folder)
     except UserError:
         files = []
-    if "encoders" in read_json(folder, "config.json"):
+    if "encoders" in read_json_or_empty(folder, "config.json"):
         files.append(folder / "encoders.safetensors")
     return [file for file in files if file.is_file()]
 
@@ -58,19 +58,19 @@ def files_hash(files: Sequence[Path]) -> str:
 
 def model_hash(folder: Path) -> str:
     """Hashes weights, configuration and code of a model folder; the layout of JSON has no effect."""
-    has_code = "auto_map" in read_json(folder, "config.json")
+    has_code = "auto_map" in read_json_or_empty(folder, "config.json")
     code = [file_hash(file) for file in sorted(folder.glob("*.py"))] if has_code else []
     return digest([weights_hash(folder), configuration(folder), code])
 
 
 def configuration(folder: Path) -> dict[str, str]:
     """Reads the fields of `config.json` that can change a number, those of nested configurations under dotted names."""
-    return settings(read_json(folder, "config.json"))
+    return settings(read_json_or_empty(folder, "config.json"))
 
 
 def generation_settings(folder: Path) -> dict[str, str]:
     """Reads the fields of `generation_config.json` that can change an answer."""
-    values = read_json(folder, "generation_config.json")
+    values = read_json_or_empty(folder, "generation_config.json")
     return settings({name: value for name, value in values.items() if name not in OVERRIDDEN})
 
 
