@@ -107,7 +107,8 @@ def _resize(trunk: Any, side: int) -> None:
 
 
 def _without_head(trunk: Any) -> Any:
-    trunk.prune_intermediate_layers(None)
+    if hasattr(trunk, "prune_intermediate_layers"):  # open_clip's ResNets lack it
+        trunk.prune_intermediate_layers(None)
     return trunk
 
 
@@ -148,8 +149,7 @@ class TowerSource:
                 trunk: Any = timm.create_model(self.id, pretrained=True, num_classes=0)
             else:
                 # it changes the positions of its own ViT to the size as it reads them
-                size = {} if side == self.open_clip.image_size else {"force_image_size": side}
-                visual = self.open_clip.load(**size)
+                visual = self.open_clip.load(force_image_size=side)
                 trunk = getattr(visual, "trunk", visual)
             _resize(trunk, side)
             return OpenClipTower(config, trunk)

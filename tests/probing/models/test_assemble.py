@@ -148,6 +148,15 @@ def test_generate_equals_a_greedy_loop_of_whole_passes(tmp_path, tower):
     assert torch.equal(written, ids)
 
 
+def test_another_image_size_changes_the_grid_of_a_saved_model(tmp_path):
+    """open_clip's ViT has positions for one size, which it interpolates."""
+    llm, (tower, _) = parts.llm(tmp_path / "llm"), open_clip_vit(tmp_path / "tower")
+    out = assemble(AssembleRecipe(llm=str(llm), vision_tower=tower, image_size=48), tmp_path / "out")
+    backbone = load_backbone(BackboneRecipe(checkpoint=str(out)), CPU)
+    states, tokens = backbone.hidden_states(pictures(), "0")
+    assert tokens.grid == (6, 6) and tokens.image_states(states[0]).shape == (2, 36, 32)
+
+
 def test_dry_run_describes_the_model_without_weights(tmp_path):
     """For parts whose weights are absent, and for open_clip's full size by name."""
     source, _ = convnext(tmp_path / "tower")
