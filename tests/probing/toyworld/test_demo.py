@@ -124,7 +124,7 @@ def test_open_shows_the_page_in_the_browser(tmp_path, monkeypatch, asked, browse
 
 @pytest.mark.slow
 def test_small_demo_ends_and_repeats_from_its_files(tmp_path, monkeypatch):
-    for name, count in {"TRAIN_SCENES": 16, "VAL_SCENES": 8, "QUESTION_SCENES": 4, "DECODED_IMAGES": 3}.items():
+    for name, count in {"TRAIN_SCENES": 16, "VAL_SCENES": 8, "QUESTION_SCENES": 4, "DECODED_IMAGES": 4}.items():
         monkeypatch.setattr(demo, name, count)
     monkeypatch.setattr(demo, "demo_recipe", lambda *paths: demo_recipe(*paths).model_copy(update={"layers": "0,6"}))
     page = demo.run_demo("quick", tmp_path / "demo")
