@@ -28,7 +28,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.slow
-def test_commands_of_the_readme_lead_to_a_comparison(models, coco, tmp_path, monkeypatch, no_figures):
+def test_commands_of_the_readme_lead_to_a_comparison(models, coco, tmp_path, monkeypatch):
     tower = parts.open_clip_model(tmp_path / "tower", parts.CONVNEXT)
     tiny.conversations(tmp_path / "talk", 12)
     names = {
