@@ -77,13 +77,14 @@ class ProjectorModel(LlavaModel):
 
 
 class ProjectorForConditionalGeneration(LlavaForConditionalGeneration):
-    """LLaVA with any projector."""
+    """LLaVA with any projector; subclasses name the class of their model without `lm_head`."""
 
     config_class = ProjectorConfig
+    core_class: type[ProjectorModel] = ProjectorModel
 
     def __init__(self, config: Any) -> None:
         LlavaPreTrainedModel.__init__(self, config)  # LLaVA's own would build a second LLM
-        self.model = ProjectorModel(config)
+        self.model = self.core_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 

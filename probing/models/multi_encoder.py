@@ -19,15 +19,13 @@ import probing.utils.torchvision_shim  # noqa: F401  # isort: skip
 from transformers import (
     AutoConfig,
     GenerationMixin,
-    LlavaForConditionalGeneration,
-    LlavaPreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from probing.models import llava
 from probing.models.base import Backbone
 from probing.models.image_tokens import tower_grid
-from probing.models.llava_projector import ProjectorConfig, ProjectorModel
+from probing.models.llava_projector import ProjectorConfig, ProjectorForConditionalGeneration, ProjectorModel
 from probing.models.token_map import SPECIAL
 from probing.recipe import BackboneRecipe, TeacherRecipe
 from probing.teachers import Teacher, load_teacher
@@ -151,16 +149,11 @@ class MultiEncoderModel(ProjectorModel):
         return super().forward(**kwargs)
 
 
-class MultiEncoderForConditionalGeneration(LlavaForConditionalGeneration):
+class MultiEncoderForConditionalGeneration(ProjectorForConditionalGeneration):
     """A multi-encoder LLaVA with its `lm_head`."""
 
     config_class = MultiEncoderConfig
-
-    def __init__(self, config: Any) -> None:
-        LlavaPreTrainedModel.__init__(self, config)  # LLaVA's own would build a second LLM
-        self.model = MultiEncoderModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+    core_class = MultiEncoderModel
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """Accepts the teachers' pixels in `generate`, which hands them to `get_image_features`."""
