@@ -69,7 +69,7 @@ class AssembleRecipe(Strict):
     llm: str
     """Folder or Hub id of a decoder-only LLM."""
     vision_tower: str
-    """Folder or Hub id (transformers, timm, open_clip), hf-hub:ID, or open_clip:NAME/TAG."""
+    """Folder or Hub id of transformers or timm; of open_clip a folder, hf-hub:ID, or open_clip:NAME/TAG."""
     projector: str = "mlp2x_gelu"
     """linear, mlp2x_gelu, mlp3x_gelu, …, or identity."""
     image_size: int | None = Field(default=None, ge=1)

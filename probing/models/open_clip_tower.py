@@ -159,7 +159,7 @@ def find_tower(source: str, image_size: int | None = None) -> TowerSource | None
     """Finds a tower of open_clip or timm, from its configuration alone.
 
     Args:
-        source: `open_clip:NAME/TAG`, `hf-hub:ID`, or a folder or Hub id with a configuration of open_clip or timm.
+        source: `open_clip:NAME/TAG`, `hf-hub:ID`, a folder of open_clip or timm, or a Hub id of timm.
         image_size: side in pixels; by default the tower's.
 
     Returns:
