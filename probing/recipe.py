@@ -181,6 +181,9 @@ class FitRecipe(Strict):
     """Also fit the closed-form ridge readout."""
     ridge_penalty: float = Field(default=1e-3, gt=0)
     """Ridge penalty, as a multiple of the mean eigenvalue of the states' covariance."""
+    buffer: Literal["off", "auto"] | Annotated[float, Field(gt=0)] = "off"
+    """Holds hidden states of a window of images, so that several epochs need one forward pass: GB of the host's memory
+    per process, `auto` (half of what is free), or `off`."""
     save_minutes: float = Field(default=10.0, ge=0)
     """Minutes between saved training states; 0: save after every step."""
     workers: int = Field(default=2, ge=0)

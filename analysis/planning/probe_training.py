@@ -1,10 +1,8 @@
 """`probing train --dry-run`, and `probing plan` of a recipe of probes."""
 
-import contextlib
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from analysis.planning.model_cost import (
     META,
@@ -17,7 +15,7 @@ from analysis.planning.model_cost import (
     widest,
 )
 from analysis.planning.plan import Plan, Work
-from probing.data.coco import ImageList
+from probing.data.coco import ImageList, first_image
 from probing.models import FINAL, Backbone, layer_name, load_backbone, parse_layers
 from probing.probes.bank import probe_configs
 from probing.recipe import ProbeRunRecipe
@@ -28,9 +26,7 @@ from probing.training.run import WEIGHTS, held_out_images, summary_file, trainin
 from probing.training.schedule import count_steps, require_enough
 from probing.training.sizes import disk_bytes, probe_parameters, ridge_bytes
 from probing.training.trackers import require_tracker
-from probing.utils.errors import UserError
 from probing.utils.files import reading, require_space
-from probing.utils.images import square
 
 TITLES = {"none": "pretrained weights", "random": "random weights"}
 
@@ -72,7 +68,7 @@ def _work(
 ) -> Work:
     """Costs a training; memory of activations is a rough estimate."""
     fit, layers, width = recipe.fit, parse_layers(recipe.layers, backbone.layers), backbone.hidden_size
-    image = _first_image(images, recipe.data.view)
+    image = first_image(images, recipe.data.view)
     batch = backbone.prepare([image])
     tokens = batch.tokens.kinds.shape[1]
     keys = batch.tokens.select(torch.zeros(1, tokens, 1), recipe.probe.keys)[0].shape[1]
@@ -108,13 +104,6 @@ def _work(
         sharded=0,
         disk=disk_bytes(recipe, width, teachers, layers),
     )
-
-
-def _first_image(images: ImageList, view: str) -> Image.Image:
-    for index in range(len(images)):
-        with contextlib.suppress(OSError):
-            return square(images.read(index)) if view == "square" else images.read(index)
-    raise UserError(f"no image of {images.split} can be read; check {images.folder}")
 
 
 def _state(out: Path, recipe: ProbeRunRecipe, steps: int, disk: int) -> str:

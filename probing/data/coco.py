@@ -1,5 +1,6 @@
 """Lists the images of a folder in COCO's official layout."""
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -66,6 +67,14 @@ class ImageList:
         """Reads one image as RGB, as stored unless it is among `turned`; raises OSError if it is unreadable."""
         name = self.names[index]
         return read_image(self.folder / name, name in self.turned)
+
+
+def first_image(images: ImageList, view: str) -> Image.Image:
+    """Reads the first readable image, as models see it; raises UserError if there is none."""
+    for index in range(len(images)):
+        with contextlib.suppress(OSError):
+            return square(images.read(index)) if view == "square" else images.read(index)
+    raise UserError(f"no image of {images.split} can be read; check {images.folder}")
 
 
 def list_images(root: Path, split: str, limit: int | None = None) -> ImageList:

@@ -26,6 +26,7 @@ class TrainerState:
         banks: probes by control (`none` and `shuffled`, or `random`).
         optimizer: one AdamW over all of them.
         step: optimiser steps taken.
+        window: images that the activation buffer holds; None until it is chosen.
         losses: one row per step; one column per probe, see `columns`, then one per teacher for its running mean. NaN
             if the probe skipped the step: no usable image, or a non-finite loss or gradient.
         ridge: sums of the ridge readout.
@@ -41,6 +42,7 @@ class TrainerState:
     banks: dict[str, ProbeBank]
     optimizer: torch.optim.Optimizer
     step: int = 0
+    window: int | None = None
     losses: list[list[float]] = field(default_factory=list)
     ridge: dict[RidgeKey, RidgeSums] = field(default_factory=lambda: defaultdict(RidgeSums))
     target_sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -69,6 +71,7 @@ class TrainerState:
             },
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "window": self.window,
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "ridge": [(teacher, layer, sums.sums) for (teacher, layer), sums in self.ridge.items()],
             "target_sums": {name: [total, count] for name, (total, count) in self.target_sums.items()},
@@ -126,7 +129,7 @@ class TrainerState:
             self.target_sums[name] = total.to(device), torch.as_tensor(count, device=device)
         self.skipped |= {row[0]: Skipped(*row) for row in saved["skipped"]}
         self.not_finite |= {(kind, name): images.numpy() for kind, name, images in saved["not_finite"]}
-        self.step, self.seconds = saved["step"], max(self.seconds, saved["seconds"])
+        self.step, self.window, self.seconds = saved["step"], saved["window"], max(self.seconds, saved["seconds"])
 
 
 def summary(state: TrainerState, teachers: Sequence[str], not_finite: list[dict[str, str]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probing.data.coco import ImageList
+from probing.data.coco import ImageList, first_image
 from probing.data.dataloader import MicroBatches, Prepared, micro_batches
 from probing.data.target_cache import TargetCache
 from probing.models.base import Backbone, Layer, layer_name
@@ -33,7 +33,8 @@ from probing.probes.bank import ProbeBank, ProbeKey, probe_configs
 from probing.probes.ridge import RidgeReadout, RidgeSums, resize_states
 from probing.recipe import ProbeRunRecipe
 from probing.teachers import Teacher
-from probing.training.schedule import learning_rate, plan_steps, require_enough
+from probing.training.buffer import ActivationBuffer, choose_window, image_bytes
+from probing.training.schedule import Step, last_visits, learning_rate, plan_steps, require_enough
 from probing.training.state import TrainerState
 from probing.training.trackers import curve_names, loss_logger
 from probing.utils.distributed import all_reduce_gradients
@@ -141,9 +142,14 @@ class ProbeTrainer:
         self.accelerator.wait_for_everyone()  # if no step is left, the main process soon removes the state
         rank, world_size = self._rank_and_world_size
         require_enough(len(self.images), fit, world_size)
-        steps = plan_steps(len(self.images), fit, rank, world_size)
-        first_epoch = len(steps) // fit.epochs
-        batches = self.batches(steps[state.step :])
+        if state.window is None:
+            state.window = self._choose_window()
+        steps = plan_steps(len(self.images), fit, rank, world_size, state.window)
+        buffer = ActivationBuffer(self.layers, self.accelerator.device) if state.window else None
+        leaving = last_visits(steps)
+        if buffer:
+            self._refill(buffer, steps[: state.step], leaving[: state.step])
+        batches = self.batches([step for step in steps[state.step :] if step.first or not buffer])
         saved = time.monotonic()
         title = "random-weights control" if "random" in self.controls else "probes"
         progress = Progress(title, len(steps), state.step, show=main)
@@ -152,7 +158,9 @@ class ProbeTrainer:
         with Interruption().watch() as interruption, progress, loss_log as log:
             while state.step < len(steps):
                 started = time.monotonic()
-                row = self._step(state, steps[state.step], batches, len(steps), gather=state.step < first_epoch)
+                row = self.take_step(state, steps[state.step], batches, len(steps), buffer)
+                if buffer:
+                    buffer.drop(leaving[state.step])
                 state.losses.append(row)
                 state.step += 1
                 state.seconds += time.monotonic() - started
@@ -167,9 +175,30 @@ class ProbeTrainer:
                     raise Interrupted
         return state
 
-    def batches(self, steps: list[list[list[int]]]) -> Iterator[Prepared]:
+    def _choose_window(self) -> int:
+        """Chooses the number of images in the activation buffer; the same in all processes."""
+        fit, found = self.recipe.fit, [0]
+        if fit.buffer != "off" and fit.epochs > 1 and self.accelerator.is_main_process:
+            tokens = self.backbone.prepare([first_image(self.images, self.recipe.data.view)]).tokens
+            states = int(tokens.mask(*self.recipe.probe.keys).sum()) * len(self.layers) * self.backbone.hidden_size
+            dtype = next(self.backbone.core.parameters()).dtype
+            size = image_bytes(states, dtype, self.teachers.values())
+            found = [choose_window(fit, len(self.images), size, self._rank_and_world_size[1])]
+        return int(broadcast_object_list(found)[0])
+
+    def _refill(self, buffer: ActivationBuffer, taken: list[Step], left: list[list[int]]) -> None:
+        """Computes again what the buffer held after the steps that were taken, in the same micro-batches."""
+        gone = {image for images in left for image in images}
+        due = [[m for m in step.micros if not gone.issuperset(m)] for step in taken if step.first]
+        for prepared in self.batches([Step(micros, True) for micros in due]):
+            if prepared.student is not None:
+                self._targets(prepared, buffer)
+                self._visit_layers(prepared, buffer, lambda *_: None)
+            buffer.drop(gone)
+
+    def batches(self, steps: list[Step]) -> Iterator[Prepared]:
         """Yields the micro-batches of steps, in order."""
-        plan = [micro for step in steps for micro in step]
+        plan = [micro for step in steps for micro in step.micros]
         if not plan:
             return iter(())
         prepare = {name: teacher.prepare for name, teacher in self.teachers.items()}
@@ -178,8 +207,13 @@ class ProbeTrainer:
         )
         return micro_batches(dataset, self.recipe.fit.workers, self.accelerator.device)
 
-    def _step(
-        self, state: TrainerState, micros: list[list[int]], batches: Iterator[Prepared], steps: int, gather: bool
+    def take_step(
+        self,
+        state: TrainerState,
+        step: Step,
+        batches: Iterator[Prepared],
+        steps: int,
+        buffer: ActivationBuffer | None = None,
     ) -> list[float]:
         """Takes one optimiser step; returns one loss per probe, then those of the mean targets.
 
@@ -188,13 +222,16 @@ class ProbeTrainer:
         host decides this after one transfer per step.
         """
         columns = {column: index for index, column in enumerate(state.columns)}
-        batch = self._global_batch(micros)
+        batch = self._global_batch(step.micros)
         totals = _StepSums.empty(len(columns) + len(self.teachers), self._wide, self.accelerator.device)
-        state.sums_changed |= gather
-        for prepared in itertools.islice(batches, len(micros)):
+        state.sums_changed |= step.first
+        if buffer and not step.first:
+            batches = map(buffer.prepared, step.micros)
+        for prepared in itertools.islice(batches, len(step.micros)):
             state.skipped |= {skip.image: skip for skip in prepared.skipped}
-            if prepared.student is not None:
-                totals += self.micro_batch(state, prepared, len(prepared.indices) / batch, gather, columns)
+            if prepared.indices:
+                weight = len(prepared.indices) / batch
+                totals += self.micro_batch(state, prepared, weight, step.first, columns, buffer)
         if self._rank_and_world_size[1] > 1:
             all_reduce_gradients(state.optimizer.param_groups[0]["params"])
             totals.sums = self.accelerator.reduce(totals.sums, "sum")
@@ -252,6 +289,7 @@ class ProbeTrainer:
         weight: float,
         gather: bool,
         columns: dict[tuple[str, ProbeKey], int],
+        buffer: ActivationBuffer | None = None,
     ) -> "_StepSums":
         """Runs every probe forward and backward on one micro-batch.
 
@@ -262,16 +300,15 @@ class ProbeTrainer:
             state: probes and sums; gradients accumulate in the probes.
             prepared: the micro-batch.
             weight: of its losses in those of the step.
-            gather: whether to add it to ridge sums and mean targets, as in the first epoch.
+            gather: whether to add it to ridge sums and mean targets, as on the first visit of its images.
             columns: column of each probe in the result.
+            buffer: has the states of a micro-batch without inputs; gets those of any other.
 
         Returns:
             Weighted losses and numbers of valid images, per probe and then per teacher for its running mean target.
         """
-        assert prepared.student is not None
         device = self.accelerator.device
-        batch = prepared.student.to(self.backbone.device)
-        features = {name: prepared.target(teacher).to(device) for name, teacher in self.teachers.items()}
+        features = self._targets(prepared, buffer)
         finite = {name: finite_rows(feature) for name, feature in features.items()}
         targets = {name: zero_others(feature, finite[name]) for name, feature in features.items()}
         by_control = {control: (targets, finite) for control in state.banks}
@@ -291,9 +328,8 @@ class ProbeTrainer:
             counts[index] = finite[name].sum()
         finite_states: list[Tensor] = []
 
-        def visit(layer: Layer, hidden: Tensor) -> None:
-            states = hidden.to(device=device, dtype=None if self.recipe.fit.bf16 else torch.float32)
-            keys, mask = batch.tokens.select(states, self.recipe.probe.keys)
+        def train(layer: Layer, keys: Tensor, mask: Tensor | None) -> None:
+            keys = keys if self.recipe.fit.bf16 else keys.float()
             finite_keys = finite_rows(keys)
             keys = zero_others(keys, finite_keys)
             finite_states.append(finite_keys)
@@ -312,15 +348,56 @@ class ProbeTrainer:
                     (loss * weight).backward()
                     losses[columns[control, key]] += loss.detach() * weight
                     counts[columns[control, key]] += valid_counts[key.teacher]
-            if gather and self.recipe.fit.ridge:
-                image_states = batch.tokens.image_states(hidden).to(device)
-                for name, teacher in self.teachers.items():
-                    resized = resize_states(image_states, batch.tokens.grid, teacher.grid)
-                    state.ridge[name, layer].add(resized, targets[name], finite_rows(resized) & finite[name])
 
-        self.backbone.stream(batch, self.layers, visit)
+        def add_to_ridge(layer: Layer, patches: Tensor, grid: tuple[int, int]) -> None:
+            for name, teacher in self.teachers.items():
+                resized = resize_states(patches, grid, teacher.grid)
+                state.ridge[name, layer].add(resized, targets[name], finite_rows(resized) & finite[name])
+
+        self._visit_layers(prepared, buffer, train, add_to_ridge if gather and self.recipe.fit.ridge else None)
         totals.finite.append((prepared.indices, torch.stack([*finite_states, *finite.values()])))
         return totals
+
+    def _visit_layers(
+        self,
+        prepared: Prepared,
+        buffer: ActivationBuffer | None,
+        visit: Callable[[Layer, Tensor, Tensor | None], None],
+        visit_patches: Callable[[Layer, Tensor, tuple[int, int]], None] | None = None,
+    ) -> None:
+        """Hands over each layer's states, from the buffer or from a forward pass, which fills the buffer.
+
+        Args:
+            prepared: the micro-batch; without inputs its states are in the buffer.
+            buffer: of hidden states.
+            visit: gets the layer, the states (B, T, H) that probes read and a mask (B, T), as `TokenMap.select`.
+            visit_patches: gets the layer, the states of the image's patches and their grid; only in a forward pass.
+        """
+        device = self.accelerator.device
+        if prepared.student is None:
+            assert buffer is not None
+            for layer in self.layers:
+                visit(layer, *buffer.states(prepared.indices, layer))
+            return
+        batch = prepared.student.to(self.backbone.device)
+
+        def emit(layer: Layer, hidden: Tensor) -> None:
+            keys, mask = batch.tokens.select(hidden.to(device), self.recipe.probe.keys)
+            if buffer is not None:
+                buffer.add_states(prepared.indices, layer, keys, mask)
+            visit(layer, keys, mask)
+            if visit_patches is not None:
+                visit_patches(layer, batch.tokens.image_states(hidden).to(device), batch.tokens.grid)
+
+        self.backbone.stream(batch, self.layers, emit)
+
+    def _targets(self, prepared: Prepared, buffer: ActivationBuffer | None) -> dict[str, Tensor]:
+        """Returns each teacher's targets (B, N, D) on the accelerator; the buffer gets those that it has not."""
+        device = self.accelerator.device
+        targets = {name: prepared.target(teacher).to(device) for name, teacher in self.teachers.items()}
+        if buffer is not None and prepared.student is not None:
+            buffer.add_targets(prepared.indices, targets)
+        return targets
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.recipe.fit.bf16:

@@ -76,8 +76,8 @@ def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(size, Path(folder), layers, bf16)
         state = trainer.initial_state()
-        steps = plan_steps(len(trainer.images), trainer.recipe.fit)
-        (micro,) = steps[0]
+        planned = plan_steps(len(trainer.images), trainer.recipe.fit)[0]
+        (micro,) = planned.micros
         prepare = {name: teacher.prepare for name, teacher in trainer.teachers.items()}
 
         def read() -> Prepared:
@@ -96,7 +96,7 @@ def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
         kept = replace(prepared, cached_targets=targets)
 
         def step(batches: Prepared = kept) -> None:
-            trainer._step(state, steps[0], iter([batches]), 1000, gather=False)
+            trainer.take_step(state, replace(planned, first=False), iter([batches]), 1000)
 
         step()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base

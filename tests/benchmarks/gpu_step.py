@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +100,16 @@ def main() -> None:
             recipe, backbone, teachers, images, layers, ["none"], Path(folder) / "state", accelerator
         )
         state = trainer.initial_state()
-        step = plan_steps(len(images), recipe.fit)[0]
+        step = replace(plan_steps(len(images), recipe.fit)[0], first=False)
         prepare = {name: teacher.prepare for name, teacher in teachers.items()}
-        prepared = next(micro_batches(MicroBatches(images, step, backbone.prepare, prepare), 0, device))
+        prepared = next(micro_batches(MicroBatches(images, step.micros, backbone.prepare, prepare), 0, device))
 
         def run(count: int) -> float:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(count):
-                trainer._step(state, step, iter([prepared]), 1000, gather=False)
+                trainer.take_step(state, step, iter([prepared]), 1000)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             return (time.perf_counter() - start) / count

@@ -11,6 +11,7 @@ import copy
 import logging
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,16 +39,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(options.size, Path(folder), None, bf16=False)
         state = trainer.initial_state()
-        (step,) = plan_steps(len(trainer.images), trainer.recipe.fit)
+        step = replace(plan_steps(len(trainer.images), trainer.recipe.fit)[0], first=False)
         prepare = {name: teacher.prepare for name, teacher in trainer.teachers.items()}
         read = micro_batches(
-            MicroBatches(trainer.images, step, trainer.backbone.prepare, prepare), 0, trainer.accelerator.device
+            MicroBatches(trainer.images, step.micros, trainer.backbone.prepare, prepare), 0, trainer.accelerator.device
         )
         prepared = next(read)
         assert prepared.student is not None
-        trainer._step(state, step, iter([prepared]), 1000, gather=False)
+        trainer.take_step(state, step, iter([prepared]), 1000)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            trainer._step(state, step, iter([prepared]), 1000, gather=False)
+            trainer.take_step(state, step, iter([prepared]), 1000)
         out(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=45) + "\n")
 
         tokens = prepared.student.tokens.select(

@@ -18,6 +18,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def reference_step(values: dict[str, Any], name: str, model: Any, root: Path, ba
     state, teacher = trainer.initial_state(), trainer.teachers[name]
     probes = {int(key.layer): probe for key, probe in state.banks["none"].probes.items()}
     parameters = state.optimizer.param_groups[0]["params"]
-    ((micro,),) = plan_steps(len(trainer.images), trainer.recipe.fit)
+    (micro,) = plan_steps(len(trainer.images), trainer.recipe.fit)[0].micros
 
     def step() -> None:
         images = [square(trainer.images.read(index)) for index in micro]
@@ -92,7 +93,7 @@ def our_steps(values: dict[str, Any], root: Path, batch: int) -> dict[str, Calla
         trainer = make_trainer(fits[name], root / name, batch)
         trainer.target_caches |= open_target_caches(trainer.recipe, trainer.teachers, trainer.images)
         state, steps = trainer.initial_state(), plan_steps(len(trainer.images), trainer.recipe.fit)
-        return lambda: trainer._step(state, steps[0], trainer.batches(steps), 1000, gather=False)
+        return lambda: trainer.take_step(state, replace(steps[0], first=False), trainer.batches(steps), 1000)
 
     bare = make_trainer(values, root / "filling", batch)
     steps = plan_steps(len(bare.images), bare.recipe.fit)

@@ -38,12 +38,12 @@ def counted(recipe, folder):
         recipe, backbone, teachers, images, layers, ["none", *recipe.controls], folder, Accelerator(cpu=True)
     )
     state = trainer.initial_state()
-    batch = plan_steps(len(images), recipe.fit)[0][:1]
-    prepared = next(trainer.batches([batch]))
+    step = plan_steps(len(images), recipe.fit)[0]
+    prepared = next(trainer.batches([step]))
     columns = {column: index for index, column in enumerate(state.columns)}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         trainer.micro_batch(state, prepared, 1.0, True, columns)
-    return counter.get_total_flops() / len(batch[0]), state
+    return counter.get_total_flops() / len(step.micros[0]), state
 
 
 @pytest.mark.parametrize(

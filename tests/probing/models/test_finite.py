@@ -109,7 +109,7 @@ def test_shuffled_pairs_lose_the_pair_of_the_bad_image(train_probes, images, mon
         poison_targets(monkeypatch, "gen", images, [BAD])
     state, trainer = train_probes("bad", layers=(1,), controls=("shuffled",), micro_batch=12)
     monkeypatch.undo()
-    (order,) = plan_steps(12, trainer.recipe.fit)[0]
+    (order,) = plan_steps(12, trainer.recipe.fit)[0].micros
     pictures = [square(trainer.images.read(index)) for index in order]
     states, _ = load_run_backbone(trainer.recipe, "none", CPU).hidden_states(pictures, "1")
     teacher = load_teachers(trainer.recipe.teachers, CPU)["gen"]

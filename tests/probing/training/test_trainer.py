@@ -100,7 +100,7 @@ def test_bf16_training_is_close_to_float32(train_probes):
 
 def test_shuffled_control_trains_on_targets_of_other_images(train_probes):
     state, trainer = train_probes((1,), ("shuffled",), ("gen",), epochs=1, batch_size=12, micro_batch=12)
-    (order,) = plan_steps(12, trainer.recipe.fit)[0]
+    (order,) = plan_steps(12, trainer.recipe.fit)[0].micros
     pictures = [square(trainer.images.read(index)) for index in order]
     states, _ = trainer.backbone.hidden_states(pictures, "1")
     teacher = trainer.teachers["gen"]
@@ -141,12 +141,12 @@ def test_mean_target_counts_each_training_image_once(train_probes):
 
 def test_each_epoch_has_all_images_in_a_new_order():
     fit = FitRecipe(epochs=3, batch_size=8, micro_batch=3)
-    steps = plan_steps(21, fit)
+    steps = [step.micros for step in plan_steps(21, fit)]
     assert [sum(map(len, step)) for step in steps] == [8, 8, 5] * 3
     assert max(len(micro) for step in steps for micro in step) <= 3
     orders = [[i for step in steps[e : e + 3] for micro in step for i in micro] for e in (0, 3, 6)]
     assert all(sorted(order) == list(range(21)) for order in orders) and orders[0] != orders[1]
-    halves = [plan_steps(21, fit, process, 2) for process in (0, 1)]
+    halves = [[step.micros for step in plan_steps(21, fit, process, 2)] for process in (0, 1)]
     for whole, first, second in zip(steps, *halves, strict=True):
         assert sorted(i for m in whole for i in m) == sorted(i for m in [*first, *second] for i in m)
 

@@ -128,7 +128,7 @@ def test_signal_to_one_process_stops_all_and_they_resume(recipe_values, tmp_path
     del recipe_values["teachers"]["seg"]
     recipe = ProbeRunRecipe.model_validate(recipe_values)
     names = sorted(file.name for file in (data / "train2017").iterdir())
-    for micro in plan_steps(len(names), recipe.fit, 1, 2)[0]:
+    for micro in plan_steps(len(names), recipe.fit, 1, 2)[0].micros:
         for index in micro:
             (data / "train2017" / names[index]).write_bytes(b"broken")
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))

@@ -1,0 +1,135 @@
+"""Hidden states and targets of a window of images, held for the later visits of the same images.
+
+With it, a run of several epochs computes each image's states once. Activation stores of sparse autoencoders do the same
+for single tokens; a window of one batch is data echoing (Choi et al., 2019, arXiv:1907.05550).
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from probing.data.dataloader import Prepared
+from probing.models.base import Layer
+from probing.recipe import FitRecipe
+from probing.teachers import Teacher
+from probing.training.schedule import MIN_WINDOW
+from probing.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MEMORY_SHARE = 0.5
+"""Fraction of the free memory that `fit.buffer=auto` takes."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What is held of one image: states (layers, T, H), and targets (N, D) by teacher."""
+
+    states: Tensor
+    targets: dict[str, Tensor]
+
+
+@dataclass
+class ActivationBuffer:
+    """Holds the states that probes read, in the checkpoint's dtype.
+
+    Attributes:
+        layers: probed layers.
+        device: of the probes.
+        on_device: whether states are held there; by default they are in the host's memory.
+        images: by index.
+    """
+
+    layers: Sequence[Layer]
+    device: torch.device
+    on_device: bool = False
+    images: dict[int, _Stored] = field(default_factory=dict)
+
+    def add_targets(self, indices: Sequence[int], targets: dict[str, Tensor]) -> None:
+        """Adds images with their targets (B, N, D); states follow layer by layer."""
+        for row, index in enumerate(indices):
+            own = {name: self._hold(target[row]) for name, target in targets.items()}
+            self.images[index] = _Stored(torch.empty(0), own)
+
+    def add_states(self, indices: Sequence[int], layer: Layer, states: Tensor, mask: Tensor | None) -> None:
+        """Adds one layer's states (B, T, H) of new images; `mask` (B, T) is True at the positions to hold."""
+        position = self.layers.index(layer)
+        for row, index in enumerate(indices):
+            own = states[row] if mask is None else states[row][mask[row].to(states.device)]
+            stored = self.images[index]
+            if not stored.states.numel():
+                stored = self.images[index] = _Stored(self._empty(own), stored.targets)
+            stored.states[position].copy_(own, non_blocking=True)
+
+    def prepared(self, indices: Sequence[int]) -> Prepared:
+        """Returns the targets of those images that are held, as a micro-batch without inputs."""
+        held = [index for index in indices if index in self.images]  # unreadable images are not
+        names = self.images[held[0]].targets if held else ()
+        targets = {name: torch.stack([self.images[index].targets[name] for index in held]) for name in names}
+        return Prepared(held, None, {}, [], cached_targets=targets)
+
+    def states(self, indices: Sequence[int], layer: Layer) -> tuple[Tensor, Tensor | None]:
+        """Returns states (B, T, H) of one layer on the probes' device, and a mask (B, T) unless all are valid."""
+        position = self.layers.index(layer)
+        rows = [self.images[index].states[position].to(self.device, non_blocking=True) for index in indices]
+        if len({len(row) for row in rows}) == 1:
+            return torch.stack(rows), None
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        states = pad_sequence(rows, batch_first=True)
+        return states, torch.arange(states.shape[1], device=self.device) < lengths[:, None]
+
+    def drop(self, indices: Iterable[int]) -> None:
+        """Frees images."""
+        for index in indices:
+            self.images.pop(index, None)
+
+    def _empty(self, own: Tensor) -> Tensor:
+        device = own.device if self.on_device else torch.device("cpu")
+        pinned = device.type == "cpu" and self.device.type == "cuda"
+        return torch.empty(len(self.layers), *own.shape, dtype=own.dtype, device=device, pin_memory=pinned)
+
+    def _hold(self, target: Tensor) -> Tensor:
+        return target.clone() if self.on_device else target.to("cpu", copy=True)
+
+
+def image_bytes(states: int, dtype: torch.dtype, teachers: Iterable[Teacher]) -> int:
+    """Returns the bytes that the buffer holds of one image, of so many numbers of hidden states."""
+    return states * dtype.itemsize + sum(4 * math.prod(teacher.shape) for teacher in teachers)
+
+
+def choose_window(fit: FitRecipe, images: int, per_image: int, processes: int = 1) -> int:
+    """Returns the number of images that the buffers of all processes hold; 0 for no buffer.
+
+    Args:
+        fit: section of the recipe.
+        images: number of training images.
+        per_image: bytes of one.
+        processes: that divide the images.
+
+    Raises:
+        UserError: the memory that `fit.buffer` states holds fewer than three batches.
+    """
+    if fit.buffer == "off" or fit.epochs == 1:
+        return 0
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = MEMORY_SHARE * psutil.virtual_memory().available / local
+    budget = free if fit.buffer == "auto" else 1e9 * fit.buffer
+    window = min(images, int(processes * budget / per_image))
+    smallest = min(images, MIN_WINDOW * fit.batch_size)
+    needed = smallest * per_image / processes / 1e9
+    if window >= smallest:
+        size = window * per_image / processes / 1e9
+        logger.info("the buffer holds %d of %d images (%.2g GB per process)", window, images, size)
+        return window
+    if fit.buffer != "auto":
+        raise UserError(f"fit.buffer={fit.buffer:g} is below {MIN_WINDOW} batches; give {needed:.2g} GB or more")
+    logger.info("no buffer: %d batches need %.2g GB, and half of the free memory is %.2g", MIN_WINDOW, needed,
+                budget / 1e9)  # fmt: skip
+    return 0
