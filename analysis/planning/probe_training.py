@@ -22,6 +22,7 @@ from probing.recipe import ProbeRunRecipe
 from probing.runs.claim import holds_run
 from probing.runs.directory import Run
 from probing.teachers import Teacher, load_teachers
+from probing.training.buffer import plan_window
 from probing.training.run import WEIGHTS, held_out_images, summary_file, training_images
 from probing.training.schedule import count_steps, require_enough
 from probing.training.sizes import disk_bytes, probe_parameters, ridge_bytes
@@ -48,6 +49,7 @@ def plan_training(recipe: ProbeRunRecipe, out: Path | None = None, processes: in
     backbone = load_backbone(recipe.backbone.model_copy(update={"device_map": None, "quantization_config": None}), META)
     layers, teachers = parse_layers(recipe.layers, backbone.layers), load_teachers(recipe.teachers, META)
     steps, disk = count_steps(len(images), recipe.fit), disk_bytes(recipe, backbone.hidden_size, teachers, layers)
+    window = plan_window(recipe, backbone, teachers.values(), layers, images, processes)
     facts = {} if out is None else {"run": f"{out} ({_state(out, recipe, steps, disk)})"}
     facts |= {
         "checkpoint": f"{recipe.backbone.checkpoint}, layers {', '.join(map(layer_name, layers))}",
@@ -57,14 +59,21 @@ def plan_training(recipe: ProbeRunRecipe, out: Path | None = None, processes: in
         "steps": f"{steps:,} of {recipe.fit.batch_size} images"
         + (", and as many with random weights" if "random" in recipe.controls else ""),
     }
+    if window:
+        facts["buffer"] = f"holds {window:,} images; every image goes through the checkpoint once"
     try:
-        return Plan(facts, _work(recipe, backbone, teachers, images, processes))
+        return Plan(facts, _work(recipe, backbone, teachers, images, processes, 1 if window else recipe.fit.epochs))
     except UnknownCostError as error:
         return Plan(facts | {"cost": f"unknown: {error}; training works all the same", "disk": f"{disk / 1e9:.3g} GB"})
 
 
 def _work(
-    recipe: ProbeRunRecipe, backbone: Backbone, teachers: dict[str, Teacher], images: ImageList, processes: int
+    recipe: ProbeRunRecipe,
+    backbone: Backbone,
+    teachers: dict[str, Teacher],
+    images: ImageList,
+    processes: int,
+    forward_passes: int,
 ) -> Work:
     """Costs a training; memory of activations is a rough estimate."""
     fit, layers, width = recipe.fit, parse_layers(recipe.layers, backbone.layers), backbone.hidden_size
@@ -78,17 +87,22 @@ def _work(
     encoders = getattr(backbone.core, "teachers", {})  # of a multi-encoder checkpoint; they run with its tower
     seen = [trace(one.target, pixels=one.prepare([image])) for one in teachers.values()]
     tower = image_cost(backbone.core, batch.inputs)
-    checkpoint = tower.flops + sum(decoder_flops(backbone.blocks[:deepest], tokens, width))
+    forward = forward_passes / fit.epochs  # of a visit
+    checkpoint = forward * (tower.flops + sum(decoder_flops(backbone.blocks[:deepest], tokens, width)))
+    shapes = [one.shape for one in teachers.values()]
     configs = probe_configs(recipe.probe, width, teachers).values()
     probe = sum(resampler_flops(config, keys, states_need_grad=False) for config in configs)
     probes = probe * len(layers) * len(fit.seeds) * (1 + shuffled + random) / (1 + random)
-    ridge = sum(2 * n * width * (width + d) for n, d in (one.shape for one in teachers.values()) if fit.ridge)
+    rows = {one.grid: one.shape[0] for one in teachers.values()}
+    ridge = 2 * width * (sum(width * n for n in rows.values()) + sum(n * d for n, d in shapes)) * fit.ridge
     bits = 8 * next(backbone.core.parameters()).element_size()
-    in32 = sum(cost.flops for cost in seen) + ridge * len(layers) / fit.epochs  # summed in the first epoch alone
+    in32 = (
+        forward * sum(cost.flops for cost in seen) + ridge * len(layers) / fit.epochs
+    )  # summed in the first epoch alone
     in32 += checkpoint * (bits > 16) + probes * (not fit.bf16)
     parameters = len(layers) * (1 + shuffled) * probe_parameters(recipe, width, teachers)
     block = tokens * (3 * widest(backbone.blocks) + 4 * width) * bits // 8
-    fitted = tokens * width * 16 + max(40 * n * d for n, d in (one.shape for one in teachers.values()))
+    fitted = tokens * width * 16 + max(40 * n * d for n, d in shapes)
     return Work(
         samples=f"{len(images):,} images x {passes} passes",
         count=len(images) * passes,

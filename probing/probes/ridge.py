@@ -5,7 +5,7 @@ not depend on how well a probe trained.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from probing.models.base import FINAL, Layer, layer_name
-from probing.models.finite import zero_others
 from probing.probes.bank import LAYER_CONVENTION, RETRAIN_ADVICE
 from probing.utils.files import reading
 
 RidgeKey = tuple[str, Layer]
 """Teacher and layer."""
+Grid = tuple[int, int] | None
+"""Rows and columns of a target; None for a single token."""
 
 
-def resize_states(states: Tensor, grid: tuple[int, int], target_grid: tuple[int, int] | None) -> Tensor:
+def resize_states(states: Tensor, grid: tuple[int, int], target_grid: Grid) -> Tensor:
     """Resizes image-token states to the grid of a target, bilinearly.
 
     Args:
@@ -46,42 +47,52 @@ def resize_states(states: Tensor, grid: tuple[int, int], target_grid: tuple[int,
 
 @dataclass
 class RidgeSums:
-    """Running sums for the regression of one teacher and layer.
+    """Running sums for the regressions of one layer on the targets of one grid.
 
-    They are in float64, because the centred covariance is a small difference of large sums.
+    Sums are in float64, because the centred covariance is a small difference of large sums. Products are in float32,
+    of states without their mean over the batch: float64 is 64 times as slow on many GPUs.
+
+    Attributes:
+        sums: `n`, `x` (H) and `xx` (H, H) of the states, and by teacher `y/NAME` (D) and `xy/NAME` (H, D).
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, states: Tensor, target: Tensor, chosen: Tensor) -> None:
-        """Adds the chosen images (B), bool, of a batch: states (B, N, H) and target (B, N, D), on the same grid."""
+    def add(self, states: Tensor, targets: Mapping[str, Tensor], chosen: Tensor) -> None:
+        """Adds the chosen images (B), bool, of a batch: states (B, N, H) and by teacher targets (B, N, D)."""
         if states.device.type == "mps":  # no float64
-            states, target, chosen = states.cpu(), target.cpu(), chosen.cpu()
-        count = chosen.sum().double() * states.shape[1]
-        states, target = zero_others(states, chosen), zero_others(target, chosen)
-        x, y = states.flatten(0, 1).double(), target.flatten(0, 1).double()
-        new = {"xx": x.T @ x, "xy": x.T @ y, "x": x.sum(0), "y": y.sum(0), "n": count}
+            states, targets, chosen = states.cpu(), {name: y.cpu() for name, y in targets.items()}, chosen.cpu()
+        rows = chosen.repeat_interleave(states.shape[1], output_size=states[..., 0].numel())[:, None]
+        n = rows.sum().double()
+        x, mean_x, sum_x = _centred(states, rows, n)
+        # For any m: sum of x y' = sum of (x - m)(y - l)' + m (sum of y)' + (sum of x) l' - n m l'.
+        new = {"n": n, "x": sum_x, "xx": (x.T @ x).double() + _shift(mean_x, sum_x, mean_x, sum_x, n)}
+        for name, target in targets.items():
+            y, mean_y, sum_y = _centred(target, rows, n)
+            new |= {f"y/{name}": sum_y, f"xy/{name}": (x.T @ y).double() + _shift(mean_x, sum_x, mean_y, sum_y, n)}
         for name, value in new.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     @classmethod
-    def zeros(cls, width: int, target_width: int, device: torch.device) -> "RidgeSums":
+    def zeros(cls, width: int, target_widths: Mapping[str, int], device: torch.device) -> "RidgeSums":
         """Returns the sums of no images."""
         sums = cls()
-        states, target = (torch.zeros(1, 0, w, device=device) for w in (width, target_width))
-        sums.add(states, target, torch.ones(1, dtype=torch.bool, device=device))
+        nothing = torch.zeros(1, 1, width, device=device)
+        targets = {name: nothing.new_zeros(1, 1, target_width) for name, target_width in target_widths.items()}
+        sums.add(nothing, targets, torch.zeros(1, dtype=torch.bool, device=device))
         return sums
 
-    def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
+    def solve(self, teacher: str, penalty: float) -> tuple[Tensor, Tensor]:
         """Solves ridge regression with an unpenalised intercept (Hastie et al., ESL, sec. 3.4.1).
 
         Args:
+            teacher: whose target is predicted.
             penalty: multiple of the mean eigenvalue of the states' covariance.
 
         Returns:
             weight (D, H) and bias (D), float32: prediction = states @ weight.T + bias. Without images both are NaN.
         """
-        xx, xy, x, y, n = (self.sums[name] for name in ("xx", "xy", "x", "y", "n"))
+        xx, xy, x, y, n = (self.sums[name] for name in ("xx", f"xy/{teacher}", "x", f"y/{teacher}", "n"))
         if not n:
             return torch.full_like(xy.T, torch.nan).float(), torch.full_like(y, torch.nan).float()
         mean_x, mean_y = x / n, y / n
@@ -90,6 +101,18 @@ class RidgeSums:
         level = penalty * covariance.diagonal().mean().clamp(min=torch.finfo(covariance.dtype).tiny)
         weight = torch.linalg.solve(covariance + level * torch.eye(len(x)).to(covariance), cross).T
         return weight.float(), (mean_y - weight @ mean_x).float()
+
+
+def _centred(values: Tensor, rows: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the chosen rows (B N, W) minus their mean, others zero; the mean and the sum, both float64."""
+    flat = values.flatten(0, 1).float().where(rows, 0)
+    total = flat.sum(0, dtype=torch.float64)
+    mean = (total / n.clamp(min=1)).float()
+    return (flat - mean).where(rows, 0), mean.double(), total
+
+
+def _shift(mean_x: Tensor, sum_x: Tensor, mean_y: Tensor, sum_y: Tensor, n: Tensor) -> Tensor:
+    return torch.outer(mean_x, sum_y) + torch.outer(sum_x - n * mean_x, mean_y)
 
 
 @dataclass

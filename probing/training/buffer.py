@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from probing.data.coco import ImageList, first_image
 from probing.data.dataloader import Prepared
-from probing.models.base import Layer
-from probing.recipe import FitRecipe
+from probing.models.base import Backbone, Layer
+from probing.recipe import FitRecipe, ProbeRunRecipe
 from probing.teachers import Teacher
 from probing.training.schedule import MIN_WINDOW
 from probing.utils.errors import UserError
@@ -99,28 +100,45 @@ class ActivationBuffer:
         return target.clone() if self.on_device else target.to("cpu", copy=True)
 
 
-def image_bytes(states: int, dtype: torch.dtype, teachers: Iterable[Teacher]) -> int:
-    """Returns the bytes that the buffer holds of one image, of so many numbers of hidden states."""
-    return states * dtype.itemsize + sum(4 * math.prod(teacher.shape) for teacher in teachers)
+def plan_window(
+    recipe: ProbeRunRecipe,
+    backbone: Backbone,
+    teachers: Iterable[Teacher],
+    layers: Sequence[Layer],
+    images: ImageList,
+    processes: int = 1,
+) -> int:
+    """Returns the number of images that the buffers of all processes hold; 0 for no buffer.
+
+    All images are taken to have as many tokens as the first.
+
+    Raises:
+        UserError: as `choose_window`.
+    """
+    if recipe.fit.buffer == "off" or recipe.fit.epochs == 1:
+        return 0
+    tokens = backbone.prepare([first_image(images, recipe.data.view)]).tokens
+    states = int(tokens.mask(*recipe.probe.keys).sum()) * len(layers) * backbone.hidden_size
+    per_image = states * next(backbone.core.parameters()).dtype.itemsize
+    per_image += sum(4 * math.prod(teacher.shape) for teacher in teachers)
+    return choose_window(recipe.fit, len(images), per_image, processes)
 
 
 def choose_window(fit: FitRecipe, images: int, per_image: int, processes: int = 1) -> int:
     """Returns the number of images that the buffers of all processes hold; 0 for no buffer.
 
     Args:
-        fit: section of the recipe.
+        fit: section of the recipe, with `buffer` other than `off`.
         images: number of training images.
-        per_image: bytes of one.
+        per_image: bytes that are held of one.
         processes: that divide the images.
 
     Raises:
         UserError: the memory that `fit.buffer` states holds fewer than three batches.
     """
-    if fit.buffer == "off" or fit.epochs == 1:
-        return 0
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = MEMORY_SHARE * psutil.virtual_memory().available / local
-    budget = free if fit.buffer == "auto" else 1e9 * fit.buffer
+    budget = free if isinstance(fit.buffer, str) else 1e9 * fit.buffer
     window = min(images, int(processes * budget / per_image))
     smallest = min(images, MIN_WINDOW * fit.batch_size)
     needed = smallest * per_image / processes / 1e9
@@ -128,7 +146,7 @@ def choose_window(fit: FitRecipe, images: int, per_image: int, processes: int = 
         size = window * per_image / processes / 1e9
         logger.info("the buffer holds %d of %d images (%.2g GB per process)", window, images, size)
         return window
-    if fit.buffer != "auto":
+    if not isinstance(fit.buffer, str):
         raise UserError(f"fit.buffer={fit.buffer:g} is below {MIN_WINDOW} batches; give {needed:.2g} GB or more")
     logger.info("no buffer: %d batches need %.2g GB, and half of the free memory is %.2g", MIN_WINDOW, needed,
                 budget / 1e9)  # fmt: skip

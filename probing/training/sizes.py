@@ -22,7 +22,8 @@ def ridge_bytes(recipe: ProbeRunRecipe, hidden_size: int, teachers: Mapping[str,
     """Returns the bytes of one layer's ridge sums, in float64."""
     if not recipe.fit.ridge:
         return 0
-    return sum(8 * hidden_size * (hidden_size + teacher.shape[1]) for teacher in teachers.values())
+    grids = {teacher.grid for teacher in teachers.values()}
+    return 8 * hidden_size * (len(grids) * hidden_size + sum(teacher.shape[1] for teacher in teachers.values()))
 
 
 def disk_bytes(

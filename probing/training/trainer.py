@@ -6,6 +6,7 @@ states. Probes share no parameters, so joint training gives the same numbers as 
 """
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -24,16 +25,16 @@ from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probing.data.coco import ImageList, first_image
+from probing.data.coco import ImageList
 from probing.data.dataloader import MicroBatches, Prepared, micro_batches
 from probing.data.target_cache import TargetCache
 from probing.models.base import Backbone, Layer, layer_name
 from probing.models.finite import NotFinite, finite_rows, zero_others
 from probing.probes.bank import ProbeBank, ProbeKey, probe_configs
-from probing.probes.ridge import RidgeReadout, RidgeSums, resize_states
+from probing.probes.ridge import Grid, RidgeReadout, RidgeSums, resize_states
 from probing.recipe import ProbeRunRecipe
 from probing.teachers import Teacher
-from probing.training.buffer import ActivationBuffer, choose_window, image_bytes
+from probing.training.buffer import ActivationBuffer, plan_window
 from probing.training.schedule import Step, last_visits, learning_rate, plan_steps, require_enough
 from probing.training.state import TrainerState
 from probing.training.trackers import curve_names, loss_logger
@@ -115,6 +116,14 @@ class ProbeTrainer:
         """Rank and number of the processes that divide each batch."""
         return (0, 1) if self.spread else (self.accelerator.process_index, self.accelerator.num_processes)
 
+    @functools.cached_property
+    def _teachers_by_grid(self) -> dict[Grid, list[str]]:
+        """Names of the teachers whose targets have the same grid, so that their ridge readouts share XᵀX."""
+        groups: dict[Grid, list[str]] = {}
+        for name, teacher in self.teachers.items():
+            groups.setdefault(teacher.grid, []).append(name)
+        return groups
+
     def initial_state(self, device: torch.device | None = None) -> TrainerState:
         """Initialises probes and optimiser, by default on the accelerator."""
         configs = probe_configs(self.recipe.probe, self.backbone.hidden_size, self.teachers)
@@ -143,7 +152,10 @@ class ProbeTrainer:
         rank, world_size = self._rank_and_world_size
         require_enough(len(self.images), fit, world_size)
         if state.window is None:
-            state.window = self._choose_window()
+            window = plan_window(
+                self.recipe, self.backbone, self.teachers.values(), self.layers, self.images, world_size
+            )
+            state.window = int(broadcast_object_list([window])[0])  # processes may see different free memory
         steps = plan_steps(len(self.images), fit, rank, world_size, state.window)
         buffer = ActivationBuffer(self.layers, self.accelerator.device) if state.window else None
         leaving = last_visits(steps)
@@ -174,17 +186,6 @@ class ProbeTrainer:
                 if stop:
                     raise Interrupted
         return state
-
-    def _choose_window(self) -> int:
-        """Chooses the number of images in the activation buffer; the same in all processes."""
-        fit, found = self.recipe.fit, [0]
-        if fit.buffer != "off" and fit.epochs > 1 and self.accelerator.is_main_process:
-            tokens = self.backbone.prepare([first_image(self.images, self.recipe.data.view)]).tokens
-            states = int(tokens.mask(*self.recipe.probe.keys).sum()) * len(self.layers) * self.backbone.hidden_size
-            dtype = next(self.backbone.core.parameters()).dtype
-            size = image_bytes(states, dtype, self.teachers.values())
-            found = [choose_window(fit, len(self.images), size, self._rank_and_world_size[1])]
-        return int(broadcast_object_list(found)[0])
 
     def _refill(self, buffer: ActivationBuffer, taken: list[Step], left: list[list[int]]) -> None:
         """Computes again what the buffer held after the steps that were taken, in the same micro-batches."""
@@ -350,9 +351,10 @@ class ProbeTrainer:
                     counts[columns[control, key]] += valid_counts[key.teacher]
 
         def add_to_ridge(layer: Layer, patches: Tensor, grid: tuple[int, int]) -> None:
-            for name, teacher in self.teachers.items():
-                resized = resize_states(patches, grid, teacher.grid)
-                state.ridge[name, layer].add(resized, targets[name], finite_rows(resized) & finite[name])
+            for target_grid, names in self._teachers_by_grid.items():
+                resized = resize_states(patches, grid, target_grid)
+                chosen = torch.stack([finite_rows(resized), *(finite[name] for name in names)]).all(dim=0)
+                state.ridge[target_grid, layer].add(resized, {name: targets[name] for name in names}, chosen)
 
         self._visit_layers(prepared, buffer, train, add_to_ridge if gather and self.recipe.fit.ridge else None)
         totals.finite.append((prepared.indices, torch.stack([*finite_states, *finite.values()])))
@@ -434,12 +436,14 @@ class ProbeTrainer:
             return
         state.sums_changed = False
         device = self.accelerator.device
-        for layer, name in itertools.product(self.layers, self.teachers) if self.recipe.fit.ridge else ():
-            empty = RidgeSums.zeros(self.backbone.hidden_size, self.teachers[name].shape[1], device)
-            local = state.ridge.pop((name, layer), empty).sums
+        by_grid = self._teachers_by_grid if self.recipe.fit.ridge else {}
+        for layer, (grid, names) in itertools.product(self.layers, by_grid.items()):
+            widths = {name: self.teachers[name].shape[1] for name in names}
+            empty = RidgeSums.zeros(self.backbone.hidden_size, widths, device)
+            local = state.ridge.pop((grid, layer), empty).sums
             sums = {part: self.accelerator.reduce(value, "sum") for part, value in local.items()}
             if self.accelerator.is_main_process and sums["n"]:
-                state.ridge[name, layer] = RidgeSums(sums)
+                state.ridge[grid, layer] = RidgeSums(sums)
         for name, teacher in self.teachers.items():
             zero = (
                 torch.zeros(teacher.shape, dtype=self._wide, device=device),
@@ -520,7 +524,13 @@ class ProbeTrainer:
     def readout(self, state: TrainerState) -> RidgeReadout:
         """Solves the ridge readouts; only in the main process, after `run`."""
         penalty = self.recipe.fit.ridge_penalty
-        return RidgeReadout({key: sums.solve(penalty) for key, sums in state.ridge.items()})
+        return RidgeReadout(
+            {
+                (name, layer): sums.solve(name, penalty)
+                for (grid, layer), sums in state.ridge.items()
+                for name in self._teachers_by_grid[grid]
+            }
+        )
 
     def means(self, state: TrainerState) -> dict[str, Tensor]:
         """Returns the mean target (N, D) per teacher over the training split, float32."""

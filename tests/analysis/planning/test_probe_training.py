@@ -74,6 +74,18 @@ def test_flops_are_within_15_percent_of_a_counted_step(recipe_values, tmp_path, 
     assert work.memory["probes with gradients and moments"] == 16 * parameters
 
 
+def test_buffer_plans_one_forward_pass(recipe_values):
+    def flops(**fit):
+        work = plan_training(ProbeRunRecipe.model_validate(recipe_values | {"fit": recipe_values["fit"] | fit})).work
+        return work.count * (work.flops16 + work.flops32)
+
+    epochs = [flops(epochs=number) for number in (1, 2)]
+    buffered = [flops(epochs=number, buffer=1) for number in (1, 2, 5)]
+    assert buffered[0] == pytest.approx(epochs[0])
+    probes = buffered[1] - buffered[0]
+    assert 0 < probes < epochs[1] - epochs[0] and buffered[2] == pytest.approx(buffered[0] + 4 * probes)
+
+
 def test_dry_run_is_plan_and_says_how_far_a_run_is(recipe_values, tmp_path, monkeypatch):
     recipe_values["teachers"] = {"gen": recipe_values["teachers"]["gen"]}
     recipe = ProbeRunRecipe.model_validate(recipe_values | {"controls": ["shuffled", "random"]})

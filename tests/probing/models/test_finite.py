@@ -76,8 +76,8 @@ def test_a_bad_state_costs_its_layer_that_image_alone(train_probes, images, monk
     for found, expected in zip(*(one.banks["none"].probes[two].parameters() for one in (state, without)), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
     for layer, reference in ((1, clean), (2, without)):
-        for name, total in reference.ridge["gen", layer].sums.items():
-            torch.testing.assert_close(state.ridge["gen", layer].sums[name], total, rtol=1e-5, atol=1e-5)
+        for name, total in reference.ridge[None, layer].sums.items():
+            torch.testing.assert_close(state.ridge[None, layer].sums[name], total, rtol=1e-5, atol=1e-5)
     assert {place: np.flatnonzero(bad).tolist() for place, bad in state.not_finite.items()} == {("layer", "2"): [BAD]}
     rows = not_finite_rows(state.not_finite, trainer.images.names, "train2017", "none")
     assert [(row["image"], row["layers"], row["teachers"]) for row in rows] == [(trainer.images.names[BAD], "2", "")]
@@ -96,7 +96,7 @@ def test_a_bad_target_costs_its_teacher_that_image_alone(train_probes, images, m
             assert same(state.banks[control].probes[key], clean.banks[control].probes[key])
     torch.testing.assert_close(trainer.means(state)["gen"], trainer.means(without)["gen"])
     torch.testing.assert_close(
-        state.ridge["gen", 2].sums["xy"], without.ridge["gen", 2].sums["xy"], rtol=1e-5, atol=1e-5
+        state.ridge[None, 2].sums["xy/gen"], without.ridge[None, 2].sums["xy/gen"], rtol=1e-5, atol=1e-5
     )
     assert list(state.not_finite) == [("teacher", "gen")]
 
