@@ -12,7 +12,7 @@ from accelerate.utils import gather, pad_across_processes
 from torch import Tensor, nn
 
 from probing.distillation.predictors import EmbeddingPredictors
-from probing.models.token_map import token_kinds
+from probing.models.token_map import TokenMap, token_kinds
 from probing.teachers import Teacher
 
 MAX_SCALE = 100.0
@@ -130,7 +130,10 @@ class EmbeddingLoss(AuxiliaryLoss):
             if features is None:
                 features = {name: teacher.target(pixels[name]) for name, teacher in self.teachers.items()}
             features = {name: value.to(self.teachers[name].device) for name, value in features.items()}
-            batch["targets"] = {"rows": batch.pop("target_rows"), "features": features}
+            rows = batch.pop("target_rows")
+            ids, attention, labels = (batch[name][rows].cpu() for name in ("input_ids", "attention_mask", "labels"))
+            kinds = token_kinds(ids, attention, self.image_token_id, self.special_ids, labels)
+            batch["targets"] = {"rows": rows, "features": features, "tokens": TokenMap(kinds, (0, 0))}
         candidates, start = {}, 0
         for name, teacher in self.teachers.items():
             rows = [unit_rows(batch["targets"]["features"][name]) for batch in with_target]
@@ -151,12 +154,9 @@ class EmbeddingLoss(AuxiliaryLoss):
             return dict.fromkeys(self.weights, zero)
         rows = targets["rows"]
         losses: dict[str, Tensor] = {}
-        kinds = token_kinds(
-            batch["input_ids"], batch["attention_mask"], self.image_token_id, self.special_ids, batch["labels"]
-        )[rows]
         for task, layer in self.predictors.pairs():
             smooth, contrast = embedding_losses(
-                self.predictors.predict(task, layer, states[layer][rows], kinds),
+                self.predictors.predict(task, layer, states[layer][rows], targets["tokens"]),
                 targets["features"][task.name],
                 targets["candidates"][task.name],
                 targets["positive"],

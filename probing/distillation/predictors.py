@@ -92,9 +92,9 @@ class EmbeddingPredictors(nn.Module):
         own = [task.name] if task.name in SPECIAL else []
         return [kind for key in self.recipe.keys for kind in (own if key == "special" else [key])]
 
-    def predict(self, task: Task, layer: int, states: Tensor, kinds: Tensor) -> Tensor:
-        """Predicts a task's target (B, N, D) from a layer's states (B, T, H); `kinds` (B, T) from `token_kinds`."""
-        keys, mask = TokenMap(kinds, (0, 0)).select(states, self.key_kinds(task))
+    def predict(self, task: Task, layer: int, states: Tensor, tokens: TokenMap) -> Tensor:
+        """Predicts a task's target (B, N, D) from a layer's states (B, T, H)."""
+        keys, mask = tokens.select(states, self.key_kinds(task))
         return self.predictors[f"{task.name}_{layer}"](keys, mask, self._queries(task))
 
     def bank(self) -> ProbeBank:

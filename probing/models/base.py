@@ -5,7 +5,7 @@ final norm, layer L the state after the last block; ``final`` is the state after
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -68,7 +68,7 @@ class Batch:
     tokens: TokenMap
 
     def to(self, device: torch.device) -> "Batch":
-        """Returns a copy on a device."""
+        """Returns a copy with its inputs on a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
@@ -76,9 +76,7 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
-        tokens = replace(self.tokens, kinds=move(self.tokens.kinds))
-        return Batch(inputs, tokens)
+        return Batch({name: move(tensor) for name, tensor in self.inputs.items()}, self.tokens)
 
 
 class InputProcessor(Protocol):

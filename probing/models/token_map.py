@@ -19,6 +19,8 @@ SPECIAL = ("gen", "depth", "seg")
 class TokenMap:
     """The kind of every position of a batch of sequences.
 
+    It stays on the CPU, so that choosing positions never waits for a GPU.
+
     Attributes:
         kinds: (B, T) integer codes, indices into `probing.recipe.TOKEN_KINDS`.
         grid: rows and columns of the image tokens of one image.
@@ -49,11 +51,12 @@ class TokenMap:
             valid, as is usual: all sequences of a batch have the same layout.
         """
         mask = self.mask(*kinds)
-        if bool((mask == mask[:1]).all()):
-            return (states if bool(mask[0].all()) else states[:, mask[0]]), None
         columns = mask.any(dim=0)
-        mask = mask[:, columns]
-        return states[:, columns].masked_fill(~mask[..., None], 0), mask
+        chosen = states if bool(columns.all()) else states.index_select(1, _positions(columns, states))
+        if bool((mask == mask[:1]).all()):
+            return chosen, None
+        mask = mask[:, columns].to(states.device, non_blocking=True)
+        return chosen.masked_fill(~mask[..., None], 0), mask
 
     def image_states(self, states: Tensor) -> Tensor:
         """Returns the states of the image's patches, (B, rows * columns, H), row-major.
@@ -61,8 +64,13 @@ class TokenMap:
         A dropped patch gets the state of the first one that has a token.
         """
         rows, columns = self.grid
-        patches = states[self.mask("image")].view(states.shape[0], rows * columns - self.dropped, states.shape[-1])
+        patches = states.flatten(0, 1).index_select(0, _positions(self.mask("image").flatten(), states))
+        patches = patches.view(states.shape[0], rows * columns - self.dropped, states.shape[-1])
         return torch.cat((patches[:, :1].expand(-1, self.dropped, -1), patches), dim=1) if self.dropped else patches
+
+
+def _positions(mask: Tensor, states: Tensor) -> Tensor:
+    return mask.nonzero().flatten().to(states.device, non_blocking=True)
 
 
 def token_name(task: str, number: int) -> str:

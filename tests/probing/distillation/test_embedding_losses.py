@@ -91,6 +91,7 @@ def test_targets_do_not_depend_on_micro_batches(models):
         made, start = [], 0
         for size in sizes:
             rows = {"target_rows": torch.arange(size), "teacher_pixels": {"gen": pixels[start : start + size]}}
+            rows |= dict.fromkeys(("input_ids", "attention_mask", "labels"), torch.ones(size, 4, dtype=torch.long))
             made.append(rows if size else {})
             start += size
         loss.prepare(made, CPU, world=1)
@@ -203,7 +204,7 @@ def test_stage_writes_llava_folder_with_predictors(recipe, models, data, tmp_pat
     embedding = EmbeddingRecipe(teachers=values, layers={"seg": "2"}, seek=4, heads=2, dim_head=8)
     predictors = EmbeddingPredictors(tasks, 32, embedding)
     predictors.load(tmp_path / "pt" / "predictors")
-    direct = predictors.predict(tasks[0], 2, states[2], tokens.kinds)
+    direct = predictors.predict(tasks[0], 2, states[2], tokens)
     bank = ProbeBank.load(tmp_path / "pt" / "predictors", CPU, ["seg"])
     keys, mask = tokens.select(states[2], ["system", "image", "seg", "text"])
     assert torch.allclose(bank.probes[ProbeKey("seg", 2, 0)](keys, mask), direct, atol=1e-5)

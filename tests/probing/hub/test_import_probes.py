@@ -89,7 +89,7 @@ def test_imported_predictors_score_as_in_training(checkpoint, models, coco, tmp_
         for task in tasks:
             target = teachers[task.name].target(teachers[task.name].prepare(images))
             for layer in task.layers:
-                prediction = predictors.predict(task, layer, states[layer], batch.tokens.kinds)
+                prediction = predictors.predict(task, layer, states[layer], batch.tokens)
                 expected = torch.cosine_similarity(prediction, target, dim=-1).mean()
                 assert probes[task.name, str(layer)] == pytest.approx(float(expected), abs=1e-5)
     targets = teachers["gen"].target(teachers["gen"].prepare(images_of(coco / "train2017")))
