@@ -177,7 +177,7 @@ def load_model(model_class: Any, source: TeacherSource, device: torch.device, **
     return frozen
 
 
-def finish(
+def build_teacher(
     source: TeacherSource,
     model: nn.Module,
     prepare: Pixels,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from probing.recipe import TeacherRecipe
-from probing.teachers.base import PAPER_GRID, Teacher, finish, load_model, open_teacher, square_pixels
+from probing.teachers.base import PAPER_GRID, Teacher, build_teacher, load_model, open_teacher, square_pixels
 from probing.teachers.registry import CATALOGUE
 
 ENTRY = {
@@ -34,7 +34,7 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
     def encode(pixels: Tensor) -> Tensor:
         return model.backbone(pixels).feature_maps[-1][:, 1:]  # type: ignore[operator]
 
-    return finish(source, model, prepare, encode, CATALOGUE["depth"].licences)
+    return build_teacher(source, model, prepare, encode, CATALOGUE["depth"].licences)
 
 
 def larger_is_nearer(teacher: Teacher) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from probing.recipe import TeacherRecipe
-from probing.teachers.base import Pixels, Teacher, finish, load_model, open_teacher
+from probing.teachers.base import Pixels, Teacher, build_teacher, load_model, open_teacher
 from probing.teachers.registry import CATALOGUE
 from probing.utils.errors import UserError, first_line
 from probing.utils.pretrained import locate
@@ -58,7 +58,7 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
 
     if Path(source.location).is_dir():
         source = replace(source, location=str(Path(source.location) / encoder))
-    return finish(source, model, Pixels(processor), encode, CATALOGUE["gen"].licences)
+    return build_teacher(source, model, Pixels(processor), encode, CATALOGUE["gen"].licences)
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from probing.recipe import TeacherRecipe
-from probing.teachers.base import PAPER_GRID, Teacher, TeacherSource, finish, on_grid, square_processor
+from probing.teachers.base import PAPER_GRID, Teacher, TeacherSource, build_teacher, on_grid, square_processor
 from probing.utils.checkpoint_files import loading
 from probing.utils.errors import UserError
 from probing.utils.open_clip_models import build_visual, find_open_clip
@@ -55,7 +55,7 @@ def load(name: str, recipe: TeacherRecipe, device: torch.device) -> Teacher:
     }
     prepare, _ = square_processor(statistics, recipe.id, found.image_size)
     source = TeacherSource(name, recipe, recipe.id, SimpleNamespace())
-    teacher = finish(source, visual, prepare, encode, {recipe.id: found.licence} if found.licence else {})
+    teacher = build_teacher(source, visual, prepare, encode, {recipe.id: found.licence} if found.licence else {})
     return replace(teacher, sha256=_tensors_hash(visual))
 
 

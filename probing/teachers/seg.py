@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probing.recipe import TeacherRecipe
-from probing.teachers.base import PAPER_GRID, Teacher, finish, load_model, on_grid, open_teacher, square_pixels
+from probing.teachers.base import PAPER_GRID, Teacher, build_teacher, load_model, on_grid, open_teacher, square_pixels
 from probing.teachers.registry import CATALOGUE
 from probing.utils.errors import UserError, first_line
 from probing.utils.pretrained import locate
@@ -36,7 +36,7 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
         feature = model.model.pixel_level_module.encoder(pixels).feature_maps[-1]  # type: ignore[union-attr,operator]
         return on_grid(feature, recipe.grid or PAPER_GRID, recipe.grid is not None)
 
-    return finish(source, model, prepare, encode, CATALOGUE["seg"].licences)
+    return build_teacher(source, model, prepare, encode, CATALOGUE["seg"].licences)
 
 
 class _FixedFeatures(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from probing.recipe import TeacherRecipe
 from probing.teachers import open_clip_encoder
-from probing.teachers.base import PAPER_GRID, Pixels, Teacher, TeacherSource, finish, on_grid, square_processor
+from probing.teachers.base import PAPER_GRID, Pixels, Teacher, TeacherSource, build_teacher, on_grid, square_processor
 from probing.utils.checkpoint_files import loading, tensor_shapes
 from probing.utils.errors import BROKEN, UserError, first_line
 from probing.utils.open_clip_models import is_open_clip
@@ -56,7 +56,7 @@ def load(name: str, recipe: TeacherRecipe, device: torch.device) -> Teacher:
 
     _require_deterministic(label, model, encode, side)
     licence = getattr(config, "pretrained_cfg", {}).get("license")
-    return finish(source, model, prepare, encode, {recipe.id: licence} if licence else {})
+    return build_teacher(source, model, prepare, encode, {recipe.id: licence} if licence else {})
 
 
 def _model_class(source: TeacherSource) -> Any:
