@@ -8,9 +8,10 @@ teacher's decoder run on every layer's prediction at every step. The optimiser i
 comes from there.
 
 Steps are timed in turns on one batch, images read and prepared within them, and the best of each counts; the
-reference's is the sum of its three runs'. Ours: with nothing cached on disk; a whole first run of two passes over the
-images, as the paper trains, which fills the target cache and then reads it; and with cached targets, as every later run
-of any checkpoint finds them. Filling is timed as what it computes and reads; writing is excluded.
+reference's is the sum of its three runs'. Ours: with nothing cached on disk, or with cached targets, as every later run
+of any checkpoint finds them. Later epochs read states and targets from the buffer. Without buffer they compute the
+states again, and read targets from the cache that the first epoch filled; filling is timed as what it computes and
+reads, without writing.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from transformers import AutoModelForImageTextToText
 
 from probing.recipe import ProbeRunRecipe
 from probing.teachers import depth, load_teachers
+from probing.training.buffer import ActivationBuffer
 from probing.training.run import load_run_backbone, open_target_caches, training_images
 from probing.training.schedule import plan_steps
 from probing.training.trainer import ProbeTrainer
@@ -36,8 +38,7 @@ from probing.utils.images import square
 from tests.benchmarks.sizes import SIZES
 from tests.benchmarks.timing import best_in_turns
 
-BATCH, PASSES = {"toy": 16, "middle": 4}, 2
-BOUNDS = {"nothing cached": 2.5, "targets cached": 3}
+BATCH = {"toy": 16, "middle": 4}
 
 
 def make_trainer(values: dict[str, Any], root: Path, batch: int) -> ProbeTrainer:
@@ -103,7 +104,14 @@ def our_steps(values: dict[str, Any], root: Path, batch: int) -> dict[str, Calla
         for teacher in bare.teachers.values():
             prepared.target(teacher)
 
-    return {**{name: step_of(name) for name in fits}, "filling": fill}
+    def later_visit() -> Callable[[], object]:
+        trainer = make_trainer(values, root / "buffered", batch)
+        state, (step,) = trainer.initial_state(), plan_steps(len(trainer.images), trainer.recipe.fit)
+        buffer = ActivationBuffer(trainer.layers, trainer.accelerator.device)
+        trainer.take_step(state, step, trainer.batches([step]), 1000, buffer)
+        return lambda: trainer.take_step(state, replace(step, first=False), iter(()), 1000, buffer)
+
+    return {**{name: step_of(name) for name in fits}, "filling": fill, "later visit": later_visit()}
 
 
 def main() -> None:
@@ -124,13 +132,19 @@ def main() -> None:
             theirs = {name: reference_step(values, name, model, root, batch) for name in values["teachers"]}
             best = best_in_turns({**theirs, **our_steps(values, root, batch)})
         reference = sum(best.pop(name) for name in theirs)
-        best["first run"] = best.pop("filling") / PASSES + best["targets cached"]
         out(f"{size:7s} {batch:6d} {reference:14.0f}  ")
-        for name in ("nothing cached", "first run", "targets cached"):
-            ratio = reference / best[name]
-            below = f" (below {BOUNDS[name]})" if ratio < BOUNDS.get(name, 0) else ""
-            out(f" {name} {best[name]:.0f} {ratio:.2f}{below};")
+        for name in ("nothing cached", "targets cached", "later visit"):
+            out(f" {name} {best[name]:.0f};")
         out("\n")
+        for epochs in (1, 2, 10):
+            out(f"        {epochs:2d} epochs, reference over ours:")
+            for name in ("nothing cached", "targets cached"):
+                buffered = best[name] + (epochs - 1) * best["later visit"]
+                out(f" {name} {epochs * reference / buffered:.2f}")
+                filled = (epochs - 1) * best["targets cached"] + best["filling"] + best["targets cached"]
+                again = filled if name == "nothing cached" else epochs * best[name]
+                out(f" (without buffer {epochs * reference / again:.2f});")
+            out("\n")
         sys.stdout.flush()
 
 

@@ -70,7 +70,9 @@ def test_decoders_never_wait_for_the_device(trainer, prepared, monkeypatch):
     teachers = trainer.teachers
     pixels = {name: pixels.to(META) for name, pixels in prepared.pixels.items()}
     assert depth.decode(teachers["depth"], teachers["depth"].target(pixels["depth"])).is_meta
-    decoder = seg.SegDecoder(teachers["seg"], torch.zeros(1, teachers["seg"].model.config.task_seq_len, dtype=torch.long))
+    decoder = seg.SegDecoder(
+        teachers["seg"], torch.zeros(1, teachers["seg"].model.config.task_seq_len, dtype=torch.long)
+    )
     assert decoder.decode(teachers["seg"].target(pixels["seg"]), decoder.stages(pixels["seg"])).is_meta
 
 
