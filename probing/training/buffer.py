@@ -59,15 +59,15 @@ class ActivationBuffer:
             own = {name: self._hold(target[row]) for name, target in targets.items()}
             self.images[index] = _Stored(torch.empty(0), own)
 
-    def add_states(self, indices: Sequence[int], layer: Layer, states: Tensor, mask: Tensor | None) -> None:
-        """Adds one layer's states (B, T, H) of new images; `mask` (B, T) is True at the positions to hold."""
-        position = self.layers.index(layer)
-        for row, index in enumerate(indices):
-            own = states[row] if mask is None else states[row][mask[row].to(states.device)]
+    def add_states(self, indices: Sequence[int], layer: Layer, states: Tensor, positions: Sequence[Tensor]) -> None:
+        """Adds one layer's states (B, T, H) of new images, at each image's positions."""
+        place = self.layers.index(layer)
+        for row, (index, chosen) in enumerate(zip(indices, positions, strict=True)):
+            own = states[row].index_select(0, chosen.to(states.device, non_blocking=True))
             stored = self.images[index]
             if not stored.states.numel():
                 stored = self.images[index] = _Stored(self._empty(own), stored.targets)
-            stored.states[position].copy_(own, non_blocking=True)
+            stored.states[place].copy_(own, non_blocking=True)
 
     def prepared(self, indices: Sequence[int]) -> Prepared:
         """Returns the targets of those images that are held, as a micro-batch without inputs."""
@@ -78,8 +78,8 @@ class ActivationBuffer:
 
     def states(self, indices: Sequence[int], layer: Layer) -> tuple[Tensor, Tensor | None]:
         """Returns states (B, T, H) of one layer on the probes' device, and a mask (B, T) unless all are valid."""
-        position = self.layers.index(layer)
-        rows = [self.images[index].states[position].to(self.device, non_blocking=True) for index in indices]
+        place = self.layers.index(layer)
+        rows = [self.images[index].states[place].to(self.device, non_blocking=True) for index in indices]
         if len({len(row) for row in rows}) == 1:
             return torch.stack(rows), None
         lengths = torch.tensor([len(row) for row in rows], device=self.device)

@@ -381,13 +381,13 @@ class ProbeTrainer:
             for layer in self.layers:
                 visit(layer, *buffer.states(prepared.indices, layer))
             return
-        batch = prepared.student.to(self.backbone.device)
+        batch, kinds = prepared.student.to(self.backbone.device), self.recipe.probe.keys
+        positions = [row.nonzero().flatten() for row in batch.tokens.mask(*kinds)]
 
         def emit(layer: Layer, hidden: Tensor) -> None:
-            keys, mask = batch.tokens.select(hidden.to(device), self.recipe.probe.keys)
             if buffer is not None:
-                buffer.add_states(prepared.indices, layer, keys, mask)
-            visit(layer, keys, mask)
+                buffer.add_states(prepared.indices, layer, hidden, positions)
+            visit(layer, *batch.tokens.select(hidden.to(device), kinds))
             if visit_patches is not None:
                 visit_patches(layer, batch.tokens.image_states(hidden).to(device), batch.tokens.grid)
 

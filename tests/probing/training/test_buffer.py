@@ -133,16 +133,16 @@ def test_stopped_run_with_a_small_window_resumes_exactly(make_trainer, coco, tmp
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_buffer_returns_the_positions_that_probes_read(models):
+def test_buffer_returns_the_positions_that_probes_read():
     """Sequences of different lengths, put in one by one and read together."""
     torch.manual_seed(0)
     buffer = ActivationBuffer([0, "final"], CPU)
-    masks = {3: [1, 1, 0, 1], 8: [1, 0, 0, 0]}
-    states = {index: torch.randn(1, 4, 5) for index in masks}
-    for index, mask in masks.items():
+    positions = {3: [0, 1, 3], 8: [0]}
+    states = {index: torch.randn(1, 4, 5) for index in positions}
+    for index, chosen in positions.items():
         buffer.add_targets([index], {"gen": torch.full((1, 1, 2), float(index))})
         for layer in (0, "final"):
-            buffer.add_states([index], layer, states[index] + (layer == 0), torch.tensor([mask]).bool())
+            buffer.add_states([index], layer, states[index] + (layer == 0), [torch.tensor(chosen)])
     prepared = buffer.prepared([8, 5, 3])
     assert prepared.indices == [8, 3] and prepared.cached_targets["gen"][:, 0, 0].tolist() == [8, 3]
     found, mask = buffer.states([8, 3], "final")
