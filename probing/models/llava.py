@@ -294,9 +294,10 @@ def describe(config: Any, inputs: LlavaInputs) -> dict[str, Any]:
     vision, layer = config.vision_config, feature_layer(config)
     batch = inputs([Image.new("RGB", image_size(config)[::-1])])
     width = vision.hidden_size * (1 if isinstance(layer, int) else len(layer))
+    blocks = getattr(vision, "num_hidden_layers", None)  # towers of open_clip and timm do not state it
     tower = {
         "type": tower_type(vision),
-        "layers": getattr(vision, "num_hidden_layers", "?"),
+        **({} if blocks is None else {"layers": blocks}),
         "hidden_size": vision.hidden_size,
         "image_size": getattr(vision, "image_size", "?"),
         "patch_size": getattr(vision, "patch_size", "?"),
