@@ -28,11 +28,12 @@ from reports.page import write_report
 
 logger = logging.getLogger(__name__)
 
-TRAIN_SCENES, VAL_SCENES, WORLD_SEED = 2000, 400, 11
+TRAIN_SCENES, VAL_SCENES, WORLD_SEED = 600, 200, 11
+EPOCHS = 8
 DECODED_IMAGES, ALIGNED_IMAGES = 64, 200
 QUESTION_SCENES, QUESTION_SEED = 120, 13
 """Number and seed of the scenes of the CV-Bench questions; used for nothing else."""
-LAYERS = {"quick": "0,2,4,6", "full": "all"}
+LAYERS = {"quick": "0,3,6", "full": "all"}
 DECODED_LAYERS = {"quick": "0,6", "full": "all"}
 CONTROLS = {"quick": ["random"], "full": ["shuffled", "random"]}
 """Trained controls of the first checkpoint; `shuffled` adds little to the mean target."""
@@ -107,11 +108,11 @@ def demo_recipe(
     """Returns a probing recipe with small batches and many steps, which the attention of tiny probes needs."""
     values = {
         "backbone": {"checkpoint": str(models / checkpoint), "dtype": "float32"},
-        "data": {"path": f"coco:{world}"},
+        "data": {"path": f"coco:{world}", "target_cache": str(world.parent / "targets")},
         "teachers": {name: {"id": str(models / name)} for name in ("depth", "seg", "gen")},
         "layers": layers,
         "controls": list(controls),
-        "fit": {"epochs": 1, "batch_size": 4, "micro_batch": 4, "lr": 3e-3, "workers": 1, "save_minutes": 1},
+        "fit": {"epochs": EPOCHS, "batch_size": 4, "micro_batch": 4, "lr": 3e-3, "buffer": "auto", "workers": 1},
     }
     return validate(ProbeRunRecipe, values, "demo").with_absolute_paths()
 

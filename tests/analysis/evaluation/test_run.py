@@ -36,6 +36,7 @@ def evaluated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("decoded")
     world = write_world(folder / "world", 24, 8, seed=4)
     recipe = demo_recipe(ASSETS, world).model_copy(update={"layers": "0,6", "controls": ["shuffled"]})
+    recipe.fit.epochs = 1
     run = train(recipe, folder / "run")
     min((world / "annotations" / "panoptic_val2017").iterdir()).unlink()
     evaluate(run.path, decoded(world))

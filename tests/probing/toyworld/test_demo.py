@@ -127,6 +127,7 @@ def test_small_demo_ends_and_repeats_from_its_files(tmp_path, monkeypatch):
     for name, count in {"TRAIN_SCENES": 16, "VAL_SCENES": 8, "QUESTION_SCENES": 4, "DECODED_IMAGES": 4}.items():
         monkeypatch.setattr(demo, name, count)
     monkeypatch.setattr(demo, "demo_recipe", lambda *paths: demo_recipe(*paths).model_copy(update={"layers": "0,6"}))
+    monkeypatch.setattr(demo, "EPOCHS", 2)
     page = demo.run_demo("quick", tmp_path / "demo")
     text = page.read_text(encoding="utf-8")
     assert all(word in text for word in ("llava", "ola", "Patches and words", "CV-Bench", "mIoU, probe alone"))
