@@ -49,8 +49,8 @@ def resize_states(states: Tensor, grid: tuple[int, int], target_grid: Grid) -> T
 class RidgeSums:
     """Running sums for the regressions of one layer on the targets of one grid.
 
-    Sums are in float64, because the centred covariance is a small difference of large sums. Products are in float32,
-    of states without their mean over the batch: float64 is 64 times as slow on many GPUs.
+    Sums are in float64, because the centred covariance is a small difference of large sums. Products of a batch are in
+    float32 on accelerators, where float64 is up to 64 times as slow; of states without their mean, to lose little.
 
     Attributes:
         sums: `n`, `x` (H) and `xx` (H, H) of the states, and by teacher `y/NAME` (D) and `xy/NAME` (H, D).
@@ -64,11 +64,12 @@ class RidgeSums:
             states, targets, chosen = states.cpu(), {name: y.cpu() for name, y in targets.items()}, chosen.cpu()
         rows = chosen.repeat_interleave(states.shape[1], output_size=states[..., 0].numel())[:, None]
         n = rows.sum().double()
-        x, mean_x, sum_x = _centred(states, rows, n)
+        precision = batch_precision(states.device)
+        x, mean_x, sum_x = _centred(states, rows, n, precision)
         # For any m: sum of x y' = sum of (x - m)(y - l)' + m (sum of y)' + (sum of x) l' - n m l'.
         new = {"n": n, "x": sum_x, "xx": (x.T @ x).double() + _shift(mean_x, sum_x, mean_x, sum_x, n)}
         for name, target in targets.items():
-            y, mean_y, sum_y = _centred(target, rows, n)
+            y, mean_y, sum_y = _centred(target, rows, n, precision)
             new |= {f"y/{name}": sum_y, f"xy/{name}": (x.T @ y).double() + _shift(mean_x, sum_x, mean_y, sum_y, n)}
         for name, value in new.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -103,11 +104,16 @@ class RidgeSums:
         return weight.float(), (mean_y - weight @ mean_x).float()
 
 
-def _centred(values: Tensor, rows: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def batch_precision(device: torch.device) -> torch.dtype:
+    """Returns the dtype in which the products of a batch are computed."""
+    return torch.float64 if device.type == "cpu" else torch.float32
+
+
+def _centred(values: Tensor, rows: Tensor, n: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the chosen rows (B N, W) minus their mean, others zero; the mean and the sum, both float64."""
-    flat = values.flatten(0, 1).float().where(rows, 0)
+    flat = values.flatten(0, 1).to(precision).where(rows, 0)
     total = flat.sum(0, dtype=torch.float64)
-    mean = (total / n.clamp(min=1)).float()
+    mean = (total / n.clamp(min=1)).to(precision)
     return (flat - mean).where(rows, 0), mean.double(), total
 
 

@@ -141,7 +141,7 @@ def test_a_bad_gradient_never_reaches_the_optimiser(train_probes, clip):
     hurt, seen = ProbeKey("gen", 1, 0), {}
 
     def prepare(trainer):
-        step = ProbeTrainer._step
+        step = ProbeTrainer.take_step
 
         def stepped(state, *rest, **more):
             parameter = state.parameters[0][0]
@@ -158,7 +158,7 @@ def test_a_bad_gradient_never_reaches_the_optimiser(train_probes, clip):
                 seen["moments kept"] = torch.equal(seen["moment"], state.optimizer.state[parameter]["exp_avg"])
             return row
 
-        trainer._step = stepped
+        trainer.take_step = stepped
 
     fields = {"epochs": 2, "batch_size": 6, "micro_batch": 6, "max_grad_norm": clip}
     clean, _ = train_probes("clean", **fields)
@@ -178,14 +178,14 @@ def test_bad_images_are_remembered_over_an_interruption(train_probes, images, mo
         pass
 
     def prepare(trainer):
-        step = ProbeTrainer._step
+        step = ProbeTrainer.take_step
 
         def stopped(state, *rest, **more):
             if state.step == 3:
                 raise StopError
             return step(trainer, state, *rest, **more)
 
-        trainer._step = stopped
+        trainer.take_step = stopped
 
     with pytest.raises(StopError):
         train_probes("cut", prepare=prepare, **fields)

@@ -8,9 +8,11 @@ from sklearn.linear_model import Ridge
 from probing.probes.ridge import RidgeSums
 
 
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32])
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_readout_equals_scikit_learn_in_float64(offset):
-    """Also where means are a hundred times the spread, as in LLMs: products in float32 alone would fail there."""
+def test_readout_equals_scikit_learn_in_float64(monkeypatch, offset, precision):
+    """Also with products in float32, as on accelerators, and where means are a hundred times the spread, as in LLMs."""
+    monkeypatch.setattr("probing.probes.ridge.batch_precision", lambda device: precision)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(60, 9, 24, generator=generator) + offset * torch.randn(24, generator=generator)
     targets = {name: torch.randn(60, 9, width, generator=generator) + offset for name, width in (("a", 3), ("b", 5))}

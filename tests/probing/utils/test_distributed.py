@@ -68,7 +68,7 @@ def test_dead_rank_is_a_user_error(monkeypatch, message):
 
 def stop_second_process(at: int) -> None:
     """Signals the second process before a step, and lets it find the saved state late."""
-    step, resume = ProbeTrainer._step, ProbeTrainer._resume
+    step, resume = ProbeTrainer.take_step, ProbeTrainer._resume
 
     def stopped(self, state, *rest, **more):
         if state.step == at and self.accelerator.process_index == 1:
@@ -79,7 +79,7 @@ def stop_second_process(at: int) -> None:
         time.sleep(3 * self.accelerator.process_index)
         resume(self, state)
 
-    ProbeTrainer._step, ProbeTrainer._resume = stopped, late
+    ProbeTrainer.take_step, ProbeTrainer._resume = stopped, late
 
 
 def two_processes(folder, out, stop=-1, *overrides):
