@@ -27,8 +27,8 @@ def start(recipe_values, tmp_path):
 
 
 def test_two_processes_train_what_one_does(start, recipe_values, tmp_path):
-    """Gradients and sums are reduced over the same global batch: equal up to the order of additions."""
-    codes, said = warm.finish(start("two"), tmp_path / "two")
+    """Gradients and sums are reduced over the same global batch: equal up to the order of additions; with a buffer."""
+    codes, said = warm.finish(start("two", "fit.buffer=1"), tmp_path / "two")
     assert codes == [0, 0], said
     train(ProbeRunRecipe.model_validate(recipe_values), tmp_path / "one")
     for kind in ("probes", "ridge"):
@@ -40,7 +40,7 @@ def test_two_processes_train_what_one_does(start, recipe_values, tmp_path):
 
 def test_run_resumes_after_the_death_of_a_process(start, tmp_path):
     """The survivor reports it in one line; the same command gives the bytes of an undisturbed run."""
-    more = ["fit.epochs=8", "fit.save_minutes=0"]
+    more = ["fit.epochs=8", "fit.save_minutes=0", "fit.buffer=1"]
     codes, said = warm.finish(start("whole", *more), tmp_path / "whole")
     assert codes == [0, 0], said
     first, second = start("hurt", *more)
