@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from probing.distillation.losses import AuxiliaryLoss
 from probing.distillation.special_tokens import SpecialTokens
 from probing.models.decoder import decoder_parts
+from probing.models.image_tokens import feature_layer, image_size
 
 PROJECTORS = ("multi_modal_projector", "teacher_projectors")
 TRAINED_PARTS = {
@@ -46,9 +47,21 @@ class DistillationModel(nn.Module):
         self.auxiliary = nn.ModuleList(auxiliary)  # type: ignore[assignment]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(part in name for part in TRAINED_PARTS[stage]))
+        self._freeze_unread_layers()
         listed = {name for name, _ in self.named_parameters()}
         # The Trainer reads this name, and ties weights again if exactly these are missing from a saved state.
         self._keys_to_ignore_on_save = [n for n, _ in self.named_parameters(remove_duplicate=False) if n not in listed]
+
+    def _freeze_unread_layers(self) -> None:
+        """Freezes the tower's layers after the one that is read.
+
+        They have no gradient, so no moments, and FSDP2 cannot resume a state that lacks those of a trained parameter.
+        """
+        trained = [parameter for parameter in self.model.model.vision_tower.parameters() if parameter.requires_grad]
+        if trained and not trained[0].is_meta:  # some towers cannot run on shapes alone
+            gradients = torch.autograd.grad(self._tower_output(trained[0]), trained, allow_unused=True)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.requires_grad_(gradient is not None)
 
     def tie_weights(self) -> None:
         """Ties weights after the Trainer loaded a saved state."""
@@ -109,21 +122,31 @@ class DistillationModel(nn.Module):
             weights |= auxiliary.weights
         total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
         if "pixel_values" not in inputs:
-            total = total + 0.0 * self._project_nothing(total)
+            total = total + 0.0 * self._see_nothing(total)
         return {"loss": total, "losses": {name: value.detach().float() for name, value in losses.items()}}
 
-    def _project_nothing(self, like: Tensor) -> Tensor:
-        """Runs the projectors on zeros.
+    def _see_nothing(self, like: Tensor) -> Tensor:
+        """Runs the projectors, and a vision tower that is trained, on zeros.
 
-        Without an image a stage that trains nothing else has no gradient, and other processes would wait for it.
+        Without an image they would have no gradient in this process, and others that have some would wait for it.
         """
         core = self.model.model
         total = like.new_zeros(())
+        if any(parameter.requires_grad for parameter in core.vision_tower.parameters()):
+            total = total + self._tower_output(like)
         for projector in (core.multi_modal_projector, *getattr(core, "teacher_projectors", {}).values()):
             first = next((layer for layer in projector.modules() if isinstance(layer, nn.Linear)), None)
             if first is not None:  # the identity has none
                 total = total + projector(like.new_zeros(1, 1, first.in_features, dtype=first.weight.dtype)).sum()
         return total
+
+    def _tower_output(self, like: Tensor) -> Tensor:
+        """Sums what the projector reads of the vision tower's output for an image of zeros."""
+        core, layer = self.model.model, feature_layer(self.model.config)
+        channels = getattr(self.model.config.vision_config, "num_channels", 3)
+        pixels = like.new_zeros(1, channels, *image_size(self.model.config))
+        states = core.vision_tower(pixels, output_hidden_states=True, return_dict=True).hidden_states
+        return torch.stack([states[one].sum() for one in ([layer] if isinstance(layer, int) else layer)]).sum()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Lists tied weights once; safetensors refuses to write them twice."""

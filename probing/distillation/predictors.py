@@ -67,7 +67,7 @@ class EmbeddingPredictors(nn.Module):
                 raise UserError(f"seek = {seek} does not divide the {tokens} queries of {task.name}; choose {choices}")
             if seek:
                 self.queries[task.name] = nn.Parameter(torch.randn(tokens if tokens > 1 else seek, width))
-            self.scales[task.name] = nn.Parameter(torch.tensor(INITIAL_SCALE))
+            self.scales[task.name] = nn.Parameter(torch.full((1,), INITIAL_SCALE))  # FSDP2 shards no scalars
             for layer in task.layers:
                 predictor = Resampler(ResamplerConfig(width, tokens, output, output, recipe.heads, recipe.dim_head))
                 predictor.latents.requires_grad_(not seek)
