@@ -4,6 +4,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -107,6 +108,20 @@ def test_random_weights_keep_the_tower_and_nothing_else(models):
             assert torch.equal(parameter, other), name
         elif parameter.std() > 0:
             assert not torch.equal(parameter, other), name
+
+
+def test_dispatched_backbone_gives_the_same_states(models, images, tmp_path):
+    """The disk stands for a second device: hooks of accelerate load a block's weights when it runs, and drop them."""
+    recipe = BackboneRecipe(checkpoint=str(models["llava"]), device_map="auto")
+    backbone = load_backbone(recipe, CPU, with_head=True)
+    expected, _ = load_backbone(recipe.model_copy(update={"device_map": None}), CPU).hidden_states(images, "all,final")
+    parts = {"model.language_model.layers.1": "disk", "model.language_model.layers.2": "disk", "lm_head": "disk"}
+    parts |= dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "model.language_model"), "cpu")
+    dispatch_model(backbone.writer, parts, offload_dir=tmp_path)
+    assert backbone.blocks[2].mlp.up_proj.weight.is_meta
+    for layers in ("2", "all,final", "0,1"):  # a pass ends inside the model
+        states, _ = backbone.hidden_states(images, layers)
+        assert all(torch.equal(state, expected[layer]) for layer, state in states.items()), layers
 
 
 def test_dtype_passes_through(models, images):
