@@ -4,7 +4,8 @@
 #   apt-get install slurm-wlm munge && make test && bash tests/slurm.sh
 #
 # Starts a cluster of this machine alone, for a container: needs root. Takes about ten minutes, since SLURM signals a job
-# half a minute or more after its start. A run that ends before its second signal needs more EPOCHS.
+# half a minute or more after its start. A run that ends before its second signal needs more EPOCHS, one that is stopped
+# before its first step more MINUTES (2).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PWD/.venv/bin:$PATH
@@ -92,7 +93,7 @@ submit() {
 field() { scontrol show job "$JOB" | grep -o "\b$1=[^ ]*" | cut -d= -f2; }
 train() { echo two_cpus.yaml train --recipe "$WORK/recipe.yaml" --out "$WORK/$1" fit.epochs="${EPOCHS:-8}"; }
 
-JOB=$(submit stopped --time=2 --signal=USR1@60 -- $(train stopped))
+JOB=$(submit stopped --time="${MINUTES:-2}" --signal=USR1@60 -- $(train stopped))
 for stop in 1 2; do
     until [ "$(field Restarts) $(field JobState)" = "$stop PENDING" ]; do
         [[ $(field JobState) =~ PENDING|RUNNING|COMPLETING|CONFIGURING|REQUEUE ]] ||
@@ -105,7 +106,7 @@ for stop in 1 2; do
 done
 while [[ $(field JobState) =~ PENDING|RUNNING|COMPLETING|CONFIGURING|REQUEUE ]]; do sleep 1; done
 [ "$(field JobState)" = COMPLETED ] || fail "the job is $(field JobState): $(cat "$WORK/stopped.log")"
-grep "resuming from step" "$WORK/stopped.log" || fail "it did not resume" # a slow machine may be stopped before a step
+grep "resuming from step" "$WORK/stopped.log" || fail "it was stopped before its first step; raise MINUTES"
 
 submit undisturbed --wait --time=60 -- $(train undisturbed) >/dev/null
 for run in stopped undisturbed; do
