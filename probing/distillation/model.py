@@ -58,10 +58,16 @@ class DistillationModel(nn.Module):
         They have no gradient, so no moments, and FSDP2 cannot resume a state that lacks those of a trained parameter.
         """
         trained = [parameter for parameter in self.model.model.vision_tower.parameters() if parameter.requires_grad]
-        if trained and not trained[0].is_meta:  # some towers cannot run on shapes alone
+        if not trained:
+            return
+        try:
             gradients = torch.autograd.grad(self._tower_output(trained[0]), trained, allow_unused=True)
-            for parameter, gradient in zip(trained, gradients, strict=True):
-                parameter.requires_grad_(gradient is not None)
+        except RuntimeError:
+            if not trained[0].is_meta:
+                raise
+            return  # some towers cannot run on shapes alone
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
     def tie_weights(self) -> None:
         """Ties weights after the Trainer loaded a saved state."""
