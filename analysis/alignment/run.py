@@ -118,9 +118,10 @@ class Alignment:
         self.recipe, self.out, self.maps, self.images, self.device = recipe, out, maps, images, device
         self.checkpoint: Identity = identify(recipe.backbone)
         self.teachers = load_teachers(recipe.teachers, device)
-        inputs = describe_inputs(self.checkpoint, self.teachers, recipe.data.view, {"images": images.digest()})
+        self.digest = images.digest()
+        inputs = describe_inputs(self.checkpoint, self.teachers, recipe.data.view, {"images": self.digest})
         self.inputs = inputs
-        self.settings = f"{__version__} {images.digest()}"
+        self.settings = f"{__version__} {self.digest}"
         self.scores = {
             name: score_file(out, f"scores/{name}", images.split) for name in ("alignment", "sample", "similarity")
         }
@@ -197,7 +198,7 @@ class Alignment:
                 "path": self.recipe.data.path,
                 "eval_split": self.images.split,
                 "eval_images": len(scores.names),
-                "eval_digest": self.images.digest(),
+                "eval_digest": self.digest,
                 "sample_images": len(sample.names),
                 "annotations": "panoptic" if isinstance(self.maps, Panoptic) else "instances",
                 "classes": len(self.maps.names),

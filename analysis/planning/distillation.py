@@ -128,6 +128,7 @@ def _work(recipe: DistillRecipe, start: StageInputs, parts: Stage, micro: int, p
         },
         sharded=weights + 12 * parameters,
         disk=2 * (weights + 8 * parameters),
+        images=share,
     )
 
 

@@ -1,6 +1,13 @@
 """A plan and how it is printed, whichever kind of run it is of."""
 
+import math
 from dataclasses import dataclass, field
+
+IMAGES_PER_CORE = 20
+"""Images a second that a CPU core decodes and prepares for LLaVA-1.5 and the paper's three teachers.
+
+Measured by `python -m tests.benchmarks.reading`.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class Work:
         memory: bytes on one device, by part.
         sharded: bytes of those that FSDP divides between devices.
         disk: bytes at most.
+        images: to read per sample.
     """
 
     samples: str
@@ -39,6 +47,7 @@ class Work:
     memory: dict[str, float]
     sharded: float
     disk: int
+    images: float = 1
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class Plan:
         seconds = work.count * (work.flops16 / devices.tflops16 + work.flops32 / devices.tflops32) / 1e12 / count
         time = f"{seconds / 3600:.3g} h" if seconds > 60 else "less than a minute"
         rates = f"{devices.tflops16:g} TFLOP/s in 16 bits and {devices.tflops32:g} in 32 bits"
+        needed = work.count * work.images / seconds
+        cores = f"{math.ceil(needed / IMAGES_PER_CORE):,} CPU cores at {IMAGES_PER_CORE} a second each (assumed)"
         parts = ", ".join(f"{name} {si(size, 'B')}" for name, size in work.memory.items() if size)
         memory = f"{si(sum(work.memory.values()), 'B')} per device ({parts})"
         if work.sharded and count > 1:
@@ -72,6 +83,7 @@ class Plan:
             f"work: {work.samples} x {si(flops, 'FLOP')} = {si(work.count * flops, 'FLOP')}, "
             f"{work.flops32 / flops:.0%} in 32 bits",
             f"time: {time} on {count} {'devices' if count > 1 else 'device'}, at {rates} (assumed; see --tflops)",
+            *([f"reading: {needed:,.3g} images a second need {cores}"] if needed and seconds > 60 else []),
             f"memory: {memory}",
             f"disk: {si(work.disk, 'B')} at most",
         ]

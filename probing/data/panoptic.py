@@ -91,7 +91,7 @@ def read_panoptic(root: Path, split: str) -> Panoptic:
         if not path.exists():
             raise UserError(f"no panoptic annotations: {path} is missing; unpack {source.name} and its PNGs there")
     file, faults = read_annotation_file(source, root / split), Faults(source)
-    names, labels = read_classes(file.content, faults)
+    names, labels = read_classes(file.categories, faults)
     segments: dict[str, tuple[str, dict[int, int]]] = {}
 
     def read(entry: Any) -> None:
@@ -111,7 +111,7 @@ def read_panoptic(root: Path, split: str) -> Panoptic:
     return Panoptic(folder, names, segments, file.sizes)
 
 
-def read_classes(content: Mapping[str, Any], faults: Faults) -> tuple[list[str], dict[Id, int]]:
+def read_classes(categories: object, faults: Faults) -> tuple[list[str], dict[Id, int]]:
     """Reads the classes of an annotation file.
 
     Returns:
@@ -120,7 +120,7 @@ def read_classes(content: Mapping[str, Any], faults: Faults) -> tuple[list[str],
     Raises:
         UserError: the file has no categories, or more than a label map can number.
     """
-    if not isinstance(content.get("categories"), list):
+    if not isinstance(categories, list):
         raise UserError(f"{faults.source} has no list of categories; download it again")
     classes: dict[Id, str] = {}
 
@@ -131,7 +131,7 @@ def read_classes(content: Mapping[str, Any], faults: Faults) -> tuple[list[str],
         if classes.setdefault(identity, name) != name:
             raise Fault("categories that repeat an id", f"id {identity}")
 
-    faults.each(read, content["categories"])
+    faults.each(read, categories)
     if len(classes) >= UNLABELED:
         raise UserError(f"{faults.source} has {len(classes)} categories; at most {UNLABELED - 1} are supported")
     order = sorted(classes, key=id_order)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from probing.data.coco import find_turned
+from probing.data.coco import find_turned, read_headers
 from probing.data.image_modes import Size, size_of_image
 from probing.data.instances import Instances, labels_on, read_label_maps
 from probing.data.panoptic import UNLABELED, Panoptic
@@ -72,7 +72,8 @@ def read_annotations(root: Path, image_root: Path, names: Iterable[str]) -> Anno
             "set patches.annotations, or omit patches"
         )
     sizes = {name: size for name in images if (size := found.size(name)) is not None}
-    return Annotations(folder, image_root, found.maps, missing, find_turned(image_root, sizes))
+    turned = find_turned(image_root.name, read_headers(image_root, list(sizes)), sizes)
+    return Annotations(folder, image_root, found.maps, missing, turned)
 
 
 def as_seen(labels: NDArray[np.uint8], image_processor: Any, squared: bool) -> NDArray[np.uint8]:

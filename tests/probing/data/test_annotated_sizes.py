@@ -8,7 +8,7 @@ from PIL import Image
 
 from analysis.alignment.context import Annotator
 from analysis.evaluation.metrics.depth_pairs import read_images
-from probing.data.coco import find_turned, list_images, read_image, same_shape
+from probing.data.coco import list_images, read_headers, read_image, same_shape
 from probing.data.da2k import read_pairs
 from probing.data.instances import LabelledImages, keep_annotated_size, labels_on, read_label_maps
 from probing.data.patch_words import PatchWords, read_annotations
@@ -142,7 +142,7 @@ def test_other_sizes_are_left_out_and_named(tmp_path, caplog, kind):
         LabelledImages(**vars(images), maps=maps).read(0)
     save(root / "val2017" / "2.jpg", upright(50, 40))
     with pytest.raises(UserError, match="no image of val2017 has its annotated size"):
-        keep_annotated_size(images, maps)
+        keep_annotated_size(list_images(root, "val2017"), maps)
 
 
 def test_patches_in_training_follow_turned_images(tmp_path):
@@ -200,7 +200,7 @@ def test_what_counts_as_a_scaled_copy(one, other, same):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_broken_exif_data_do_not_matter(tmp_path):
     Image.fromarray(upright()).save(tmp_path / "1.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff\x01")
-    assert find_turned(tmp_path, {"1.jpg": (40, 30)}) == frozenset()
+    assert read_headers(tmp_path, ["1.jpg"]) == {"1.jpg": ((30, 40), 1)}
     assert read_image(tmp_path / "1.jpg").size == (30, 40)
 
 
