@@ -52,8 +52,34 @@ def orientation(path: Path) -> int:
 
 def size_and_orientation(path: Path) -> tuple[Size, int]:
     """Reads the stored size and the EXIF orientation of an image file; raises OSError as `read_image` does."""
+    with path.open("rb") as file:
+        size = _size_of_plain_jpeg(file.read(4096))
+    if size is not None:
+        return size, 1
     with open_image(path) as image:
         return image.size, _orientation(image)
+
+
+def _size_of_plain_jpeg(head: bytes) -> Size | None:
+    """Returns width and height of a JPEG without EXIF or XMP data whose header is complete; else None.
+
+    Five in six of COCO's images are such. Pillow takes three times as long, and reads the others.
+    """
+    at, size = 2, None
+    while head[:2] == b"\xff\xd8" and len(head) >= at + 10 and head[at] == 0xFF:
+        marker, content = head[at + 1], head[at + 4 : at + 10]
+        if marker == 0xDA:  # pixels follow
+            return size
+        if marker == 0xE1 or not 0xC0 <= marker < 0xFF or content.startswith(b"MPF"):  # EXIF or XMP; several images
+            return None
+        if marker in (0xC0, 0xC1, 0xC2):
+            bits, components = content[0], content[5]
+            height, width = int.from_bytes(content[1:3]), int.from_bytes(content[3:5])
+            # Pillow refuses other pixels, and checks large images.
+            usable = bits == 8 and components in (1, 3, 4) and 0 < width * height < 2**26
+            size = (width, height) if usable else None
+        at += 2 + int.from_bytes(head[at + 2 : at + 4])
+    return None
 
 
 @contextlib.contextmanager

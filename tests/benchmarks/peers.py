@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pytorch_fid.fid_score import calculate_frechet_distance
 from torch import Tensor
+
+import probing.utils.torchvision_shim  # noqa: F401  # isort: skip
+from pytorch_fid.fid_score import calculate_frechet_distance
 from transformers import AutoModelForImageTextToText
 
 from analysis.evaluation.metrics.generated_images.distances import Gaussian, frechet_distance

@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask
 
 from probing.data.coco import list_images
 from probing.data.da2k import Pair, read_pairs
@@ -89,6 +90,17 @@ def test_a_short_part_costs_only_itself(tmp_path, caplog):
     write(tmp_path, "instances", annotations=[thing(outline=[LEFT, [1, 1], RIGHT])])
     assert read_instances(tmp_path, "val2017").labels("1.jpg").tolist() == [[0] * 8] * 4
     assert "1 parts of objects that are not polygons" in caplog.text
+
+
+def test_compressed_masks_are_drawn_as_encoded(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    images = [{"id": n, "file_name": f"{n}.jpg", "width": 90, "height": 70} for n in range(1, 21)]
+    drawn = [np.kron(rng.random((70 // k, 90 // k)) < rng.random(), np.ones((k, k))) for k in (1, 2, 5, 10) * 5]
+    counts = [mask.encode(np.asfortranarray(one, np.uint8))["counts"].decode() for one in drawn]
+    entries = [thing(image=n, outline={"size": [70, 90], "counts": own}) for n, own in enumerate(counts, 1)]
+    write(tmp_path, "instances", images=images, annotations=entries)
+    found = read_instances(tmp_path, "val2017")
+    assert all(((found.labels(f"{n}.jpg") == 0) == one).all() for n, one in enumerate(drawn, 1)) and not caplog.text
 
 
 @pytest.mark.parametrize("area", [None, "large", float("nan"), "absent"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from probing.data.coco import list_images
+from probing.data.coco import list_images, read_image
 from probing.data.dataloader import MicroBatches, micro_batches
 from probing.utils.errors import UserError
 from probing.utils.images import square
@@ -62,6 +62,17 @@ def test_reason_of_unreadable_image_holds_no_path(root, monkeypatch):
     monkeypatch.setattr(type(images), "read", refuse)
     (batch,) = micro_batches(MicroBatches(images, [[0, 1, 2]], None, {}, "square"), 0, torch.device("cpu"))
     assert [s.reason for s in batch.skipped] == ["corrupt: cannot identify image file", "corrupt: Permission denied"]
+
+
+def test_checkpoint_and_teachers_share_one_decoding(tmp_path, monkeypatch):
+    images, reads = list_images(tiny.coco(tmp_path / "coco"), "train2017"), []
+    monkeypatch.setattr("probing.data.coco.read_image", lambda *a: reads.append(a) or read_image(*a))
+
+    def prepare(pictures):
+        return torch.zeros(len(pictures))
+
+    batch = MicroBatches(images, [[0, 1, 2]], prepare, dict.fromkeys(["depth", "seg", "gen"], prepare))[0]
+    assert len(batch.student) == len(batch.pixels["gen"]) == len(reads) == 3
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])

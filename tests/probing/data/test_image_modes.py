@@ -6,9 +6,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from probing.data.coco import read_image
+from probing.data.image_modes import size_and_orientation
 
 COLOURS = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
 GREY = COLOURS[..., 0]
@@ -170,3 +171,12 @@ def test_large_notes_of_a_png_do_not_matter(tmp_path, kind, end):
     (tmp_path / "a.png").write_bytes(plain[:place] + NOTES[kind] + plain[place:])
     for source in (tmp_path / "a.png", io.BytesIO((tmp_path / "a.png").read_bytes())):
         np.testing.assert_array_equal(np.asarray(read_image(source)), COLOURS)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"icc_profile": bytes(9000)}, {"exif": True}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_headers_of_jpegs_are_read_as_pillow_reads_them(tmp_path, mode, options):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new(mode, (300, 20)).save(tmp_path / "1.jpg", **options | ({"exif": exif} if "exif" in options else {}))
+    assert size_and_orientation(tmp_path / "1.jpg") == ((300, 20), 6 if "exif" in options else 1)
