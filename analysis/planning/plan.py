@@ -73,7 +73,7 @@ class Plan:
         time = f"{seconds / 3600:.3g} h" if seconds > 60 else "less than a minute"
         rates = f"{devices.tflops16:g} TFLOP/s in 16 bits and {devices.tflops32:g} in 32 bits"
         needed = work.count * work.images / seconds
-        cores = f"{math.ceil(needed / IMAGES_PER_CORE):,} CPU cores at {IMAGES_PER_CORE} a second each (assumed)"
+        cores = f"{math.ceil(needed / IMAGES_PER_CORE):,} CPU cores, at {IMAGES_PER_CORE} a core (assumed)"
         parts = ", ".join(f"{name} {si(size, 'B')}" for name, size in work.memory.items() if size)
         memory = f"{si(sum(work.memory.values()), 'B')} per device ({parts})"
         if work.sharded and count > 1:
@@ -83,7 +83,7 @@ class Plan:
             f"work: {work.samples} x {si(flops, 'FLOP')} = {si(work.count * flops, 'FLOP')}, "
             f"{work.flops32 / flops:.0%} in 32 bits",
             f"time: {time} on {count} {'devices' if count > 1 else 'device'}, at {rates} (assumed; see --tflops)",
-            *([f"reading: {needed:,.3g} images a second need {cores}"] if needed and seconds > 60 else []),
+            *([f"reading: {math.ceil(needed):,} images a second need {cores}"] if needed and seconds > 60 else []),
             f"memory: {memory}",
             f"disk: {si(work.disk, 'B')} at most",
         ]

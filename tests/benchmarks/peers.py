@@ -114,7 +114,7 @@ def frechet() -> None:
     def ours() -> None:
         found["ours"] = frechet_distance(Gaussian.fit(one), Gaussian.fit(two))
 
-    theirs, own = seconds(peer, 1), seconds(ours, 1)
+    theirs, own = seconds(peer, 2), seconds(ours, 2)
     above = "" if own / theirs <= MOST_FRECHET else f" (above {MOST_FRECHET})"
     sys.stdout.write(
         f"Fréchet distance, {FEATURES} features: pytorch-fid {theirs:.1f} s, ours {own:.1f} s, "

@@ -156,7 +156,7 @@ def test_time_and_memory_are_printed_for_the_devices():
         "steps: 4",
         "work: 10 images x 2 passes x 4 PFLOP = 80 PFLOP, 25% in 32 bits",
         "time: 0.361 h on 2 devices, at 100 TFLOP/s in 16 bits and 10 in 32 bits (assumed; see --tflops)",
-        "reading: 0.0154 images a second need 1 CPU cores at 20 a second each (assumed)",
+        "reading: 1 images a second need 1 CPU cores, at 20 a core (assumed)",
         "memory: 12 GB per device (checkpoint 12 GB); FSDP shards 8 GB of it to 4 GB",
         "disk: 5 kB at most",
     ]
@@ -165,7 +165,7 @@ def test_time_and_memory_are_printed_for_the_devices():
 
 def test_cores_feed_the_images_of_the_planned_time():
     work = Work("7,200,000 conversations", 7_200_000, 1e12, 0, {}, 0, 0, images=0.5)  # 2 h on 10 devices, 500 a second
-    assert f"reading: 500 images a second need {math.ceil(500 / IMAGES_PER_CORE)} CPU cores at" in "\n".join(
+    assert f"reading: 500 images a second need {math.ceil(500 / IMAGES_PER_CORE)} CPU cores, at" in "\n".join(
         Plan({}, work).lines(Devices(10, tflops16=100))
     )
     texts = replace(work, images=0)
