@@ -29,7 +29,7 @@ from reports.page import write_report
 logger = logging.getLogger(__name__)
 
 TRAIN_SCENES, VAL_SCENES, WORLD_SEED = 600, 200, 11
-EPOCHS = 8
+EPOCHS = 4
 DECODED_IMAGES, ALIGNED_IMAGES = 64, 200
 QUESTION_SCENES, QUESTION_SEED = 120, 13
 """Number and seed of the scenes of the CV-Bench questions; used for nothing else."""

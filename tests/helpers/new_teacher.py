@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from probing.recipe import TeacherRecipe
-from probing.teachers.base import PAPER_GRID, Teacher, finish, load_model, on_grid, open_teacher, square_pixels
+from probing.teachers.base import PAPER_GRID, Teacher, build_teacher, load_model, on_grid, open_teacher, square_pixels
 
 ENTRY = {
     "default_id": "nvidia/segformer-b5-finetuned-ade-640-640",
@@ -26,4 +26,4 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
         return on_grid(model(pixels).logits, recipe.grid or PAPER_GRID, recipe.grid is not None)
 
     licences: dict[str, str] = dict(ENTRY["licences"])  # type: ignore[call-overload]
-    return finish(source, model, prepare, encode, licences)
+    return build_teacher(source, model, prepare, encode, licences)
