@@ -52,7 +52,8 @@ def write_pictures(folder: Path) -> list[tuple[Path, Path]]:
         smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
         pixels = (smooth + rng.normal(0, 16, smooth.shape)).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.jpg", quality=90)
-        segment = np.arange(width) * SEGMENTS // width + 1  # stripes, of ids R + 256 G
+        right = np.arange(width) - width // 2  # the first segment covers the left half; ids are R + 256 G
+        segment = 1 + np.maximum(0, 2 * SEGMENTS * right // width)
         colours = np.stack([segment, segment, np.zeros_like(segment)], axis=-1).astype(np.uint8)
         Image.fromarray(np.broadcast_to(colours, (height, width, 3)).copy()).save(folder / f"{index}.png")
         written.append((folder / f"{index}.jpg", folder / f"{index}.png"))
