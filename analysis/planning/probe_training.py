@@ -96,9 +96,8 @@ def _work(
     rows = {one.grid: one.shape[0] for one in teachers.values()}
     ridge = 2 * width * (sum(width * n for n in rows.values()) + sum(n * d for n, d in shapes)) * fit.ridge
     bits = 8 * next(backbone.core.parameters()).element_size()
-    in32 = (
-        forward * sum(cost.flops for cost in seen) + ridge * len(layers) / fit.epochs
-    )  # summed in the first epoch alone
+    in32 = forward * sum(cost.flops for cost in seen)
+    in32 += ridge * len(layers) / fit.epochs  # summed on an image's first visit alone
     in32 += checkpoint * (bits > 16) + probes * (not fit.bf16)
     parameters = len(layers) * (1 + shuffled) * probe_parameters(recipe, width, teachers)
     block = tokens * (3 * widest(backbone.blocks) + 4 * width) * bits // 8
@@ -117,6 +116,7 @@ def _work(
         },
         sharded=0,
         disk=disk_bytes(recipe, width, teachers, layers),
+        images=forward,
     )
 
 

@@ -41,23 +41,25 @@ class _Stored:
 class ActivationBuffer:
     """Holds the states that probes read, in the checkpoint's dtype.
 
+    Those of a CUDA device are in page-locked memory of the host. Copies do not wait for the device, so that it must be
+    waited for (as every optimiser step does) between adding an image and reading it.
+
     Attributes:
         layers: probed layers.
         device: of the probes.
-        on_device: whether states are held there; by default they are in the host's memory.
         images: by index.
     """
 
     layers: Sequence[Layer]
     device: torch.device
-    on_device: bool = False
     images: dict[int, _Stored] = field(default_factory=dict)
 
     def add_targets(self, indices: Sequence[int], targets: dict[str, Tensor]) -> None:
         """Adds images with their targets (B, N, D); states follow layer by layer."""
         for row, index in enumerate(indices):
-            own = {name: self._hold(target[row]) for name, target in targets.items()}
-            self.images[index] = _Stored(torch.empty(0), own)
+            own = {name: target[row] for name, target in targets.items()}
+            held = {name: self._room(target).copy_(target, non_blocking=True) for name, target in own.items()}
+            self.images[index] = _Stored(torch.empty(0), held)
 
     def add_states(self, indices: Sequence[int], layer: Layer, states: Tensor, positions: Sequence[Tensor]) -> None:
         """Adds one layer's states (B, T, H) of new images, at each image's positions."""
@@ -66,7 +68,7 @@ class ActivationBuffer:
             own = states[row].index_select(0, chosen.to(states.device, non_blocking=True))
             stored = self.images[index]
             if not stored.states.numel():
-                stored = self.images[index] = _Stored(self._empty(own), stored.targets)
+                stored = self.images[index] = _Stored(self._room(own, len(self.layers)), stored.targets)
             stored.states[place].copy_(own, non_blocking=True)
 
     def prepared(self, indices: Sequence[int]) -> Prepared:
@@ -91,13 +93,10 @@ class ActivationBuffer:
         for index in indices:
             self.images.pop(index, None)
 
-    def _empty(self, own: Tensor) -> Tensor:
-        device = own.device if self.on_device else torch.device("cpu")
-        pinned = device.type == "cpu" and self.device.type == "cuda"
-        return torch.empty(len(self.layers), *own.shape, dtype=own.dtype, device=device, pin_memory=pinned)
-
-    def _hold(self, target: Tensor) -> Tensor:
-        return target.clone() if self.on_device else target.to("cpu", copy=True)
+    def _room(self, like: Tensor, *copies: int) -> Tensor:
+        pinned = self.device.type == "cuda"
+        device = torch.device("cpu") if pinned else self.device
+        return torch.empty(*copies, *like.shape, dtype=like.dtype, device=device, pin_memory=pinned)
 
 
 def plan_window(

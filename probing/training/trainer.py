@@ -158,7 +158,7 @@ class ProbeTrainer:
             state.window = int(broadcast_object_list([window])[0])  # processes may see different free memory
         steps = plan_steps(len(self.images), fit, rank, world_size, state.window)
         buffer = ActivationBuffer(self.layers, self.accelerator.device) if state.window else None
-        leaving = last_visits(steps)
+        leaving = last_visits(steps) if buffer else []
         if buffer:
             self._refill(buffer, steps[: state.step], leaving[: state.step])
         batches = self.batches([step for step in steps[state.step :] if step.first or not buffer])
@@ -196,6 +196,8 @@ class ProbeTrainer:
                 self._targets(prepared, buffer)
                 self._visit_layers(prepared, buffer, lambda *_: None)
             buffer.drop(gone)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
 
     def batches(self, steps: list[Step]) -> Iterator[Prepared]:
         """Yields the micro-batches of steps, in order."""

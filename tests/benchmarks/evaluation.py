@@ -71,7 +71,7 @@ def compare(name: str, checkpoint: Path, root: Path, images: int, batch: int) ->
     start = time.perf_counter()
     evaluate(run.path, Options(metrics=("cosine",), micro_batch=batch))
     whole = time.perf_counter() - start
-    least = (before + floor(run, batch)) / 2  # before and after, lest something else on the machine decides
+    least = (before + floor(run, batch)) / 2  # before and after, since other work may disturb one
     sys.stdout.write(
         f"{name}: {images} images, floor {least:.1f} s, evaluate {whole:.1f} s, ratio {whole / least:.2f}\n"
     )

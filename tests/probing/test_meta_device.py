@@ -52,7 +52,7 @@ def test_backbone_and_probes_never_wait_for_the_device(trainer, prepared, monkey
     trainer.recipe.probe.keys = key_kinds
     state = trainer.initial_state()
     columns = {column: index for index, column in enumerate(state.columns)}
-    buffer = ActivationBuffer(LAYERS, META, on_device=True)
+    buffer = ActivationBuffer(LAYERS, META)
     trainer.micro_batch(state, prepared, 0.5, True, columns, buffer)
     assert set(state.ridge) == {(teacher.grid, layer) for teacher in trainer.teachers.values() for layer in LAYERS}
 
