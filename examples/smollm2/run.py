@@ -36,7 +36,7 @@ LAYERS = ("0", "5", "10", "20", "30")
 """Layers of the table."""
 STAGES: dict[str, dict[str, Any]] = {
     "pt": {"max_steps": 80, "lr": 3e-3, "batch_size": 8, "micro_batch": 8},
-    "ift": {"max_steps": 30, "lr": 1e-4, "batch_size": 4, "micro_batch": 4},
+    "ift": {"max_steps": 20, "lr": 1e-4, "batch_size": 4, "micro_batch": 4},
 }
 
 
@@ -102,10 +102,10 @@ def probe(checkpoint: Path, world: Path, out: Path, control: bool) -> None:
     """Trains and scores probes at all 31 points."""
     recipe = {
         "backbone": {"checkpoint": str(checkpoint), "dtype": "float32"},
-        "data": {"path": f"coco:{world}", "train_limit": 600, "eval_limit": 150},
+        "data": {"path": f"coco:{world}", "train_limit": 400, "eval_limit": 150},
         "teachers": TEACHERS,
         "controls": ["random"] if control else [],
-        "fit": {"epochs": 4, "batch_size": 8, "micro_batch": 8, "lr": 3e-3, "buffer": "auto", "workers": 1},
+        "fit": {"epochs": 3, "batch_size": 8, "micro_batch": 8, "lr": 3e-3, "buffer": "auto", "workers": 1},
     }
     probing.evaluate(probing.train(recipe, out), micro_batch=16)
 
