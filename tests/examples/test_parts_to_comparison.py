@@ -36,26 +36,29 @@ def test_commands_of_the_readme_lead_to_a_comparison(models, coco, tmp_path, mon
         "hf-hub:laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup": str(tower),
         "768": "64",
         "coco:data/coco": f"coco:{coco}",
-        "examples/distill/ola_pt.yaml": str(ROOT / "examples/distill/ola_pt.yaml"),
+        **{f"examples/distill/{name}.yaml": str(ROOT / f"examples/distill/{name}.yaml") for name in ("pt", "ola_pt")},
     }
     teachers = ("depth", "seg", "gen")
     smaller = {
         "distill": [
             f"data.conversations={tmp_path}/talk/data.json", f"data.image_root={tmp_path}/talk", "batch_size=6",
-            "micro_batch=3", "workers=0", "bf16=false", "embedding.layers={depth: 1, seg: 2, gen: 3}",
-            "embedding.seek=4", "embedding.teachers.seg.grid=2", "trainer={report_to: none, use_cpu: true}",
-            *(f"embedding.teachers.{name}.id={models[name]}" for name in teachers),
+            "micro_batch=3", "workers=0", "bf16=false", "trainer={report_to: none, use_cpu: true}",
         ],
         "train": [
             "fit.batch_size=6", "fit.micro_batch=3", "fit.workers=0", "fit.report_to=none", "layers=0,2,final",
             *(f"--teacher={name}={models[name]}" for name in teachers),
         ],
     }  # fmt: skip
+    embedding = [
+        "embedding.layers={depth: 1, seg: 2, gen: 3}", "embedding.seek=4", "embedding.teachers.seg.grid=2",
+        *(f"embedding.teachers.{name}.id={models[name]}" for name in teachers),
+    ]  # fmt: skip
     monkeypatch.chdir(tmp_path)
     for line in commands():
         _, verb, *words = shlex.split(line)
-        probing(verb, *(names.get(word, word) for word in words), *smaller.get(verb, []))
-    found = describe_checkpoint(BackboneRecipe(checkpoint="checkpoints/ola-pt"))
+        extra = smaller.get(verb, []) + (embedding if "examples/distill/ola_pt.yaml" in words else [])
+        probing(verb, *(names.get(word, word) for word in words), *extra)
+    found = describe_checkpoint(BackboneRecipe(checkpoint="checkpoints/ola_pt"))
     assert found["vision_tower"]["type"] == "tower (open_clip)" and found["tokens"]["depth"] == 4
     differences = pd.read_csv("runs/comparison/differences.csv")
     assert set(differences.teacher) == set(teachers)
