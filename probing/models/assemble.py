@@ -32,6 +32,8 @@ from probing.utils.files import atomic_folder, disk_errors
 from probing.utils.pretrained import load_config, locate, pretrained, require_whole
 
 CPU, META = torch.device("cpu"), torch.device("meta")
+LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""What LLMs call a change of their logits: Gemma 2, Cohere, Granite, Falcon-H1."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ def _read_llm(source: str) -> tuple[str, Any]:
         raise UserError(f"{source} is an encoder-decoder ({config.model_type}); give a decoder-only LLM")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "vision_config"):
         raise UserError(f"{source} is no text LLM (model type {config.model_type!r}); give a decoder-only LLM")
+    if scales := [name for name in LOGIT_SCALES if getattr(config, name, None) not in (None, 1)]:
+        raise UserError(f"{source} scales its logits ({scales[0]}), which LLaVA does not; give another LLM")
     return location, config
 
 

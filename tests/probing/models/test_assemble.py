@@ -8,7 +8,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, SiglipVisionModel, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    GraniteConfig,
+    SiglipVisionModel,
+    T5Config,
+)
 
 from probing.distillation.recipe import DistillRecipe
 from probing.distillation.trainer import run_stage
@@ -45,8 +55,8 @@ def open_clip_visual(path, vision):
     return open_clip.create_model(f"local-dir:{parts.open_clip_model(path, vision)}").visual.eval()
 
 
-def open_clip_vit(path):
-    visual = open_clip_visual(path, parts.VIT)
+def open_clip_vit(path, width=24):
+    visual = open_clip_visual(path, parts.VIT | {"width": width, "head_width": width // 2})
 
     def features(pixels):
         x = visual.conv1(pixels).flatten(2).transpose(1, 2)
@@ -57,6 +67,10 @@ def open_clip_vit(path):
         return x[:, 1:]
 
     return str(path), features
+
+
+def open_clip_32(path):
+    return open_clip_vit(path, width=32)  # as the LLM
 
 
 def convnext(path):
@@ -96,7 +110,7 @@ def compose(tower, projector, llm, batch, image_id):
 @pytest.mark.parametrize(
     ("tower", "projector"),
     [(clip, "mlp2x_gelu"), (siglip, "linear"), (open_clip_vit, "mlp2x_gelu"), (convnext, "mlp2x_gelu"),
-     (timm_vit, "mlp3x_gelu"), (convnext, "linear")],
+     (timm_vit, "mlp4x_gelu"), (convnext, "linear"), (open_clip_32, "identity")],
 )  # fmt: skip
 def test_states_are_those_of_a_plain_composition(tmp_path, tower, projector):
     source, features = tower(tmp_path / "tower")
@@ -204,6 +218,18 @@ def test_bad_input_is_one_line(tmp_path):
         assert len(line.split()) < 30
     assert not (tmp_path / "out").exists()
     probing("assemble", "--llm", plain, "--vision-tower", tower, "--template", "vicuna_v1", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Gemma2Config(), CohereConfig(), GraniteConfig(logits_scaling=8.0), FalconH1Config(lm_head_multiplier=2.0)],
+    ids=lambda config: config.model_type,
+)
+def test_llms_whose_logits_llava_would_change_are_refused(tmp_path, config):
+    """LLaVA applies `lm_head` alone, and the LLM would write other words than its own class."""
+    config.save_pretrained(tmp_path / "llm")
+    line = error_line("assemble", "--llm", tmp_path / "llm", "--vision-tower", "x", "--out", tmp_path / "out")
+    assert "scales its logits" in line and "give another LLM" in line
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 
 import open_clip
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -48,9 +49,14 @@ def own_map(visual, pixels):
         handle = visual.transformer.register_forward_hook(lambda *call: states.append(call[-1]))
         visual(pixels)
         handle.remove()
-        return visual.ln_post(states[0])[:, 1:].transpose(1, 2).unflatten(2, visual.grid_size)
+        tokens = states[0] if visual.attn_pool else visual.ln_post(states[0])
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, visual.grid_size)
     if hasattr(visual, "trunk"):
-        return visual.trunk.forward_features(pixels)
+        features = visual.trunk.forward_features(pixels)
+        if features.ndim == 4:
+            return features
+        tokens = features[:, visual.trunk.num_prefix_tokens :]
+        return tokens.transpose(1, 2).unflatten(2, visual.trunk.patch_embed.grid_size)
     return visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels)))))
 
 
@@ -81,6 +87,28 @@ def test_published_architectures_have_published_sizes(name):
     embedding = teacher.model(torch.zeros(1, 3, *teacher.prepare([Image.new("RGB", (9, 9))]).shape[2:], device="meta"))
     embedding = embedding[0] if isinstance(embedding, tuple) else embedding
     assert embedding.shape == (1, open_clip.get_model_config(name)["embed_dim"])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_maps_of_published_architectures_are_the_models_own(tmp_path, monkeypatch, name):
+    """At full width and resolution, with one block per stage."""
+    create = timm.create_model
+    depth = {"depths": (1, 1, 1, 1)} if "convnext" in name else {"depth": 1}
+    monkeypatch.setattr(timm, "create_model", lambda *args, **values: create(*args, **values, **depth))
+    config = open_clip.get_model_config(name)
+    layers = config["vision_cfg"].get("layers")
+    if layers:
+        config["vision_cfg"]["layers"] = [1] * len(layers) if isinstance(layers, list) else 1
+    config |= {"text_cfg": TEXT}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": STATISTICS}))
+    torch.manual_seed(0)
+    model = open_clip.create_model(f"local-dir:{tmp_path}").eval()
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    teacher = load_teacher("clip", TeacherRecipe(id=str(tmp_path), grid=ARCHITECTURES[name][1]), CPU)
+    pixels = teacher.prepare([Image.effect_noise((300, 300), 80).convert("RGB")])
+    with torch.no_grad():
+        own = own_map(model.visual, pixels).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(teacher.target(pixels), own, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
