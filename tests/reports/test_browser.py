@@ -81,9 +81,9 @@ def test_the_slider_the_reference_the_legend_and_the_theme(page, tmp_path):
     assert set(found["first"]) == {"0"} and set(found["second"]) == {"2"} and len(found["first"]) == 9
     assert found["valuetext"] == "layer 2" and found["pictures"]
     (first,), (second,) = found["from"]
-    assert [line["name"] for line in first["lines"]] == [HOSTILE, "ola"]
-    assert [line["name"] for line in second["lines"]] == [HOSTILE, "llava"]
-    ola, llava = first["lines"][1], second["lines"][1]
+    assert [line["name"] for line in first["lines"]] == ["ola", HOSTILE]
+    assert [line["name"] for line in second["lines"]] == ["llava", HOSTILE]
+    ola, llava = first["lines"][0], second["lines"][0]
     assert llava["value"] == [-value for value in ola["value"]] and llava["low"] == [-value for value in ola["high"]]
     assert found["title"] == "Paired differences from ola" and found["options"] == ["llava", "ola", HOSTILE]
     assert found["lines"][0] == found["lines"][2] == found["lines"][1] + 6 and found["pressed"] == "false"
