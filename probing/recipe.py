@@ -77,7 +77,7 @@ class AssembleRecipe(Strict):
     template: str | None = None
     """Chat template in place of the LLM's: vicuna_v1, …, or Jinja text."""
     seed: int = 0
-    """Of the projector's initialisation."""
+    """Seed of the projector's initialisation."""
 
 
 def _teacher_name(name: str) -> str:

@@ -1,18 +1,20 @@
 """What runs on a GPU gives what a CPU gives. PROBING_REHEARSE=1 runs these tests on the CPU."""
 
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import probing
+from analysis.evaluation import run as evaluation
 from probing.models import load_backbone
 from probing.recipe import BackboneRecipe, ProbeRunRecipe
-from probing.teachers import load_teachers
-from probing.training.run import load_run_backbone, training_images
-from probing.training.trainer import ProbeTrainer
+from probing.training.run import training_images
 from probing.utils.images import square
+from tests.helpers.trainer import make_trainer
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
@@ -30,22 +32,8 @@ def device():
 
 def train(values, device, folder, **fit):
     """Trains probes and the ridge readout on a device."""
-    recipe = ProbeRunRecipe.model_validate(values | {"fit": values["fit"] | fit})
-    trainer = ProbeTrainer(
-        recipe,
-        load_run_backbone(recipe, "none", device),
-        load_teachers(recipe.teachers, device),
-        training_images(recipe.data),
-        [0, 2, "final"],
-        ["none", "shuffled"],
-        folder,
-        SimpleNamespace(
-            device=device, num_processes=1, process_index=0, is_main_process=True, wait_for_everyone=lambda: None,
-            reduce=lambda value, *_: value,
-        ),
-    )  # fmt: skip
-    state = trainer.run()
-    return state, trainer
+    trainer = make_trainer(values, folder, [0, 2, "final"], ["none", "shuffled"], device, **fit)
+    return trainer.run(), trainer
 
 
 @pytest.mark.parametrize("buffer", ["off", 1])
@@ -59,6 +47,18 @@ def test_probes_learn_what_they_learn_on_the_cpu(device, recipe_values, tmp_path
         expected = states @ expected_weight.T + expected_bias
         found = states @ weight.cpu().T + bias.cpu()
         assert (found - expected).abs().max() < 1e-2 * expected.std()
+
+
+def test_scores_are_those_of_the_cpu(device, recipe_values, tmp_path, monkeypatch):
+    run = probing.train(recipe_values, tmp_path / "run").path
+    found = []
+    for place in (device, CPU):
+        monkeypatch.setattr(evaluation, "require_single_process", lambda _, on=place: SimpleNamespace(device=on))
+        shutil.rmtree(run / "scores", ignore_errors=True)
+        found.append(probing.evaluate(run, metrics=("cosine",)))
+    there, here = found
+    assert len(there) > 50 and list(there.columns) == list(here.columns)
+    np.testing.assert_allclose(there["value"], here["value"], atol=2e-3)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -86,7 +86,8 @@ class MeasurePass:
         batch = self._labelled(prepared, len(tally.names))
 
         def visit(layer: Layer, hidden: Tensor) -> None:
-            states = States.of(LAYER, layer_name(layer), student.tokens.image_states(hidden).float())
+            own = student.tokens.image_states(hidden.to(context.model.device)).float()
+            states = States.of(LAYER, layer_name(layer), own)
             tally.leave_out("layer", states.name, states.finite)
             self._score(states, batch, tally)
 
@@ -110,7 +111,7 @@ class MeasurePass:
         for measure in self.measures:
             if states.source in measure.sources:
                 for row in measure.update(states, batch):
-                    tally.add(row.key, row.values, row.summed, row.finite)
+                    tally.add(row.key, row.values, row.finite, row.summed)
 
     def _labelled(self, prepared: Prepared, done: int) -> LabelledBatch:
         """Adds labels and targets; `done` is the number of images so far, with those of the batch."""

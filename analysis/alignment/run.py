@@ -39,15 +39,15 @@ from probing.models import Identity, identify, load_backbone
 from probing.models.chat_templates import rendering_at
 from probing.models.finite import not_finite_rows, report_not_finite
 from probing.recipe import dump_recipe
-from probing.runs.claim import claim, holds_run
-from probing.runs.compatibility import (
+from probing.runs.manifest import manifest_header, versions
+from probing.runs.recorded_inputs import (
     describe_inputs,
     inputs_file,
     recorded_inputs,
     recorded_moment,
     to_record,
 )
-from probing.runs.manifest import manifest_header, versions
+from probing.runs.resume import claim, holds_run
 from probing.teachers import load_teachers
 from probing.utils.distributed import require_single_process
 from probing.utils.errors import UserError

@@ -13,7 +13,7 @@ class BenchRecipe(Strict):
 
     backbone: BackboneRecipe
     benchmark: str
-    """Benchmark, such as cvbench; an unknown name lists all."""
+    """Benchmark, such as cvbench; an unknown name gives an error that lists all."""
     data: str
     """Folder of the benchmark's published files, or one of them."""
     suffix: str | None = "auto"

@@ -24,8 +24,8 @@ from probing.models import Identity, identify, load_backbone
 from probing.models.chat_templates import rendering_at
 from probing.models.generate import ask, sample_conversation
 from probing.recipe import dump_recipe
-from probing.runs.claim import claim, holds_run
-from probing.runs.compatibility import (
+from probing.runs.manifest import manifest_header, versions
+from probing.runs.recorded_inputs import (
     describe_inputs,
     inputs_file,
     recorded_inputs,
@@ -33,7 +33,7 @@ from probing.runs.compatibility import (
     to_record,
     vocabulary,
 )
-from probing.runs.manifest import manifest_header, versions
+from probing.runs.resume import claim, holds_run
 from probing.utils.errors import UserError, first_line
 from probing.utils.files import RESTORE_ADVICE, disk_errors, read_json, read_json_lines, write_text
 from probing.utils.interrupt import Interrupted, Interruption

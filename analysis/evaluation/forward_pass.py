@@ -78,6 +78,21 @@ def trained_control(control: str) -> str:
     return "none" if control in SUBSTITUTES else control
 
 
+def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies tensors to the CPU, those of one device and dtype in a single transfer."""
+    found = list(tensors)
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor.device.type != "cpu":
+            groups.setdefault((tensor.device, tensor.dtype), []).append(index)
+    for places in groups.values():
+        some = [tensors[index] for index in places]
+        copied = torch.cat([tensor.flatten() for tensor in some]).cpu().split([tensor.numel() for tensor in some])
+        for index, tensor, part in zip(places, some, copied, strict=True):
+            found[index] = part.view(tensor.shape)
+    return found
+
+
 @dataclass
 class ScoreAccumulator:
     """Values that a pass has computed so far.
@@ -89,6 +104,8 @@ class ScoreAccumulator:
         skipped: images that could not be read, by name.
         not_finite: as in `ScoreFile`.
         done: images processed, readable or not.
+        pending: values of the current batch, on their device, and which of its images are finite.
+        left_out: places where images of the current batch may not be finite, its first row, and which images are.
     """
 
     scores: dict[ScoreKey, list[Tensor]] = field(default_factory=dict)
@@ -97,36 +114,44 @@ class ScoreAccumulator:
     skipped: dict[str, Skipped] = field(default_factory=dict)
     not_finite: dict[str, list[int]] = field(default_factory=dict)
     done: int = 0
+    pending: list[tuple[ScoreKey, Tensor, Tensor]] = field(default_factory=list)
+    left_out: list[tuple[str, int, Tensor]] = field(default_factory=list)
 
-    def add(self, key: ScoreKey, values: Tensor, summed: bool = False, finite: Tensor | None = None) -> None:
-        """Adds the values of one batch.
+    def add(self, key: ScoreKey, values: Tensor, finite: Tensor, summed: bool = False) -> None:
+        """Adds the values of one batch, without waiting for the device.
 
         Args:
             key: of the series.
             values: (B, …), per image.
-            summed: store only their sum.
             finite: (B), False for images to leave out: their scores become NaN (pictures: 0), and no part of a sum.
+            summed: store only their sum.
         """
-        if finite is not None and not bool(finite.all()):
-            finite = finite.to(values.device)
-            if summed or values.dtype in (torch.uint8, torch.float16):
-                values = zero_others(values, finite)
-            else:
-                values = values.clone() if values.is_floating_point() else values.double()
-                values[~finite] = torch.nan
         if summed:
-            total = values.sum(dim=0)
+            total = zero_others(values, finite.to(values.device)).sum(dim=0)
             self.sums[key] = total + self.sums[key].to(total.device) if key in self.sums else total
         else:
             narrow = {torch.float64: torch.float32, torch.int64: torch.int32}
-            self.scores.setdefault(key, []).append(values.to("cpu", narrow.get(values.dtype, values.dtype)))
+            self.pending.append((key, values.to(narrow.get(values.dtype, values.dtype)), finite))
 
     def leave_out(self, kind: str, name: str, finite: Tensor) -> None:
         """Records the images of the current batch (B) whose features of a `layer` or `teacher` are not finite."""
-        if not bool(finite.all()):
-            first = len(self.names) - len(finite)
-            rows = (first + (~finite).nonzero().flatten().cpu()).tolist()
-            self.not_finite.setdefault(f"{kind} {name}", []).extend(rows)
+        self.left_out.append((f"{kind} {name}", len(self.names) - len(finite), finite))
+
+    def settle(self) -> None:
+        """Moves what a batch has added to the CPU; the host waits for the device here, once per dtype."""
+        values = to_cpu([values for _, values, _ in self.pending])
+        masks = to_cpu([*(finite for *_, finite in self.pending), *(finite for *_, finite in self.left_out)])
+        for (key, *_), own, finite in zip(self.pending, values, masks, strict=False):
+            if not finite.all():
+                if own.dtype in (torch.uint8, torch.float16):
+                    own = zero_others(own, finite)
+                else:
+                    own = torch.where(finite.view(-1, *[1] * (own.dim() - 1)), own.float(), torch.nan)
+            self.scores.setdefault(key, []).append(own)
+        for (place, first, _), finite in zip(self.left_out, masks[len(self.pending) :], strict=True):
+            if not finite.all():
+                self.not_finite.setdefault(place, []).extend((first + (~finite).nonzero().flatten()).tolist())
+        self.pending, self.left_out = [], []
 
     def file(self, split: str, settings: str) -> ScoreFile:
         """Returns everything in the form of a file."""
@@ -195,6 +220,7 @@ def gather(
             if prepared.student is not None:
                 scores.names += [images.names[index] for index in prepared.indices]
                 score(prepared, scores)
+                scores.settle()
             scores.done += len(indices)
             bar.advance()
             due = time.monotonic() - last >= 60 * resumable.minutes
@@ -248,7 +274,7 @@ class ProbePass:
         def add(key: ScoreKey, values: dict[tuple[str, str], Tensor], counted: Tensor) -> None:
             for (metric, protocol), value in values.items():
                 key = replace(key, metric=metric, protocol=protocol)
-                scores.add(key, value, metric in recorder.summed, counted)
+                scores.add(key, value, counted, metric in recorder.summed)
 
         def score(key: ScoreKey, prediction: Tensor) -> None:
             counted = finite_rows(prediction) & finite[key.teacher].to(prediction.device)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from analysis.evaluation.context import EvaluationContext
-from analysis.evaluation.metrics.generated_images.generation import image_seeds
+from analysis.evaluation.generated_images.generation import image_seeds
 from analysis.evaluation.registry import EvaluationBatch, Recorder, Series
 from probing.teachers import depth
 from probing.teachers.seg import label_map, replace_early

@@ -28,8 +28,8 @@ from probing.models.chat_templates import rendering_at
 from probing.models.finite import not_finite_rows, report_not_finite
 from probing.probes.bank import bank_layers
 from probing.recipe import ProbeRunRecipe
-from probing.runs.compatibility import describe_inputs, recorded_moment, require_same, vocabulary
 from probing.runs.directory import Run, runs_in
+from probing.runs.recorded_inputs import describe_inputs, recorded_moment, require_same, vocabulary
 from probing.training.run import load_run_backbone
 from probing.utils.distributed import require_single_process
 from probing.utils.errors import UserError

@@ -7,7 +7,7 @@ from analysis.evaluation.scores import score_file
 from analysis.planning.plan import Plan
 from probing.data.panoptic import Panoptic
 from probing.models import count_blocks, layer_name, parse_layers
-from probing.runs.claim import holds_run
+from probing.runs.resume import holds_run
 from probing.utils.pretrained import locate
 
 

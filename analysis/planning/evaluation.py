@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from analysis.evaluation.forward_pass import PASSES, WITHOUT_RIDGE, Selection
-from analysis.evaluation.metrics.generated_images import GeneratedImages
-from analysis.evaluation.metrics.generated_images.features import reference_file
-from analysis.evaluation.metrics.generated_images.generation import feature_folder
+from analysis.evaluation.generated_images.features import reference_file
+from analysis.evaluation.generated_images.generation import feature_folder
+from analysis.evaluation.metrics.fid import GeneratedImages
 from analysis.evaluation.options import Options
 from analysis.evaluation.registry import metrics
 from analysis.evaluation.run import require_protocols, selection

@@ -19,8 +19,8 @@ from probing.data.coco import ImageList, first_image
 from probing.models import FINAL, Backbone, layer_name, load_backbone, parse_layers
 from probing.probes.bank import probe_configs
 from probing.recipe import ProbeRunRecipe
-from probing.runs.claim import holds_run
 from probing.runs.directory import Run
+from probing.runs.resume import holds_run
 from probing.teachers import Teacher, load_teachers
 from probing.training.buffer import plan_window
 from probing.training.run import WEIGHTS, held_out_images, summary_file, training_images

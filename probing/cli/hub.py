@@ -35,8 +35,8 @@ def push(run: Path, repo: str, licence: str | None, private: bool) -> None:
 def pull(repo: str, out: Path, layers: tuple[str, ...], teachers: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Download a published run into DIR.
 
-    REPO is USER/NAME on the Hub or a folder. To evaluate the run, set the paths of this machine, now or by the same
-    command again: backbone.checkpoint=DIR data.path=coco:DIR teachers.depth.id=DIR
+    REPO is USER/NAME on the Hub or a folder. Before evaluating the run, set the paths of this machine, now or by
+    repeating the command with backbone.checkpoint=DIR data.path=coco:DIR teachers.depth.id=DIR
     """
     from probing.hub.push_pull import pull as pull_run
 

@@ -21,7 +21,7 @@ FIGURES = click.option("--figures", is_flag=True, help="Also write every figure 
 STYLE = click.option(
     "--style",
     type=click.Choice(["screen", "paper"]),
-    help="Style of the figures, and writes them. paper: SVG and PDF in column widths of 3.25 and 6.75 inches.",
+    help="Write figures in this style. paper: SVG and PDF in column widths of 3.25 and 6.75 inches.",
 )
 
 
@@ -63,9 +63,9 @@ def train(recipe_file: Path | None, out: Path, dry_run: bool, overrides: tuple[s
 def evaluate(run: Path, dry_run: bool, **options: Any) -> None:
     """Score probes on held-out images.
 
-    Writes results.csv. cosine compares with the teacher's features; the other metrics decode predictions: accuracy on
-    depth pairs (da2k), mean IoU (miou), distance of generated from real images (fid with KID; frechet on another
-    network). Scores with identical settings are reused; an interrupted evaluation resumes.
+    Writes results.csv. cosine compares predictions with the teacher's features; the other metrics decode them: accuracy
+    on depth pairs (da2k), mean IoU (miou), and distance between generated and real images (fid, with KID; frechet, with
+    the features of another network). Scores with identical settings are reused; an interrupted evaluation resumes.
     """
     from analysis.evaluation.options import Options
 
@@ -87,8 +87,9 @@ def evaluate(run: Path, dry_run: bool, **options: Any) -> None:
 def compare(runs: tuple[Path, ...], out: Path, figures: bool) -> None:
     """Paired differences between runs.
 
-    RUNS are evaluated probes, or runs of probing align, or folders of such runs whose checkpoints differ by their seed.
-    Runs of probing bench are compared question by question, alone or next to the others. Writes a report of all.
+    RUNS are evaluated runs of probing train, runs of probing align or probing bench, or folders with one run per
+    training seed; the first is the reference. Runs of probing bench are compared question by question. Writes an HTML
+    report.
     """
     import pandas as pd
 

@@ -78,10 +78,10 @@ def teachers(name_and_id: str | None, overrides: tuple[str, ...]) -> None:
 def plan(
     path: Path, overrides: tuple[str, ...], devices: int, tflops: float, tflops_long: float, **options: Any
 ) -> None:
-    """Estimate FLOPs, memory and disk.
+    """Estimate FLOPs, hours, memory and disk.
 
-    Takes a recipe of probing train or distill, as their --dry-run, or a finished run for what evaluating it costs.
-    Weights are not needed. KEY=VALUE changes fields of the recipe; options of probing evaluate add what that takes.
+    Takes a recipe of probing train or distill, or a finished run, whose evaluation is estimated. Weights are not
+    needed. KEY=VALUE sets fields of the recipe; options of probing evaluate add the cost of that evaluation.
     """
     from analysis.evaluation.options import Options
     from analysis.planning.distillation import plan_stage

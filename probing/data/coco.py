@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from probing.data.annotation_file import Id, id_order, read_annotation_file
+from probing.data.coco_annotations import Id, id_order, read_annotation_file
 from probing.data.image_modes import QUARTER_TURNS, Size, size_and_orientation
 from probing.data.image_modes import read_image as read_image
 from probing.utils.errors import UserError

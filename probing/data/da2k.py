@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from probing.data.annotation_file import Faults
+from probing.data.coco_annotations import Faults
 from probing.utils.errors import BROKEN, UserError
 from probing.utils.paths import path_below
 

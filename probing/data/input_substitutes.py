@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from probing.data.annotation_file import Fault, Faults, read_annotation_file
 from probing.data.coco import ImageList
+from probing.data.coco_annotations import Fault, Faults, read_annotation_file
 from probing.models.base import Batch
 from probing.models.chat_templates import render, rendering_at, rendering_moment
 from probing.models.token_map import TokenMap, token_kinds

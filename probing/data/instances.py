@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask
 
-from probing.data.annotation_file import Fault, Faults, read_annotation_file
 from probing.data.coco import ImageList, Skipped, same_shape
+from probing.data.coco_annotations import Fault, Faults, read_annotation_file
 from probing.data.image_modes import Size
 from probing.data.panoptic import UNLABELED, Panoptic, class_of, read_classes, read_panoptic
 from probing.utils.errors import UserError

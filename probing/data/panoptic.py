@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from probing.data.annotation_file import Fault, Faults, Id, as_id, id_order, read_annotation_file
+from probing.data.coco_annotations import Fault, Faults, Id, as_id, id_order, read_annotation_file
 from probing.data.image_modes import open_image
 from probing.utils.errors import UserError
 from probing.utils.paths import path_below

@@ -35,8 +35,8 @@ from probing.models.chat_templates import rendering_at
 from probing.models.image_tokens import tower_grid
 from probing.models.llava import LlavaInputs
 from probing.recipe import dump_recipe, validate
-from probing.runs.claim import first_difference
-from probing.runs.compatibility import describe_inputs, recorded_moment, require_same, to_record, vocabulary
+from probing.runs.recorded_inputs import describe_inputs, recorded_moment, require_same, to_record, vocabulary
+from probing.runs.resume import first_difference
 from probing.utils.errors import UserError, first_line
 from probing.utils.files import disk_errors, read_json, remove_temporary_files, write_text
 from probing.utils.interrupt import Interrupted, Interruption
@@ -245,7 +245,7 @@ def _refused(error: Exception) -> UserError:
 
 
 def _describe(stage: Stage) -> dict[str, Any]:
-    """Describes what the numbers of a stage depend on, see `probing.runs.compatibility`."""
+    """Describes what the numbers of a stage depend on, see `probing.runs.recorded_inputs`."""
     inputs, text = stage.inputs, stage.encoder.sample_text()
     prepare = LlavaInputs(stage.processor, text, inputs.config.image_token_id, tower_grid(inputs.config))
     checkpoint = Identity("", inputs.source, "", identity(inputs.source, inputs.config), 0, 0, text, prepare)

@@ -25,9 +25,9 @@ from probing.models.finite import finite_rows
 from probing.probes.bank import ProbeBank, ProbeKey, bank_config, bank_teachers
 from probing.probes.resampler import Resampler, ResamplerConfig
 from probing.recipe import ProbeRecipe, ProbeRunRecipe, apply_overrides, validate
-from probing.runs.claim import claim
-from probing.runs.compatibility import recorded_moment
 from probing.runs.directory import Run
+from probing.runs.recorded_inputs import recorded_moment
+from probing.runs.resume import claim
 from probing.teachers import Teacher, load_teachers
 from probing.teachers.registry import CATALOGUE
 from probing.training.run import held_out_images, provenance_of, training_images, write_manifest

@@ -13,6 +13,7 @@ from probing.models.chat_templates import find_template, render
 from probing.models.decoder import decoder_parts
 from probing.models.image_tokens import ImageFeatures, feature_layer, image_size, match_processor, tower_features
 from probing.models.open_clip_tower import OpenClipTowerConfig
+from probing.models.random_weights import with_random_weights
 from probing.models.token_map import TokenMap, special_ids, token_kinds
 from probing.recipe import TOKEN_KINDS, BackboneRecipe, model_name
 from probing.utils.checkpoint_files import loading
@@ -182,7 +183,7 @@ def loader(make_inputs: Callable[[str, Any, BackboneRecipe], InputProcessor]) ->
             model, missing, unexpected = pretrained(AutoModelForImageTextToText, source, config, device, **arguments)
         require_whole(source, missing, unexpected)
         if random_seed is not None:
-            model = randomised(model, random_seed)
+            model = with_random_weights(model, random_seed)
         return backbone_of(source, model, recipe, device, inputs)
 
     return load
@@ -237,25 +238,6 @@ def backbone_of(
         head=model.get_output_embeddings(),
         writer=model,
     )
-
-
-def randomised(model: Any, seed: int) -> Any:
-    """Re-initialises a model's weights, except those of the vision tower that the model names itself.
-
-    Raises:
-        UserError: it names none.
-    """
-    tower = model.get_encoder("image")
-    if tower is model:
-        raise UserError(f"{type(model).__name__} names no vision tower to preserve; leave out the control `random`")
-    model.set_encoder(torch.nn.Identity(), "image")
-    if not hasattr(model, "hf_device_map") and not getattr(model, "is_quantized", False):  # those cannot be moved
-        model.to("meta")  # frees its memory before the second model is made
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = type(model)._from_config(model.config, dtype=model.dtype)
-    fresh.set_encoder(tower, "image")
-    return fresh
 
 
 def describe_common(config: Any, inputs: InputProcessor, batch: Batch, parts: dict[str, Any]) -> dict[str, Any]:

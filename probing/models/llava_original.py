@@ -28,6 +28,7 @@ from probing.models.llava import describe as describe_llava
 from probing.models.llava_next import parse_pinpoints
 from probing.models.llava_projector import ProjectorConfig, projector_depth
 from probing.models.open_clip_tower import OpenClipTowerConfig, convnext_config
+from probing.models.random_weights import with_random_weights
 from probing.models.token_map import SPECIAL, special_ids, token_name
 from probing.recipe import BackboneRecipe
 from probing.utils.checkpoint_files import loading, read_json_or_empty, read_tensors
@@ -330,7 +331,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
     _require_all_known(source, missing, unexpected)
     _add_special_tokens(model, inputs.processor.tokenizer, source, recipe.revision)
     if random_seed is not None:
-        model = llava.randomised(model, random_seed)
+        model = with_random_weights(model, random_seed)
     return llava.backbone_of(source, model, recipe, device, inputs)
 
 

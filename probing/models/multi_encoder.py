@@ -26,6 +26,7 @@ from probing.models import llava
 from probing.models.base import Backbone
 from probing.models.image_tokens import tower_grid
 from probing.models.llava_projector import ProjectorConfig, ProjectorForConditionalGeneration, ProjectorModel
+from probing.models.random_weights import with_random_weights
 from probing.models.token_map import SPECIAL
 from probing.recipe import BackboneRecipe, TeacherRecipe
 from probing.teachers import Teacher, load_teacher
@@ -33,7 +34,7 @@ from probing.utils.checkpoint_files import loading
 from probing.utils.errors import UserError
 from probing.utils.precision import without_autocast
 from probing.utils.pretrained import pretrained, require_whole
-from probing.utils.processors import describe_processor, first_difference
+from probing.utils.processors import changed_input, describe_processor
 
 MODEL_TYPE = "llava_multi_encoder"
 PIXELS = tuple(f"pixel_values_{name}" for name in SPECIAL)
@@ -209,7 +210,7 @@ def load_teachers(config: Any, device: torch.device) -> dict[str, Teacher]:
         if device.type != "meta" and entry["sha256"] != teacher.sha256:
             raise UserError(f"the {name} teacher {entry['id']} is not the one this checkpoint was trained with")
         key, processor = f"{name} teacher's processor", describe_processor(teacher.prepare, "own")
-        if changed := first_difference({key: entry["processor"]}, {key: processor}):
+        if changed := changed_input({key: entry["processor"]}, {key: processor}):
             raise UserError(f"the {changed} changed since {config.name_or_path} was trained; restore it")
         teachers[name] = teacher
     return teachers
@@ -224,7 +225,7 @@ def load(source: str, config: Any, recipe: BackboneRecipe, device: torch.device,
     with loading(f"checkpoint {source}"):
         model = load_model(source, config, device, dtype=recipe.dtype, revision=recipe.revision)
     if random_seed is not None:
-        model = llava.randomised(model, random_seed)
+        model = with_random_weights(model, random_seed)
     model.model.teachers = load_teachers(config, device)
     prepare = {name: teacher.prepare for name, teacher in model.model.teachers.items()}
     return llava.backbone_of(source, model, recipe, device, MultiEncoderInputs(**vars(inputs), teachers=prepare))

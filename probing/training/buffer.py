@@ -75,7 +75,8 @@ class ActivationBuffer:
         """Returns the targets of those images that are held, as a micro-batch without inputs."""
         held = [index for index in indices if index in self.images]  # unreadable images are not
         names = self.images[held[0]].targets if held else ()
-        targets = {name: torch.stack([self.images[index].targets[name] for index in held]) for name in names}
+        rows = {name: [self.images[index].targets[name] for index in held] for name in names}
+        targets = {n: torch.stack([row.to(self.device, non_blocking=True) for row in own]) for n, own in rows.items()}
         return Prepared(held, None, {}, [], cached_targets=targets)
 
     def states(self, indices: Sequence[int], layer: Layer) -> tuple[Tensor, Tensor | None]:
@@ -84,9 +85,9 @@ class ActivationBuffer:
         rows = [self.images[index].states[place].to(self.device, non_blocking=True) for index in indices]
         if len({len(row) for row in rows}) == 1:
             return torch.stack(rows), None
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
         states = pad_sequence(rows, batch_first=True)
-        return states, torch.arange(states.shape[1], device=self.device) < lengths[:, None]
+        mask = torch.arange(states.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        return states, mask.to(self.device, non_blocking=True)
 
     def drop(self, indices: Iterable[int]) -> None:
         """Frees images."""
@@ -118,8 +119,11 @@ def plan_window(
         return 0
     tokens = backbone.prepare([first_image(images, recipe.data.view)]).tokens
     states = int(tokens.mask(*recipe.probe.keys).sum()) * len(layers) * backbone.hidden_size
-    per_image = states * next(backbone.core.parameters()).dtype.itemsize
-    per_image += sum(4 * math.prod(teacher.shape) for teacher in teachers)
+    blocks = [states * next(backbone.core.parameters()).dtype.itemsize]
+    blocks += [4 * math.prod(teacher.shape) for teacher in teachers]
+    if backbone.device.type == "cuda":
+        blocks = [1 << (size - 1).bit_length() for size in blocks]  # as torch rounds page-locked memory
+    per_image = sum(blocks)
     return choose_window(recipe.fit, len(images), per_image, processes)
 
 

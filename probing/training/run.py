@@ -22,23 +22,23 @@ from probing.models import Backbone, Identity, Layer, load_backbone, parse_layer
 from probing.models.chat_templates import rendering_at
 from probing.models.finite import not_finite_rows, report_not_finite
 from probing.recipe import DataRecipe, ProbeRunRecipe
-from probing.runs.claim import claim, holds_run
-from probing.runs.compatibility import (
+from probing.runs.directory import Run
+from probing.runs.manifest import manifest_header, versions
+from probing.runs.recorded_inputs import (
     describe_inputs,
     recorded_inputs,
     recorded_moment,
     to_record,
     vocabulary,
 )
-from probing.runs.directory import Run
-from probing.runs.manifest import manifest_header, versions
+from probing.runs.resume import claim, holds_run
 from probing.teachers import Teacher, load_teachers
 from probing.training.convergence import NOT_TRAINED, judge
 from probing.training.sizes import disk_bytes, probe_parameters
-from probing.training.spread import spread_layers
 from probing.training.state import summary
 from probing.training.trackers import require_tracker
 from probing.training.trainer import ProbeTrainer
+from probing.training.work_division import spread_layers
 from probing.utils.distributed import init_accelerator, report_dead_ranks
 from probing.utils.errors import UserError
 from probing.utils.files import atomic_file, atomic_folder, disk_errors, read_json, require_space, write_text

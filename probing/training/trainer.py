@@ -10,7 +10,6 @@ import functools
 import itertools
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,10 +36,9 @@ from probing.teachers import Teacher
 from probing.training.buffer import ActivationBuffer, plan_window
 from probing.training.schedule import Step, last_visits, learning_rate, plan_steps, require_enough
 from probing.training.state import TrainerState
+from probing.training.state_files import StateFiles
 from probing.training.trackers import curve_names, loss_logger
 from probing.utils.distributed import all_reduce_gradients
-from probing.utils.errors import UserError
-from probing.utils.files import atomic_file, disk_errors, reading
 from probing.utils.interrupt import Interrupted, Interruption
 from probing.utils.pretrained import slow_in_bfloat16
 from probing.utils.progress import Progress
@@ -76,11 +74,6 @@ def _norm(parameters: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=parameters[0].device)
 
 
-def _load(file: Path) -> Any:
-    # To the CPU first: without accelerator, processes have devices such as cpu:0, to which torch cannot load.
-    return torch.load(file, map_location=lambda storage, _: storage, weights_only=True)
-
-
 @dataclass
 class ProbeTrainer:
     """Trains all probes on one set of backbone weights.
@@ -110,6 +103,11 @@ class ProbeTrainer:
     target_caches: dict[str, TargetCache] = field(default_factory=dict)
     spread: bool = False
     log_folder: Path | None = None
+
+    @property
+    def files(self) -> StateFiles:
+        """Of the training state."""
+        return StateFiles(self.folder, self.accelerator, self.spread)
 
     @property
     def _rank_and_world_size(self) -> tuple[int, int]:
@@ -147,7 +145,7 @@ class ProbeTrainer:
         if fit.bf16 and slow_in_bfloat16(self.accelerator.device):
             logger.warning("fit.bf16 is slow on this CPU, which has no bfloat16 instructions; set fit.bf16=false")
         state = self.initial_state()
-        self._resume(state)
+        self.files.restore(state)
         self.accelerator.wait_for_everyone()  # if no step is left, the main process soon removes the state
         rank, world_size = self._rank_and_world_size
         require_enough(len(self.images), fit, world_size)
@@ -181,7 +179,8 @@ class ProbeTrainer:
                 progress.advance(f"mean loss {np.mean(finite):.4f}" if finite else "no finite loss")
                 stop, due = self._agree(interruption.requested, time.monotonic() - saved >= 60 * fit.save_minutes)
                 if stop or due or state.step == len(steps):
-                    self._save(state)
+                    self._collect(state)
+                    self.files.save(state)
                     saved = time.monotonic()
                 if stop:
                     raise Interrupted
@@ -281,7 +280,7 @@ class ProbeTrainer:
 
     def _global_batch(self, micros: list[list[int]]) -> int:
         count = sum(map(len, micros))
-        if self.spread:
+        if self._rank_and_world_size[1] == 1:
             return count
         return int(self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "sum"))
 
@@ -458,69 +457,16 @@ class ProbeTrainer:
             if count:
                 state.target_sums[name] = state.shared_sums[name] = (total, count)
 
-    def _save(self, state: TrainerState) -> None:
-        """Saves the training state atomically."""
-        self._collect(state)
-        file = self._state_file(state.step)
-        if self.spread or self.accelerator.is_main_process:
-            # Through a Python file: torch's own would report a full disk as a stream error without name.
-            with disk_errors(self.folder), atomic_file(file) as temporary, temporary.open("wb") as stream:
-                torch.save(state.dump(), stream)
-            logger.info("saved the training state at step %d", state.step)
-        self.accelerator.wait_for_everyone()
-        for old in self._own_parts().values() if self.spread else ():
-            if old != file:
-                old.unlink(missing_ok=True)  # the main process may be removing the folder
-
-    def _state_file(self, step: int) -> Path:
-        """Returns the file of the state; if each process saves a part, parts of the same step belong together."""
-        if not self.spread:
-            return self.folder / "state.pt"
-        return self.folder / f"state_{self.accelerator.process_index}_of_{self.accelerator.num_processes}.{step}.pt"
-
-    def _own_parts(self) -> dict[int, Path]:
-        """Returns the saved parts of this process, by step."""
-        files = self.folder.glob(self._state_file(0).name.replace(".0.pt", ".*.pt"))
-        return {int(file.suffixes[0][1:]): file for file in files}
-
-    def _last_saved(self) -> Path | None:
-        """Returns the newest state from which all processes can resume.
-
-        Raises:
-            UserError: another number of processes, or another `fit.spread`, saved the state.
-        """
-        kinds = {re.sub(r"\d+_of", "_of", file.name.split(".")[0]) for file in self.folder.glob("state*.pt")}
-        expected = re.sub(r"\d+_of", "_of", self._state_file(0).name.split(".")[0])
-        if kinds - {expected}:
-            raise UserError(
-                f"{self.folder} was saved by another number of processes, or with another fit.spread; use the same, or "
-                "remove it to train from the start"
-            )
-        if not self.spread:
-            return self._state_file(0) if self._state_file(0).exists() else None
-        steps = set.intersection(*gather_object([set(self._own_parts())]))
-        return self._state_file(max(steps)) if steps else None
-
-    def _resume(self, state: TrainerState) -> None:
-        file = self._last_saved()
-        if file is None:
-            return
-        with reading(file, f"remove {self.folder} to train from the start"):
-            state.restore(_load(file))
-        if not self.spread and not self.accelerator.is_main_process:  # the main process has the sums of all
-            state.ridge.clear()
-        logger.info("resuming from step %d", state.step)
-
     def merge_processes(self, layers: Sequence[Layer], step: int) -> TrainerState:
         """Merges the layers of all processes on the CPU; only in the main process, after `run`.
 
         Args:
             layers: of all processes.
-            step: the last one; a killed process may have left an earlier state.
+            step: the last one.
         """
         merged = replace(self, layers=layers).initial_state(torch.device("cpu"))
-        for file in sorted(self.folder.glob(f"state_*.{step}.pt")):
-            merged.merge(_load(file), len(self.teachers))
+        for part in self.files.all_parts(step):
+            merged.merge(part, len(self.teachers))
         return merged
 
     def readout(self, state: TrainerState) -> RidgeReadout:

@@ -22,7 +22,7 @@ def describe_processor(prepare: Any, view: str) -> dict[str, Any]:
     return {"settings": processor_settings(prepare), "pixels": tensors_hash(pixels)}
 
 
-def first_difference(then: Inputs, now: Inputs) -> str:
+def changed_input(then: Inputs, now: Inputs) -> str:
     """Returns the name of the first input that differs, with its field if it has fields; empty if none does."""
     for name, value in now.items():
         before = then.get(name)

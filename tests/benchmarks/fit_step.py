@@ -24,18 +24,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 
 import probing.utils.torchvision_shim  # noqa: F401
 from probing.data.dataloader import MicroBatches, Prepared, micro_batches
-from probing.recipe import ProbeRunRecipe
-from probing.teachers import load_teachers
-from probing.training.run import load_run_backbone, training_images
 from probing.training.schedule import plan_steps
 from probing.training.trainer import ProbeTrainer
 from tests.benchmarks.sizes import SIZES
 from tests.benchmarks.timing import best_in_turns
 from tests.helpers import tiny
+from tests.helpers.trainer import make_trainer
 
 BATCH = {"toy": 16, "middle": 4, "deep": 32}
 BOUND, GROWTH = 1.15, 1.3
@@ -54,27 +51,24 @@ def deep(root: Path, images: int) -> dict[str, Any]:
     }
 
 
-def make_trainer(size: str, root: Path, layers: int | None, bf16: bool) -> ProbeTrainer:
+def trainer_of(size: str, root: Path, layers: int | None, bf16: bool) -> ProbeTrainer:
     """Everything that a step needs; `layers` says how many of the last ones are probed, by default all."""
     batch = BATCH[size]
     values = {**SIZES, "deep": deep}[size](root, batch)
     values["backbone"]["dtype"] = "bfloat16" if bf16 else "float32"
     fit = {"epochs": 1, "batch_size": batch, "micro_batch": batch, "workers": 0, "ridge": False, "bf16": bf16}
-    recipe = ProbeRunRecipe.model_validate({**values, "fit": fit})
-    accelerator = Accelerator(cpu=True)
-    backbone = load_run_backbone(recipe, "none", accelerator.device)
-    first = 0 if layers is None else backbone.layers - layers + 1  # the forward is as deep in all cases
-    teachers = load_teachers(recipe.teachers, accelerator.device)
-    chosen = list(range(first, backbone.layers + 1))
-    return ProbeTrainer(
-        recipe, backbone, teachers, training_images(recipe.data), chosen, ["none"], root / "state", accelerator
-    )
+    trainer = make_trainer(values | {"fit": fit}, root / "state")
+    depth = trainer.backbone.layers
+    trainer.layers = range(
+        0 if layers is None else depth - layers + 1, depth + 1
+    )  # the forward is as deep in all cases
+    return trainer
 
 
 def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
     """Times one step and its parts, in milliseconds, and the peak memory it adds, in MB."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(size, Path(folder), layers, bf16)
+        trainer = trainer_of(size, Path(folder), layers, bf16)
         state = trainer.initial_state()
         planned = plan_steps(len(trainer.images), trainer.recipe.fit)[0]
         (micro,) = planned.micros

@@ -30,7 +30,7 @@ import probing.utils.torchvision_shim  # noqa: F401  # isort: skip
 from pytorch_fid.fid_score import calculate_frechet_distance
 from transformers import AutoModelForImageTextToText
 
-from analysis.evaluation.metrics.generated_images.distances import Gaussian, frechet_distance
+from analysis.evaluation.generated_images.distances import Gaussian, frechet_distance
 from probing.data.coco import list_images
 from probing.models import Backbone, Layer, load_backbone, parse_layers
 from probing.recipe import BackboneRecipe

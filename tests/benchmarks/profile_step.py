@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from probing.data.dataloader import MicroBatches, micro_batches
 from probing.probes.resampler import Resampler
 from probing.training.schedule import plan_steps
-from tests.benchmarks.fit_step import BATCH, make_trainer
+from tests.benchmarks.fit_step import BATCH, trainer_of
 from tests.benchmarks.sizes import SIZES
 from tests.benchmarks.timing import best_in_turns
 
@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     out = sys.stdout.write
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(options.size, Path(folder), None, bf16=False)
+        trainer = trainer_of(options.size, Path(folder), None, bf16=False)
         state = trainer.initial_state()
         step = replace(plan_steps(len(trainer.images), trainer.recipe.fit)[0], first=False)
         prepare = {name: teacher.prepare for name, teacher in trainer.teachers.items()}

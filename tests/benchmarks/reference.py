@@ -25,38 +25,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from transformers import AutoModelForImageTextToText
 
-from probing.recipe import ProbeRunRecipe
-from probing.teachers import depth, load_teachers
+from probing.teachers import depth
 from probing.training.buffer import ActivationBuffer
-from probing.training.run import load_run_backbone, open_target_caches, training_images
+from probing.training.run import open_target_caches
 from probing.training.schedule import plan_steps
 from probing.training.trainer import ProbeTrainer
 from probing.utils.images import square
 from tests.benchmarks.sizes import SIZES
 from tests.benchmarks.timing import best_in_turns
+from tests.helpers.trainer import make_trainer
 
 BATCH = {"toy": 16, "middle": 4}
 
 
-def make_trainer(values: dict[str, Any], root: Path, batch: int) -> ProbeTrainer:
-    """One batch of images; all layers, one seed, no controls."""
+def trainer_of(values: dict[str, Any], root: Path, batch: int) -> ProbeTrainer:
+    """One batch of images; all layers but 0, which the reference has not, one seed, no controls."""
     fit = {"epochs": 1, "batch_size": batch, "micro_batch": batch, "workers": 0, "ridge": False}
-    recipe = ProbeRunRecipe.model_validate({**values, "fit": fit, "controls": []})
-    accelerator = Accelerator(cpu=True)
-    backbone, teachers = (
-        load_run_backbone(recipe, "none", accelerator.device),
-        load_teachers(recipe.teachers, accelerator.device),
-    )
-    layers = list(range(1, backbone.layers + 1))  # the reference has no layer 0
-    return ProbeTrainer(recipe, backbone, teachers, training_images(recipe.data), layers, ["none"], root, accelerator)
+    return make_trainer(values | {"fit": fit, "controls": []}, root)
 
 
 def reference_step(values: dict[str, Any], name: str, model: Any, root: Path, batch: int) -> Callable[[], None]:
     """A step of the reference's run for one teacher."""
-    trainer = make_trainer({**values, "teachers": {name: values["teachers"][name]}}, root / name, batch)
+    trainer = trainer_of({**values, "teachers": {name: values["teachers"][name]}}, root / name, batch)
     state, teacher = trainer.initial_state(), trainer.teachers[name]
     probes = {int(key.layer): probe for key, probe in state.banks["none"].probes.items()}
     parameters = state.optimizer.param_groups[0]["params"]
@@ -91,12 +83,12 @@ def our_steps(values: dict[str, Any], root: Path, batch: int) -> dict[str, Calla
     fits = {"nothing cached": values, "targets cached": teachers}
 
     def step_of(name: str) -> Callable[[], object]:
-        trainer = make_trainer(fits[name], root / name, batch)
+        trainer = trainer_of(fits[name], root / name, batch)
         trainer.target_caches |= open_target_caches(trainer.recipe, trainer.teachers, trainer.images)
         state, steps = trainer.initial_state(), plan_steps(len(trainer.images), trainer.recipe.fit)
         return lambda: trainer.take_step(state, replace(steps[0], first=False), trainer.batches(steps), 1000)
 
-    bare = make_trainer(values, root / "filling", batch)
+    bare = trainer_of(values, root / "filling", batch)
     steps = plan_steps(len(bare.images), bare.recipe.fit)
 
     def fill() -> None:
@@ -105,7 +97,7 @@ def our_steps(values: dict[str, Any], root: Path, batch: int) -> dict[str, Calla
             prepared.target(teacher)
 
     def later_visit() -> Callable[[], object]:
-        trainer = make_trainer(values, root / "buffered", batch)
+        trainer = trainer_of(values, root / "buffered", batch)
         state, (step,) = trainer.initial_state(), plan_steps(len(trainer.images), trainer.recipe.fit)
         buffer = ActivationBuffer(trainer.layers, trainer.accelerator.device)
         trainer.take_step(state, step, trainer.batches([step]), 1000, buffer)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 
-from analysis.evaluation.metrics.generated_images.features import inception
+from analysis.evaluation.generated_images.features import inception
 from analysis.evaluation.scores import ScoreFile, ScoreKey, read_if_fits, read_summaries
 from probing.models import load_backbone
 from probing.probes.bank import ProbeBank

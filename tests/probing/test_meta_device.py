@@ -4,8 +4,6 @@ There torch raises where a tensor was left on the CPU, at `item` and at boolean 
 GPU.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -13,12 +11,10 @@ from probing.distillation.losses import EmbeddingLoss
 from probing.distillation.predictors import EmbeddingPredictors, Task
 from probing.distillation.recipe import EmbeddingRecipe
 from probing.models.base import Backbone
-from probing.recipe import ProbeRunRecipe
-from probing.teachers import depth, load_teachers
+from probing.teachers import depth
 from probing.training.buffer import ActivationBuffer
-from probing.training.run import load_run_backbone, training_images
 from probing.training.schedule import plan_steps
-from probing.training.trainer import ProbeTrainer
+from tests.helpers.trainer import make_trainer
 
 META = torch.device("meta")
 LAYERS = [0, 2, "final"]
@@ -26,17 +22,7 @@ LAYERS = [0, 2, "final"]
 
 @pytest.fixture
 def trainer(recipe_values, tmp_path):
-    recipe = ProbeRunRecipe.model_validate(recipe_values)
-    return ProbeTrainer(
-        recipe,
-        load_run_backbone(recipe, "none", META),
-        load_teachers(recipe.teachers, META),
-        training_images(recipe.data),
-        LAYERS,
-        ["none", "shuffled"],
-        tmp_path,
-        SimpleNamespace(device=META, num_processes=1, process_index=0),
-    )
+    return make_trainer(recipe_values, tmp_path, LAYERS, ["none", "shuffled"], META)
 
 
 @pytest.fixture

@@ -34,18 +34,20 @@ class ImageShares:
     Attributes:
         image: image positions, (B, T).
         queries: positions that are averaged over, by name, each (B, T).
+        positions: of those in any sequence.
         by_layer: by layer and name of the queries: the share, and that of uniform attention, each (B).
     """
 
     image: Tensor
     queries: dict[str, Tensor]
+    positions: Tensor
     by_layer: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     @torch.no_grad()
     def add(self, layer: str, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
         """Computes the shares of one block from queries and keys, (B, heads, T, head width) each."""
-        queries = {name: rows.to(query.device) for name, rows in self.queries.items()}
-        positions = torch.stack(list(queries.values())).flatten(0, 1).any(dim=0).nonzero().flatten()
+        queries = {name: rows.to(query.device, non_blocking=True) for name, rows in self.queries.items()}
+        positions = self.positions.to(query.device, non_blocking=True)
         rows = query[:, :, positions].float().unflatten(1, (key.shape[1], -1))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         logits = (rows @ key.float().mT[:, :, None]).flatten(1, 2) * scale
@@ -53,7 +55,7 @@ class ImageShares:
             seen = torch.arange(key.shape[2], device=key.device) <= positions[:, None]
         else:
             seen = mask[:, :, positions, : key.shape[2]]
-        image = self.image.to(query.device)
+        image = self.image.to(query.device, non_blocking=True)
         attention, uniform = _softmax(logits, seen), _softmax(torch.zeros_like(logits[:, :1]), seen)
         self.by_layer[layer] = {
             name: (
@@ -80,7 +82,9 @@ class ImageAttention(Measure):
         positions = torch.arange(image.shape[1], device=image.device)
         last = (positions * valid).amax(dim=1, keepdim=True)
         after = valid & ~image & (positions > (positions * image).amax(dim=1, keepdim=True))
-        token = _watching.set(ImageShares(image, dict(zip(QUERIES, (positions == last, after), strict=True))))
+        queries = dict(zip(QUERIES, (positions == last, after), strict=True))
+        chosen = ((positions == last) | after).any(dim=0).nonzero().flatten()
+        token = _watching.set(ImageShares(image, queries, chosen))
         for config in self.configs:
             config._attn_implementation = NAME
         try:

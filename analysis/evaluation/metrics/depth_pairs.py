@@ -28,22 +28,21 @@ logger = logging.getLogger(__name__)
 SPLIT = "da2k"
 
 
-def score_pairs(depth: NDArray[np.floating], pairs: Sequence[Pair]) -> NDArray[np.float64]:
+def score_pairs(depth: Tensor, pairs: Tensor) -> Tensor:
     """Scores one map.
 
     Args:
         depth: (rows, columns) at the image's original size; larger is closer.
-        pairs: of that image.
+        pairs: (n, 2, 2), row and column of the closer and of the farther point.
 
     Returns:
-        Per pair 1 where the closer point has the larger value, 0.5 where both are equal, else 0; a constant map
+        (n), 1 where the closer point has the larger value, 0.5 where both are equal, else 0; a constant map
         therefore scores one half.
     """
-    import numpy as np
+    import torch
 
-    near = np.array([depth[pair.closer] for pair in pairs])
-    far = np.array([depth[pair.farther] for pair in pairs])
-    return np.where(near > far, 1.0, np.where(near == far, 0.5, 0.0))
+    near, far = depth[pairs[..., 0], pairs[..., 1]].unbind(dim=-1)
+    return torch.where(near > far, 1.0, torch.where(near == far, 0.5, 0.0))
 
 
 def row_score(pairs: Sequence[Pair]) -> NDArray[np.float64]:
@@ -104,11 +103,20 @@ class DepthPairs(Metric):
         cls.require_options(options)
         return len(list(read_pairs(Path(options.da2k or "")))[: options.images]), SPLIT
 
+    def prepare(self, batch: EvaluationBatch) -> tuple[list[Tensor], Tensor]:
+        """Returns the pairs of each image as `score_pairs` takes them, and their numbers (B)."""
+        import torch
+
+        device = batch.targets[self.teacher].device
+        points = [[(pair.closer, pair.farther) for pair in self.pairs[name]] for name in batch.names]
+        counts = torch.tensor([float(len(pairs)) for pairs in points], device=device)
+        return [torch.tensor(pairs, device=device) for pairs in points], counts
+
     def update(self, teacher: str, prediction: Tensor, batch: EvaluationBatch) -> dict[Series, Tensor]:
         """Decodes a feature and scores the pairs."""
         from probing.teachers import depth
 
-        return self._scores(depth.decode(self.teachers[teacher], prediction), batch.names)
+        return self._scores(depth.decode(self.teachers[teacher], prediction), batch)
 
     def references(self, teacher: str, batch: EvaluationBatch) -> Iterator[tuple[str, str, dict[Series, Tensor]]]:
         """Scores the decoded target, the teacher's own depth, and the image row alone."""
@@ -118,7 +126,7 @@ class DepthPairs(Metric):
 
         yield "target", "teacher", self.update(teacher, batch.targets[teacher], batch)
         own = depth.predict(self.teachers[teacher], batch.pixels[teacher])
-        yield "teacher", "teacher", self._scores(own, batch.names)
+        yield "teacher", "teacher", self._scores(own, batch)
         rows = [row_score(self.pairs[name]) for name in batch.names]
         yield "image_row", "baseline", {("da2k", "strict"): torch.tensor([[row.sum(), len(row)] for row in rows])}
 
@@ -126,17 +134,15 @@ class DepthPairs(Metric):
         """Warns if near and far look swapped."""
         warn_if_inverted(scores)
 
-    def _scores(self, maps: Tensor, names: Sequence[str]) -> dict[Series, Tensor]:
-        import numpy as np
+    def _scores(self, maps: Tensor, batch: EvaluationBatch) -> dict[Series, Tensor]:
         import torch
         from torch.nn.functional import interpolate
 
-        rows = []
-        for depth_map, name in zip(maps.float(), names, strict=True):
+        totals, (points, counts) = [], batch.extra
+        for depth_map, name, pairs in zip(maps.float(), batch.names, points, strict=True):
             full = interpolate(depth_map[None, None], size=self.sizes[name], mode="bilinear", align_corners=False)
-            scores = score_pairs(full[0, 0].cpu().numpy(), self.pairs[name])
-            rows.append([scores.sum(), len(scores)])
-        return {("da2k", "strict"): torch.tensor(np.array(rows))}
+            totals.append(score_pairs(full[0, 0], pairs).sum())
+        return {("da2k", "strict"): torch.stack([torch.stack(totals), counts], dim=1)}
 
 
 def warn_if_inverted(scores: ScoreFile) -> None:

@@ -14,8 +14,8 @@ from analysis.alignment.run import AlignRecipe, align
 from analysis.evaluation.bootstrap import Interval
 from analysis.evaluation.compare import compare, statements
 from analysis.evaluation.forward_pass import ScoreAccumulator
-from analysis.evaluation.metrics.generated_images.distances import Gaussian, frechet_distance
-from analysis.evaluation.metrics.generated_images.generation import summarise
+from analysis.evaluation.generated_images.distances import Gaussian, frechet_distance
+from analysis.evaluation.generated_images.generation import summarise
 from analysis.evaluation.options import Options
 from analysis.evaluation.run import evaluate
 from analysis.evaluation.scores import ScoreFile, ScoreKey, Summary, score_file, write_rows
@@ -182,9 +182,10 @@ def test_results_without_a_value_are_empty_cells(tmp_path):
 def test_tally_marks_images_that_do_not_count(dtype):
     curve, counts = ScoreKey("t", "1", "p", "none", "m", "s"), torch.tensor([True, False])
     tally = ScoreAccumulator()
-    tally.add(curve, torch.tensor([[1, 2], [3, 4]], dtype=dtype), False)
-    tally.add(curve, torch.tensor([[5, 6], [7, 8]], dtype=dtype), False, counts)
-    tally.add(curve, torch.tensor([[5, 6], [7, 8]], dtype=dtype), True, counts)
+    tally.add(curve, torch.tensor([[1, 2], [3, 4]], dtype=dtype), torch.ones(2, dtype=torch.bool))
+    tally.add(curve, torch.tensor([[5, 6], [7, 8]], dtype=dtype), counts)
+    tally.add(curve, torch.tensor([[5, 6], [7, 8]], dtype=dtype), counts, summed=True)
+    tally.settle()
     tally.names = ["a", "b", "c", "d"]
     found = tally.file("val", "settings")
     np.testing.assert_array_equal(found.table[curve], [[1, 2], [3, 4], [5, 6], [math.nan, math.nan]])

@@ -19,7 +19,7 @@ from probing.distillation.recipe import DistillRecipe
 from probing.distillation.trainer import LossLog, run_stage
 from probing.models import describe_checkpoint
 from probing.recipe import BackboneRecipe
-from probing.runs import compatibility
+from probing.runs import recorded_inputs
 from probing.utils.errors import UserError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -377,10 +377,10 @@ def test_stage_over_midnight_renders_its_first_date(models, recipe, tmp_path, in
     template.write_text("{{ 'On ' + strftime_now('%d %B %Y') + '. ' }}" + template.read_text())
     same = recipe(checkpoint=str(tmp_path / "llava"), max_steps=4, save_steps=1)
     first, second = datetime.datetime(2030, 12, 31), datetime.datetime(2031, 1, 1)
-    monkeypatch.setattr(compatibility, "_now", lambda: first)
+    monkeypatch.setattr(recorded_inputs, "_now", lambda: first)
     run_stage(same, tmp_path / "whole")
     interrupted(same, tmp_path / "cut", after=5)
-    monkeypatch.setattr(compatibility, "_now", lambda: second)
+    monkeypatch.setattr(recorded_inputs, "_now", lambda: second)
     run_stage(same, tmp_path / "cut")
     run_stage(same, tmp_path / "later")
     whole, cut, later = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "cut", "later"))

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from probing.models import describe_checkpoint, load_backbone, parse_layers
+from probing.models.random_weights import with_random_weights
 from probing.models.token_map import TokenMap
 from probing.recipe import TOKEN_KINDS, BackboneRecipe
 from probing.utils.errors import UserError
@@ -115,6 +116,11 @@ def test_dispatched_backbone_gives_the_same_states(models, images, tmp_path):
     recipe = BackboneRecipe(checkpoint=str(models["llava"]), device_map="auto")
     backbone = load_backbone(recipe, CPU, with_head=True)
     expected, _ = load_backbone(recipe.model_copy(update={"device_map": None}), CPU).hidden_states(images, "all,final")
+    random = [
+        load_backbone(recipe.model_copy(update={"device_map": places}), CPU, random_seed=7) for places in ("auto", None)
+    ]
+    (there, _), (here, _) = (one.hidden_states(images, "3") for one in random)
+    assert torch.equal(there[3], here[3]) and not torch.equal(there[3], expected[3])
     parts = {"model.language_model.layers.1": "disk", "model.language_model.layers.2": "disk", "lm_head": "disk"}
     parts |= dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "model.language_model"), "cpu")
     dispatch_model(backbone.writer, parts, offload_dir=tmp_path)
@@ -122,6 +128,12 @@ def test_dispatched_backbone_gives_the_same_states(models, images, tmp_path):
     for layers in ("2", "all,final", "0,1"):  # a pass ends inside the model
         states, _ = backbone.hidden_states(images, layers)
         assert all(torch.equal(state, expected[layer]) for layer, state in states.items()), layers
+    with pytest.raises(UserError, match="cannot be offloaded to disk"):
+        with_random_weights(backbone.writer, 7)
+    whole = load_backbone(recipe, CPU, with_head=True).writer
+    places = whole.hf_device_map = dict.fromkeys(parts, "cpu")
+    assert with_random_weights(whole, 7).hf_device_map == places
+    assert whole.get_output_embeddings().weight.is_meta  # its memory is free
 
 
 def test_dtype_passes_through(models, images):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 
 from probing.data.coco import list_images
 from probing.models import load_backbone
@@ -19,13 +18,14 @@ from probing.probes.resampler import ResamplerConfig
 from probing.recipe import BackboneRecipe, ProbeRunRecipe
 from probing.teachers import load_teachers
 from probing.training.convergence import NOT_TRAINED, judge
-from probing.training.run import load_run_backbone, train, training_images
+from probing.training.run import load_run_backbone, train
 from probing.training.schedule import plan_steps
 from probing.training.trainer import ProbeTrainer
 from probing.utils import pretrained
 from probing.utils.images import square
 from tests.helpers import tiny
 from tests.helpers.poison import poison_states, poison_targets
+from tests.helpers.trainer import make_trainer
 
 CPU = torch.device("cpu")
 BAD = 4
@@ -38,14 +38,10 @@ def train_probes(recipe_values, tmp_path):
 
     def run(name, without=(), layers=(1, 2), controls=("none",), teachers=("gen",), prepare=None, **changes):
         fields = {"epochs": 1, "batch_size": 12, "micro_batch": 5} | changes
-        values = dict(recipe_values, fit=recipe_values["fit"] | fields)
-        values["teachers"] = {teacher: values["teachers"][teacher] for teacher in teachers}
-        recipe = ProbeRunRecipe.model_validate(values)
-        images = training_images(recipe.data)
-        images.names = [image for index, image in enumerate(images.names) if index not in without]
-        backbone, loaded = load_run_backbone(recipe, "none", CPU), load_teachers(recipe.teachers, CPU)
-        place = Accelerator(cpu=True)
-        trainer = ProbeTrainer(recipe, backbone, loaded, images, list(layers), list(controls), tmp_path / name, place)
+        values = recipe_values | {"teachers": {teacher: recipe_values["teachers"][teacher] for teacher in teachers}}
+        trainer = make_trainer(values, tmp_path / name, layers, controls, **fields)
+        names = trainer.images.names
+        trainer.images.names = [image for index, image in enumerate(names) if index not in without]
         if prepare:
             prepare(trainer)
         return trainer.run(), trainer

@@ -3,8 +3,8 @@
 import pytest
 
 from probing.recipe import ProbeRunRecipe
-from probing.runs.claim import claim
 from probing.runs.directory import FinishedAlignment, Run
+from probing.runs.resume import claim
 from probing.utils.errors import UserError
 from probing.utils.files import atomic_file, atomic_folder
 

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from analysis.evaluation.metrics.generated_images.distances import Gaussian, frechet_distance
-from analysis.evaluation.metrics.generated_images.features import classifier
+from analysis.evaluation.generated_images.distances import Gaussian, frechet_distance
+from analysis.evaluation.generated_images.features import classifier
 from probing.cli import cli
 from probing.data.coco import list_images
 from probing.recipe import TeacherRecipe

@@ -3,21 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
 from probing.data.coco import list_images
 from probing.models.base import Backbone
-from probing.recipe import FitRecipe, ProbeRunRecipe
-from probing.teachers import load_teachers
+from probing.recipe import FitRecipe
 from probing.training.buffer import ActivationBuffer, choose_window
-from probing.training.run import load_run_backbone, training_images
 from probing.training.schedule import MIN_WINDOW, last_visits, plan_steps
 from probing.training.trainer import ProbeTrainer
 from probing.utils.errors import UserError
 from probing.utils.interrupt import Interrupted
-from tests.helpers import tiny
+from tests.helpers import tiny, trainer
 
 CPU = torch.device("cpu")
 
@@ -27,19 +24,10 @@ def make_trainer(recipe_values, tmp_path):
     """Makes a trainer of two epochs with batches of two images, from a folder and fields."""
 
     def make(name, checkpoint=None, **fields):
-        values = recipe_values | {"fit": recipe_values["fit"] | {"batch_size": 2, "micro_batch": 2} | fields}
-        values["backbone"] = {"checkpoint": checkpoint or values["backbone"]["checkpoint"]}
-        recipe = ProbeRunRecipe.model_validate(values)
-        return ProbeTrainer(
-            recipe,
-            load_run_backbone(recipe, "none", CPU),
-            load_teachers(recipe.teachers, CPU),
-            training_images(recipe.data),
-            [0, 2, "final"],
-            ["none", "shuffled"],
-            tmp_path / name,
-            Accelerator(cpu=True),
-        )
+        backbone = {"checkpoint": checkpoint or recipe_values["backbone"]["checkpoint"]}
+        fit = {"batch_size": 2, "micro_batch": 2} | fields
+        values = recipe_values | {"backbone": backbone}
+        return trainer.make_trainer(values, tmp_path / name, [0, 2, "final"], ["none", "shuffled"], **fit)
 
     return make
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from probing.recipe import ProbeRunRecipe, dump_recipe
 from probing.training.run import train
 from probing.training.schedule import plan_steps
+from probing.training.state_files import StateFiles
 from probing.training.trainer import ProbeTrainer
 from probing.utils.distributed import DEAD_RANK_MESSAGES, init_accelerator, report_dead_ranks, require_single_process
 from probing.utils.errors import UserError
@@ -68,7 +69,7 @@ def test_dead_rank_is_a_user_error(monkeypatch, message):
 
 def stop_second_process(at: int) -> None:
     """Signals the second process before a step, and lets it find the saved state late."""
-    step, resume = ProbeTrainer.take_step, ProbeTrainer._resume
+    step, restore = ProbeTrainer.take_step, StateFiles.restore
 
     def stopped(self, state, *rest, **more):
         if state.step == at and self.accelerator.process_index == 1:
@@ -77,9 +78,9 @@ def stop_second_process(at: int) -> None:
 
     def late(self, state):
         time.sleep(3 * self.accelerator.process_index)
-        resume(self, state)
+        restore(self, state)
 
-    ProbeTrainer.take_step, ProbeTrainer._resume = stopped, late
+    ProbeTrainer.take_step, StateFiles.restore = stopped, late
 
 
 def two_processes(folder, out, stop=-1, *overrides):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from analysis.evaluation.metrics.generated_images.features import Extractor, reference_features
+from analysis.evaluation.generated_images.features import Extractor, reference_features
 from probing.data.coco import ImageList
 from probing.utils import cache_dir
 from probing.utils.environment import SPIN_COUNT, prepare_environment

@@ -1,6 +1,7 @@
 """Near and far of depth teachers: relative ones give disparity, metric ones metres."""
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,6 +57,7 @@ def own_scores(teacher, world) -> dict[str, float]:
     metric = DepthPairs(context(teacher, world))
     pixels = teacher.prepare([metric.images.read(index) for index in range(len(metric.images))])
     batch = EvaluationBatch([], metric.images.names, {"depth": pixels}, {"depth": teacher.target(pixels)})
+    batch = replace(batch, extra=metric.prepare(batch))
     return {
         probe: float(counts[:, 0].sum() / counts[:, 1].sum())
         for probe, _, scores in metric.references("depth", batch)

@@ -1,27 +1,27 @@
 """Pairs are scored as a brute-force reading of the rule does."""
 
 import numpy as np
+import torch
 
 from analysis.evaluation.metrics.depth_pairs import row_score, score_pairs
 from probing.data.da2k import Pair
 
 
 def pairs(rng, rows, columns, n):
-    points = rng.integers(0, [rows, columns], size=(n, 2, 2)).tolist()
-    return [Pair(tuple(a), tuple(b)) for a, b in points]
+    return torch.from_numpy(rng.integers(0, [rows, columns], size=(n, 2, 2)))
 
 
 def test_a_constant_map_scores_one_half():
     many = pairs(np.random.default_rng(0), 20, 30, 500)
-    assert score_pairs(np.full((20, 30), 0.7), many).tolist() == [0.5] * 500
+    assert score_pairs(torch.full((20, 30), 0.7), many).tolist() == [0.5] * 500
 
 
 def test_every_pair_against_the_rule_in_words():
     rng = np.random.default_rng(1)
     depth = rng.integers(0, 4, size=(20, 30)).astype(float)
     many = pairs(rng, 20, 30, 500)
-    for pair, got in zip(many, score_pairs(depth, many), strict=True):
-        near, far = depth[pair.closer[0]][pair.closer[1]], depth[pair.farther[0]][pair.farther[1]]
+    for (closer, farther), got in zip(many.tolist(), score_pairs(torch.from_numpy(depth), many).tolist(), strict=True):
+        near, far = depth[closer[0]][closer[1]], depth[farther[0]][farther[1]]
         assert got == (1.0 if near > far else 0.0 if near < far else 0.5)
 
 

@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from analysis.evaluation.jackknife import Jackknife
-from analysis.evaluation.metrics.generated_images import ENOUGH_IMAGES
-from analysis.evaluation.metrics.generated_images.distances import (
+from analysis.evaluation.generated_images.distances import (
     Gaussian,
     frechet_jackknife,
     kernel_distances,
     subset_spread,
 )
-from analysis.evaluation.metrics.generated_images.features import Extractor, reference_features
+from analysis.evaluation.generated_images.features import Extractor, reference_features
+from analysis.evaluation.jackknife import Jackknife
+from analysis.evaluation.metrics.fid import ENOUGH_IMAGES
 from analysis.evaluation.scores import (
     EMPTY,
     ScoreFile,

@@ -13,8 +13,8 @@ from probing.utils.errors import UserError
 from probing.utils.files import RESTORE_ADVICE, read_json
 from probing.utils.processors import (
     Inputs,
+    changed_input,
     describe_processor,
-    first_difference,
     processor_settings,
     sample_images,
     tensors_hash,
@@ -106,7 +106,7 @@ def require_same(recorded: Mapping[str, Any], now: Inputs, run: Path, advice: st
     if not isinstance(then, dict) or (unknown := next((name for name in now if name not in then), None)):
         missing = "its inputs" if not isinstance(then, dict) else f"the {unknown}"
         raise UserError(f"{run} does not record {missing}: it is of an older version; start a new run")
-    if changed := first_difference(then, now):
+    if changed := changed_input(then, now):
         raise UserError(f"the {changed} changed since {run} began; {advice}")
 
 

@@ -5,8 +5,7 @@ import pytest
 import scipy.linalg
 
 import probing.utils.torchvision_shim  # noqa: F401
-from analysis.evaluation.jackknife import Jackknife
-from analysis.evaluation.metrics.generated_images.distances import (
+from analysis.evaluation.generated_images.distances import (
     Gaussian,
     frechet_distance,
     frechet_jackknife,
@@ -14,6 +13,7 @@ from analysis.evaluation.metrics.generated_images.distances import (
     squared_mmd,
     subset_spread,
 )
+from analysis.evaluation.jackknife import Jackknife
 
 
 def test_it_is_the_closed_form_for_diagonal_gaussians():

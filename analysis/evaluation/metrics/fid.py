@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from analysis.evaluation.context import EvaluationContext
-    from analysis.evaluation.metrics.generated_images.features import Extractor
+    from analysis.evaluation.generated_images.features import Extractor
     from analysis.evaluation.options import Options
     from analysis.evaluation.scores import ScoreFile
 
@@ -39,7 +39,7 @@ class GeneratedImages(Metric):
         Raises:
             UserError: there are too few images, or a network is missing.
         """
-        from analysis.evaluation.metrics.generated_images.generation import Generator, require_images
+        from analysis.evaluation.generated_images.generation import Generator, require_images
 
         super().__init__(context)
         require_images(len(self.images))
@@ -68,7 +68,7 @@ class GeneratedImages(Metric):
 
     def finish(self, scores: ScoreFile) -> None:
         """Generates images and writes the distances."""
-        from analysis.evaluation.metrics.generated_images.generation import write_distances
+        from analysis.evaluation.generated_images.generation import write_distances
 
         write_distances(self.context.run, scores, self.images, self.generator)
 
@@ -96,14 +96,14 @@ class InceptionDistance(GeneratedImages):
     @staticmethod
     def downloads(options: Options) -> bool:
         """Whether Inception has to be downloaded."""
-        from analysis.evaluation.metrics.generated_images.features import inception_file
+        from analysis.evaluation.generated_images.features import inception_file
 
         return options.inception_weights is None and inception_file() is None
 
     @staticmethod
     def load_extractor(options: Options, device: torch.device) -> Extractor:
         """Loads Inception."""
-        from analysis.evaluation.metrics.generated_images.features import inception
+        from analysis.evaluation.generated_images.features import inception
 
         return inception(options.inception_weights, device)
 
@@ -113,7 +113,7 @@ class ClassifierDistance(GeneratedImages):
     """Fréchet and kernel distance with the features of another network."""
 
     name = "frechet"
-    help = "the same with features of another network"
+    help = "the same distances with features of another network"
     requires = ("extractor",)
     infos = (
         MetricInfo(
@@ -132,6 +132,6 @@ class ClassifierDistance(GeneratedImages):
     @staticmethod
     def load_extractor(options: Options, device: torch.device) -> Extractor:
         """Loads an image classifier."""
-        from analysis.evaluation.metrics.generated_images.features import classifier
+        from analysis.evaluation.generated_images.features import classifier
 
         return classifier(str(options.extractor), device)

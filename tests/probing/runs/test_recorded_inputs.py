@@ -19,14 +19,14 @@ from analysis.evaluation.options import Options
 from analysis.evaluation.run import evaluate
 from probing.models import identify, load_backbone
 from probing.recipe import BackboneRecipe, ProbeRunRecipe, TeacherRecipe
-from probing.runs import compatibility
-from probing.runs.compatibility import describe_inputs, require_same
+from probing.runs import recorded_inputs
+from probing.runs.recorded_inputs import describe_inputs, require_same
 from probing.teachers import load_teacher
 from probing.toyworld.layout import write_world
 from probing.training.run import train
 from probing.utils import weights_hash
 from probing.utils.errors import UserError
-from probing.utils.processors import first_difference
+from probing.utils.processors import changed_input
 from tests.helpers.benchmark_files import as_parquet, cvbench_rows
 
 CPU = torch.device("cpu")
@@ -183,23 +183,23 @@ def test_change_without_effect_is_accepted(root, before, change):
     states, then = before
     HARMLESS[change](root)
     assert all(torch.equal(one, other) for one, other in zip(states, numbers(root), strict=True))
-    assert not first_difference(then, describe(root))
+    assert not changed_input(then, describe(root))
 
 
 def test_added_token_counts_if_in_the_prompt(root, before):
     _, then = before
     add_token(root, "<unused>")
-    assert not first_difference(then, describe(root))
+    assert not changed_input(then, describe(root))
     add_token(root, "two lines")
-    assert first_difference(then, describe(root)) == "tokenizer"
+    assert changed_input(then, describe(root)) == "tokenizer"
 
 
 def test_last_bits_of_pixels_are_ignored():
     then = {"image processor": {"settings": {"image_mean": "[0.5]"}, "pixels": "a"}}
-    assert not first_difference(then, {"image processor": {"settings": {"image_mean": "[0.5]"}, "pixels": "b"}})
+    assert not changed_input(then, {"image processor": {"settings": {"image_mean": "[0.5]"}, "pixels": "b"}})
     more = {"image_mean": "[0.5]", "a_default_of_a_newer_version": "true"}
-    assert not first_difference(then, {"image processor": {"settings": more, "pixels": "a"}})
-    assert first_difference(then, {"image processor": {"settings": more, "pixels": "b"}})
+    assert not changed_input(then, {"image processor": {"settings": more, "pixels": "a"}})
+    assert changed_input(then, {"image processor": {"settings": more, "pixels": "b"}})
 
 
 @pytest.mark.parametrize("recorded", [{}, {"inputs": None}, {"inputs": {"chat template": "x"}}])
@@ -303,7 +303,7 @@ def test_resumed_prompts_keep_their_date(root, world, begun, monkeypatch, verb):
                 return cls(year, 12, 31)
 
         monkeypatch.setattr(chat_template_utils, "datetime", Clock)
-        monkeypatch.setattr(compatibility, "_now", Clock.now)
+        monkeypatch.setattr(recorded_inputs, "_now", Clock.now)
 
     today(2030)
     out = begun(verb)

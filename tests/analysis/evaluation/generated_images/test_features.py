@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, ResNetConfig, ResNetForImageClassification
 
-from analysis.evaluation.metrics.generated_images.features import classifier, inception, reference_features
+from analysis.evaluation.generated_images.features import classifier, inception, reference_features
 from probing.data.coco import ImageList
 from probing.utils.errors import UserError
 

@@ -9,8 +9,8 @@ import yaml
 from pydantic import BaseModel
 
 from probing.recipe import dump_recipe, read_yaml
-from probing.runs.compatibility import inputs_file, require_same
 from probing.runs.directory import SPEED_ONLY
+from probing.runs.recorded_inputs import inputs_file, require_same
 from probing.utils.errors import UserError
 from probing.utils.files import disk_errors, remove_temporary_files, temporary_files, write_text
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from analysis.evaluation.metrics.generated_images.distances import Gaussian, frechet_distance
-from analysis.evaluation.metrics.generated_images.features import inception
-from analysis.evaluation.metrics.generated_images.generation import image_seeds
+from analysis.evaluation.generated_images.distances import Gaussian, frechet_distance
+from analysis.evaluation.generated_images.features import inception
+from analysis.evaluation.generated_images.generation import image_seeds
 from analysis.evaluation.options import Options
 from analysis.evaluation.run import evaluate
 from analysis.evaluation.scores import ScoreFile, ScoreKey, score_file

@@ -1,0 +1,1 @@
+"""Generated images: the features that FID compares, and the distances between them."""
