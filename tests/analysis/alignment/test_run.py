@@ -14,11 +14,14 @@ from transformers import AutoModelForImageTextToText
 
 from analysis.alignment.context import Annotator
 from analysis.alignment.headlines import HEADLINE_METRICS
+from analysis.alignment.metrics.pooled_similarity import POOLED, take_pooled
 from analysis.alignment.metrics.similarity import linear_cka
 from analysis.alignment.metrics.sparse_codes import pursue
 from analysis.alignment.metrics.spectrum import von_neumann_entropy
 from analysis.alignment.run import AlignRecipe, align
 from analysis.evaluation.compare import compare, statements
+from analysis.evaluation.forward_pass import ScoreAccumulator
+from analysis.evaluation.scores import ScoreKey, read_if_fits
 from analysis.planning.alignment import plan_alignment
 from probing.cli import cli
 from probing.data.coco import list_images
@@ -335,3 +338,18 @@ def test_broken_label_map_skips_one_image(checkpoint, tmp_path):
     align(recipe(checkpoint, world, pictures=0), tmp_path / "run")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert [skip["image"] for skip in manifest["skipped"]] == [first.name] and manifest["data"]["eval_images"] == 3
+
+
+def test_unfinished_pass_resumes_after_the_images_that_are_pooled(tmp_path):
+    """Mean states are stored of the first images alone."""
+    tally = ScoreAccumulator(names=list("abcde"), done=5)
+    tally.add(ScoreKey("", "1", "", "none", "anisotropy"), torch.arange(5.0), torch.ones(5, dtype=torch.bool))
+    tally.add(ScoreKey("", "layer:1", "", "none", POOLED), torch.ones(3, 8), torch.ones(3, dtype=torch.bool))
+    tally.settle()
+    tally.file("val2017", "settings").write(tmp_path / "state.safetensors")
+    saved = read_if_fits(tmp_path / "state.safetensors", "settings")
+    again = ScoreAccumulator.from_file(saved)
+    assert again.done == 5 and again.names == list("abcde") and take_pooled(again)[0]["1"].shape == (3, 8)
+    tally.names = ["a", "b"]
+    tally.file("val2017", "settings").write(tmp_path / "broken.safetensors")
+    assert read_if_fits(tmp_path / "broken.safetensors", "settings") is None
