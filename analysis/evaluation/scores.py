@@ -43,6 +43,8 @@ STATISTICS: dict[str, Statistic] = {
 ADVICE = "remove it and evaluate again"
 EMPTY = Interval(math.nan, math.nan, math.nan)
 """The interval over no image."""
+POOLED = "pooled"
+"""Mean states of the first images alone, in the unfinished passes of `probing align`."""
 AVERAGE = "mean"
 """In the column `layer`: the mean over the probed layers 1 … L, as in the paper's Table 8; see `averages_final`."""
 
@@ -115,9 +117,10 @@ class ScoreFile:
                 kind, _, key = name.partition(":")
                 tables[kind][ScoreKey.from_key(key)] = stored.get_tensor(name)
             scores = cls(table=tables["image"], sums=tables["sum"], **json.loads(stored.metadata()["pass"]))
-            # An unfinished pass of `align` has series of the first images alone.
-            if any(len(values) > len(scores.names) for values in scores.table.values()):
-                raise ValueError("a series has more values than there are images")
+            for key, values in scores.table.items():
+                fits = len(values) <= len(scores.names) if key.metric == POOLED else len(values) == len(scores.names)
+                if not fits:
+                    raise ValueError("a series has a wrong number of images")
         return scores
 
     def write(self, file: Path) -> None:

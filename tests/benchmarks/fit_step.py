@@ -58,10 +58,8 @@ def trainer_of(size: str, root: Path, layers: int | None, bf16: bool) -> ProbeTr
     values["backbone"]["dtype"] = "bfloat16" if bf16 else "float32"
     fit = {"epochs": 1, "batch_size": batch, "micro_batch": batch, "workers": 0, "ridge": False, "bf16": bf16}
     trainer = make_trainer(values | {"fit": fit}, root / "state")
-    depth = trainer.backbone.layers
-    trainer.layers = range(
-        0 if layers is None else depth - layers + 1, depth + 1
-    )  # the forward is as deep in all cases
+    depth = trainer.backbone.layers  # of the forward pass, in all cases
+    trainer.layers = range(0 if layers is None else depth - layers + 1, depth + 1)
     return trainer
 
 

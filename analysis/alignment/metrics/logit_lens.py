@@ -22,7 +22,7 @@ def lens_inputs(model: Backbone, states: States) -> Iterator[tuple[str, Tensor]]
     """Yields lens and input of the output embeddings; states after the final norm are normed already."""
     values = states.values.to(cast(Any, model.head).weight.dtype)
     # norm.forward, not norm(): the forward hook that delivers the final state must not run
-    yield NORMED, values if states.name == FINAL else model.norm.forward(values)
+    yield NORMED, values if states.name == FINAL else model.norm.forward(values).to(values.device)
     if states.name != FINAL:
         yield BARE, values
 
@@ -66,7 +66,7 @@ class LensMatch(Measure):
     def _label_logits(self, values: Tensor) -> Tensor:
         """Logit of every label, the largest of its tokens', (B, P, K)."""
         head = cast(Any, self.model.head)
-        logits = values @ head.weight[self.ids].to(values).T
+        logits = values @ head.weight[self.ids.to(head.weight.device)].to(values).T
         if getattr(head, "bias", None) is not None:
-            logits = logits + head.bias[self.ids].to(values)
+            logits = logits + head.bias[self.ids.to(head.bias.device)].to(values)
         return torch.stack([logits[..., rows].amax(dim=-1) for rows in self.rows], dim=-1).float()

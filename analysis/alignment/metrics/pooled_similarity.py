@@ -24,7 +24,7 @@ from analysis.alignment.metrics.similarity import (
 from analysis.alignment.metrics.word_match import derangement
 from analysis.evaluation.forward_pass import ScoreAccumulator
 from analysis.evaluation.jackknife import Jackknife
-from analysis.evaluation.scores import EMPTY, ScoreKey, Summary, Table
+from analysis.evaluation.scores import EMPTY, POOLED, ScoreKey, Summary, Table
 from probing.models.finite import finite_rows
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,6 @@ NEIGHBOURS = 10
 GROUPS = 10
 """Groups of images for the jackknife of CKA."""
 MIN_IMAGES = 4 + GROUPS
-POOLED = "pooled"
-"""Metric of the mean states in the tally, until they are compared."""
 Pooled = dict[str, Tensor]
 """Mean state of each image (n, H), by name of layer, tower or teacher."""
 

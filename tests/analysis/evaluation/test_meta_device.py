@@ -42,9 +42,9 @@ def test_scores_never_wait_for_the_device(recipe_values, tmp_path, monkeypatch, 
     scores = ScoreAccumulator(names=list(recorder.images.names[:3]))
     with torch.no_grad():
         score(prepared, scores)
-    of_layers = [key for key, *_ in scores.pending if key.layer]
+    of_layers = [tensors for key, *tensors in scores.pending if key.layer]
     assert len(of_layers) == len(LAYERS) * 3 * len(recorder.teachers) * len(recorder.series)
-    assert all(tensor.is_meta for _, value, finite in scores.pending if _.layer for tensor in (value, finite))
+    assert all(tensor.is_meta for tensors in of_layers for tensor in tensors)
 
 
 def moved(loaded):
