@@ -32,7 +32,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev  ## The figures of the README
-	for name in fit_step reference scaling memory alignment distill_step evaluation buffer coco_size reading peers gpu_step; do TQDM_DISABLE=1 $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
+	for name in fit_step reference scaling memory alignment distill_step evaluation buffer code_length coco_size reading peers gpu_step; do TQDM_DISABLE=1 $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -132,6 +132,7 @@ class Metric(Recorder):
         teacher: the teacher whose decoder it needs; by default none, and the metric scores every teacher.
         requires: options it cannot do without.
         expensive: by default scores only the resampler, without controls.
+        recorded: training has recorded it, so that it needs no pass.
     """
 
     name: ClassVar[str]
@@ -140,6 +141,7 @@ class Metric(Recorder):
     teacher: ClassVar[str] = ""
     requires: ClassVar[tuple[str, ...]] = ()
     expensive: ClassVar[bool] = False
+    recorded: ClassVar[bool] = False
 
     def __init__(self, context: EvaluationContext) -> None:
         """Selects images, teachers and protocols.
@@ -159,6 +161,10 @@ class Metric(Recorder):
             self.teachers = {self.teacher: context.teachers[self.teacher]}
         self.settings = self.images.digest()
         self.series = [(info.metric, info.protocol) for info in self.infos if info.protocol in self.protocols]
+
+    def read(self) -> ScoreFile:
+        """Returns the scores of a metric that is `recorded`."""
+        raise NotImplementedError
 
     def finish(self, scores: ScoreFile) -> None:
         """Computes what needs the values of all images."""

@@ -120,7 +120,11 @@ def _record_all(context: EvaluationContext) -> None:
     run, options = context.run, context.options
     blocks = run.manifest["checkpoint"]["layers"]
     chosen = [(metrics()[name], selection(run.recipe, blocks, options, name)) for name in options.metrics]
-    scored = [(metric(context), selected) for metric, selected in chosen]
+    for recorded in (metric(context) for metric, _ in chosen if metric.recorded):
+        scores = recorded.read()
+        with disk_errors(run.path):
+            scores.write(score_file(run.path, recorded.stem, scores.split))
+    scored = [(metric(context), selected) for metric, selected in chosen if not metric.recorded]
     jobs: list[Job] = [*scored]
     if options.pictures:
         teachers = dict.fromkeys(metric.teacher for metric, _ in chosen if metric.teacher in PICTURES)

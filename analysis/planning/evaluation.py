@@ -63,6 +63,9 @@ def plan_metrics(recipe: ProbeRunRecipe, options: Options, run: Run | None = Non
         if issubclass(kind, GeneratedImages):
             facts |= _generation(run, recipe, kind, chosen, images, options)
             continue
+        if kind.recorded:
+            facts[metric] = "recorded in training; no forward pass"
+            continue
         count, split = kind.count_images(options, images)
         work = f"{count:,} images x {sum(bool(chosen.in_pass(one).controls) for one in PASSES)} forward passes"
         if kind.teacher:

@@ -94,7 +94,7 @@ def _work(
     probe = sum(resampler_flops(config, keys, states_need_grad=False) for config in configs)
     probes = probe * len(layers) * len(fit.seeds) * (1 + shuffled + random) / (1 + random)
     rows = {one.grid: one.shape[0] for one in teachers.values()}
-    ridge = 2 * width * (sum(width * n for n in rows.values()) + sum(n * d for n, d in shapes)) * fit.ridge
+    ridge = 2 * width * (sum(width * n for n in rows.values()) + 2 * sum(n * d for n, d in shapes)) * fit.ridge
     bits = 8 * next(backbone.core.parameters()).element_size()
     in32 = forward * sum(cost.flops for cost in seen)
     in32 += ridge * len(layers) / fit.epochs  # summed on an image's first visit alone

@@ -93,15 +93,20 @@ class RidgeSums:
         Returns:
             weight (D, H) and bias (D), float32: prediction = states @ weight.T + bias. Without images both are NaN.
         """
+        weight, bias = self.solve_wide(teacher, penalty)
+        return weight.float(), bias.float()
+
+    def solve_wide(self, teacher: str, penalty: float) -> tuple[Tensor, Tensor]:
+        """Solves as `solve`; weight and bias are float64."""
         xx, xy, x, y, n = (self.sums[name] for name in ("xx", f"xy/{teacher}", "x", f"y/{teacher}", "n"))
         if not n:
-            return torch.full_like(xy.T, torch.nan).float(), torch.full_like(y, torch.nan).float()
+            return torch.full_like(xy.T, torch.nan), torch.full_like(y, torch.nan)
         mean_x, mean_y = x / n, y / n
         covariance = xx / n - torch.outer(mean_x, mean_x)
         cross = xy / n - torch.outer(mean_x, mean_y)
         level = penalty * covariance.diagonal().mean().clamp(min=torch.finfo(covariance.dtype).tiny)
         weight = torch.linalg.solve(covariance + level * torch.eye(len(x)).to(covariance), cross).T
-        return weight.float(), (mean_y - weight @ mean_x).float()
+        return weight, mean_y - weight @ mean_x
 
 
 def batch_precision(device: torch.device) -> torch.dtype:

@@ -95,6 +95,14 @@ class Run:
         """Returns the folder of the ridge readouts of a control (`none`, `random`)."""
         return self.path / ("ridge" if control == "none" else f"controls/{control}/ridge")
 
+    def errors(self, weights: str) -> Path:
+        """Returns the file of errors on images before probes were trained on them (`none`, `random`)."""
+        return (
+            self.path
+            / ("prequential" if weights == "none" else f"controls/{weights}/prequential")
+            / "errors.safetensors"
+        )
+
     @property
     def means(self) -> Path:
         """File with the mean targets of the training split."""

@@ -81,7 +81,7 @@ def run_demo(preset: str, out: Path) -> Path:
 
 
 def demo_options(models: Path, world: Path, recipe: ProbeRunRecipe, layers: str) -> list[Options]:
-    """Scores cosine on all held-out images and decoded metrics on some; skips generated images without diffusers."""
+    """Scores cosine and code length on all images and decoded metrics on some; skips generated images without diffusers."""
     metrics: tuple[str, ...] = ("da2k", "frechet")
     if importlib.util.find_spec("diffusers") is None:
         logger.warning("diffusers is not installed, skipping generated images; run: pip install 'mllm-probing[decode]'")
@@ -89,7 +89,7 @@ def demo_options(models: Path, world: Path, recipe: ProbeRunRecipe, layers: str)
     common = Options(metrics=metrics, layers=layers, images=DECODED_IMAGES, micro_batch=32)
     controls = tuple(control for control in ("none", "random") if control in ("none", *recipe.controls))
     return [
-        Options(micro_batch=32),
+        Options(metrics=("cosine", "code_length"), micro_batch=32),
         common.model_copy(
             update={"da2k": world / "da2k", "extractor": str(models / "toy"), "steps": STEPS, "guidance": GUIDANCE}
         ),

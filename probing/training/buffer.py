@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 MEMORY_SHARE = 0.5
 """Fraction of the free memory that `fit.buffer=auto` takes."""
 
+SAFE_SHARE = 0.25
+"""Fraction of the images whose repeated visits trained as ordinary epochs do; see tests/benchmarks/README.md."""
+
 
 @dataclass(frozen=True)
 class _Stored:
@@ -148,6 +151,8 @@ def choose_window(fit: FitRecipe, images: int, per_image: int, processes: int = 
     if window >= smallest:
         size = window * per_image / processes / 1e9
         logger.info("the buffer holds %d of %d images (%.2g GB per process)", window, images, size)
+        if window < SAFE_SHARE * images and fit.epochs > 2:
+            logger.warning("a buffer of so few images may train worse probes; lower fit.epochs or set fit.buffer=off")
         return window
     if not isinstance(fit.buffer, str):
         raise UserError(f"fit.buffer={fit.buffer:g} is below {MIN_WINDOW} batches; give {needed:.2g} GB or more")

@@ -19,11 +19,11 @@ def probe_parameters(recipe: ProbeRunRecipe, hidden_size: int, teachers: Mapping
 
 
 def ridge_bytes(recipe: ProbeRunRecipe, hidden_size: int, teachers: Mapping[str, Teacher]) -> int:
-    """Returns the bytes of one layer's ridge sums, in float64."""
+    """Returns the bytes of one layer's ridge sums (float64) and latest solutions (float32 on accelerators)."""
     if not recipe.fit.ridge:
         return 0
     grids = {teacher.grid for teacher in teachers.values()}
-    return 8 * hidden_size * (len(grids) * hidden_size + sum(teacher.shape[1] for teacher in teachers.values()))
+    return hidden_size * (8 * len(grids) * hidden_size + 12 * sum(teacher.shape[1] for teacher in teachers.values()))
 
 
 def disk_bytes(

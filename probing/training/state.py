@@ -15,6 +15,7 @@ from probing.models.base import Layer, layer_name
 from probing.models.finite import NotFinite
 from probing.probes.bank import ProbeBank, ProbeKey
 from probing.probes.ridge import Grid, RidgeSums
+from probing.training.prequential import PrequentialErrors
 from probing.utils.errors import UserError
 
 
@@ -25,6 +26,7 @@ class TrainerState:
     Attributes:
         banks: probes by control (`none` and `shuffled`, or `random`).
         optimizer: one AdamW over all of them.
+        prequential: errors on images before their first visit changes a probe.
         step: optimiser steps taken.
         window: images that the activation buffer holds; None until it is chosen.
         losses: one row per step; one column per probe, see `columns`, then one per teacher for its running mean. NaN
@@ -41,6 +43,7 @@ class TrainerState:
 
     banks: dict[str, ProbeBank]
     optimizer: torch.optim.Optimizer
+    prequential: PrequentialErrors
     step: int = 0
     window: int | None = None
     losses: list[list[float]] = field(default_factory=list)
@@ -75,6 +78,7 @@ class TrainerState:
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "ridge": [(grid, layer, sums.sums) for (grid, layer), sums in self.ridge.items()],
             "target_sums": {name: [total, count] for name, (total, count) in self.target_sums.items()},
+            "prequential": self.prequential.dump(),
             "skipped": [[s.image, s.split, s.reason] for s in self.skipped.values()],
             "not_finite": [[*source, torch.from_numpy(images)] for source, images in self.not_finite.items()],
             "seconds": self.seconds,
@@ -127,6 +131,7 @@ class TrainerState:
             self.ridge[grid, layer] = RidgeSums({name: value.to(device) for name, value in sums.items()})
         for name, (total, count) in saved["target_sums"].items():
             self.target_sums[name] = total.to(device), torch.as_tensor(count, device=device)
+        self.prequential.restore(saved["prequential"], device)
         self.skipped |= {row[0]: Skipped(*row) for row in saved["skipped"]}
         self.not_finite |= {(kind, name): images.numpy() for kind, name, images in saved["not_finite"]}
         self.step, self.window, self.seconds = saved["step"], saved["window"], max(self.seconds, saved["seconds"])

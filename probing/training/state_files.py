@@ -64,6 +64,7 @@ class StateFiles:
             state.restore(_load(file))
         if not self.parts and not self.accelerator.is_main_process:  # the main process has the sums of all
             state.ridge.clear()
+            state.prequential.errors.clear()
         logger.info("resuming from step %d", state.step)
 
     def all_parts(self, step: int) -> Iterator[dict[str, Any]]:

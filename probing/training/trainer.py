@@ -30,10 +30,11 @@ from probing.data.target_cache import TargetCache
 from probing.models.base import Backbone, Layer, layer_name
 from probing.models.finite import NotFinite, finite_rows, zero_others
 from probing.probes.bank import ProbeBank, ProbeKey, probe_configs
-from probing.probes.ridge import Grid, RidgeReadout, RidgeSums, resize_states
+from probing.probes.ridge import Grid, RidgeReadout, RidgeSums, batch_precision, resize_states
 from probing.recipe import ProbeRunRecipe
 from probing.teachers import Teacher
 from probing.training.buffer import ActivationBuffer, plan_window
+from probing.training.prequential import ErrorKey, PrequentialErrors
 from probing.training.schedule import Step, last_visits, learning_rate, plan_steps, require_enough
 from probing.training.state import TrainerState
 from probing.training.state_files import StateFiles
@@ -132,7 +133,7 @@ class ProbeTrainer:
         parameters = [p for bank in banks.values() for p in bank.parameters()]
         fused = device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(parameters, lr=fit.lr, weight_decay=fit.weight_decay, fused=fused)
-        return TrainerState(banks, optimizer)
+        return TrainerState(banks, optimizer, PrequentialErrors(len(self.images)))
 
     def run(self) -> TrainerState:
         """Trains to the last step, from the saved state if there is one.
@@ -227,6 +228,8 @@ class ProbeTrainer:
         batch = self._global_batch(step.micros)
         totals = _StepSums.empty(len(columns) + len(self.teachers), self._wide, self.accelerator.device)
         state.sums_changed |= step.first
+        if step.first and state.prequential.part_begins:
+            self._begin_part(state)
         if buffer and not step.first:
             batches = map(buffer.prepared, step.micros)
         for prepared in itertools.islice(batches, len(step.micros)):
@@ -234,6 +237,7 @@ class ProbeTrainer:
             if prepared.indices:
                 weight = len(prepared.indices) / batch
                 totals += self.micro_batch(state, prepared, weight, step.first, columns, buffer)
+        state.prequential.batches += step.first
         if self._rank_and_world_size[1] > 1:
             all_reduce_gradients(state.optimizer.param_groups[0]["params"])
             totals.sums = self.accelerator.reduce(totals.sums, "sum")
@@ -319,6 +323,9 @@ class ProbeTrainer:
             by_control["shuffled"] = (rolled[0], rolled[1])
         totals = _StepSums.empty(len(columns) + len(self.teachers), self._wide, device)
         losses, counts = totals.sums
+        weights = "random" if "random" in state.banks else "none"
+        unseen = state.prequential if gather and state.prequential.means else None
+        indices = torch.tensor(prepared.indices).to(device, non_blocking=True)
         for index, (name, target) in enumerate(targets.items(), start=len(columns)):
             zero = torch.zeros_like(target[0], dtype=self._wide), torch.zeros((), dtype=torch.long, device=device)
             total, count = state.target_sums.get(name, zero)
@@ -328,6 +335,10 @@ class ProbeTrainer:
             mean = (total / count.clamp(min=1)).float().expand_as(target)
             losses[index] = F.smooth_l1_loss(zero_others(mean, finite[name]), target) * weight
             counts[index] = finite[name].sum()
+            if unseen:
+                unseen.add(
+                    ErrorKey("constant", weights, name, "", 0), indices, unseen.means[name], target, finite[name]
+                )
         finite_states: list[Tensor] = []
 
         def train(layer: Layer, keys: Tensor, mask: Tensor | None) -> None:
@@ -350,11 +361,20 @@ class ProbeTrainer:
                     (loss * weight).backward()
                     losses[columns[control, key]] += loss.detach() * weight
                     counts[columns[control, key]] += valid_counts[key.teacher]
+                    if unseen:
+                        series = ErrorKey("resampler", control, key.teacher, layer_name(layer), key.seed)
+                        unseen.add(series, indices, prediction, target, valid[key.teacher])
 
         def add_to_ridge(layer: Layer, patches: Tensor, grid: tuple[int, int]) -> None:
             for target_grid, names in self._teachers_by_grid.items():
                 resized = resize_states(patches, grid, target_grid)
                 chosen = torch.stack([finite_rows(resized), *(finite[name] for name in names)]).all(dim=0)
+                if unseen:
+                    for name in names:
+                        weight, bias = unseen.maps[name, layer_name(layer)]
+                        prediction = F.linear(resized.to(weight.dtype), weight, bias)
+                        series = ErrorKey("ridge", weights, name, layer_name(layer), self.recipe.fit.seeds[0])
+                        unseen.add(series, indices, prediction, targets[name], chosen)
                 state.ridge[target_grid, layer].add(resized, {name: targets[name] for name in names}, chosen)
 
         self._visit_layers(prepared, buffer, train, add_to_ridge if gather and self.recipe.fit.ridge else None)
@@ -421,8 +441,51 @@ class ProbeTrainer:
         )
         return [bool(flag) for flag in counts > 0]
 
+    def _begin_part(self, state: TrainerState) -> None:
+        """Solves what predicts the next part of the images, from those of all processes so far."""
+        unseen, device = state.prequential, self.accelerator.device
+        for name in self.teachers:
+            total, count = self._all_targets(state, name)
+            unseen.means[name] = (total / count.clamp(min=1)).float()
+        for (grid, layer), sums in self._all_ridge_sums(state):
+            for name in self._teachers_by_grid[grid]:
+                weight, bias = sums.solve_wide(name, self.recipe.fit.ridge_penalty)
+                precision = batch_precision(device)
+                unseen.maps[name, layer_name(layer)] = weight.to(precision).to(device), bias.to(precision).to(device)
+
+    def _all_targets(self, state: TrainerState, teacher: str) -> tuple[Tensor, Tensor]:
+        """Returns sum (N, D) and number of a teacher's targets over all processes."""
+        shape, device = self.teachers[teacher].shape, self.accelerator.device
+        zero = torch.zeros(shape, dtype=self._wide, device=device), torch.zeros((), dtype=torch.long, device=device)
+        total, count = state.target_sums.get(teacher, zero)
+        if self._rank_and_world_size[1] == 1:
+            return total, count
+        shared_total, shared_count = state.shared_sums.get(teacher, zero)
+        count = shared_count + self.accelerator.reduce(count - shared_count, "sum")
+        return shared_total + self.accelerator.reduce(total - shared_total, "sum"), count
+
+    def _all_ridge_sums(self, state: TrainerState) -> Iterator[tuple[tuple[Grid, Layer], RidgeSums]]:
+        """Yields the ridge sums of all processes, in the same order in each."""
+        by_grid = self._teachers_by_grid if self.recipe.fit.ridge else {}
+        for layer, (grid, names) in itertools.product(self.layers, by_grid.items()):
+            widths = {name: self.teachers[name].shape[1] for name in names}
+            empty = RidgeSums.zeros(self.backbone.hidden_size, widths, self.accelerator.device)
+            local = state.ridge.get((grid, layer), empty)
+            if self._rank_and_world_size[1] > 1:
+                local = RidgeSums({part: self.accelerator.reduce(v, "sum") for part, v in local.sums.items()})
+            yield (grid, layer), local
+
+    def _collect_errors(self, state: TrainerState) -> None:
+        """Moves the errors of all processes to the main one; only one has those of an image."""
+        errors, device = state.prequential.errors, self.accelerator.device
+        for key in sorted(set(gather_object(list(errors)))):
+            values = errors.pop(key, torch.full((len(self.images),), torch.nan, device=device))
+            sums = self.accelerator.reduce(torch.stack((values.nan_to_num(0.0), values.isfinite().float())), "sum")
+            if self.accelerator.is_main_process:
+                errors[key] = sums[0].where(sums[1] > 0, torch.nan)
+
     def _collect(self, state: TrainerState) -> None:
-        """Sums over processes: ridge sums in the main process, target sums in all.
+        """Sums over processes: ridge sums and errors in the main process, target sums in all.
 
         Every process reduces the same tensors in the same order, even those without any image.
         """
@@ -436,26 +499,15 @@ class ProbeTrainer:
         if not state.sums_changed:
             return
         state.sums_changed = False
-        device = self.accelerator.device
-        by_grid = self._teachers_by_grid if self.recipe.fit.ridge else {}
-        for layer, (grid, names) in itertools.product(self.layers, by_grid.items()):
-            widths = {name: self.teachers[name].shape[1] for name in names}
-            empty = RidgeSums.zeros(self.backbone.hidden_size, widths, device)
-            local = state.ridge.pop((grid, layer), empty).sums
-            sums = {part: self.accelerator.reduce(value, "sum") for part, value in local.items()}
-            if self.accelerator.is_main_process and sums["n"]:
-                state.ridge[grid, layer] = RidgeSums(sums)
-        for name, teacher in self.teachers.items():
-            zero = (
-                torch.zeros(teacher.shape, dtype=self._wide, device=device),
-                torch.zeros((), dtype=torch.long, device=device),
-            )
-            total, count = state.target_sums.get(name, zero)
-            shared_total, shared_count = state.shared_sums.get(name, zero)
-            count = shared_count + self.accelerator.reduce(count - shared_count, "sum")
-            total = shared_total + self.accelerator.reduce(total - shared_total, "sum")
+        for key, sums in self._all_ridge_sums(state):
+            state.ridge.pop(key, None)
+            if self.accelerator.is_main_process and sums.sums["n"]:
+                state.ridge[key] = sums
+        for name in self.teachers:
+            total, count = self._all_targets(state, name)
             if count:
                 state.target_sums[name] = state.shared_sums[name] = (total, count)
+        self._collect_errors(state)
 
     def merge_processes(self, layers: Sequence[Layer], step: int) -> TrainerState:
         """Merges the layers of all processes on the CPU; only in the main process, after `run`.
@@ -479,6 +531,14 @@ class ProbeTrainer:
                 for name in self._teachers_by_grid[grid]
             }
         )
+
+    def parts(self) -> Tensor:
+        """Returns the part (images) of each image in the prequential code; -1 for those of the first batch."""
+        parts = torch.full((len(self.images),), -1, dtype=torch.int32)
+        first = [step for step in plan_steps(len(self.images), self.recipe.fit) if step.first]
+        for number, step in enumerate(first):
+            parts[list(itertools.chain(*step.micros))] = number.bit_length() - 1
+        return parts
 
     def means(self, state: TrainerState) -> dict[str, Tensor]:
         """Returns the mean target (N, D) per teacher over the training split, float32."""

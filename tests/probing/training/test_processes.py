@@ -5,6 +5,7 @@ import time
 import pytest
 import yaml
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from probing.recipe import ProbeRunRecipe
 from probing.training.run import train
@@ -36,6 +37,10 @@ def test_two_processes_train_what_one_does(start, recipe_values, tmp_path):
             one, two = (load_file(tmp_path / run / kind / teacher / "model.safetensors") for run in ("one", "two"))
             for name, tensor in one.items():
                 assert (tensor - two[name]).abs().max() < 2e-3, (kind, teacher, name)
+    one, two = (load_file(tmp_path / run / "prequential" / "errors.safetensors") for run in ("one", "two"))
+    assert one.keys() == two.keys() and (one["parts"] >= 0).any()
+    for name, errors in one.items():
+        assert_close(two[name], errors, rtol=1e-2, atol=0, equal_nan=True, msg=name)
 
 
 def test_run_resumes_after_the_death_of_a_process(start, tmp_path):
@@ -53,5 +58,10 @@ def test_run_resumes_after_the_death_of_a_process(start, tmp_path):
     assert not (tmp_path / "hurt" / "manifest.json").exists()
     codes, said = warm.finish(start("hurt", *more), tmp_path / "hurt")
     assert codes == [0, 0], said
-    for file in ("probes/depth/model.safetensors", "ridge/seg/model.safetensors", "learning_curves.csv"):
+    for file in (
+        "probes/depth/model.safetensors",
+        "ridge/seg/model.safetensors",
+        "prequential/errors.safetensors",
+        "learning_curves.csv",
+    ):
         assert (tmp_path / "hurt" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file

@@ -1,0 +1,110 @@
+"""Bits that a layer saves in describing a teacher's features, over describing them by their mean."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.evaluation.registry import EvaluationBatch, Metric, MetricInfo, Series, register
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from analysis.evaluation.scores import ScoreFile
+
+RESOLUTION = 2.0**-10
+"""Smallest standard deviation of a code, relative to that of the mean target's; about the rounding of float16."""
+
+
+def bits_saved(
+    errors: NDArray[np.float64], mean_errors: NDArray[np.float64], parts: NDArray[np.int64], size: int
+) -> NDArray[np.float64]:
+    """Computes the bits per image that a prequential Gaussian code saves over one with the mean target.
+
+    Each part of the images is coded with a prediction from all earlier parts (Voita & Titov, 2020, arXiv:2003.12298,
+    sec. 2.2) and the variance of its own errors, which costs the same few bits for every probe.
+
+    Args:
+        errors: sum of squared errors (images) of the predictions; NaN where there is none.
+        mean_errors: likewise of the mean target.
+        parts: part (images) of each image.
+        size: numbers N · D in a feature.
+
+    Returns:
+        (images); NaN where either has no error.
+    """
+    saved = np.full(len(errors), np.nan)
+    valid = np.isfinite(errors) & np.isfinite(mean_errors)
+    for part in np.unique(parts[valid]):
+        rows = valid & (parts == part)
+        mean_variance = mean_errors[rows].mean() / size
+        if not mean_variance:
+            continue  # a constant target takes no bits
+        variance = max(errors[rows].mean() / size, RESOLUTION**2 * mean_variance)
+        gain = mean_errors[rows] / mean_variance - errors[rows] / variance
+        saved[rows] = (size * np.log(mean_variance / variance) + gain) / (2 * np.log(2))
+    return saved
+
+
+@register
+class CodeLength(Metric):
+    """Code length of the training images' features."""
+
+    name = "code_length"
+    help = "bits per image that a layer saves over the mean target, recorded in training"
+    recorded = True
+    infos = (
+        MetricInfo(
+            "code_length",
+            "strict",
+            "code length saved (bits per image)",
+            "Bits per training image that a probe saves over the mean target, when each part of the images is coded by "
+            "what was fitted on the parts before it. It is higher for layers from which fewer images suffice to read "
+            "the feature; the mean target saves 0.",
+            digits=0,
+        ),
+    )
+
+    def update(self, teacher: str, prediction: Tensor, batch: EvaluationBatch) -> dict[Series, Tensor]:
+        """Is never called: scores come from the training."""
+        raise NotImplementedError
+
+    def read(self) -> ScoreFile:
+        """Computes the scores from the errors that training recorded.
+
+        Raises:
+            UserError: there are none, as of imported probes or of a single batch.
+        """
+        from safetensors.numpy import load_file
+
+        from analysis.evaluation.scores import ScoreFile, ScoreKey
+        from probing.training.prequential import ErrorKey
+        from probing.training.run import training_images
+        from probing.utils.errors import UserError
+        from probing.utils.files import reading
+
+        run, table = self.context.run, {}
+        images = training_images(run.recipe.data)
+        for weights in ("none", "random"):
+            file = run.errors(weights)
+            if weights == "none" or file.exists():
+                with reading(file, "train a new run for code_length"):
+                    stored = load_file(file)
+                parts = stored.pop("parts")
+                keys = {ErrorKey.from_text(text): values.astype(np.float64) for text, values in stored.items()}
+                coded = parts >= 0
+                for key, values in keys.items():
+                    if key.probe != "constant":
+                        mean = keys[ErrorKey("constant", weights, key.teacher, "", 0)]
+                        size = int(np.prod(self.teachers[key.teacher].shape))
+                        bits = bits_saved(values[coded], mean[coded], parts[coded], size)
+                        score = ScoreKey(
+                            key.teacher, key.layer, key.probe, key.control, self.name, "strict", "", key.seed
+                        )
+                        table[score] = bits.astype(np.float32)
+        if not table:
+            raise UserError("code_length needs more than one batch of images; lower fit.batch_size and train again")
+        names = [name for name, one in zip(images.names, coded, strict=True) if one]
+        return ScoreFile(table, names, images.split, self.settings)

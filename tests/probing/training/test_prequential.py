@@ -1,0 +1,134 @@
+"""Errors on images before probes are trained on them, and the code length that follows from them."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from scipy.stats import norm
+from sklearn.linear_model import Ridge
+
+import probing
+from analysis.evaluation.metrics.code_length import bits_saved
+from analysis.evaluation.scores import ScoreFile, ScoreKey
+from probing.probes.ridge import RidgeSums, resize_states
+from probing.training.schedule import plan_steps
+from probing.utils.errors import UserError
+from probing.utils.interrupt import Interrupted
+from tests.helpers.trainer import make_trainer
+
+
+@pytest.fixture
+def values(recipe_values):
+    """Values of a recipe with batches of two images."""
+    recipe_values["fit"] |= {"batch_size": 2, "micro_batch": 2, "epochs": 2, "ridge": True}
+    return recipe_values | {"layers": "0,2", "controls": ["random"]}
+
+
+def test_code_length_equals_a_direct_computation(values, tmp_path):
+    """scikit-learn's ridge is fitted again on all earlier parts; SciPy's density gives the bits."""
+    run = probing.train(values, tmp_path / "run")
+    trainer = make_trainer(values, tmp_path / "unused")
+    order = [image for step in plan_steps(len(trainer.images), trainer.recipe.fit) if step.first
+             for micro in step.micros for image in micro]  # fmt: skip
+    states, targets = {}, {}
+    for prepared in trainer.batches([step for step in plan_steps(len(order), trainer.recipe.fit) if step.first]):
+        batch = prepared.student
+        targets |= dict(zip(prepared.indices, prepared.target(trainer.teachers["seg"]).double(), strict=True))
+
+        def keep(layer, hidden, batch=batch, prepared=prepared):
+            patches = resize_states(batch.tokens.image_states(hidden), batch.tokens.grid, trainer.teachers["seg"].grid)
+            states.update(zip(prepared.indices, patches.double(), strict=True))
+
+        with torch.no_grad():
+            trainer.backbone.stream(batch, [2], keep)
+    expected = {}
+    starts = [2 * 2**j for j in range(10) if 2 * 2**j < len(order)]
+    for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
+        x = torch.cat([states[i] for i in order[:start]]).numpy()
+        y = torch.cat([targets[i] for i in order[:start]]).numpy()
+        ridge = Ridge(alpha=1e-3 * len(x) * np.var(x, axis=0).mean()).fit(x, y)
+        mean = torch.stack([targets[i] for i in order[:start]]).mean(0).numpy()
+        residuals = {i: targets[i].numpy() - ridge.predict(states[i].numpy()) for i in order[start:stop]}
+        spread = {i: targets[i].numpy() - mean for i in order[start:stop]}
+        scales = [np.sqrt(np.mean(np.square(list(rows.values())))) for rows in (residuals, spread)]
+        for i in order[start:stop]:
+            nats = norm.logpdf(residuals[i], scale=scales[0]).sum() - norm.logpdf(spread[i], scale=scales[1]).sum()
+            expected[trainer.images.names[i]] = nats / np.log(2)
+    table = probing.evaluate(run, metrics=["code_length"])
+    scores = ScoreFile.read(run.path / "scores" / "code_length-train2017.safetensors")
+    own = scores.table[ScoreKey("seg", "2", "ridge", "none", "code_length", "strict")]
+    assert len(own) == len(order) - 2
+    np.testing.assert_allclose(own, [expected[name] for name in scores.names], rtol=1e-6)
+    row = table[(table.metric == "code_length") & (table.teacher == "seg") & (table.layer == "2")]
+    row = row[(row.probe == "ridge") & (row.control == "none")].iloc[0]
+    assert row.value == pytest.approx(np.mean(list(expected.values())), rel=1e-6) and row.n == len(expected)
+    assert set(table[table.metric == "code_length"].control) == {"none", "random"}
+
+
+def test_known_predictions_save_known_bits():
+    """A prediction as good as the mean saves nothing; half the error saves one bit per number, in each part."""
+    generator = np.random.default_rng(0)
+    mean, parts = generator.chisquare(50, size=60), np.repeat([0, 1, 2], 20)
+    np.testing.assert_allclose(bits_saved(mean, mean, parts, 50), 0, atol=1e-12)
+    np.testing.assert_allclose(bits_saved(mean / 4, mean, parts, 50), 50)
+    exact = bits_saved(0 * mean, mean, parts, 50).reshape(3, 20).mean(axis=1)
+    np.testing.assert_allclose(exact, 50 * (10 + 0.5 / np.log(2)))  # coded to ten bits below the mean target's spread
+    hole = np.where(np.arange(60) == 7, np.nan, mean / 4)
+    assert np.isnan(bits_saved(hole, mean, parts, 50)).nonzero()[0].tolist() == [7]
+
+
+@pytest.mark.parametrize("images", [40, 160])
+def test_shuffled_targets_cost_the_bits_of_overfitting(images):
+    """Inputs that say nothing add their leverage, known from the inputs alone, to the expected squared error."""
+    generator, width, size = torch.Generator().manual_seed(0), 16, 4000
+    x, y = torch.randn(2000, 1, width, generator=generator), torch.randn(2000, 1, size, generator=generator)
+    sums = RidgeSums()
+    sums.add(x[:images], {"a": y[:images]}, torch.ones(images).bool())
+    weight, bias = sums.solve_wide("a", 1e-12)
+    errors = (x[images:].double() @ weight.T + bias - y[images:]).square().sum(dim=(1, 2)).numpy()
+    mean_errors = (y[:images].mean(dim=0) - y[images:]).double().square().sum(dim=(1, 2)).numpy()
+    saved = bits_saved(errors, mean_errors, np.zeros(len(errors), dtype=int), size).mean()
+    seen, new = x[:images, 0].double().numpy(), x[images:, 0].double().numpy()
+    covariance = np.cov(seen.T, bias=True)
+    distance = np.einsum("ij,ij->i", new - seen.mean(0), np.linalg.solve(covariance, (new - seen.mean(0)).T).T)
+    grown = (1 + (1 + distance.mean()) / images) / (1 + 1 / images)
+    assert saved == pytest.approx(-size / 2 * np.log2(grown), rel=0.02)
+
+
+def test_stopped_training_resumes_to_the_same_errors(values, tmp_path):
+    whole = make_trainer(values, tmp_path / "whole")
+    errors = whole.run().prequential.errors
+    assert all(torch.isfinite(series).sum() == len(whole.images) - 2 for series in errors.values())
+    stopped = make_trainer(values, tmp_path / "stopped", save_minutes=0)
+    take, taken = type(stopped).take_step, []
+
+    def stop(self, *arguments):
+        taken.append(1)
+        if len(taken) == 4:
+            raise Interrupted
+        return take(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(stopped), "take_step", stop)
+        with pytest.raises(Interrupted):
+            stopped.run()
+    resumed = make_trainer(values, tmp_path / "stopped").run().prequential
+    assert resumed.errors.keys() == errors.keys()
+    for key, series in errors.items():
+        assert torch.equal(series.nan_to_num(-1), resumed.errors[key].nan_to_num(-1)), key
+
+
+def test_run_without_errors_is_one_line(values, tmp_path):
+    run = probing.train(values | {"controls": []}, tmp_path / "run")
+    run.errors("none").unlink()
+    with pytest.raises(UserError, match="train a new run"):
+        probing.evaluate(run, metrics=["code_length"])
+
+
+def test_errors_file_names_the_part_of_each_image(values, tmp_path):
+    run = probing.train(values | {"controls": []}, tmp_path / "run")
+    stored = load_file(run.errors("none"))
+    parts = stored.pop("parts")
+    assert sorted(parts)[:2] == [-1, -1] and parts.max() == int(np.log2((len(parts) - 1) // 2))
+    for name, values_ in stored.items():
+        assert (np.isfinite(values_) == (parts >= 0)).all(), name
