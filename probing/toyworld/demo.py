@@ -81,7 +81,7 @@ def run_demo(preset: str, out: Path) -> Path:
 
 
 def demo_options(models: Path, world: Path, recipe: ProbeRunRecipe, layers: str) -> list[Options]:
-    """Scores cosine and code length on all images and decoded metrics on some; skips generated images without diffusers."""
+    """Scores features on all held-out images, decoded ones on some; generates no images without diffusers."""
     metrics: tuple[str, ...] = ("da2k", "frechet")
     if importlib.util.find_spec("diffusers") is None:
         logger.warning("diffusers is not installed, skipping generated images; run: pip install 'mllm-probing[decode]'")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from analysis.evaluation.registry import EvaluationBatch, Metric, MetricInfo, Series, register
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -35,6 +34,8 @@ def bits_saved(
     Returns:
         (images); NaN where either has no error.
     """
+    import numpy as np
+
     saved = np.full(len(errors), np.nan)
     valid = np.isfinite(errors) & np.isfinite(mean_errors)
     for part in np.unique(parts[valid]):
@@ -77,6 +78,7 @@ class CodeLength(Metric):
         Raises:
             UserError: there are none, as of imported probes or of a single batch.
         """
+        import numpy as np
         from safetensors.numpy import load_file
 
         from analysis.evaluation.scores import ScoreFile, ScoreKey

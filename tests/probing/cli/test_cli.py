@@ -203,7 +203,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(models, coco, tmp_path, change
         (["train", "--out", "{out}", "--data", "coco:x"], "no backbone.checkpoint; set backbone.checkpoint=VALUE"),
         (["train", "--out", "{out}", "--recipe", "{recipe}", "--data", "coco:x"], "'data' is a value, not a section"),
         (["evaluate", "{out}"], "no run"),
-        (["evaluate", "{out}", "--metric", "none"], "is not one of 'cosine', "),
+        (["evaluate", "{out}", "--metric", "none"], "is not one of 'code_length', 'cosine', "),
         (["evaluate", "{out}", "--steps", "0"], "steps: Input should be greater than or equal to 1"),
         (["report", "{out}"], "has no finished run"),
         (["align", "x", "--out", "{out}"], "no data.path; set data.path=VALUE"),

@@ -97,8 +97,8 @@ def trouble(monkeypatch):
 
 def test_every_file_of_a_run_can_fail_once(recipe, whole, trouble, tmp_path):
     out = tmp_path / "run"
-    # recipe, inputs, state, probes (2), ridge (2), means, summary, learning curves, manifest
-    assert trouble(lambda: train(recipe, out), out) == 11
+    # recipe, inputs, state, probes (2), ridge (2), errors, means, summary, learning curves, manifest
+    assert trouble(lambda: train(recipe, out), out) == 12
     shutil.copytree(out, tmp_path / "again")
     assert trouble(lambda: evaluate(out), out) == 2
     assert (out / "results.csv").read_bytes() == (whole / "run" / "results.csv").read_bytes()
