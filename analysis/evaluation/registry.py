@@ -200,11 +200,11 @@ def register(metric: M) -> M:
 
 
 def metrics() -> dict[str, type[Metric]]:
-    """Imports every file of `metrics/`; returns the metrics by name, those that decode nothing first."""
+    """Imports every file of `metrics/`; returns the metrics by name, those that decode nothing first, then by name."""
     _import_all(tuple(importlib.import_module("analysis.evaluation.metrics").__path__))
 
-    def position(metric: type[Metric]) -> int:
-        return DECODED.index(metric.teacher) if metric.teacher in DECODED else len(DECODED)
+    def position(metric: type[Metric]) -> tuple[int, str]:
+        return DECODED.index(metric.teacher) if metric.teacher in DECODED else len(DECODED), metric.name
 
     return {metric.name: metric for metric in sorted(REGISTRY.values(), key=position)}
 

@@ -121,9 +121,11 @@ def _record_all(context: EvaluationContext) -> None:
     blocks = run.manifest["checkpoint"]["layers"]
     chosen = [(metrics()[name], selection(run.recipe, blocks, options, name)) for name in options.metrics]
     for recorded in (metric(context) for metric, _ in chosen if metric.recorded):
-        scores = recorded.read()
-        with disk_errors(run.path):
-            scores.write(score_file(run.path, recorded.stem, scores.split))
+        file = score_file(run.path, recorded.stem, run.recipe.data.train_split)
+        if not file.exists():  # training does not change after its end
+            scores = recorded.read()
+            with disk_errors(run.path):
+                scores.write(file)
     scored = [(metric(context), selected) for metric, selected in chosen if not metric.recorded]
     jobs: list[Job] = [*scored]
     if options.pictures:

@@ -17,7 +17,10 @@ from probing.utils.files import atomic_file
 
 
 class ErrorKey(NamedTuple):
-    """Identifies the errors of one probe; `constant`, without layer, is the mean target so far."""
+    """Identifies the errors of one probe.
+
+    Without layer, `mean` is the mean target (N, D) so far, and `constant` its mean over positions.
+    """
 
     probe: str
     control: str

@@ -336,9 +336,8 @@ class ProbeTrainer:
             losses[index] = F.smooth_l1_loss(zero_others(mean, finite[name]), target) * weight
             counts[index] = finite[name].sum()
             if unseen:
-                unseen.add(
-                    ErrorKey("constant", weights, name, "", 0), indices, unseen.means[name], target, finite[name]
-                )
+                for probe, constant in (("mean", unseen.means[name]), ("constant", unseen.means[name].mean(dim=0))):
+                    unseen.add(ErrorKey(probe, weights, name, "", 0), indices, constant, target, finite[name])
         finite_states: list[Tensor] = []
 
         def train(layer: Layer, keys: Tensor, mask: Tensor | None) -> None:

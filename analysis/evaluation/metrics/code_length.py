@@ -18,16 +18,17 @@ RESOLUTION = 2.0**-10
 
 
 def bits_saved(
-    errors: NDArray[np.float64], mean_errors: NDArray[np.float64], parts: NDArray[np.int64], size: int
+    errors: NDArray[np.float64], constants: NDArray[np.float64], parts: NDArray[np.int64], size: int
 ) -> NDArray[np.float64]:
     """Computes the bits per image that a prequential Gaussian code saves over one with the mean target.
 
     Each part of the images is coded with a prediction from all earlier parts (Voita & Titov, 2020, arXiv:2003.12298,
-    sec. 2.2) and the variance of its own errors, which costs the same few bits for every probe.
+    sec. 2.2) and the variance of its own errors, which costs the same few bits for every probe. The mean target is that
+    of each position, or the same for all where that is the shorter code, as after few images.
 
     Args:
         errors: sum of squared errors (images) of the predictions; NaN where there is none.
-        mean_errors: likewise of the mean target.
+        constants: likewise of constants (constants, images).
         parts: part (images) of each image.
         size: numbers N · D in a feature.
 
@@ -37,9 +38,10 @@ def bits_saved(
     import numpy as np
 
     saved = np.full(len(errors), np.nan)
-    valid = np.isfinite(errors) & np.isfinite(mean_errors)
+    valid = np.isfinite(errors) & np.isfinite(constants).all(axis=0)
     for part in np.unique(parts[valid]):
         rows = valid & (parts == part)
+        mean_errors = constants[constants[:, rows].sum(axis=1).argmin()]
         mean_variance = mean_errors[rows].mean() / size
         if not mean_variance:
             continue  # a constant target takes no bits
@@ -76,7 +78,7 @@ class CodeLength(Metric):
         """Computes the scores from the errors that training recorded.
 
         Raises:
-            UserError: there are none, as of imported probes or of a single batch.
+            UserError: there are none, as of imported probes or of a single batch, or the training images have changed.
         """
         import numpy as np
         from safetensors.numpy import load_file
@@ -89,6 +91,10 @@ class CodeLength(Metric):
 
         run, table = self.context.run, {}
         images = training_images(run.recipe.data)
+        if images.digest() != run.manifest["data"]["train_digest"]:
+            raise UserError(
+                f"the images of {images.split} have changed since training; put them back, or train a new run"
+            )
         for weights in ("none", "random"):
             file = run.errors(weights)
             if weights == "none" or file.exists():
@@ -98,10 +104,11 @@ class CodeLength(Metric):
                 keys = {ErrorKey.from_text(text): values.astype(np.float64) for text, values in stored.items()}
                 coded = parts >= 0
                 for key, values in keys.items():
-                    if key.probe != "constant":
-                        mean = keys[ErrorKey("constant", weights, key.teacher, "", 0)]
+                    if key.layer:
+                        probes = ("mean", "constant")
+                        means = np.stack([keys[ErrorKey(one, weights, key.teacher, "", 0)][coded] for one in probes])
                         size = int(np.prod(self.teachers[key.teacher].shape))
-                        bits = bits_saved(values[coded], mean[coded], parts[coded], size)
+                        bits = bits_saved(values[coded], means, parts[coded], size)
                         score = ScoreKey(
                             key.teacher, key.layer, key.probe, key.control, self.name, "strict", "", key.seed
                         )

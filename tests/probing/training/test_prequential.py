@@ -1,5 +1,7 @@
 """Errors on images before probes are trained on them, and the code length that follows from them."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,8 @@ def test_code_length_equals_a_direct_computation(values, tmp_path):
         y = torch.cat([targets[i] for i in order[:start]]).numpy()
         ridge = Ridge(alpha=1e-3 * len(x) * np.var(x, axis=0).mean()).fit(x, y)
         mean = torch.stack([targets[i] for i in order[:start]]).mean(0).numpy()
+        ahead = np.stack([targets[i].numpy() for i in order[start:stop]])
+        mean = min(mean, mean.mean(axis=0), key=lambda constant, ahead=ahead: np.square(ahead - constant).sum())
         residuals = {i: targets[i].numpy() - ridge.predict(states[i].numpy()) for i in order[start:stop]}
         spread = {i: targets[i].numpy() - mean for i in order[start:stop]}
         scales = [np.sqrt(np.mean(np.square(list(rows.values())))) for rows in (residuals, spread)]
@@ -69,12 +73,13 @@ def test_known_predictions_save_known_bits():
     """A prediction as good as the mean saves nothing; half the error saves one bit per number, in each part."""
     generator = np.random.default_rng(0)
     mean, parts = generator.chisquare(50, size=60), np.repeat([0, 1, 2], 20)
-    np.testing.assert_allclose(bits_saved(mean, mean, parts, 50), 0, atol=1e-12)
-    np.testing.assert_allclose(bits_saved(mean / 4, mean, parts, 50), 50)
-    exact = bits_saved(0 * mean, mean, parts, 50).reshape(3, 20).mean(axis=1)
+    constants = np.stack([mean, 2 * mean])
+    np.testing.assert_allclose(bits_saved(mean, constants, parts, 50), 0, atol=1e-12)
+    np.testing.assert_allclose(bits_saved(mean / 4, constants, parts, 50), 50)
+    exact = bits_saved(0 * mean, constants, parts, 50).reshape(3, 20).mean(axis=1)
     np.testing.assert_allclose(exact, 50 * (10 + 0.5 / np.log(2)))  # coded to ten bits below the mean target's spread
     hole = np.where(np.arange(60) == 7, np.nan, mean / 4)
-    assert np.isnan(bits_saved(hole, mean, parts, 50)).nonzero()[0].tolist() == [7]
+    assert np.isnan(bits_saved(hole, constants, parts, 50)).nonzero()[0].tolist() == [7]
 
 
 @pytest.mark.parametrize("images", [40, 160])
@@ -87,7 +92,7 @@ def test_shuffled_targets_cost_the_bits_of_overfitting(images):
     weight, bias = sums.solve_wide("a", 1e-12)
     errors = (x[images:].double() @ weight.T + bias - y[images:]).square().sum(dim=(1, 2)).numpy()
     mean_errors = (y[:images].mean(dim=0) - y[images:]).double().square().sum(dim=(1, 2)).numpy()
-    saved = bits_saved(errors, mean_errors, np.zeros(len(errors), dtype=int), size).mean()
+    saved = bits_saved(errors, mean_errors[None], np.zeros(len(errors), dtype=int), size).mean()
     seen, new = x[:images, 0].double().numpy(), x[images:, 0].double().numpy()
     covariance = np.cov(seen.T, bias=True)
     distance = np.einsum("ij,ij->i", new - seen.mean(0), np.linalg.solve(covariance, (new - seen.mean(0)).T).T)
@@ -118,10 +123,15 @@ def test_stopped_training_resumes_to_the_same_errors(values, tmp_path):
         assert torch.equal(series.nan_to_num(-1), resumed.errors[key].nan_to_num(-1)), key
 
 
-def test_run_without_errors_is_one_line(values, tmp_path):
-    run = probing.train(values | {"controls": []}, tmp_path / "run")
-    run.errors("none").unlink()
+def test_missing_errors_or_images_are_one_line(values, tmp_path):
+    data = shutil.copytree(values["data"]["path"].removeprefix("coco:"), tmp_path / "coco")
+    run = probing.train(values | {"controls": [], "data": {"path": f"coco:{data}"}}, tmp_path / "run")
+    recorded = run.errors("none").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="train a new run"):
+        probing.evaluate(run, metrics=["code_length"])
+    recorded.rename(run.errors("none"))
+    next((data / "train2017").iterdir()).unlink()
+    with pytest.raises(UserError, match="train2017 have changed"):
         probing.evaluate(run, metrics=["code_length"])
 
 
