@@ -4,15 +4,20 @@ They are what a prequential code needs (Voita & Titov, 2020, arXiv:2003.12298, s
 is predicted from all earlier parts. The parts end after 1, 2, 4, … batches.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
+from probing.recipe import FitRecipe
+from probing.training.schedule import plan_steps
 from probing.utils.files import atomic_file
 
 
@@ -93,8 +98,19 @@ class PrequentialErrors:
         self.means |= {teacher: mean.to(device) for teacher, mean in saved["means"].items()}
         self.errors |= {ErrorKey.from_text(text): values.to(device) for text, values in saved["errors"].items()}
 
-    def save(self, file: Path, parts: Tensor) -> None:
-        """Writes the errors and `parts`: the part (images) of each image, counted from 0; -1 before the first."""
+    def collect(self, accelerator: Accelerator) -> None:
+        """Moves the errors of all processes to the main one; only one has those of an image."""
+        for key in sorted(set(gather_object(list(self.errors)))):
+            values = self.errors.pop(key, torch.full((self.images,), torch.nan, device=accelerator.device))
+            sums = accelerator.reduce(torch.stack((values.nan_to_num(0.0), values.isfinite().float())), "sum")
+            if accelerator.is_main_process:
+                self.errors[key] = sums[0].where(sums[1] > 0, torch.nan)
+
+    def save(self, file: Path, fit: FitRecipe) -> None:
+        """Writes the errors and `parts`: the part (images) of each image, counted from 0; -1 in the first batch."""
+        parts = torch.full((self.images,), -1, dtype=torch.int32)
+        for number, step in enumerate(step for step in plan_steps(self.images, fit) if step.first):
+            parts[list(itertools.chain(*step.micros))] = number.bit_length() - 1
         tensors = {key.text(): values.cpu() for key, values in self.errors.items()}
         with atomic_file(file) as temporary:
             save_file(tensors | {"parts": parts}, temporary)

@@ -206,7 +206,7 @@ def _train_on(weights: str, controls: list[str], backbone: Backbone, shared: _Tr
         if run.recipe.fit.ridge:
             with atomic_folder(run.ridge(weights)) as folder:
                 trainer.readout(state).save(folder, {"control": weights, **header})
-        state.prequential.save(run.errors(weights), trainer.parts())
+        state.prequential.save(run.errors(weights), run.recipe.fit)
         if weights == "none":
             with atomic_file(run.means) as file:
                 save_file(trainer.means(state), file)

@@ -468,20 +468,11 @@ class ProbeTrainer:
         by_grid = self._teachers_by_grid if self.recipe.fit.ridge else {}
         for layer, (grid, names) in itertools.product(self.layers, by_grid.items()):
             widths = {name: self.teachers[name].shape[1] for name in names}
-            empty = RidgeSums.zeros(self.backbone.hidden_size, widths, self.accelerator.device)
-            local = state.ridge.get((grid, layer), empty)
+            local = state.ridge.get((grid, layer))
+            local = local or RidgeSums.zeros(self.backbone.hidden_size, widths, self.accelerator.device)
             if self._rank_and_world_size[1] > 1:
                 local = RidgeSums({part: self.accelerator.reduce(v, "sum") for part, v in local.sums.items()})
             yield (grid, layer), local
-
-    def _collect_errors(self, state: TrainerState) -> None:
-        """Moves the errors of all processes to the main one; only one has those of an image."""
-        errors, device = state.prequential.errors, self.accelerator.device
-        for key in sorted(set(gather_object(list(errors)))):
-            values = errors.pop(key, torch.full((len(self.images),), torch.nan, device=device))
-            sums = self.accelerator.reduce(torch.stack((values.nan_to_num(0.0), values.isfinite().float())), "sum")
-            if self.accelerator.is_main_process:
-                errors[key] = sums[0].where(sums[1] > 0, torch.nan)
 
     def _collect(self, state: TrainerState) -> None:
         """Sums over processes: ridge sums and errors in the main process, target sums in all.
@@ -506,7 +497,7 @@ class ProbeTrainer:
             total, count = self._all_targets(state, name)
             if count:
                 state.target_sums[name] = state.shared_sums[name] = (total, count)
-        self._collect_errors(state)
+        state.prequential.collect(self.accelerator)
 
     def merge_processes(self, layers: Sequence[Layer], step: int) -> TrainerState:
         """Merges the layers of all processes on the CPU; only in the main process, after `run`.
@@ -530,14 +521,6 @@ class ProbeTrainer:
                 for name in self._teachers_by_grid[grid]
             }
         )
-
-    def parts(self) -> Tensor:
-        """Returns the part (images) of each image in the prequential code; -1 for those of the first batch."""
-        parts = torch.full((len(self.images),), -1, dtype=torch.int32)
-        first = [step for step in plan_steps(len(self.images), self.recipe.fit) if step.first]
-        for number, step in enumerate(first):
-            parts[list(itertools.chain(*step.micros))] = number.bit_length() - 1
-        return parts
 
     def means(self, state: TrainerState) -> dict[str, Tensor]:
         """Returns the mean target (N, D) per teacher over the training split, float32."""
