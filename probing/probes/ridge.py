@@ -66,13 +66,29 @@ class RidgeSums:
         n = rows.sum().double()
         precision = batch_precision(states.device)
         x, mean_x, sum_x = _centred(states, rows, n, precision)
-        # For any m: sum of x y' = sum of (x - m)(y - l)' + m (sum of y)' + (sum of x) l' - n m l'.
-        new = {"n": n, "x": sum_x, "xx": (x.T @ x).double() + _shift(mean_x, sum_x, mean_x, sum_x, n)}
+        self._add("n", n)
+        self._add("x", sum_x)
+        self._add_product("xx", x.T @ x, (mean_x, sum_x), (mean_x, sum_x), n)
         for name, target in targets.items():
             y, mean_y, sum_y = _centred(target, rows, n, precision)
-            new |= {f"y/{name}": sum_y, f"xy/{name}": (x.T @ y).double() + _shift(mean_x, sum_x, mean_y, sum_y, n)}
-        for name, value in new.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self._add(f"y/{name}", sum_y)
+            self._add_product(f"xy/{name}", x.T @ y, (mean_x, sum_x), (mean_y, sum_y), n)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if name not in self.sums:
+            self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
+        self.sums[name] += value  # in place: the large ones are 134 MB each at a width of 4096
+
+    def _add_product(
+        self, name: str, centred: Tensor, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], n: Tensor
+    ) -> None:
+        """Adds the sum of x y', given that of (x - m)(y - l)' and m, sum of x, l, sum of y.
+
+        For any m and l: sum of x y' = sum of (x - m)(y - l)' + m (sum of y)' + (sum of x - n m) l'.
+        """
+        (mean_x, sum_x), (mean_y, sum_y) = x, y
+        self._add(name, centred)
+        self.sums[name].addr_(mean_x, sum_y).addr_(sum_x - n * mean_x, mean_y)
 
     @classmethod
     def zeros(cls, width: int, target_widths: Mapping[str, int], device: torch.device) -> "RidgeSums":
@@ -83,30 +99,27 @@ class RidgeSums:
         sums.add(nothing, targets, torch.zeros(1, dtype=torch.bool, device=device))
         return sums
 
-    def solve(self, teacher: str, penalty: float) -> tuple[Tensor, Tensor]:
+    def solve(self, penalty: float) -> dict[str, tuple[Tensor, Tensor]]:
         """Solves ridge regression with an unpenalised intercept (Hastie et al., ESL, sec. 3.4.1).
 
         Args:
-            teacher: whose target is predicted.
             penalty: multiple of the mean eigenvalue of the states' covariance.
 
         Returns:
-            weight (D, H) and bias (D), float32: prediction = states @ weight.T + bias. Without images both are NaN.
+            Per teacher weight (D, H) and bias (D), float64: prediction = states @ weight.T + bias. NaN without images.
         """
-        weight, bias = self.solve_wide(teacher, penalty)
-        return weight.float(), bias.float()
-
-    def solve_wide(self, teacher: str, penalty: float) -> tuple[Tensor, Tensor]:
-        """Solves as `solve`; weight and bias are float64."""
-        xx, xy, x, y, n = (self.sums[name] for name in ("xx", f"xy/{teacher}", "x", f"y/{teacher}", "n"))
-        if not n:
-            return torch.full_like(xy.T, torch.nan), torch.full_like(y, torch.nan)
-        mean_x, mean_y = x / n, y / n
-        covariance = xx / n - torch.outer(mean_x, mean_x)
-        cross = xy / n - torch.outer(mean_x, mean_y)
-        level = penalty * covariance.diagonal().mean().clamp(min=torch.finfo(covariance.dtype).tiny)
-        weight = torch.linalg.solve(covariance + level * torch.eye(len(x)).to(covariance), cross).T
-        return weight, mean_y - weight @ mean_x
+        xx, x, n = (self.sums[name] for name in ("xx", "x", "n"))
+        cross = {name.removeprefix("xy/"): xy for name, xy in self.sums.items() if name.startswith("xy/")}
+        mean_x, means = x / n, {name: self.sums[f"y/{name}"] / n for name in cross}
+        covariances = [xy / n - torch.outer(mean_x, means[name]) for name, xy in cross.items()]
+        if n:  # all targets at once, with one factorisation
+            covariance = (xx / n).addr_(mean_x, mean_x, alpha=-1)
+            diagonal = covariance.diagonal()
+            diagonal += penalty * diagonal.mean().clamp(min=torch.finfo(covariance.dtype).tiny)
+            solved = torch.linalg.solve(covariance, torch.cat(covariances, dim=1))
+            covariances = list(solved.split([xy.shape[1] for xy in covariances], dim=1))
+        weights = {name: weight.T for name, weight in zip(cross, covariances, strict=True)}
+        return {name: (weight, means[name] - weight @ mean_x) for name, weight in weights.items()}
 
 
 def batch_precision(device: torch.device) -> torch.dtype:
@@ -120,10 +133,6 @@ def _centred(values: Tensor, rows: Tensor, n: Tensor, precision: torch.dtype) ->
     total = flat.sum(0, dtype=torch.float64)
     mean = (total / n.clamp(min=1)).to(precision)
     return (flat - mean).where(rows, 0), mean.double(), total
-
-
-def _shift(mean_x: Tensor, sum_x: Tensor, mean_y: Tensor, sum_y: Tensor, n: Tensor) -> Tensor:
-    return torch.outer(mean_x, sum_y) + torch.outer(sum_x - n * mean_x, mean_y)
 
 
 @dataclass

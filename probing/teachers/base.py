@@ -14,6 +14,7 @@ import probing.utils.torchvision_shim  # noqa: F401
 from probing.recipe import TeacherRecipe
 from probing.utils.checkpoint_files import loading
 from probing.utils.errors import UserError, first_line
+from probing.utils.precision import tf32_products
 from probing.utils.pretrained import identity, load_config, locate, pretrained
 
 PAPER_GRID = 24
@@ -66,8 +67,14 @@ class Teacher:
 
     @torch.no_grad()
     def target(self, pixels: Tensor) -> Tensor:
-        """Computes targets (B, N, D), float32, of pixel values."""
-        return self.encode(pixels.to(self.device, non_blocking=True)).float().contiguous()
+        """Computes targets (B, N, D), float32, of pixel values.
+
+        Products are in TensorFloat-32 on CUDA, where teachers take most of a training step otherwise: on an H200 2.6
+        times as fast for a relative error of 4e-4 to 8e-4 (Depth Anything V2 L, OneFormer Swin-L, CLIP H; random
+        weights).
+        """
+        with tf32_products(self.device):
+            return self.encode(pixels.to(self.device, non_blocking=True)).float().contiguous()
 
 
 @dataclass(frozen=True)

@@ -446,9 +446,8 @@ class ProbeTrainer:
         for name in self.teachers:
             total, count = self._all_targets(state, name)
             unseen.means[name] = (total / count.clamp(min=1)).float()
-        for (grid, layer), sums in self._all_ridge_sums(state):
-            for name in self._teachers_by_grid[grid]:
-                weight, bias = sums.solve_wide(name, self.recipe.fit.ridge_penalty)
+        for (_, layer), sums in self._all_ridge_sums(state):
+            for name, (weight, bias) in sums.solve(self.recipe.fit.ridge_penalty).items():
                 precision = batch_precision(device)
                 unseen.maps[name, layer_name(layer)] = weight.to(precision).to(device), bias.to(precision).to(device)
 
@@ -516,9 +515,9 @@ class ProbeTrainer:
         penalty = self.recipe.fit.ridge_penalty
         return RidgeReadout(
             {
-                (name, layer): sums.solve(name, penalty)
-                for (grid, layer), sums in state.ridge.items()
-                for name in self._teachers_by_grid[grid]
+                (name, layer): (weight.float(), bias.float())
+                for (_, layer), sums in state.ridge.items()
+                for name, (weight, bias) in sums.solve(penalty).items()
             }
         )
 

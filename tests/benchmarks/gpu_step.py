@@ -3,32 +3,36 @@
     python -m tests.benchmarks.gpu_step --peak 989        # TFLOP/s of the device in bfloat16, dense; 989 is an H100's
 
 Nothing is downloaded: checkpoint (CLIP ViT-L/336, Llama-3-8B) and teachers are built from their configurations on the
-device. Prints seconds an image, MFU (operations as `probing plan` counts them, over the time and the peak) and the
-memory that was allocated at most. Without a GPU it says so; `--small` runs it all the same, on tiny models.
+device. Prints the step and its parts, the step over its floor (the sum of the parts, each alone), MFU (operations as
+`probing plan` counts them, over the time and the peak), the memory that was allocated at most, and the kernels of
+attention. Without a GPU it says so; `--small` runs it all the same, on tiny models.
 """
 
 import argparse
 import contextlib
 import logging
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 
 import probing.models.llava
 import probing.teachers.base
 from analysis.planning.probe_training import plan_training
-from probing.data.dataloader import MicroBatches, micro_batches
+from probing.data.dataloader import MicroBatches, Prepared, micro_batches
 from probing.recipe import ProbeRunRecipe
 from probing.teachers import load_teachers
 from probing.training.run import load_run_backbone, training_images
-from probing.training.schedule import plan_steps
+from probing.training.schedule import Step, plan_steps
+from probing.training.state import TrainerState
 from probing.training.trainer import ProbeTrainer
 from tests.helpers import full_size, tiny
 
@@ -74,12 +78,102 @@ def recipe_of(root: Path, small: bool, batch: int) -> ProbeRunRecipe:
     )
 
 
+@dataclass
+class Benchmark:
+    """A trainer, its state and one batch of images on the device."""
+
+    trainer: ProbeTrainer
+    state: TrainerState
+    step: Step
+    prepared: Prepared
+
+    @classmethod
+    def build(cls, recipe: ProbeRunRecipe, accelerator: Accelerator, folder: Path) -> "Benchmark":
+        device = accelerator.device
+        with random_weights():
+            backbone, teachers = load_run_backbone(recipe, "none", device), load_teachers(recipe.teachers, device)
+        images, layers = training_images(recipe.data), list(range(1, backbone.layers + 1))
+        trainer = ProbeTrainer(recipe, backbone, teachers, images, layers, ["none"], folder / "state", accelerator)
+        step = replace(plan_steps(len(images), recipe.fit)[0], first=False)
+        prepare = {name: teacher.prepare for name, teacher in teachers.items()}
+        prepared = next(micro_batches(MicroBatches(images, step.micros, backbone.prepare, prepare), 0, device))
+        return cls(trainer, trainer.initial_state(), step, prepared)
+
+    def works(self) -> dict[str, Callable[[], object]]:
+        """The step, and the parts that it cannot do without, each alone."""
+        trainer, prepared, teachers = self.trainer, self.prepared, self.trainer.teachers
+        assert prepared.student is not None
+        batch = prepared.student.to(trainer.backbone.device)
+        probes = self.state.banks["none"].probes
+        targets = {name: prepared.target(teacher) for name, teacher in teachers.items()}
+        states: list[torch.Tensor] = []
+        trainer.backbone.stream(batch, trainer.layers[-1:], lambda _, hidden: states.append(hidden))
+        keys, mask = batch.tokens.select(states[0], trainer.recipe.probe.keys)
+
+        @torch.no_grad()
+        def backbone() -> None:
+            trainer.backbone.core(**batch.inputs, use_cache=False)
+
+        def train_probes() -> None:
+            for key, probe in probes.items():
+                with torch.autocast(trainer.accelerator.device.type, torch.bfloat16):
+                    prediction = probe(keys, mask)
+                F.smooth_l1_loss(prediction.float(), targets[key.teacher]).backward()
+
+        def optimise() -> None:
+            for probe in probes.values():
+                torch.nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
+            self.state.optimizer.step()
+
+        return {
+            "step": lambda: trainer.take_step(self.state, self.step, iter([prepared]), 1000),
+            "backbone": backbone,
+            "teachers": lambda: [prepared.target(teacher) for teacher in teachers.values()],
+            "probes": train_probes,
+            "optimiser": optimise,
+            "first visit": self.first_visit,
+            "next part": lambda: trainer._begin_part(self.state),  # solves the ridge readouts, log2(steps) times a run
+        }
+
+    def first_visit(self) -> None:
+        """A step that also gathers ridge sums and the errors of the code length."""
+        ridge = self.trainer.recipe.model_copy(
+            update={"fit": self.trainer.recipe.fit.model_copy(update={"ridge": True})}
+        )
+        trainer = replace(self.trainer, recipe=ridge)
+        self.state.prequential.batches = 3  # no part of the code begins with this step
+        if not self.state.prequential.maps:
+            trainer.take_step(self.state, replace(self.step, first=True), iter([self.prepared]), 1000)
+            trainer._begin_part(self.state)
+        trainer.take_step(self.state, replace(self.step, first=True), iter([self.prepared]), 1000)
+
+    def kernels(self) -> dict[str, float]:
+        """Seconds on the device by kernel, of one step."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.works()["step"]()
+            torch.cuda.synchronize()
+        return {event.key: event.self_device_time_total / 1e6 for event in profile.key_averages()}
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, turns: int) -> float:
+    """Median of so many turns, the device waited for."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    found = []
+    for _ in range(turns + 2):
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[2:])
+
+
 def main() -> None:
     """Prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of the device in bfloat16, dense")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -93,37 +187,28 @@ def main() -> None:
         recipe = recipe_of(Path(folder), options.small, options.batch)
         cost = plan_training(recipe).work
         assert cost is not None
-        with random_weights():
-            backbone, teachers = load_run_backbone(recipe, "none", device), load_teachers(recipe.teachers, device)
-        images, layers = training_images(recipe.data), list(range(1, backbone.layers + 1))
-        trainer = ProbeTrainer(
-            recipe, backbone, teachers, images, layers, ["none"], Path(folder) / "state", accelerator
-        )
-        state = trainer.initial_state()
-        step = replace(plan_steps(len(images), recipe.fit)[0], first=False)
-        prepare = {name: teacher.prepare for name, teacher in teachers.items()}
-        prepared = next(micro_batches(MicroBatches(images, step.micros, backbone.prepare, prepare), 0, device))
-
-        def run(count: int) -> float:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(count):
-                trainer.take_step(state, step, iter([prepared]), 1000)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            return (time.perf_counter() - start) / count
-
-        run(2)
-        seconds = run(options.steps)
-        work = (cost.flops16 + cost.flops32) * options.batch / 1e12
+        benchmark = Benchmark.build(recipe, accelerator, Path(folder))
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-        out(f"{name}, {len(state.columns)} probes, {options.batch} images a step\n")
-        out(f"step {seconds:.3f} s, {seconds / options.batch:.3f} s an image, {work / seconds:.2f} TFLOP/s")
-        out(f", MFU {work / seconds / options.peak:.1%} of {options.peak:g} TFLOP/s\n")
+        out(f"{name}, {len(benchmark.state.columns)} probes, {options.batch} images a step\n")
+        found = {}
+        for part, work in benchmark.works().items():
+            found[part] = seconds_of(work, device, options.turns)
+            out(f"{part:12s} {1e3 * found[part]:6.0f} ms\n")
+            if part == "step" and device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated() / 1e9
+                out(f"memory {peak:.1f} GB, planned {sum(cost.memory.values()) / 1e9:.1f} GB\n")
+            sys.stdout.flush()
+        floor = sum(found[part] for part in ("backbone", "teachers", "probes", "optimiser"))
+        out(f"step / (backbone + teachers + probes + optimiser) {found['step'] / floor:.2f}\n")
+        out(f"first visit, with ridge sums and code length / step {found['first visit'] / found['step']:.2f}\n")
+        tera = (cost.flops16 + cost.flops32) * options.batch / 1e12 / found["step"]
+        out(f"{found['step'] / options.batch:.3f} s an image, {tera:.2f} TFLOP/s, ")
+        out(f"MFU {tera / options.peak:.1%} of {options.peak:g} TFLOP/s\n")
         if device.type == "cuda":
-            planned = sum(cost.memory.values()) / 1e9
-            out(f"memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, planned {planned:.1f} GB\n")
+            kernels = benchmark.kernels()
+            out(f"device busy {sum(kernels.values()) / found['step']:.0%} of a step; attention:\n")
+            for name in sorted(name for name in kernels if any(part in name for part in ("flash", "fmha", "softmax"))):
+                out(f"{1e3 * kernels[name]:6.0f} ms {name[:100]}\n")
 
 
 if __name__ == "__main__":

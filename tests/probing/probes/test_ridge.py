@@ -24,7 +24,7 @@ def test_readout_equals_scikit_learn_in_float64(monkeypatch, offset, precision):
         sums.add(x[rows], {name: y[rows] for name, y in targets.items()}, chosen[rows])
     states = x[chosen].flatten(0, 1).double().numpy()
     for name, y in targets.items():
-        weight, bias = sums.solve(name, 1e-3)
+        weight, bias = sums.solve(1e-3)[name]
         ridge = Ridge(alpha=1e-3 * len(states) * np.var(states, axis=0).mean())
         ridge.fit(states, y[chosen].flatten(0, 1).double().numpy())
         np.testing.assert_allclose(weight, ridge.coef_, rtol=1e-4, atol=1e-6)
@@ -38,4 +38,4 @@ def test_sums_of_no_images_change_nothing():
     assert empty.sums.keys() == sums.sums.keys()
     for name, value in empty.sums.items():
         assert value.shape == sums.sums[name].shape and not value.any() and value.dtype == torch.float64
-    assert torch.isnan(empty.solve("a", 1e-3)[0]).all()
+    assert torch.isnan(empty.solve(1e-3)["a"][0]).all()

@@ -89,7 +89,7 @@ def test_shuffled_targets_cost_the_bits_of_overfitting(images):
     x, y = torch.randn(2000, 1, width, generator=generator), torch.randn(2000, 1, size, generator=generator)
     sums = RidgeSums()
     sums.add(x[:images], {"a": y[:images]}, torch.ones(images).bool())
-    weight, bias = sums.solve_wide("a", 1e-12)
+    weight, bias = sums.solve(1e-12)["a"]
     errors = (x[images:].double() @ weight.T + bias - y[images:]).square().sum(dim=(1, 2)).numpy()
     mean_errors = (y[:images].mean(dim=0) - y[images:]).double().square().sum(dim=(1, 2)).numpy()
     saved = bits_saved(errors, mean_errors[None], np.zeros(len(errors), dtype=int), size).mean()
