@@ -20,11 +20,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed  ## The whole story on the toy world, about six minutes on two CPU cores
 	$(BIN)/probing demo
 
-test: lint  ## Style, types and all tests
-	$(BIN)/pytest -n 2 --dist loadfile
+test: lint  ## Style, types and all tests, on the CPU; `tests/gpu.sh` runs what needs a GPU
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/.installed-dev  ## Only the quick tests
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ TOKEN_KINDS = ("system", "cls", "image", "tile", "newline", "gen", "depth", "seg
 """`image`: patches of the whole image; `tile`: its enlarged parts; `newline`: ends of rows; `cls`: class and register
 tokens of the vision tower."""
 
+Position = Literal["image", "text", "last", "special"]
 TokenKind = Literal["system", "cls", "image", "tile", "newline", "gen", "depth", "seg", "text", "answer"]
 R = TypeVar("R", bound=BaseModel)
 YAML_ERRORS = (yaml.YAMLError, *BROKEN)
@@ -181,6 +182,9 @@ class FitRecipe(Strict):
     """Also fit the closed-form ridge readout."""
     ridge_penalty: float = Field(default=1e-3, gt=0)
     """Ridge penalty, as a multiple of the mean eigenvalue of the states' covariance."""
+    positions: list[Position] = []
+    """Also measure what each layer holds at the `image` tokens, the `text` after the image, the `last` token or the
+    `special` tokens: code length of the mean feature, from the mean state there. Needs `ridge`."""
     buffer: Literal["off", "auto"] | Annotated[float, Field(gt=0)] = "off"
     """Holds hidden states of a window of images, so that several epochs need one forward pass: GB of the host's memory
     per process, `auto` (half of what is free), or `off`."""
@@ -197,12 +201,18 @@ class FitRecipe(Strict):
     """Experiment tracker for losses and learning rate: tensorboard (in the run's folder), wandb, mlflow or another that
     accelerate supports, or none."""
 
-    @field_validator("seeds")
+    @field_validator("seeds", "positions")
     @classmethod
-    def _distinct(cls, value: list[int]) -> list[int]:
+    def _distinct(cls, value: list[Any]) -> list[Any]:
         if len(set(value)) != len(value):
-            raise ValueError("names a seed twice")
+            raise ValueError("names an entry twice")
         return value
+
+    @model_validator(mode="after")
+    def _positions_need_ridge(self) -> Self:
+        if self.positions and not self.ridge:
+            raise ValueError("positions need ridge: true")
+        return self
 
 
 Control = Literal["shuffled", "random"]

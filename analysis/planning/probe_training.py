@@ -79,6 +79,8 @@ def _work(
     fit, layers, width = recipe.fit, parse_layers(recipe.layers, backbone.layers), backbone.hidden_size
     image = first_image(images, recipe.data.view)
     batch = backbone.prepare([image])
+    if fit.positions:
+        batch.tokens.mean_states(torch.zeros(*batch.tokens.kinds.shape, 1), fit.positions)  # or UserError
     tokens = batch.tokens.kinds.shape[1]
     keys = batch.tokens.select(torch.zeros(1, tokens, 1), recipe.probe.keys)[0].shape[1]
     deepest = backbone.layers if FINAL in layers else int(max(layers))
@@ -93,8 +95,9 @@ def _work(
     configs = probe_configs(recipe.probe, width, teachers).values()
     probe = sum(resampler_flops(config, keys, states_need_grad=False) for config in configs)
     probes = probe * len(layers) * len(fit.seeds) * (1 + shuffled + random) / (1 + random)
-    rows = {one.grid: one.shape[0] for one in teachers.values()}
-    ridge = 2 * width * (sum(width * n for n in rows.values()) + 2 * sum(n * d for n, d in shapes)) * fit.ridge
+    rows, positions = {one.grid: one.shape[0] for one in teachers.values()}, len(fit.positions)
+    products = sum(width * n for n in rows.values()) + 2 * sum(n * d for n, d in shapes)
+    ridge = 2 * width * (products + positions * (width + 2 * sum(d for _, d in shapes))) * fit.ridge
     bits = 8 * next(backbone.core.parameters()).element_size()
     in32 = forward * sum(cost.flops for cost in seen)
     in32 += ridge * len(layers) / fit.epochs  # summed on an image's first visit alone

@@ -146,7 +146,10 @@ class MultiEncoderModel(ProjectorModel):
         """Runs LLaVA; takes the arguments of `get_image_features` next to LLaVA's."""
         teachers = {name: kwargs.pop(name) for name in (*PIXELS, "teacher_features") if name in kwargs}
         if pixel_values is not None:
-            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(pixel_values, **teachers)}
+            ids, embeds = kwargs.pop("input_ids"), kwargs.pop("inputs_embeds", None)
+            embeds = self.get_input_embeddings()(ids) if embeds is None else embeds
+            features = torch.cat(self.get_image_features(pixel_values, **teachers).pooler_output).to(embeds)
+            kwargs["inputs_embeds"] = embeds.masked_scatter(self.get_placeholder_mask(ids, embeds, features), features)
         return super().forward(**kwargs)
 
 

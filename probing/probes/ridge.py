@@ -23,6 +23,11 @@ RidgeKey = tuple[str, Layer]
 """Teacher and layer."""
 Grid = tuple[int, int] | None
 """Rows and columns of a target; None for a single token."""
+RidgeSource = Grid | str
+"""What a readout reads: image tokens at the grid of the target, or the mean state at a position of the prompt."""
+RELATIVE_SPREAD = 2.0**-23
+"""Least variance of the states that counts, relative to their mean square: below it they are constant but for rounding,
+as those of the prompt at layer 0."""
 
 
 def resize_states(states: Tensor, grid: tuple[int, int], target_grid: Grid) -> Tensor:
@@ -115,7 +120,8 @@ class RidgeSums:
         if n:  # all targets at once, with one factorisation
             covariance = (xx / n).addr_(mean_x, mean_x, alpha=-1)
             diagonal = covariance.diagonal()
-            diagonal += penalty * diagonal.mean().clamp(min=torch.finfo(covariance.dtype).tiny)
+            least = (RELATIVE_SPREAD * xx.diagonal().mean() / n).clamp(min=torch.finfo(covariance.dtype).tiny)
+            diagonal += penalty * diagonal.mean().maximum(least)
             solved = torch.linalg.solve(covariance, torch.cat(covariances, dim=1))
             covariances = list(solved.split([xy.shape[1] for xy in covariances], dim=1))
         weights = {name: weight.T for name, weight in zip(cross, covariances, strict=True)}

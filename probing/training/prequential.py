@@ -20,11 +20,15 @@ from probing.recipe import FitRecipe
 from probing.training.schedule import plan_steps
 from probing.utils.files import atomic_file
 
+POOLED = "pooled"
+"""Position of the mean target of mean features."""
+
 
 class ErrorKey(NamedTuple):
     """Identifies the errors of one probe.
 
-    Without layer, `mean` is the mean target (N, D) so far, and `constant` its mean over positions.
+    Without layer, `mean` is the mean target (N, D) so far, and `constant` its mean over positions. With a `position` of
+    the prompt the target is the mean feature (D), for `mean` too, whose position is `POOLED`.
     """
 
     probe: str
@@ -32,6 +36,7 @@ class ErrorKey(NamedTuple):
     teacher: str
     layer: str
     seed: int
+    position: str = ""
 
     def text(self) -> str:
         """Returns the name of its tensor in a file."""
@@ -40,8 +45,8 @@ class ErrorKey(NamedTuple):
     @classmethod
     def from_text(cls, text: str) -> "ErrorKey":
         """Inverts `text`."""
-        probe, control, teacher, layer, seed = text.split("/")
-        return cls(probe, control, teacher, layer, int(seed))
+        probe, control, teacher, layer, seed, *position = text.split("/")
+        return cls(probe, control, teacher, layer, int(seed), *position)
 
 
 @dataclass
@@ -51,14 +56,15 @@ class PrequentialErrors:
     Attributes:
         images: number of training images.
         batches: batches of images that were visited for the first time.
-        maps: weight (D, H) and bias (D) of each ridge readout, by teacher and layer, solved after the last 2^j batches.
+        maps: weight (D, H) and bias (D) of each ridge readout, by teacher, layer and position, solved after the last
+            2^j batches.
         means: mean target (N, D) at the same time, by teacher.
         errors: per probe and image the sum of squared errors (images), float32; NaN where there is none.
     """
 
     images: int
     batches: int = 0
-    maps: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    maps: dict[tuple[str, str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[ErrorKey, Tensor] = field(default_factory=dict)
 
@@ -94,7 +100,7 @@ class PrequentialErrors:
     def restore(self, saved: Mapping[str, Any], device: torch.device) -> None:
         """Adds what `dump` returned, of this process or of one that trained other layers."""
         self.batches = saved["batches"]
-        self.maps |= {(teacher, layer): (w.to(device), b.to(device)) for teacher, layer, w, b in saved["maps"]}
+        self.maps |= {tuple(key): (w.to(device), b.to(device)) for *key, w, b in saved["maps"]}
         self.means |= {teacher: mean.to(device) for teacher, mean in saved["means"].items()}
         self.errors |= {ErrorKey.from_text(text): values.to(device) for text, values in saved["errors"].items()}
 

@@ -22,8 +22,10 @@ def ridge_bytes(recipe: ProbeRunRecipe, hidden_size: int, teachers: Mapping[str,
     """Returns the bytes of one layer's ridge sums (float64) and latest solutions (float32 on accelerators)."""
     if not recipe.fit.ridge:
         return 0
-    grids = {teacher.grid for teacher in teachers.values()}
-    return hidden_size * (8 * len(grids) * hidden_size + 12 * sum(teacher.shape[1] for teacher in teachers.values()))
+    positions = len(recipe.fit.positions)
+    covariances = len({teacher.grid for teacher in teachers.values()}) + positions
+    target_width = (1 + positions) * sum(teacher.shape[1] for teacher in teachers.values())
+    return hidden_size * (8 * covariances * hidden_size + 12 * target_width)
 
 
 def disk_bytes(

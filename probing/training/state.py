@@ -14,7 +14,7 @@ from probing.data.coco import Skipped
 from probing.models.base import Layer, layer_name
 from probing.models.finite import NotFinite
 from probing.probes.bank import ProbeBank, ProbeKey
-from probing.probes.ridge import Grid, RidgeSums
+from probing.probes.ridge import RidgeSource, RidgeSums
 from probing.training.prequential import PrequentialErrors
 from probing.utils.errors import UserError
 
@@ -31,7 +31,7 @@ class TrainerState:
         window: images that the activation buffer holds; None until it is chosen.
         losses: one row per step; one column per probe, see `columns`, then one per teacher for its running mean. NaN
             if the probe skipped the step: no usable image, or a non-finite loss or gradient.
-        ridge: sums of the ridge readouts, by grid of the target and layer.
+        ridge: sums of the ridge readouts, by what they read and layer.
         target_sums: per teacher, sum (N, D) of targets in float64 and their number: over all processes up to the last
             saved state, and over this process since.
         shared_sums: `target_sums` of the last saved state.
@@ -47,7 +47,7 @@ class TrainerState:
     step: int = 0
     window: int | None = None
     losses: list[list[float]] = field(default_factory=list)
-    ridge: dict[tuple[Grid, Layer], RidgeSums] = field(default_factory=lambda: defaultdict(RidgeSums))
+    ridge: dict[tuple[RidgeSource, Layer], RidgeSums] = field(default_factory=lambda: defaultdict(RidgeSums))
     target_sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     shared_sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     sums_changed: bool = False
@@ -76,7 +76,7 @@ class TrainerState:
             "step": self.step,
             "window": self.window,
             "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "ridge": [(grid, layer, sums.sums) for (grid, layer), sums in self.ridge.items()],
+            "ridge": [(source, layer, sums.sums) for (source, layer), sums in self.ridge.items()],
             "target_sums": {name: [total, count] for name, (total, count) in self.target_sums.items()},
             "prequential": self.prequential.dump(),
             "skipped": [[s.image, s.split, s.reason] for s in self.skipped.values()],
@@ -127,8 +127,8 @@ class TrainerState:
     def _add(self, saved: dict[str, Any]) -> None:
         """Adds the sums and excluded images of a saved state; takes its step."""
         device = self.parameters[0][0].device
-        for grid, layer, sums in saved["ridge"]:
-            self.ridge[grid, layer] = RidgeSums({name: value.to(device) for name, value in sums.items()})
+        for source, layer, sums in saved["ridge"]:
+            self.ridge[source, layer] = RidgeSums({name: value.to(device) for name, value in sums.items()})
         for name, (total, count) in saved["target_sums"].items():
             self.target_sums[name] = total.to(device), torch.as_tensor(count, device=device)
         self.prequential.restore(saved["prequential"], device)

@@ -29,12 +29,13 @@ from probing.data.dataloader import MicroBatches, Prepared, micro_batches
 from probing.data.target_cache import TargetCache
 from probing.models.base import Backbone, Layer, layer_name
 from probing.models.finite import NotFinite, finite_rows, zero_others
+from probing.models.token_map import TokenMap
 from probing.probes.bank import ProbeBank, ProbeKey, probe_configs
-from probing.probes.ridge import Grid, RidgeReadout, RidgeSums, batch_precision, resize_states
+from probing.probes.ridge import RidgeReadout, RidgeSource, RidgeSums, batch_precision, resize_states
 from probing.recipe import ProbeRunRecipe
 from probing.teachers import Teacher
 from probing.training.buffer import ActivationBuffer, plan_window
-from probing.training.prequential import ErrorKey, PrequentialErrors
+from probing.training.prequential import POOLED, ErrorKey, PrequentialErrors
 from probing.training.schedule import Step, last_visits, learning_rate, plan_steps, require_enough
 from probing.training.state import TrainerState
 from probing.training.state_files import StateFiles
@@ -116,12 +117,14 @@ class ProbeTrainer:
         return (0, 1) if self.spread else (self.accelerator.process_index, self.accelerator.num_processes)
 
     @functools.cached_property
-    def _teachers_by_grid(self) -> dict[Grid, list[str]]:
-        """Names of the teachers whose targets have the same grid, so that their ridge readouts share XᵀX."""
-        groups: dict[Grid, list[str]] = {}
+    def _ridge_teachers(self) -> dict[RidgeSource, list[str]]:
+        """Names of the teachers whose ridge readouts share XᵀX: of one grid, or all at a position."""
+        if not self.recipe.fit.ridge:
+            return {}
+        groups: dict[RidgeSource, list[str]] = {}
         for name, teacher in self.teachers.items():
             groups.setdefault(teacher.grid, []).append(name)
-        return groups
+        return groups | {position: list(self.teachers) for position in self.recipe.fit.positions}
 
     def initial_state(self, device: torch.device | None = None) -> TrainerState:
         """Initialises probes and optimiser, by default on the accelerator."""
@@ -324,6 +327,8 @@ class ProbeTrainer:
         totals = _StepSums.empty(len(columns) + len(self.teachers), self._wide, device)
         losses, counts = totals.sums
         weights = "random" if "random" in state.banks else "none"
+        positions = self.recipe.fit.positions
+        mean_targets = {name: target.mean(dim=1, keepdim=True) for name, target in targets.items()} if positions else {}
         unseen = state.prequential if gather and state.prequential.means else None
         indices = torch.tensor(prepared.indices).to(device, non_blocking=True)
         for index, (name, target) in enumerate(targets.items(), start=len(columns)):
@@ -338,6 +343,9 @@ class ProbeTrainer:
             if unseen:
                 for probe, constant in (("mean", unseen.means[name]), ("constant", unseen.means[name].mean(dim=0))):
                     unseen.add(ErrorKey(probe, weights, name, "", 0), indices, constant, target, finite[name])
+                if positions:
+                    pooled = ErrorKey("mean", weights, name, "", 0, POOLED)
+                    unseen.add(pooled, indices, constant, mean_targets[name], finite[name])
         finite_states: list[Tensor] = []
 
         def train(layer: Layer, keys: Tensor, mask: Tensor | None) -> None:
@@ -364,19 +372,25 @@ class ProbeTrainer:
                         series = ErrorKey("resampler", control, key.teacher, layer_name(layer), key.seed)
                         unseen.add(series, indices, prediction, target, valid[key.teacher])
 
-        def add_to_ridge(layer: Layer, patches: Tensor, grid: tuple[int, int]) -> None:
-            for target_grid, names in self._teachers_by_grid.items():
-                resized = resize_states(patches, grid, target_grid)
-                chosen = torch.stack([finite_rows(resized), *(finite[name] for name in names)]).all(dim=0)
+        def add_to_ridge(layer: Layer, hidden: Tensor, tokens: TokenMap) -> None:
+            patches = tokens.image_states(hidden).to(device)
+            means = iter(tokens.mean_states(hidden, positions).to(device).split(1, dim=1) if positions else ())
+            for source, names in self._ridge_teachers.items():
+                if isinstance(source, str):
+                    position, states, own_targets = source, next(means), mean_targets
+                else:
+                    position, states, own_targets = "", resize_states(patches, tokens.grid, source), targets
+                chosen = torch.stack([finite_rows(states), *(finite[name] for name in names)]).all(dim=0)
                 if unseen:
                     for name in names:
-                        weight, bias = unseen.maps[name, layer_name(layer)]
-                        prediction = F.linear(resized.to(weight.dtype), weight, bias)
-                        series = ErrorKey("ridge", weights, name, layer_name(layer), self.recipe.fit.seeds[0])
-                        unseen.add(series, indices, prediction, targets[name], chosen)
-                state.ridge[target_grid, layer].add(resized, {name: targets[name] for name in names}, chosen)
+                        weight, bias = unseen.maps[name, layer_name(layer), position]
+                        prediction = F.linear(states.to(weight.dtype), weight, bias)
+                        seed = self.recipe.fit.seeds[0]
+                        series = ErrorKey("ridge", weights, name, layer_name(layer), seed, position)
+                        unseen.add(series, indices, prediction, own_targets[name], chosen)
+                state.ridge[source, layer].add(states, {name: own_targets[name] for name in names}, chosen)
 
-        self._visit_layers(prepared, buffer, train, add_to_ridge if gather and self.recipe.fit.ridge else None)
+        self._visit_layers(prepared, buffer, train, add_to_ridge if gather and self._ridge_teachers else None)
         totals.finite.append((prepared.indices, torch.stack([*finite_states, *finite.values()])))
         return totals
 
@@ -385,7 +399,7 @@ class ProbeTrainer:
         prepared: Prepared,
         buffer: ActivationBuffer | None,
         visit: Callable[[Layer, Tensor, Tensor | None], None],
-        visit_patches: Callable[[Layer, Tensor, tuple[int, int]], None] | None = None,
+        visit_all: Callable[[Layer, Tensor, TokenMap], None] | None = None,
     ) -> None:
         """Hands over each layer's states, from the buffer or from a forward pass, which fills the buffer.
 
@@ -393,7 +407,7 @@ class ProbeTrainer:
             prepared: the micro-batch; without inputs its states are in the buffer.
             buffer: of hidden states.
             visit: gets the layer, the states (B, T, H) that probes read and a mask (B, T), as `TokenMap.select`.
-            visit_patches: gets the layer, the states of the image's patches and their grid; only in a forward pass.
+            visit_all: gets the layer, the states (B, T, H) of all positions and their kinds; only in a forward pass.
         """
         device = self.accelerator.device
         if prepared.student is None:
@@ -408,8 +422,8 @@ class ProbeTrainer:
             if buffer is not None:
                 buffer.add_states(prepared.indices, layer, hidden, positions)
             visit(layer, *batch.tokens.select(hidden.to(device), kinds))
-            if visit_patches is not None:
-                visit_patches(layer, batch.tokens.image_states(hidden).to(device), batch.tokens.grid)
+            if visit_all is not None:
+                visit_all(layer, hidden, batch.tokens)
 
         self.backbone.stream(batch, self.layers, emit)
 
@@ -446,10 +460,12 @@ class ProbeTrainer:
         for name in self.teachers:
             total, count = self._all_targets(state, name)
             unseen.means[name] = (total / count.clamp(min=1)).float()
-        for (_, layer), sums in self._all_ridge_sums(state):
+        for (source, layer), sums in self._all_ridge_sums(state):
+            position = source if isinstance(source, str) else ""
             for name, (weight, bias) in sums.solve(self.recipe.fit.ridge_penalty).items():
                 precision = batch_precision(device)
-                unseen.maps[name, layer_name(layer)] = weight.to(precision).to(device), bias.to(precision).to(device)
+                solution = weight.to(precision).to(device), bias.to(precision).to(device)
+                unseen.maps[name, layer_name(layer), position] = solution
 
     def _all_targets(self, state: TrainerState, teacher: str) -> tuple[Tensor, Tensor]:
         """Returns sum (N, D) and number of a teacher's targets over all processes."""
@@ -462,16 +478,15 @@ class ProbeTrainer:
         count = shared_count + self.accelerator.reduce(count - shared_count, "sum")
         return shared_total + self.accelerator.reduce(total - shared_total, "sum"), count
 
-    def _all_ridge_sums(self, state: TrainerState) -> Iterator[tuple[tuple[Grid, Layer], RidgeSums]]:
+    def _all_ridge_sums(self, state: TrainerState) -> Iterator[tuple[tuple[RidgeSource, Layer], RidgeSums]]:
         """Yields the ridge sums of all processes, in the same order in each."""
-        by_grid = self._teachers_by_grid if self.recipe.fit.ridge else {}
-        for layer, (grid, names) in itertools.product(self.layers, by_grid.items()):
+        for layer, (source, names) in itertools.product(self.layers, self._ridge_teachers.items()):
             widths = {name: self.teachers[name].shape[1] for name in names}
-            local = state.ridge.get((grid, layer))
+            local = state.ridge.get((source, layer))
             local = local or RidgeSums.zeros(self.backbone.hidden_size, widths, self.accelerator.device)
             if self._rank_and_world_size[1] > 1:
                 local = RidgeSums({part: self.accelerator.reduce(v, "sum") for part, v in local.sums.items()})
-            yield (grid, layer), local
+            yield (source, layer), local
 
     def _collect(self, state: TrainerState) -> None:
         """Sums over processes: ridge sums and errors in the main process, target sums in all.
@@ -511,12 +526,13 @@ class ProbeTrainer:
         return merged
 
     def readout(self, state: TrainerState) -> RidgeReadout:
-        """Solves the ridge readouts; only in the main process, after `run`."""
+        """Solves the ridge readouts of image tokens; only in the main process, after `run`."""
         penalty = self.recipe.fit.ridge_penalty
         return RidgeReadout(
             {
                 (name, layer): (weight.float(), bias.float())
-                for (_, layer), sums in state.ridge.items()
+                for (source, layer), sums in state.ridge.items()
+                if not isinstance(source, str)
                 for name, (weight, bias) in sums.solve(penalty).items()
             }
         )

@@ -3,7 +3,10 @@
 import shutil
 from pathlib import Path
 
-import httpx2
+try:
+    import httpx2
+except ImportError:  # huggingface_hub 1
+    import httpx as httpx2
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 

@@ -31,7 +31,7 @@ def test_defaults_are_the_papers(values):
         ("fit.micro_batch=512", "fit.micro_batch 512 is larger than fit.batch_size 256"),
         ("data.eval_split=train2017", "both 'train2017'"),
         ("fit.lr=-1", "fit.lr: "),
-        ("fit.seeds=[1,1]", "fit.seeds: names a seed twice"),
+        ("fit.seeds=[1,1]", "fit.seeds: names an entry twice"),
         ("data.path=/x", "data.path: must look like coco:DIR"),
         ("probe.keys=[pictures]", "probe.keys.0: "),
         ("teachers={}", "teachers: "),

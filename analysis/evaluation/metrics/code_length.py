@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from analysis.evaluation.scores import ScoreFile
 
+CONSTANTS = {False: (("mean", ""), ("constant", "")), True: (("mean", "pooled"),)}
+"""Probe and position of the constants that features and mean features are compared with."""
 RESOLUTION = 2.0**-10
 """Smallest standard deviation of a code, relative to that of the mean target's; about the rounding of float16."""
 
@@ -68,6 +70,15 @@ class CodeLength(Metric):
             "the feature; the mean target saves 0.",
             digits=0,
         ),
+        MetricInfo(
+            "code_length_mean",
+            "strict",
+            "code length of the mean feature saved (bits per image)",
+            "The same for a feature's mean over its positions, read from the mean state at one kind of tokens: those "
+            "of the image, the text after it, the last one, or the special tokens. At layer 0 the text is the same for "
+            "every image; what it holds later was moved there by attention.",
+            digits=0,
+        ),
     )
 
     def update(self, teacher: str, prediction: Tensor, batch: EvaluationBatch) -> dict[Series, Tensor]:
@@ -80,6 +91,8 @@ class CodeLength(Metric):
         Raises:
             UserError: there are none, as of imported probes or of a single batch, or the training images have changed.
         """
+        from dataclasses import replace
+
         import numpy as np
         from safetensors.numpy import load_file
 
@@ -105,14 +118,14 @@ class CodeLength(Metric):
                 coded = parts >= 0
                 for key, values in keys.items():
                     if key.layer:
-                        probes = ("mean", "constant")
-                        means = np.stack([keys[ErrorKey(one, weights, key.teacher, "", 0)][coded] for one in probes])
-                        size = int(np.prod(self.teachers[key.teacher].shape))
-                        bits = bits_saved(values[coded], means, parts[coded], size)
-                        score = ScoreKey(
-                            key.teacher, key.layer, key.probe, key.control, self.name, "strict", "", key.seed
-                        )
-                        table[score] = bits.astype(np.float32)
+                        constants = CONSTANTS[bool(key.position)]
+                        means = [keys[ErrorKey(probe, weights, key.teacher, "", 0, at)] for probe, at in constants]
+                        positions, width = self.teachers[key.teacher].shape
+                        size = width if key.position else positions * width
+                        bits = bits_saved(values[coded], np.stack(means)[:, coded], parts[coded], size)
+                        metric = "code_length_mean" if key.position else self.name
+                        score = ScoreKey(key.teacher, key.layer, key.probe, key.control, metric, "strict")
+                        table[replace(score, variant=key.position, seed=key.seed)] = bits.astype(np.float32)
         if not table:
             raise UserError("code_length needs more than one batch of images; lower fit.batch_size and train again")
         names = [name for name, one in zip(images.names, coded, strict=True) if one]

@@ -96,7 +96,9 @@ def test_half_precision_checkpoint_trains_in_float32(models, recipe, tmp_path):
 
 def test_frozen_parts_stay_in_eval_mode_and_checkpointed(models):
     model = AutoModelForImageTextToText.from_pretrained(models["llava"])
-    model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    llm = model.model.language_model
+    enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     trained = DistillationModel(model, "pt").train()
     layer = model.model.language_model.layers[0]
     assert layer.training and not layer.self_attn.training and model.model.multi_modal_projector.training

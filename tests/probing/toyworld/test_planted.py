@@ -64,15 +64,27 @@ def test_checkpoint_answers_from_the_image(world):
 
 
 def test_ridge_finds_the_box(world, tmp_path):
-    """Centred cosine is above .9 inside the box and below .2 outside; code length saves bits inside alone."""
-    fit = {"epochs": 1, "batch_size": 16, "micro_batch": 16, "workers": 0, "report_to": "none"}
+    """Centred cosine is above .9 inside the box and below .2 outside; code length saves bits inside alone.
+
+    That of the mean feature does so where the mean state of image or text has it, in layers of its own.
+    """
+    fit = {
+        "positions": ["image", "text", "last"],
+        "epochs": 1,
+        "batch_size": 16,
+        "micro_batch": 16,
+        "workers": 0,
+        "report_to": "none",
+    }
     recipe = {
         "backbone": {"checkpoint": str(world.checkpoint)}, "data": {"path": f"coco:{world.data}"},
         "teachers": {"products": {"id": str(world.teacher)}}, "layers": "all", "controls": [], "fit": fit,
     }  # fmt: skip
     table = probing.evaluate(probing.train(recipe, tmp_path / "run"), metrics=["cosine", "code_length"])
     ridge = table[(table.probe == "ridge") & (table.layer != "mean")]
-    for metric, low, high in (("cosine_centred", 0.2, 0.9), ("code_length", 0, 100)):
+    assert set(ridge.metric) == {"cosine_centred", "cosine", "code_length", "code_length_mean"}
+    for metric, low, high in (("cosine_centred", 0.2, 0.9), ("code_length", 0, 100), ("code_length_mean", 0, 10)):
         for row in ridge[ridge.metric == metric].itertuples():
-            inside = int(row.layer) in planted.image_layers()
+            layers = planted.text_layers() if row.variant in ("text", "last") else planted.image_layers()
+            inside = int(row.layer) in layers
             assert row.ci_low > high if inside else row.ci_low < low, (metric, row)

@@ -26,47 +26,78 @@ def values(recipe_values):
     return recipe_values | {"layers": "0,2", "controls": ["random"]}
 
 
+def direct_bits(order, states, targets, constants):
+    """Fits scikit-learn's ridge again on all earlier parts; SciPy's density gives the bits saved by image."""
+    bits, starts = {}, [2 * 2**j for j in range(10) if 2 * 2**j < len(order)]
+    for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
+        x = torch.cat([states[i] for i in order[:start]]).numpy()
+        y = torch.cat([targets[i] for i in order[:start]]).numpy()
+        spread = max(np.var(x, axis=0).mean(), 2**-23 * np.square(x).mean())
+        ridge = Ridge(alpha=1e-3 * len(x) * spread, solver="cholesky").fit(x, y)
+        mean = torch.stack([targets[i] for i in order[:start]]).mean(0).numpy()
+        ahead = np.stack([targets[i].numpy() for i in order[start:stop]])
+        mean = min(constants(mean), key=lambda constant, ahead=ahead: np.square(ahead - constant).sum())
+        residuals = {i: targets[i].numpy() - ridge.predict(states[i].numpy()) for i in order[start:stop]}
+        deviations = {i: targets[i].numpy() - mean for i in order[start:stop]}
+        scales = [np.sqrt(np.mean(np.square(list(rows.values())))) for rows in (residuals, deviations)]
+        for i in order[start:stop]:
+            nats = norm.logpdf(residuals[i], scale=scales[0]).sum() - norm.logpdf(deviations[i], scale=scales[1]).sum()
+            bits[i] = nats / np.log(2)
+    return bits
+
+
 def test_code_length_equals_a_direct_computation(values, tmp_path):
-    """scikit-learn's ridge is fitted again on all earlier parts; SciPy's density gives the bits."""
+    """Of features from image tokens, and of mean features from the image, from the text and from the last token."""
+    values["fit"]["positions"] = ["image", "text", "last"]
     run = probing.train(values, tmp_path / "run")
     trainer = make_trainer(values, tmp_path / "unused")
-    order = [image for step in plan_steps(len(trainer.images), trainer.recipe.fit) if step.first
-             for micro in step.micros for image in micro]  # fmt: skip
-    states, targets = {}, {}
-    for prepared in trainer.batches([step for step in plan_steps(len(order), trainer.recipe.fit) if step.first]):
+    steps = [step for step in plan_steps(len(trainer.images), trainer.recipe.fit) if step.first]
+    order = [image for step in steps for micro in step.micros for image in micro]
+    states, targets = {name: {} for name in ("", "image", "text", "last")}, {}
+    for prepared in trainer.batches(steps):
         batch = prepared.student
         targets |= dict(zip(prepared.indices, prepared.target(trainer.teachers["seg"]).double(), strict=True))
 
         def keep(layer, hidden, batch=batch, prepared=prepared):
-            patches = resize_states(batch.tokens.image_states(hidden), batch.tokens.grid, trainer.teachers["seg"].grid)
-            states.update(zip(prepared.indices, patches.double(), strict=True))
+            patches = batch.tokens.image_states(hidden)
+            text, padded = batch.tokens.select(hidden, ["text"])
+            assert padded is None and layer == 2
+            found = {"": resize_states(patches, batch.tokens.grid, trainer.teachers["seg"].grid)}
+            found |= {
+                "image": patches.mean(1, keepdim=True),
+                "text": text.mean(1, keepdim=True),
+                "last": hidden[:, -1:],
+            }
+            for name, own in found.items():
+                states[name].update(zip(prepared.indices, own.double(), strict=True))
 
         with torch.no_grad():
             trainer.backbone.stream(batch, [2], keep)
-    expected = {}
-    starts = [2 * 2**j for j in range(10) if 2 * 2**j < len(order)]
-    for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
-        x = torch.cat([states[i] for i in order[:start]]).numpy()
-        y = torch.cat([targets[i] for i in order[:start]]).numpy()
-        ridge = Ridge(alpha=1e-3 * len(x) * np.var(x, axis=0).mean()).fit(x, y)
-        mean = torch.stack([targets[i] for i in order[:start]]).mean(0).numpy()
-        ahead = np.stack([targets[i].numpy() for i in order[start:stop]])
-        mean = min(mean, mean.mean(axis=0), key=lambda constant, ahead=ahead: np.square(ahead - constant).sum())
-        residuals = {i: targets[i].numpy() - ridge.predict(states[i].numpy()) for i in order[start:stop]}
-        spread = {i: targets[i].numpy() - mean for i in order[start:stop]}
-        scales = [np.sqrt(np.mean(np.square(list(rows.values())))) for rows in (residuals, spread)]
-        for i in order[start:stop]:
-            nats = norm.logpdf(residuals[i], scale=scales[0]).sum() - norm.logpdf(spread[i], scale=scales[1]).sum()
-            expected[trainer.images.names[i]] = nats / np.log(2)
+    means = {image: target.mean(0, keepdim=True) for image, target in targets.items()}
     table = probing.evaluate(run, metrics=["code_length"])
     scores = ScoreFile.read(run.path / "scores" / "code_length-train2017.safetensors")
-    own = scores.table[ScoreKey("seg", "2", "ridge", "none", "code_length", "strict")]
-    assert len(own) == len(order) - 2
-    np.testing.assert_allclose(own, [expected[name] for name in scores.names], rtol=1e-6)
-    row = table[(table.metric == "code_length") & (table.teacher == "seg") & (table.layer == "2")]
-    row = row[(row.probe == "ridge") & (row.control == "none")].iloc[0]
-    assert row.value == pytest.approx(np.mean(list(expected.values())), rel=1e-6) and row.n == len(expected)
+    for position, own in states.items():
+        if position:
+            metric, expected = "code_length_mean", direct_bits(order, own, means, lambda mean: [mean])
+        else:
+            constants = lambda mean: [mean, mean.mean(axis=0)]  # noqa: E731
+            metric, expected = "code_length", direct_bits(order, own, targets, constants)
+        expected = {trainer.images.names[image]: bits for image, bits in expected.items()}
+        found = scores.table[ScoreKey("seg", "2", "ridge", "none", metric, "strict", position)]
+        assert len(found) == len(order) - 2
+        np.testing.assert_allclose(found, [expected[name] for name in scores.names], rtol=1e-6, atol=1e-6)
+        row = table[(table.metric == metric) & (table.teacher == "seg") & (table.layer == "2")]
+        row = row[(row.probe == "ridge") & (row.control == "none") & (row.variant == position)].iloc[0]
+        assert row.value == pytest.approx(np.mean(list(expected.values())), rel=1e-6) and row.n == len(expected)
     assert set(table[table.metric == "code_length"].control) == {"none", "random"}
+    text = table[(table.metric == "code_length_mean") & (table.layer == "0") & table.variant.isin(["text", "last"])]
+    assert len(text) == 12 and text.value.abs().max() < 1e-3  # the prompt is the same for every image
+
+
+def test_positions_must_exist(values, tmp_path):
+    values["fit"]["positions"] = ["special"]
+    with pytest.raises(UserError, match="no special tokens"):
+        probing.train(values, tmp_path / "run")
 
 
 def test_known_predictions_save_known_bits():
