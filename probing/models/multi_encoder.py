@@ -148,7 +148,8 @@ class MultiEncoderModel(ProjectorModel):
         if pixel_values is not None:
             ids, embeds = kwargs.pop("input_ids"), kwargs.pop("inputs_embeds", None)
             embeds = self.get_input_embeddings()(ids) if embeds is None else embeds
-            features = torch.cat(self.get_image_features(pixel_values, **teachers).pooler_output).to(embeds)
+            per_image: Any = self.get_image_features(pixel_values, **teachers).pooler_output
+            features = torch.cat(per_image).to(embeds)
             kwargs["inputs_embeds"] = embeds.masked_scatter(self.get_placeholder_mask(ids, embeds, features), features)
         return super().forward(**kwargs)
 
