@@ -111,6 +111,23 @@ def evaluate(run: RunLike, **options: Any) -> pd.DataFrame:
     return read_results(evaluate_run(_path(run), _recipe(Options, {}, options)))
 
 
+def erase(run: RunLike, **options: Any) -> pd.DataFrame:
+    """Erases what is readable of the teachers' features and measures the loss of captions; returns results.csv.
+
+    Args:
+        run: a finished run, or a folder of runs that differ by their seed.
+        options: fields of `analysis.erasure.options.Options`, e.g. `positions=["image"]`.
+
+    Raises:
+        UserError: the run is unfinished, its inputs have changed, or captions or a head are missing.
+    """
+    from analysis.erasure.options import Options
+    from analysis.erasure.run import erase as erase_run
+    from reports.results import read_results
+
+    return read_results(erase_run(_path(run), _recipe(Options, {}, options)))
+
+
 def compare(*runs: RunLike) -> pd.DataFrame:
     """Computes paired differences between runs; returns differences.csv.
 

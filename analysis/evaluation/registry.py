@@ -190,6 +190,8 @@ class Metric(Recorder):
 
 
 REGISTRY: dict[str, type[Metric]] = {}
+OTHER_INFOS: list[MetricInfo] = []
+"""Descriptions of numbers that another verb computes."""
 M = TypeVar("M", bound=type[Metric])
 
 
@@ -217,7 +219,7 @@ def _import_all(folders: tuple[str, ...]) -> None:
 
 def infos() -> list[MetricInfo]:
     """Returns the description of all numbers, in the order of reports."""
-    return [info for metric in metrics().values() for info in metric.infos]
+    return [info for metric in metrics().values() for info in metric.infos] + OTHER_INFOS
 
 
 def describe(metric: str, protocol: str = "") -> MetricInfo:

@@ -12,14 +12,14 @@ import click
 from probing import __version__
 from probing.cli.checkpoints import align, assemble, bench, distill, inspect
 from probing.cli.hub import import_, pull, push
-from probing.cli.probes import compare, evaluate, report, train
+from probing.cli.probes import compare, erase, evaluate, report, train
 from probing.cli.start import demo, plan, teachers
 from probing.utils.environment import prepare_environment
 from probing.utils.errors import UserError
 from probing.utils.interrupt import exit_interrupted, raise_on_signals
 
 VERBS = (
-    demo, inspect, teachers, plan, assemble, distill, train, evaluate, compare, report,
+    demo, inspect, teachers, plan, assemble, distill, train, evaluate, erase, compare, report,
     align, bench, import_, push, pull,
 )  # fmt: skip
 

@@ -80,6 +80,29 @@ def evaluate(run: Path, dry_run: bool, **options: Any) -> None:
     click.echo(f"results: {evaluate(run, selected)}; next: probing report {run}")
 
 
+@click.command(cls=FieldCommand, model="analysis.erasure.options:Options")
+@click.argument("run", type=click.Path(path_type=Path))
+@DRY_RUN
+def erase(run: Path, dry_run: bool, **options: Any) -> None:
+    """Measure whether the model uses what probes read.
+
+    At each layer, what can be read linearly of a teacher's feature is erased (LEACE, fitted on training images), and
+    the forward pass continues: how much worse are the captions of held-out images predicted? Next to it, a random
+    subspace of the same rank and change is erased, and the features of other images. Adds to results.csv.
+    """
+    from analysis.erasure.options import Options
+
+    selected = build_recipe(Options, {}, options)
+    if dry_run:
+        from analysis.planning.erasure import plan_erasure
+
+        print_plan(plan_erasure(run, selected))
+        return
+    from analysis.erasure.run import erase
+
+    click.echo(f"results: {erase(run, selected)}; next: probing report {run}")
+
+
 @click.command()
 @RUNS
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the report.")

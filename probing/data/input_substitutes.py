@@ -86,7 +86,7 @@ def read_captions(root: Path, split: str) -> dict[str, str]:
     """
     source = root / "annotations" / f"captions_{split}.json"
     if not source.exists():
-        raise UserError(f"no {source}; the control `caption` needs COCO's captions of {split}")
+        raise UserError(f"no {source}; put COCO's captions of {split} there")
     file, faults = read_annotation_file(source, root / split), Faults(source)
     captions: dict[str, str] = {}
 

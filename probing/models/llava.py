@@ -123,8 +123,8 @@ def use_tokenizer_template(processor: Any) -> None:
         processor.chat_template = template["default"] if isinstance(template, dict) else template
 
 
-def prompt(processor: Any, recipe: BackboneRecipe) -> str:
-    """Renders the prompt with the checkpoint's chat template, with or without its special tokens.
+def prompt(processor: Any, recipe: BackboneRecipe, answer: str = "") -> str:
+    """Renders the prompt, and perhaps its answer, with the checkpoint's chat template, with or without special tokens.
 
     From then on, shorter sequences of a batch are padded at their end: none of their tokens attends to padding.
 
@@ -136,7 +136,10 @@ def prompt(processor: Any, recipe: BackboneRecipe) -> str:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     content = [{"type": "image"}, {"type": "text", "text": recipe.prompt}]
-    text = render(processor, [{"role": "user", "content": content}], generation_prompt=True)
+    turns = [{"role": "user", "content": content}]
+    if answer:
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    text = render(processor, turns, generation_prompt=not answer)
     special = [token for ids in special_ids(tokenizer).values() for token in tokenizer.convert_ids_to_tokens(ids)]
     if recipe.special_tokens == "on" and not special:
         raise UserError(f"checkpoint {recipe.checkpoint} has no special tokens; leave out backbone.special_tokens")

@@ -43,7 +43,7 @@ def test_backbone_and_probes_never_wait_for_the_device(trainer, prepared, monkey
         state.prequential.means[name] = torch.empty(teacher.shape, device=META)
         for layer in map(str, LAYERS):
             weight = torch.empty(teacher.shape[1], trainer.backbone.hidden_size, device=META)
-            state.prequential.maps[name, layer] = weight, weight[:, 0]
+            state.prequential.maps[name, layer, ""] = weight, weight[:, 0]
     trainer.micro_batch(state, prepared, 0.5, True, columns, buffer)
     assert len(state.prequential.errors) == 2 * 3 + 3 * 9  # of two constants, and of three probes at each layer
     assert set(state.ridge) == {(teacher.grid, layer) for teacher in trainer.teachers.values() for layer in LAYERS}

@@ -291,7 +291,7 @@ def test_what_is_shown_in_place_of_the_image(evaluated):
     curves = rows(results, "cosine", control="caption", protocol="strict", layer="6")
     assert set(curves["probe"]) == {"resampler"} and len(curves) == 3
     (world / "annotations" / "captions_val2017.json").unlink()
-    with pytest.raises(UserError, match="the control `caption` needs COCO's captions of val2017"):
+    with pytest.raises(UserError, match="put COCO's captions of val2017 there"):
         evaluate(run, Options(layers="0", controls=("caption",)))
 
 

@@ -1,0 +1,253 @@
+"""`probing erase`: how much worse captions are predicted without what a probe could read.
+
+Scores per image are stored and summarised as those of `probing evaluate` are.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from analysis.erasure.captions import AddCaption, AnsweredInputs, score_answers
+from analysis.erasure.erasers import (
+    CONTROLS,
+    SAMPLE,
+    Components,
+    EraserFit,
+    Erasers,
+    features_at,
+    load_erasers,
+    save_erasers,
+)
+from analysis.erasure.options import Options
+from analysis.erasure.replay import Replay
+from analysis.evaluation.forward_pass import Resumable, ScoreAccumulator, gather
+from analysis.evaluation.scores import ScoreKey, read_if_fits, score_file, write_results
+from analysis.evaluation.seed_group import open_runs, write_pooled
+from probing import __version__
+from probing.data.coco import ImageList
+from probing.data.dataloader import MicroBatches, Prepared, micro_batches
+from probing.data.input_substitutes import read_captions
+from probing.models import Backbone, Layer, layer_name, load_backbone, parse_layers
+from probing.models.chat_templates import rendering_at, rendering_moment
+from probing.runs.directory import Run, runs_in
+from probing.runs.recorded_inputs import describe_inputs, recorded_moment, require_same, vocabulary
+from probing.teachers import Teacher, load_teachers
+from probing.training.run import held_out_images, open_target_caches, training_images
+from probing.utils.distributed import require_single_process
+from probing.utils.errors import UserError
+from probing.utils.files import disk_errors
+from probing.utils.interrupt import Interrupted, Interruption
+from probing.utils.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+STEM = "scores/erase"
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images to fit on, and to measure on with their captions."""
+
+    fit: ImageList
+    held_out: ImageList
+    captions: dict[str, str]
+
+    @classmethod
+    def list(cls, run: Run, options: Options) -> "Images":
+        """Lists them; raises UserError if no held-out image has a caption."""
+        data = run.recipe.data
+        train, held_out = training_images(data), held_out_images(data)
+        captions = read_captions(held_out.folder.parent, held_out.split)
+        names = [name for name in held_out.names if name in captions]
+        if not names:
+            raise UserError(f"no image of {held_out.split} has a caption; erase needs them")
+        return cls(
+            replace(train, names=train.names[: options.fit_images]),
+            replace(held_out, names=names[: options.images]),
+            captions,
+        )
+
+
+def erase(path: Path, options: Options | None = None) -> Path:
+    """Erases each teacher's feature at each layer of a finished run, or of every run of a folder.
+
+    Args:
+        path: the run, or a folder of runs whose checkpoints differ by their seed alone.
+        options: layers, positions and images.
+
+    Returns:
+        The path of `results.csv`.
+
+    Raises:
+        UserError: the run is missing or unfinished, its inputs changed, captions are missing, the rank is too large, or
+            the checkpoint has no head.
+        Interrupted: Ctrl-C or SIGTERM; the same call resumes.
+    """
+    options = options or Options()
+    device = require_single_process("erase").device
+    if runs_in(path):
+        runs = open_runs(path)
+        for run in (run for run in runs if isinstance(run, Run)):
+            logger.info("%s", run.path)
+            erase(run.path, options)
+        with disk_errors(path):
+            return write_pooled(path, runs)
+    run = Run.open(path)
+    with rendering_at(recorded_moment(run.manifest)):
+        _erase(run, options, device)
+    with disk_errors(run.path):
+        return write_results(run)
+
+
+def chosen_layers(run: Run, options: Options) -> list[Layer]:
+    """Returns the layers to erase from; raises UserError if the run has not probed one."""
+    blocks = run.manifest["checkpoint"]["layers"]
+    probed = parse_layers(run.recipe.layers, blocks)
+    layers = parse_layers(options.layers, blocks) if options.layers else probed
+    if missing := [layer for layer in layers if layer not in probed]:
+        raise UserError(f"this run has not probed layer {missing[0]}; choose from {run.recipe.layers}")
+    return layers
+
+
+def require_rank(rank: int, width: int, teachers: dict[str, Teacher]) -> None:
+    """Raises UserError if a state or a teacher's feature is narrower than the rank."""
+    widths = {"hidden state": width} | {f"feature of {name}": one.shape[1] for name, one in teachers.items()}
+    for what, size in widths.items():
+        if rank > size:
+            raise UserError(f"rank {rank} is above the width of the {what}, {size}; choose a smaller --rank")
+
+
+def _erase(run: Run, options: Options, device: torch.device) -> None:
+    images, layers = Images.list(run, options), chosen_layers(run, options)
+    settings = f"{__version__} {images.fit.digest()} {images.held_out.digest()} {options.rank}"
+    file = score_file(run.path, STEM, images.held_out.split)
+    existing = read_if_fits(file, settings)
+    wanted = {(layer_name(layer), position) for layer in layers for position in options.positions}
+    if existing and wanted <= {(key.layer, key.variant) for key in existing.table}:
+        logger.info("%s exists; remove it to erase again", file)
+        return
+    teachers = load_teachers(run.recipe.teachers, device)
+    backbone = load_backbone(run.recipe.backbone, device, with_head=True)
+    if backbone.head is None:
+        raise UserError(f"{backbone.name} has no language-model head, so its captions have no loss; use another")
+    require_rank(options.rank, backbone.hidden_size, teachers)
+    now = describe_inputs(backbone.identity, teachers, run.recipe.data.view, {}) | vocabulary(backbone.identity)
+    require_same(run.manifest, now, run.path, "put it back, or train a new run")
+    erasers_file = run.path / "state" / "erase" / "erasers.safetensors"
+    fitted = f"{settings} {layers} {options.positions}"
+    erasers = load_erasers(erasers_file, fitted, device)
+    if not erasers:
+        erasers = fit_erasers(run, images.fit, backbone, teachers, layers, options)
+        with disk_errors(run.path):
+            save_erasers(erasers, erasers_file, fitted)
+    data, fit = run.recipe.data, run.recipe.fit
+    resumable = Resumable("erasing", erasers_file.with_name("scores.safetensors"), fitted, fit.save_minutes)
+    prepare = AnsweredInputs(backbone.prepare, run.recipe.backbone, rendering_moment())
+    shown = AddCaption(images.held_out.names, images.captions, data.view)
+    accumulator = gather(
+        images.held_out,
+        options.micro_batch or fit.micro_batch,
+        lambda plan: micro_batches(
+            MicroBatches(images.held_out, plan, prepare, {}, data.view, replace=shown), fit.workers, backbone.device
+        ),
+        ErasurePass(backbone, erasers, layers, fit.seeds[0]),
+        resumable,
+    )
+    scores = accumulator.file(images.held_out.split, settings)
+    if not scores.names:
+        raise UserError(f"no image of {images.held_out.split} could be read; check {images.held_out.folder}")
+    if existing:
+        scores.merge(existing)
+    with disk_errors(run.path):
+        scores.write(file)
+        resumable.file.unlink(missing_ok=True)
+        erasers_file.unlink(missing_ok=True)
+
+
+def fit_erasers(
+    run: Run,
+    images: ImageList,
+    backbone: Backbone,
+    teachers: dict[str, Teacher],
+    layers: list[Layer],
+    options: Options,
+) -> Erasers:
+    """Fits the erasers of all layers, positions and teachers in one pass over training images.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the fit starts again.
+    """
+    fit, size = run.recipe.fit, options.micro_batch or run.recipe.fit.micro_batch
+    caches = open_target_caches(run.recipe, teachers, images)
+    prepare = {name: teacher.prepare for name, teacher in teachers.items()}
+
+    def read(count: int) -> Iterator[Prepared]:
+        plan = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+        dataset = MicroBatches(images, plan, backbone.prepare, prepare, run.recipe.data.view, target_caches=caches)
+        batches = micro_batches(dataset, fit.workers, backbone.device)
+        with Progress("fitting", len(plan), unit="batches") as bar, Interruption().watch() as interruption:
+            for prepared in batches:
+                if prepared.student is not None:
+                    yield prepared
+                bar.advance()
+                if interruption.requested:
+                    raise Interrupted
+
+    features: dict[tuple[str, str], list[torch.Tensor]] = {}
+    for prepared in read(min(SAMPLE, len(images))):
+        assert prepared.student is not None
+        for name, teacher in teachers.items():
+            target = prepared.target(teacher)
+            target = target[target.isfinite().flatten(1).all(dim=1)].cpu()
+            for position in options.positions:
+                found = features_at(position, target, teacher.grid, prepared.student.tokens)
+                distinct = found[:, :1] if position == "text" or teacher.grid is None else found
+                features.setdefault((position, name), []).append(distinct.flatten(0, 1))
+    components = {key: Components.fit(torch.cat(parts), options.rank) for key, parts in features.items()}
+    covariances = EraserFit(backbone, teachers, layers, options.positions, components)
+    for prepared in read(len(images)):
+        covariances.add(prepared)
+    return covariances.solve()
+
+
+class ErasurePass:
+    """Scores the captions of one batch after the other, without and with each erasure."""
+
+    def __init__(self, backbone: Backbone, erasers: Erasers, layers: list[Layer], seed: int) -> None:
+        self.backbone, self.erasers, self.layers, self.seed = backbone, erasers, layers, seed
+
+    @torch.no_grad()
+    def __call__(self, prepared: Prepared, scores: ScoreAccumulator) -> None:
+        """Adds the scores of a batch."""
+        assert prepared.student is not None and self.backbone.head is not None
+        batch, head = prepared.student.to(self.backbone.device), self.backbone.head
+        replay = Replay.record(self.backbone, batch, self.layers)
+        ids, answer = batch.inputs["input_ids"], batch.tokens.mask("answer").to(self.backbone.device)
+
+        def add(key: ScoreKey, metric: str, values: torch.Tensor) -> None:
+            scores.add(replace(key, metric=metric), values, values.isfinite())
+
+        def measure(final: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return score_answers(final, head, ids, answer)
+
+        loss, accuracy = measure(replay.states["final"])
+        add(ScoreKey("", "", "", "none", "", "strict", seed=self.seed), "caption_loss", loss)
+        names = {layer_name(layer): layer for layer in self.layers}
+        masks = {position: batch.tokens.mask(position) for position in {key.position for key in self.erasers}}
+        places = {position: mask.to(self.backbone.device) for position, mask in masks.items()}
+        losses: dict[ScoreKey, torch.Tensor] = {}
+        for key, eraser in self.erasers.items():
+            layer, place = names[key.layer], places[key.position]
+            state = replay.states[layer].clone()
+            state[place] = eraser(state[place].float()).to(state.dtype)
+            after, right = measure(replay.final_from(layer, state))
+            row = ScoreKey(key.teacher, key.layer, "leace", key.control, "", "strict", key.position, self.seed)
+            losses[row] = after
+            add(row, "erased_loss", after - loss)
+            add(row, "erased_accuracy", right - accuracy)
+        for row, after in losses.items():
+            if row.control == CONTROLS[0]:
+                add(row, "erased_excess", after - losses[replace(row, control="subspace")])
