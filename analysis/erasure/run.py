@@ -1,8 +1,10 @@
-"""`probing erase`: how much worse captions are predicted without what a probe could read.
+"""`probing erase`: how much worse answers are predicted without what a probe could read.
 
 Scores per image are stored and summarised as those of `probing evaluate` are.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from analysis.erasure.captions import AddCaption, AnsweredInputs, score_answers
+from analysis.erasure.answers import AddAnswer, Answer, AnsweredInputs, score_answers
 from analysis.erasure.erasers import (
     CONTROLS,
     SAMPLE,
@@ -28,6 +30,7 @@ from analysis.evaluation.scores import ScoreKey, read_if_fits, score_file, write
 from analysis.evaluation.seed_group import open_runs, write_pooled
 from probing import __version__
 from probing.data.coco import ImageList
+from probing.data.conversations import read_conversations
 from probing.data.dataloader import MicroBatches, Prepared, micro_batches
 from probing.data.input_substitutes import read_captions
 from probing.models import Backbone, Layer, layer_name, load_backbone, parse_layers
@@ -49,26 +52,37 @@ STEM = "scores/erase"
 
 @dataclass(frozen=True)
 class Images:
-    """Images to fit on, and to measure on with their captions."""
+    """Images to fit on, and to measure on with prompts and answers by name."""
 
     fit: ImageList
     held_out: ImageList
-    captions: dict[str, str]
+    answers: dict[str, Answer]
 
     @classmethod
     def list(cls, run: Run, options: Options) -> "Images":
-        """Lists them; raises UserError if no held-out image has a caption."""
-        data = run.recipe.data
+        """Lists them; raises UserError if no held-out image has an answer."""
+        data, prompt = run.recipe.data, run.recipe.backbone.prompt
         train, held_out = training_images(data), held_out_images(data)
-        captions = read_captions(held_out.folder.parent, held_out.split)
-        names = [name for name in held_out.names if name in captions]
+        if options.conversations is None:
+            captions = read_captions(held_out.folder.parent, held_out.split)
+            answers = {name: (prompt, caption) for name, caption in captions.items()}
+        else:
+            about_one = [one for one in read_conversations(options.conversations) if len(one.images) == 1]
+            answers = {Path(one.images[0]).name: (one.turns[0][1], one.turns[1][1]) for one in about_one}
+        names = [name for name in held_out.names if name in answers]
         if not names:
-            raise UserError(f"no image of {held_out.split} has a caption; erase needs them")
+            raise UserError(f"no image of {held_out.split} has a caption or conversation; check the file")
         return cls(
             replace(train, names=train.names[: options.fit_images]),
             replace(held_out, names=names[: options.images]),
-            captions,
+            answers,
         )
+
+    def settings(self, options: Options) -> str:
+        """Returns what scores depend on besides the run."""
+        answers = [self.answers[name] for name in self.held_out.names]
+        digest = hashlib.sha256(json.dumps(answers).encode()).hexdigest()
+        return f"{__version__} {self.fit.digest()} {self.held_out.digest()} {digest} {options.rank}"
 
 
 def erase(path: Path, options: Options | None = None) -> Path:
@@ -82,8 +96,8 @@ def erase(path: Path, options: Options | None = None) -> Path:
         The path of `results.csv`.
 
     Raises:
-        UserError: the run is missing or unfinished, its inputs changed, captions are missing, the rank is too large, or
-            the checkpoint has no head.
+        UserError: the run is missing or unfinished, its inputs changed, captions or conversations are missing, the rank
+            is too large, or the checkpoint has no head.
         Interrupted: Ctrl-C or SIGTERM; the same call resumes.
     """
     options = options or Options()
@@ -122,10 +136,10 @@ def require_rank(rank: int, width: int, teachers: dict[str, Teacher]) -> None:
 
 def _erase(run: Run, options: Options, device: torch.device) -> None:
     images, layers = Images.list(run, options), chosen_layers(run, options)
-    settings = f"{__version__} {images.fit.digest()} {images.held_out.digest()} {options.rank}"
+    settings = images.settings(options)
     file = score_file(run.path, STEM, images.held_out.split)
     existing = read_if_fits(file, settings)
-    wanted = {(layer_name(layer), position) for layer in layers for position in options.positions}
+    wanted = {(layer_name(layer), position) for layer in layers for position in options.places}
     if existing and wanted <= {(key.layer, key.variant) for key in existing.table}:
         logger.info("%s exists; remove it to erase again", file)
         return
@@ -137,7 +151,7 @@ def _erase(run: Run, options: Options, device: torch.device) -> None:
     now = describe_inputs(backbone.identity, teachers, run.recipe.data.view, {}) | vocabulary(backbone.identity)
     require_same(run.manifest, now, run.path, "put it back, or train a new run")
     erasers_file = run.path / "state" / "erase" / "erasers.safetensors"
-    fitted = f"{settings} {layers} {options.positions}"
+    fitted = f"{settings} {layers} {options.places}"
     erasers = load_erasers(erasers_file, fitted, device)
     if not erasers:
         erasers = fit_erasers(run, images.fit, backbone, teachers, layers, options)
@@ -146,7 +160,7 @@ def _erase(run: Run, options: Options, device: torch.device) -> None:
     data, fit = run.recipe.data, run.recipe.fit
     resumable = Resumable("erasing", erasers_file.with_name("scores.safetensors"), fitted, fit.save_minutes)
     prepare = AnsweredInputs(backbone.prepare, run.recipe.backbone, rendering_moment())
-    shown = AddCaption(images.held_out.names, images.captions, data.view)
+    shown = AddAnswer(images.held_out.names, images.answers, data.view)
     accumulator = gather(
         images.held_out,
         options.micro_batch or fit.micro_batch,
@@ -202,19 +216,19 @@ def fit_erasers(
         for name, teacher in teachers.items():
             target = prepared.target(teacher)
             target = target[target.isfinite().flatten(1).all(dim=1)].cpu()
-            for position in options.positions:
+            for position in options.places:
                 found = features_at(position, target, teacher.grid, prepared.student.tokens)
                 distinct = found[:, :1] if position == "text" or teacher.grid is None else found
                 features.setdefault((position, name), []).append(distinct.flatten(0, 1))
     components = {key: Components.fit(torch.cat(parts), options.rank) for key, parts in features.items()}
-    covariances = EraserFit(backbone, teachers, layers, options.positions, components)
+    covariances = EraserFit(backbone, teachers, layers, options.places, components)
     for prepared in read(len(images)):
         covariances.add(prepared)
     return covariances.solve()
 
 
 class ErasurePass:
-    """Scores the captions of one batch after the other, without and with each erasure."""
+    """Scores the answers of one batch after the other, without and with each erasure."""
 
     def __init__(self, backbone: Backbone, erasers: Erasers, layers: list[Layer], seed: int) -> None:
         self.backbone, self.erasers, self.layers, self.seed = backbone, erasers, layers, seed
@@ -234,7 +248,7 @@ class ErasurePass:
             return score_answers(final, head, ids, answer)
 
         loss, accuracy = measure(replay.states["final"])
-        add(ScoreKey("", "", "", "none", "", "strict", seed=self.seed), "caption_loss", loss)
+        add(ScoreKey("", "", "", "none", "", "strict", seed=self.seed), "answer_loss", loss)
         names = {layer_name(layer): layer for layer in self.layers}
         masks = {position: batch.tokens.mask(position) for position in {key.position for key in self.erasers}}
         places = {position: mask.to(self.backbone.device) for position, mask in masks.items()}

@@ -27,7 +27,7 @@ def plan_erasure(path: Path, options: Options) -> Plan:
     backbone = load_backbone(recipe.backbone.model_copy(update=changes), META, with_head=True)
     teachers = load_teachers(recipe.teachers, META)
     require_rank(options.rank, backbone.hidden_size, teachers)
-    erasures = len(options.positions) * len(teachers) * len(CONTROLS)
+    erasures = len(options.places) * len(teachers) * len(CONTROLS)
     remaining = [0 if layer == FINAL else backbone.layers - int(layer) for layer in layers]
     repeats = erasures * sum(remaining) / backbone.layers
     file = score_file(run.path, STEM, images.held_out.split)
@@ -35,7 +35,7 @@ def plan_erasure(path: Path, options: Options) -> Plan:
         "run": f"{path}" + (f" ({len(runs)} runs, of which this is the first)" if runs else ""),
         "checkpoint": f"{recipe.backbone.checkpoint}, layers {', '.join(map(layer_name, layers))}",
         "fitting": f"{len(images.fit):,} images of {images.fit.split} x 1 forward pass",
-        "measuring": f"{len(images.held_out):,} images of {images.held_out.split} with captions x {1 + repeats:.3g} "
+        "measuring": f"{len(images.held_out):,} images of {images.held_out.split} x {1 + repeats:.3g} "
         f"forward passes ({erasures} erasures at each layer, from the layer on)",
         "exists": f"{file}, if the settings are the same" if file.exists() else "nothing",
     }
@@ -49,10 +49,10 @@ def plan_erasure(path: Path, options: Options) -> Plan:
         return Plan(facts | {"cost": f"unknown: {error}; erasing works all the same"})
     seen = sum(trace(one.target, pixels=one.prepare([image])).flops for one in teachers.values())
     fit, bits = len(images.fit), 8 * next(backbone.core.parameters()).element_size()
-    covariances = 2 * len(layers) * len(options.positions) * tokens * width**2
+    covariances = 2 * len(layers) * len(options.places) * tokens * width**2
     llm = fit * forward + len(images.held_out) * (forward + repeats * blocks)
     rank = min(options.rank, width)
-    sums = 8 * len(layers) * len(options.positions) * width * (width + 2 * rank * len(teachers))
+    sums = 8 * len(layers) * len(options.places) * width * (width + 2 * rank * len(teachers))
     return Plan(
         facts,
         Work(

@@ -6,31 +6,31 @@ OTHER_INFOS += [
     MetricInfo(
         "erased_loss",
         "strict",
-        "loss of captions when erased (nats per token)",
-        "Rise of the mean loss of a caption's tokens when what can be read linearly of the teacher's feature (its "
-        "leading principal components) is erased from one layer's states at one kind of tokens, by LEACE. Controls: "
-        "`subspace` erases as many random readouts with the same mean squared change, `shuffled` the features of other "
-        "images.",
+        "loss of answers when erased (nats per token)",
+        "Rise of the mean loss of an answer's tokens (a caption, by default) when what can be read linearly of the "
+        "teacher's feature (its leading principal components) is erased from one layer's states at one kind of tokens, "
+        "by LEACE. Controls: `subspace` erases as many random readouts with the same mean squared change, `shuffled` "
+        "the features of other images.",
     ),
     MetricInfo(
         "erased_excess",
         "strict",
-        "loss of captions when erased, beyond a random subspace (nats per token)",
+        "loss of answers when erased, beyond a random subspace (nats per token)",
         "The same loss minus that with `subspace`, image by image. An interval above 0 says that the model uses what "
         "was erased.",
     ),
     MetricInfo(
         "erased_accuracy",
         "strict",
-        "accuracy of captions when erased (change)",
-        "Change of the share of a caption's tokens that the model predicts from all tokens before.",
+        "accuracy of answers when erased (change)",
+        "Change of the share of an answer's tokens that the model predicts from all tokens before.",
         higher_is_better=False,
     ),
     MetricInfo(
-        "caption_loss",
+        "answer_loss",
         "strict",
-        "loss of captions (nats per token)",
-        "Mean loss of a caption's tokens with nothing erased.",
+        "loss of answers (nats per token)",
+        "Mean loss of an answer's tokens with nothing erased.",
         higher_is_better=False,
     ),
 ]

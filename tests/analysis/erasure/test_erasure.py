@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 import probing
 from analysis.erasure import run as erasure
-from analysis.erasure.captions import AnsweredInputs, score_answers
+from analysis.erasure.answers import AnsweredInputs, score_answers
 from analysis.erasure.erasers import solve
 from analysis.erasure.replay import Replay
 from analysis.evaluation.scores import ScoreFile
@@ -103,7 +103,9 @@ def read_image_of(generator):
 
 def test_losses_are_those_of_transformers(model, models):
     backbone, recipe, images, captions = model
-    batch = AnsweredInputs(backbone.prepare, recipe, None)(list(zip(images, captions, strict=True)))
+    pairs = [(image, (recipe.prompt, caption)) for image, caption in zip(images, captions, strict=True)]
+    pairs[1] = pairs[1][0], ("What is this?", captions[1])
+    batch = AnsweredInputs(backbone.prepare, recipe, None)(pairs)
     final = Replay.record(backbone, batch, [1]).states["final"]
     answer = batch.tokens.mask("answer")
     losses, right = score_answers(final, backbone.head, batch.inputs["input_ids"], answer)
@@ -120,8 +122,8 @@ def test_losses_are_those_of_transformers(model, models):
 
 
 def test_replay_from_any_layer_ends_as_the_pass_did(model):
-    backbone, recipe, images, captions = model
-    batch = AnsweredInputs(backbone.prepare, recipe, None)(list(zip(images, captions, strict=True)))
+    backbone, recipe, images, _ = model
+    batch = AnsweredInputs(backbone.prepare, recipe, None)([(image, ("What?", "a cat")) for image in images])
     layers = [*range(backbone.layers + 1), "final"]
     replay = Replay.record(backbone, batch, layers)
     for layer in layers:
@@ -168,9 +170,22 @@ def test_command_adds_to_results_and_does_nothing_twice(run, monkeypatch):
     line = command("erase", run, "--rank", 2, "--layers", "0,1", "--position", "image").stdout
     assert "results.csv" in line
     table = probing.evaluate(run)
-    assert {"cosine", "erased_loss", "erased_excess", "erased_accuracy", "caption_loss"} <= set(table.metric)
+    assert {"cosine", "erased_loss", "erased_excess", "erased_accuracy", "answer_loss"} <= set(table.metric)
     monkeypatch.setattr(erasure, "load_backbone", None)  # nothing is loaded any more
     command("erase", run, "--rank", 2, "--layers", "1", "--position", "image")
+
+
+def test_conversations_are_measured_at_the_image_alone(run, tmp_path):
+    names = [f"{number:012d}.jpg" for number in range(13, 16)]  # of the held-out images
+    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "a b c"}]
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps([{"image": f"val2017/{name}", "conversations": turns} for name in names]))
+    table = probing.erase(run, rank=2, conversations=file)
+    rows = table[table.metric == "erased_loss"]
+    assert set(rows.variant) == {"image"} and set(rows.n) == {3}
+    assert "leave out position text" in error_line("erase", run, "--conversations", file, "--position", "text")
+    file.write_text(json.dumps([{"image": "val2017/elsewhere.jpg", "conversations": turns}]))
+    assert "conversation" in error_line("erase", run, "--conversations", file)
 
 
 def test_interrupted_erasure_resumes_without_fitting_again(run, monkeypatch):
