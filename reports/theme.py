@@ -92,11 +92,12 @@ def vega_config(names: Sequence[str], dark: bool = False) -> dict[str, Any]:
     text, soft, grid = ("#ececec", "#b4b4b4", "#2c2e31") if dark else ("#1b1b1b", "#595959", "#e6e6e6")
     font = "system-ui, sans-serif"
     axis = {"labelColor": soft, "titleColor": soft, "gridColor": grid, "domainColor": soft, "tickColor": soft}
-    letters = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titleLimit": 190}
+    letters = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
     return {
         "background": GROUND["dark" if dark else "light"],
         "font": font,
         "axis": axis | letters,
+        "axisY": {"titleLimit": 190},
         "title": {"color": text, "fontSize": 13, "anchor": "start", "font": font},
         "rule": {"color": soft},
         "view": {"stroke": None},
