@@ -94,82 +94,45 @@ class Pursuit(Panel):
 
 
 PERMUTED = {"control": "permuted", "chance": "permuted labels"}
+LABELS = {
+    "word_cosine": "cosine with the label's word", "word_retrieval": "nearest word is the label's",
+    "word_miou": "mIoU of the nearest words", "lens_retrieval": "label of the largest logit is correct",
+    "lens_miou": "mIoU of largest logits", "lens_entropy": "entropy of next word (nats)",
+    "von_neumann_entropy": "von Neumann entropy (nats)", "effective_rank": "effective rank, centred",
+    "anisotropy": "anisotropy (mean cosine of two tokens)", "matrix_entropy": "matrix entropy, order 2 (nats)",
+    "effective_rank_singular": "effective rank of singular values",
+}  # fmt: skip
+FOLDED = ("matrix_entropy", "effective_rank_singular")
+
+
+def _panels(start: str, variants: dict[str, str]) -> list[Panel]:
+    """Returns a chart per variant and metric that starts so; those of variants with a note are folded."""
+    return [
+        Panel(
+            f"{metric}_{variant.replace(' ', '_')}", metric, label + note, variant, folded=bool(note),
+            **({} if metric == "lens_entropy" else PERMUTED),
+        )
+        for variant, note in variants.items() for metric, label in LABELS.items() if metric.startswith(start)
+    ]  # fmt: skip
+
+
 SECTIONS: list[tuple[str, str, list[Panel]]] = [
-    (
-        "Compression: how many directions the tokens of an image use",
-        "From the vision tower through the projector to every layer of the LLM. Lower means more compressed.",
-        [
-            Panel("compression_von_neumann_entropy", "von_neumann_entropy", "von Neumann entropy (nats)"),
-            Panel("compression_effective_rank", "effective_rank", "effective rank, centred"),
-            Panel("compression_anisotropy", "anisotropy", "anisotropy (mean cosine of two tokens)"),
-            Panel("compression_matrix_entropy", "matrix_entropy", "matrix entropy, order 2 (nats)", folded=True),
-            Panel(
-                "compression_effective_rank_singular", "effective_rank_singular", "effective rank of singular values",
-                folded=True,
-            ),
-        ],
-    ),
-    (
-        "Patches and their words",
-        "Cosines with the means subtracted. Dotted: permuted labels.",
-        [
-            Panel(f"{metric}_{variant}", metric, label + note, variant, **PERMUTED, folded=bool(note))
-            for variant, note in {"centred": "", "raw": ", not centred"}.items()
-            for metric, label in {
-                "word_cosine": "cosine with the label's word",
-                "word_retrieval": "nearest word is the label's",
-                "word_miou": "mIoU of the nearest words",
-            }.items()
-        ],
-    ),
-    (
-        "Logit lens",
-        "The next word that the LLM would predict from a patch's state. Dotted: permuted labels.",
-        [
-            Panel(
-                f"{metric}_{lens.replace(' ', '_')}", metric, label + note, lens, folded=bool(note),
-                **({} if metric == "lens_entropy" else PERMUTED),
-            )
-            for lens, note in {"final norm": "", "no norm": ", no norm"}.items()
-            for metric, label in {
-                "lens_retrieval": "label of the largest logit is correct",
-                "lens_miou": "mIoU of largest logits",
-                "lens_entropy": "entropy of next word (nats)",
-            }.items()
-        ],
-    ),
-    (
-        "A patch as a sum of words",
-        "Share of a patch's squared norm that words explain, compared with random vectors; N words at the first layer.",
-        [
-            Panel(
-                "explained_by_layer", "explained_energy_4", "explained by 4 words, orthogonal pursuit", "orthogonal",
-                control="random", chance="random vectors",
-            ),
-            *(
-                Pursuit(
-                    f"explained_{name.replace(' ', '_')}", "explained_energy_1", f"explained by N words, {label}", name,
-                    folded=name != "orthogonal",
-                )
-                for name, label in {
-                    "orthogonal": "orthogonal pursuit",
-                    "matching pursuit": "matching pursuit",
-                    "non-negative": "non-negative pursuit",
-                }.items()
-            ),
-        ],
-    ),
-    (
-        "Attention to the image",
-        "Dotted: uniform attention.",
-        [
-            Panel(
-                f"attention_{query.replace(' ', '_')}", "image_attention", f"attention to image, {query}", query,
-                control="uniform", chance="uniform attention",
-            )
-            for query in ("last token", "tokens after the image")
-        ],
-    ),
+    ("Compression: how many directions the tokens of an image use",
+     "From the vision tower through the projector to every layer of the LLM. Lower means more compressed.",
+     [Panel(f"compression_{metric}", metric, LABELS[metric], folded=metric in FOLDED) for metric in [*LABELS][6:]]),
+    ("Patches and their words", "Cosines with the means subtracted. Dotted: permuted labels.",
+     _panels("word", {"centred": "", "raw": ", not centred"})),
+    ("Logit lens", "The next word that the LLM would predict from a patch's state. Dotted: permuted labels.",
+     _panels("lens", {"final norm": "", "no norm": ", no norm"})),
+    ("A patch as a sum of words",
+     "Share of a patch's squared norm that words explain, compared with random vectors; N words at the first layer.",
+     [Panel("explained_by_layer", "explained_energy_4", "explained by 4 words, orthogonal pursuit", "orthogonal",
+            control="random", chance="random vectors")]
+     + [Pursuit(f"explained_{name.replace(' ', '_')}", "", f"explained by N words, {name.split()[0]} pursuit", name,
+                folded=name != "orthogonal") for name in ("orthogonal", "matching pursuit", "non-negative")]),
+    ("Attention to the image", "Dotted: uniform attention.",
+     [Panel(f"attention_{query.replace(' ', '_')}", "image_attention", f"attention to image, {query}", query,
+            control="uniform", chance="uniform attention") for query in ("last token", "tokens after the image")]),
 ]  # fmt: skip
 """Title, text and charts of the sections, before the similarities, which depend on the teachers."""
 SIMILARITY = ("Similarity to the tower and the teachers",

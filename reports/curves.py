@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from analysis.evaluation.registry import describe
-from reports.results import AVERAGE, CURVE, FINAL, RunResults, layer_rank, sort_teachers, teacher_title
+from reports.results import AVERAGE, CURVE, FINAL, RunResults, layer_rank, sort_measures, sort_teachers, teacher_title
 from reports.theme import CEILING, CHECKPOINT, CONTROLS, MEAN
 
 PROBES = {"resampler": "Perceiver resampler", "ridge": "ridge readout"}
@@ -79,3 +79,34 @@ def _joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
 def direction(metric: str, text: str = ", lower is better") -> str:
     """Returns what the label of an axis adds for a metric of which less is better."""
     return "" if describe(metric).higher_is_better else text
+
+
+def references(differences: pd.DataFrame) -> list[str]:
+    """Returns every checkpoint that can be the reference, the first one first."""
+    return list(dict.fromkeys([*differences["reference"], *differences["checkpoint"]]))
+
+
+def differences_from(differences: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Selects the differences from one reference.
+
+    Each pair is compared once; if the reference is the other checkpoint of a pair, value and interval are negated.
+    """
+    direct = differences[differences["reference"] == reference]
+    reverse = differences[(differences["checkpoint"] == reference) & (differences["reference"] != reference)]
+    negated = reverse.assign(
+        checkpoint=reverse["reference"],
+        reference=reference,
+        value=-reverse["value"],
+        ci_low=-reverse["ci_high"],
+        ci_high=-reverse["ci_low"],
+        seeds=[", ".join(reversed(str(seeds).split(", "))) for seeds in reverse["seeds"]],
+        higher="",
+    )
+    return pd.concat([negated, direct], ignore_index=True)
+
+
+def compared_metrics(differences: pd.DataFrame, first: tuple[str, str]) -> list[tuple[str, str]]:
+    """Returns metric and protocol of all differences of probes, `first` before the others."""
+    probed = differences[differences["probe"] != ""]
+    metrics = sort_measures(zip(probed["metric"], probed["protocol"], strict=True))
+    return sorted(metrics, key=lambda metric: metric != first)

@@ -17,8 +17,17 @@ from PIL import Image
 
 from probing.utils.errors import UserError
 from probing.utils.files import atomic_file
-from reports.curves import LAYER, PROBES, difference_frame, direction, layer_frame, panel_title
-from reports.differences import compared_metrics, differences_from, references
+from reports.curves import (
+    LAYER,
+    PROBES,
+    compared_metrics,
+    difference_frame,
+    differences_from,
+    direction,
+    layer_frame,
+    panel_title,
+    references,
+)
 from reports.results import FINAL, MEASURE, RunResults, layer_rank, metric_label, sign, sort_teachers, teacher_title
 from reports.theme import CEILING, DOUBLE, REFERENCES, SINGLE, dash, palette, style
 

@@ -20,8 +20,15 @@ from reports.benchmarks import Chapter as Benchmarks
 from reports.benchmarks import chapter as benchmark_chapter
 from reports.benchmarks import load_benchmarks, quality_plot
 from reports.charts import bundle, legend, panel_charts
-from reports.curves import PROBES, difference_frame, direction, layer_frame
-from reports.differences import compared_metrics, differences_from, references
+from reports.curves import (
+    PROBES,
+    compared_metrics,
+    difference_frame,
+    differences_from,
+    direction,
+    layer_frame,
+    references,
+)
 from reports.figures import (
     Style,
     learning_plot,
@@ -190,13 +197,12 @@ def render(
         "names": names,
         "themes": {mode: vega_config(names, mode == "dark") for mode in ("light", "dark")},
         "colours_css": colours_css(names),
-        "compared": {},
+        "differences": differences is not None,
     }
     if runs:
         common |= _probe_values(runs, differences, statements, names)
-    else:
-        common["difference_table"] = None if differences is None else difference_table(differences)
-        common["differences"] = differences is not None
+    elif differences is not None:
+        common["difference_table"] = difference_table(differences)
     kind = "page" if runs else "alignment_page" if alignments else "benchmark_page"
     folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     templates = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -98,7 +98,7 @@ def vega_config(names: Sequence[str], dark: bool = False) -> dict[str, Any]:
         "font": font,
         "axis": axis | letters,
         "axisY": {"titleLimit": 190},
-        "title": {"color": text, "fontSize": 13, "anchor": "start", "font": font},
+        "title": {"color": text, "fontSize": 13, "anchor": "start", "font": font, "limit": 330},
         "rule": {"color": soft},
         "view": {"stroke": None},
         "range": {"category": [palette(names, dark)[name] for name in (*names, *REFERENCES)]},

@@ -11,8 +11,7 @@ import pytest
 import vl_convert
 
 from reports.charts import bundle
-from reports.curves import PROBES
-from reports.differences import differences_from, references
+from reports.curves import PROBES, differences_from, references
 from reports.page import load, render, write_report
 from reports.results import read_results
 from reports.theme import CONTROLS, MEAN

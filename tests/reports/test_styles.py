@@ -13,8 +13,7 @@ from matplotlib.colors import to_rgb
 
 import reports
 from probing.cli import cli
-from reports.curves import difference_frame, layer_frame
-from reports.differences import differences_from
+from reports.curves import difference_frame, differences_from, layer_frame
 from reports.figures import layer_plot, line_plot
 from reports.page import load, render
 from reports.theme import DOUBLE, GROUND, REFERENCES, SINGLE, palette
