@@ -119,7 +119,7 @@ def answers(runs: Sequence[RunResults]) -> list[Answer]:
     ]
     if not shared:
         return []
-    paired = {run.label: PairedScores.read(run.source) for run in runs}
+    paired = {run.label: PairedScores.read(run.source, shared[0][0]) for run in runs}
     teachers = dict.fromkeys(teacher for run in runs for teacher in run.teachers_of(*shared[0]))
     found = (_answer(run, teacher, shared[0], paired[run.label]) for teacher in teachers for run in runs)
     return [answer for answer in found if answer is not None]

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.evaluation.bootstrap import Interval, paired_bootstrap
-from analysis.evaluation.scores import ScoreKey, by_seed, finite_images, over_layers
+from analysis.evaluation.registry import metrics
+from analysis.evaluation.scores import ScoreFile, ScoreKey, by_seed, finite_images, over_layers
 from analysis.evaluation.seed_group import open_runs, read_scores
 from probing.runs.directory import runs_in
 
@@ -35,15 +36,25 @@ class PairedScores:
     series: Mapping[ScoreKey, NDArray[Any]]
 
     @classmethod
-    def read(cls, path: Path) -> "PairedScores":
-        """Reads a run, or a folder of runs that differ by their seed; without scores there is no series.
+    def read(cls, path: Path, metric: str) -> "PairedScores":
+        """Reads one metric of a run, or of a folder of runs that differ by their seed.
+
+        Args:
+            path: a run or a folder of runs; without scores per image there is no series.
+            metric: as in `results.csv`.
 
         Raises:
             UserError: scores are broken, or those of a folder were made with different settings.
         """
-        if not all((run / "scores").is_dir() for run in runs_in(path) or [path]):
-            return cls({})
-        tables = [by_seed(file.table) for file in read_scores(open_runs(path)).values()]
+        names = [name for name, one in metrics().items() if any(info.matches(metric) for info in one.infos)]
+        runs = runs_in(path) or [path]
+        stems = [file.name for name in names for file in sorted((runs[0] / "scores").glob(f"{name}-*.safetensors"))]
+        if len(runs) > 1:
+            found = read_scores(open_runs(path)) if stems else {}
+            files = [file for name, file in found.items() if name in stems]
+        else:
+            files = [ScoreFile.read(runs[0] / "scores" / name) for name in stems]
+        tables = [by_seed(file.table) for file in files]
         return cls({key: np.stack(list(seeds.values())) for table in tables for key, seeds in table.items()})
 
     def minus_random(self, key: ScoreKey, random_layer: str) -> tuple[Interval, int] | None:

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from analysis.evaluation.above_random import AS_MUCH, LESS, MORE, PairedScores, verdict
-from analysis.evaluation.scores import ScoreFile, ScoreKey
+from analysis.evaluation.scores import ScoreFile, ScoreKey, score_file
 from reports.answer import NOTHING, UNKNOWN, answer_table, answers, random_frame
 from reports.page import write_report
 from reports.results import load_runs
@@ -24,7 +24,7 @@ def test_verdict_says_where_the_interval_lies(low, high, expected):
     assert verdict(low, high) == expected
 
 
-def with_scores(tmp_path, monkeypatch, shift, noise):
+def with_scores(tmp_path, shift, noise):
     """A run whose scores per image share a large image effect with those of random weights; best layer is 1."""
     run = make_run(tmp_path / "run", layers=2, final=False, random=None)
     rng = np.random.default_rng(0)
@@ -36,17 +36,14 @@ def with_scores(tmp_path, monkeypatch, shift, noise):
             table[ScoreKey("depth", layer, "ridge", control, "code_length", "strict")] = scores.astype(np.float32)
             rows.append((layer, "ridge", control, scores.mean(), 1.96 * scores.std() / IMAGES**0.5))
     add_rows(run, "code_length", "strict", "depth", rows, n=IMAGES)
-    (run / "scores").mkdir()
-    ScoreFile(table, [f"{k}.jpg" for k in range(IMAGES)], "train2017", "").write(
-        run / "scores" / "code_length.safetensors"
-    )
-    monkeypatch.setattr("analysis.evaluation.above_random.open_runs", lambda path: [type("R", (), {"path": path})])
+    names = [f"{k}.jpg" for k in range(IMAGES)]
+    ScoreFile(table, names, "train2017", "").write(score_file(run, "scores/code_length", "train2017"))
     return run, table
 
 
-def test_difference_from_random_weights_is_paired_by_image(tmp_path, monkeypatch):
+def test_difference_from_random_weights_is_paired_by_image(tmp_path):
     """Intervals of both scores overlap by far; the paired one is that of the images' differences."""
-    path, table = with_scores(tmp_path, monkeypatch, shift=4, noise=10)
+    path, table = with_scores(tmp_path, shift=4, noise=10)
     (run,) = load_runs([path])
     (answer,) = [one for one in answers([run]) if one.teacher == "depth"]
     assert answer.measure == ("code_length", "strict") and answer.paired and answer.probe == "ridge"
@@ -84,7 +81,7 @@ def test_equal_scores_are_told_apart_as_seldom_as_the_level_says():
 
 
 def test_no_scores_of_images_no_pairs(tmp_path):
-    assert not PairedScores.read(make_run(tmp_path / "run")).series
+    assert not PairedScores.read(make_run(tmp_path / "run"), "cosine_centred").series
 
 
 @pytest.mark.parametrize(

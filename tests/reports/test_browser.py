@@ -123,9 +123,8 @@ def test_values_show_at_the_pointer(page, tmp_path):
     const menu = figure.querySelector(".vega-actions");
     return { tip: tip && tip.innerText, saved: all("a", menu).map((link) => link.textContent) };"""
     found = visit(page, tmp_path, script)["found"]
-    assert (
-        [*found["tip"].split()][-8:] and "0.49" in found["tip"] and "0.48" in found["tip"] and "llava" in found["tip"]
-    )
+    expected = ["checkpoint", "llava", "control", "checkpoint", "layer", "1", "value", "0.49"]
+    assert found["tip"].split() == [*expected, "95", "%", "from", "0.48", "95", "%", "to", "0.5", "images", "50"]
     assert found["saved"] == ["Save as SVG", "Save as PNG"]
 
 
