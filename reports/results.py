@@ -18,6 +18,8 @@ TEACHERS = ("depth", "seg", "gen")
 TITLES = {"depth": "Depth", "seg": "Segmentation", "gen": "Generation"}
 FINAL = "final"
 """In the column `layer`: the state after the final norm."""
+MEASURE = ("cosine_centred", "strict")
+"""Metric and protocol that are shown first."""
 CURVE = ["layer", "value", "ci_low", "ci_high", "n"]
 """Columns of one curve."""
 
@@ -49,9 +51,14 @@ def sort_measures(measures: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return sorted(sorted(set(measures)), key=rank)
 
 
+def sign(metric: str) -> int:
+    """Returns 1 if more is better, else -1."""
+    return 1 if describe(metric).higher_is_better else -1
+
+
 def best_layer(curve: pd.DataFrame, metric: str) -> pd.Series:
     """Returns the row of the best layer of a curve."""
-    return curve.loc[curve["value"].idxmax() if describe(metric).higher_is_better else curve["value"].idxmin()]
+    return curve.loc[(sign(metric) * curve["value"]).idxmax()]
 
 
 def interval_text(row: pd.Series | None, digits: int = 3, sign: str = "") -> str:
@@ -73,14 +80,14 @@ class Results:
         path: the run's folder; of several runs the first, whose images are shown.
         results: `results.csv`, with `layer` and `seed` as text.
         manifest: `manifest.json`; of several runs the first, with `runs`, the number of runs.
-        style_index: number of the checkpoint in the report, which determines colour and marker.
+        source: the folder that was given: the run, or the folder of several.
     """
 
     label: str
     path: Path
     results: pd.DataFrame
     manifest: dict[str, Any]
-    style_index: int
+    source: Path
 
 
 @dataclass(frozen=True)
@@ -182,12 +189,9 @@ def load_runs(paths: Sequence[Path]) -> list[RunResults]:
         if not (path / "results.csv").exists():
             raise UserError(f"{path} has no results yet; run: probing evaluate {path}")
         results = read_results(path / "results.csv")
-        loaded.append((runs[0], results, _merged_manifest(runs), _learning_curves(runs)))
+        loaded.append((runs[0], results, _merged_manifest(runs), path, _learning_curves(runs)))
     labels = unique_labels([run_name(path, entry[2]) for path, entry in zip(paths, loaded, strict=True)], paths)
-    return [
-        RunResults(label, path, results, manifest, index, curves)
-        for index, (label, (path, results, manifest, curves)) in enumerate(zip(labels, loaded, strict=True))
-    ]
+    return [RunResults(label, *entry) for label, entry in zip(labels, loaded, strict=True)]
 
 
 def run_name(path: Path, manifest: dict[str, Any]) -> str:
@@ -196,8 +200,15 @@ def run_name(path: Path, manifest: dict[str, Any]) -> str:
 
 
 def unique_labels(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
-    """Makes names unique by appending the folder of the run, then its number."""
-    labels = [f"{n} ({p.resolve().name})" if names.count(n) > 1 else n for n, p in zip(names, paths, strict=True)]
+    """Makes names unique: of several that are the same by the folder of the run, else by both and a number."""
+    folders = [path.resolve().name for path in paths]
+    unique = [
+        folder if names.count(name) > 1 and folder not in {*names} and folders.count(folder) == 1 else name
+        for name, folder in zip(names, folders, strict=True)
+    ]
+    labels = [
+        f"{name} ({folder})" if unique.count(name) > 1 else name for name, folder in zip(unique, folders, strict=True)
+    ]
     return [f"{label}, run {i}" if labels.count(label) > 1 else label for i, label in enumerate(labels, start=1)]
 
 
