@@ -106,21 +106,31 @@ class RunResults(Results):
         """Returns L, the number of decoder blocks."""
         return int(self.manifest["checkpoint"]["layers"])
 
-    def _rows(self, teacher: str, probe: str, control: str, metric: str, protocol: str) -> pd.DataFrame:
-        rows = self._groups.get((teacher, probe, control, metric, protocol))
+    def _rows(
+        self, teacher: str, probe: str, control: str, metric: str, protocol: str, variant: str = ""
+    ) -> pd.DataFrame:
+        rows = self._groups.get((teacher, probe, control, metric, protocol, variant))
         return self.results[CURVE].iloc[:0] if rows is None else rows
 
     @cached_property
     def _groups(self) -> dict[Any, pd.DataFrame]:
         """The rows of each curve, pooled over seeds if there are several."""
         groups = {}
-        for key, rows in self.results.groupby(["teacher", "probe", "control", "metric", "protocol"], sort=False):
+        columns = ["teacher", "probe", "control", "metric", "protocol", "variant"]
+        for key, rows in self.results.groupby(columns, sort=False):
             pooled = rows["seed"] == "all"
             groups[key] = rows.loc[pooled if pooled.any() else slice(None), CURVE]
         return groups
 
     def curve(
-        self, teacher: str, probe: str, control: str, metric: str, protocol: str, with_empty: bool = False
+        self,
+        teacher: str,
+        probe: str,
+        control: str,
+        metric: str,
+        protocol: str,
+        with_empty: bool = False,
+        variant: str = "",
     ) -> pd.DataFrame:
         """Returns one curve in the order of the layers, pooled over seeds if there are several.
 
@@ -128,7 +138,7 @@ class RunResults(Results):
             Columns layer, value, ci_low, ci_high, n; empty if this was not run. Layers without a finite score are
             dropped unless `with_empty`.
         """
-        rows = self._rows(teacher, probe, control, metric, protocol)
+        rows = self._rows(teacher, probe, control, metric, protocol, variant)
         rows = rows[(rows["layer"] != AVERAGE) & (rows["value"].notna() | with_empty)]
         return rows.iloc[rows["layer"].map(layer_rank).argsort(kind="stable")]
 
@@ -156,8 +166,9 @@ class RunResults(Results):
 
     @property
     def measures(self) -> list[tuple[str, str]]:
-        """Returns metric and protocol of all results, registered metrics first."""
-        return sort_measures(zip(self.results["metric"], self.results["protocol"], strict=True))
+        """Returns metric and protocol of the features' scores, registered metrics first; `reports.use` has the rest."""
+        scores = self.results[(self.results["variant"] == "") & (self.results["probe"] != "")]
+        return sort_measures(zip(scores["metric"], scores["protocol"], strict=True))
 
     def teachers_of(self, metric: str, protocol: str) -> list[str]:
         """Returns the teachers for which a metric was computed."""

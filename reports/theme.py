@@ -27,6 +27,7 @@ CONTROLS = {
     "blank": "shown grey",
     "other": "shown another image",
     "caption": "given the caption",
+    "subspace": "random subspace",
 }
 """Control in `results.csv` → its name in charts."""
 DASHES: dict[str, tuple[float, ...]] = {
@@ -37,6 +38,7 @@ DASHES: dict[str, tuple[float, ...]] = {
     "shown another image": (3, 1.2),
     "given the caption": (7, 1.5, 1, 1.5, 1, 1.5),
     "random projector": (5, 2),
+    "random subspace": (2, 2),
 }
 """Name of a control → lengths of dash and gap, in line widths. Chance is dotted."""
 CHANCE_DASH = (1, 1.5)
