@@ -25,6 +25,7 @@ from reports.curves import (
     differences_from,
     direction,
     layer_frame,
+    layer_ticks,
     panel_title,
     references,
 )
@@ -33,7 +34,6 @@ from reports.theme import CEILING, DOUBLE, REFERENCES, SINGLE, dash, palette, st
 
 Style = Literal["screen", "paper"]
 """`screen`: PNG, SVG and PDF. `paper`: SVG and PDF, 3.25 or 6.75 inches wide, font size 7."""
-MOST_TICKS = 9
 
 
 def line_plot(
@@ -65,7 +65,7 @@ def line_plot(
         columns, order = 3, list(dict.fromkeys(frame["panel"]))
     panels = [name for name in order if name in set(frame["panel"])]
     columns = min(columns if columns > 1 else 2, len(panels))
-    layers = frame[["x", "layer"]].drop_duplicates("x").sort_values("x")
+    ticks = layer_ticks(frame)
     frame = frame.assign(segment=frame["layer"] == FINAL)
     with mpl.rc_context(style(paper)):
         grid = sns.relplot(
@@ -81,8 +81,9 @@ def line_plot(
             axes.set_title(panel)
             if zero:
                 axes.axhline(0, color="#333333", linewidth=0.8, zorder=1)
-        grid.set(xticks=layers["x"].iloc[_ticks(layers["layer"])])
-        grid.set_xticklabels(layers["layer"].iloc[_ticks(layers["layer"])])
+        positions, labels = zip(*ticks, strict=True)
+        grid.set(xticks=positions)
+        grid.set_xticklabels(labels)
         grid.set_axis_labels(xlabel, ylabel)
         handles = [Line2D([], [], color=colours[name], marker="o", label=name) for name in checkpoints]
         if len(controls) > 1:
@@ -90,14 +91,6 @@ def line_plot(
             handles += [Line2D([], [], color=ink, dashes=dash(name) or (None, None), label=name) for name in controls]
         arrange(grid.figure, handles, (-(-len(panels) // columns), columns), paper)
     return grid.figure
-
-
-def _ticks(layers: pd.Series) -> list[int]:
-    """Returns which of the sorted layers have a tick: at most nine, and `final`."""
-    indices = list(range(0, len(layers), -(-len(layers) // MOST_TICKS)))
-    if layers.iloc[-1] == FINAL and indices[-1] != len(layers) - 1:
-        indices = [*(index for index in indices if index < len(layers) - 2), len(layers) - 1]
-    return indices
 
 
 def _draw_bands(axes: Axes, rows: pd.DataFrame, colours: Mapping[str, str]) -> None:
