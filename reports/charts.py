@@ -12,7 +12,7 @@ import vl_convert
 from altair.utils._importers import vl_version_for_vl_convert
 from markupsafe import Markup
 
-from reports.curves import LAYER, PROBES, layer_ticks, panel_title
+from reports.curves import DENSE, LAYER, PROBES, layer_ticks, panel_title
 from reports.results import FINAL, sort_teachers
 from reports.theme import CHECKPOINT, REFERENCES, dash
 
@@ -29,12 +29,7 @@ def bundle() -> Markup:
 
 
 def line_chart(
-    frame: pd.DataFrame,
-    title: str,
-    names: Sequence[str],
-    ylabel: str = "",
-    xlabel: str = LAYER,
-    zero: bool = False,
+    frame: pd.DataFrame, title: str, names: Sequence[str], ylabel: str = "", xlabel: str = LAYER, zero: bool = False
 ) -> dict[str, Any]:
     """Draws one panel: lines with bands, values at the pointer, zoom, and names that the page's legend hides.
 
@@ -66,12 +61,7 @@ def _lines(
     referenced: bool,
 ) -> dict[str, Any]:
     """Specifies lines without data; cached, because Altair takes a tenth of a second and most panels are alike."""
-    axis: dict[str, Any] = {
-        "values": [x for x, _ in ticks],
-        "title": xlabel,
-        "grid": False,
-        "format": "d",
-    }
+    axis: dict[str, Any] = {"values": [x for x, _ in ticks], "title": xlabel, "grid": False, "format": "d"}
     if named := {str(x): layer for x, layer in ticks if layer != str(x)}:
         axis["labelExpr"] = f"({json.dumps(named)})[datum.value] || datum.label"
     shown = "indexof(hidden, datum.checkpoint) < 0 && indexof(hidden, datum.control) < 0"
@@ -91,7 +81,8 @@ def _lines(
     base, scale = alt.Chart(), alt.Scale(domain=list(domain), nice=False, zero=False, padding=8)
     ends = {"y": alt.Y("ci_low:Q"), "y2": "ci_high:Q"}
     y = alt.Y("value:Q", title=ylabel or None, scale=alt.Scale(zero=False))
-    size = alt.when(pointer).then(alt.value(90)).otherwise(alt.value(14))
+    dots = alt.when(pointer).then(alt.value(90)).when("datum.segment").then(alt.value(30))
+    size = dots.otherwise(alt.value(14 if domain[1] <= DENSE else 5))
     layers = [
         base.mark_area(opacity=0.15).encode(**ends),
         base.mark_line(strokeWidth=2).encode(y=y, strokeDash=alt.StrokeDash("control:N", scale=dashes, legend=None)),
@@ -106,9 +97,7 @@ def _lines(
     chart = (
         alt.layer(*layers, data=alt.NamedData("rows"))
         .encode(
-            x=alt.X("x:Q", axis=alt.Axis(**axis), scale=scale),
-            color=_colour(names),
-            detail=["segment:N", "control:N"],
+            x=alt.X("x:Q", axis=alt.Axis(**axis), scale=scale), color=_colour(names), detail=["segment:N", "control:N"]
         )
         .transform_filter(shown)
         .transform_calculate(segment=f"datum.layer == '{FINAL}'")

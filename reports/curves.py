@@ -14,6 +14,8 @@ from reports.theme import CEILING, CHECKPOINT, CONTROLS, MEAN
 
 PROBES = {"resampler": "Perceiver resampler", "ridge": "ridge readout"}
 MOST_TICKS = 9
+DENSE = 16
+"""With more layers than this, points would hide the dashes of their lines."""
 LAYER = "LLM layer (0 = projector output)"
 
 

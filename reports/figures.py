@@ -18,6 +18,7 @@ from PIL import Image
 from probing.utils.errors import UserError
 from probing.utils.files import atomic_file
 from reports.curves import (
+    DENSE,
     LAYER,
     PROBES,
     compared_metrics,
@@ -66,14 +67,14 @@ def line_plot(
     panels = [name for name in order if name in set(frame["panel"])]
     columns = min(columns if columns > 1 else 2, len(panels))
     ticks = layer_ticks(frame)
-    frame = frame.assign(segment=frame["layer"] == FINAL)
+    frame, dot = frame.assign(segment=frame["layer"] == FINAL), "o" if frame["x"].max() <= DENSE else ""
     with mpl.rc_context(style(paper)):
         grid = sns.relplot(
             frame, x="x", y="value", kind="line", errorbar=None, estimator=None, units="segment", legend=False,
             hue="checkpoint", hue_order=checkpoints, palette={name: colours[name] for name in checkpoints},
             style="control", style_order=controls, dashes={name: dash(name) or "" for name in controls},
             col="panel", col_order=panels, col_wrap=columns, facet_kws={"sharey": False},
-            marker="o", markeredgewidth=0,
+            marker=dot, markeredgewidth=0,
         )  # fmt: skip
         plt.close(grid.figure)  # it belongs to the caller, not to pyplot
         for panel, axes in grid.axes_dict.items():
@@ -85,7 +86,7 @@ def line_plot(
         grid.set(xticks=positions)
         grid.set_xticklabels(labels)
         grid.set_axis_labels(xlabel, ylabel)
-        handles = [Line2D([], [], color=colours[name], marker="o", label=name) for name in checkpoints]
+        handles = [Line2D([], [], color=colours[name], marker=dot, label=name) for name in checkpoints]
         if len(controls) > 1:
             ink = REFERENCES[CEILING][0]
             handles += [Line2D([], [], color=ink, dashes=dash(name) or (None, None), label=name) for name in controls]
@@ -100,6 +101,7 @@ def _draw_bands(axes: Axes, rows: pd.DataFrame, colours: Mapping[str, str]) -> N
         x, low, high = (line[name] for name in ("x", "ci_low", "ci_high"))
         if len(line) == 1:  # a band needs two points
             axes.vlines(x, low, high, color=colours[checkpoint], linewidth=0.8)
+            axes.scatter(x, line["value"], s=mpl.rcParams["lines.markersize"] ** 2, color=colours[checkpoint])
         else:
             axes.fill_between(x, low, high, color=colours[checkpoint], alpha=0.15, linewidth=0)
 
