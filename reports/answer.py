@@ -1,15 +1,15 @@
 """The answer of a report: what the best layer holds, and whether random weights hold as much."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
-from analysis.evaluation.above_random import MORE, PairedScores, verdict
+from analysis.evaluation.above_random import PairedScores, verdict
 from analysis.evaluation.registry import describe
 from analysis.evaluation.scores import ScoreKey
-from reports.curves import PROBES, with_positions
+from reports.curves import PROBES, teachers_of, with_positions
 from reports.results import MEASURE, RunResults, best_layer, interval_text, metric_label, sign, teacher_title
 from reports.theme import CHECKPOINT
 
@@ -31,7 +31,7 @@ class Answer:
         measure: metric and protocol.
         best: row of the best layer.
         floor: score of the mean target; None if unknown.
-        difference: best layer minus the best layer of random weights, the columns of `minus_random`; None without.
+        difference: best layer minus that of random weights, with `layer` and `random_layer`; None without the control.
         layers: the same layer by layer.
         paired: whether scores per image make the differences paired.
     """
@@ -98,30 +98,20 @@ class Answer:
         ]
 
 
-HEAD = (
-    "teacher",
-    "checkpoint",
-    "verdict",
-    "best layer",
-    "score",
-    "minus random weights",
-    "layers above random",
-    "probe",
-)
+HEAD = [
+    *("teacher", "checkpoint", "verdict", "best layer", "score"),
+    *("minus random weights", "layers above random", "probe"),
+]
 
 
 def answers(runs: Sequence[RunResults]) -> list[Answer]:
     """Returns an answer per teacher and checkpoint, in the best measure that all checkpoints have."""
-    shared = [
-        m
-        for m in (CODE_LENGTH, MEASURE, *(m for run in runs for m in run.measures))
-        if all(m in r.measures for r in runs)
-    ]
-    if not shared:
+    candidates = (CODE_LENGTH, MEASURE, *(measure for run in runs for measure in run.measures))
+    measure = next((one for one in candidates if all(one in run.measures for run in runs)), None)
+    if measure is None:
         return []
-    paired = {run.label: PairedScores.read(run.source, shared[0][0]) for run in runs}
-    teachers = dict.fromkeys(teacher for run in runs for teacher in run.teachers_of(*shared[0]))
-    found = (_answer(run, teacher, shared[0], paired[run.label]) for teacher in teachers for run in runs)
+    paired = {run.label: PairedScores.read(run.source, measure[0]) for run in runs}
+    found = (_answer(run, t, measure, paired[run.label]) for t in teachers_of(runs, *measure) for run in runs)
     return [answer for answer in found if answer is not None]
 
 
@@ -132,12 +122,13 @@ def _answer(run: RunResults, teacher: str, measure: tuple[str, str], paired: Pai
         return None
     best, random = best_layer(curve, measure[0]), run.curve(teacher, probe, "random", *measure)
     floor = 0.0 if measure == CODE_LENGTH else run.mean_target_score(teacher, *measure)
-    layers = minus_random(run, teacher, probe, measure, paired)
-    difference = None
-    if len(random):
-        difference = _difference(
-            best, best_layer(random, measure[0]), ScoreKey(teacher, "", probe, "none", *measure), paired
-        )
+    key = ScoreKey(teacher, "", probe, "none", *measure)
+    difference = _difference(best, best_layer(random, measure[0]), key, paired) if len(random) else None
+    at = random.set_index("layer", drop=False)
+    rows = [
+        _difference(row, at.loc[row["layer"]], key, paired) for _, row in curve.iterrows() if row["layer"] in at.index
+    ]
+    layers = pd.DataFrame(rows, columns=["layer", "random_layer", "value", "ci_low", "ci_high", "n"])
     return Answer(run, teacher, probe, measure, best, floor, difference, layers, bool(paired.series))
 
 
@@ -150,32 +141,16 @@ def leading_probe(run: RunResults, teacher: str, measure: tuple[str, str]) -> st
     curves = {probe: run.curve(teacher, probe, "none", *measure) for probe in PROBES}
     if curves["resampler"].empty or curves["ridge"].empty:
         return "ridge" if curves["resampler"].empty else "resampler"
-    states = {
-        row["state"]
-        for row in run.manifest["convergence"]
-        if row["teacher"] == teacher and row["control"] != "shuffled"
-    }
+    rows = [row for row in run.manifest["convergence"] if row["teacher"] == teacher and row["control"] != "shuffled"]
+    flat = bool(rows) and all(row["state"] == "flat" for row in rows)
     own, ridge = (sign(measure[0]) * best_layer(curves[probe], measure[0])["value"] for probe in PROBES)
-    return "resampler" if states == {"flat"} and own > ridge else "ridge"
-
-
-def minus_random(
-    run: RunResults, teacher: str, probe: str, measure: tuple[str, str], paired: PairedScores
-) -> pd.DataFrame:
-    """Returns checkpoint minus random weights at the same layer: layer, random_layer, value, ci_low, ci_high, n."""
-    own, random = (
-        run.curve(teacher, probe, control, *measure).set_index("layer", drop=False) for control in ("none", "random")
-    )
-    key = ScoreKey(teacher, "", probe, "none", *measure)
-    rows = [_difference(own.loc[layer], random.loc[layer], key, paired) for layer in own.index if layer in random.index]
-    return pd.DataFrame(rows, columns=["layer", "random_layer", "value", "ci_low", "ci_high", "n"])
+    return "resampler" if flat and own > ridge else "ridge"
 
 
 def _difference(own: pd.Series, random: pd.Series, key: ScoreKey, paired: PairedScores) -> pd.Series:
     """Returns one difference, paired by image; without scores per image, its interval is as wide as both together."""
     layers = {"layer": own["layer"], "random_layer": random["layer"]}
-    key = ScoreKey(key.teacher, own["layer"], key.probe, key.control, key.metric, key.protocol)
-    if found := paired.minus_random(key, random["layer"]):
+    if found := paired.minus_random(replace(key, layer=own["layer"]), random["layer"]):
         interval, n = found
         return pd.Series(layers | {"value": interval.value, "ci_low": interval.low, "ci_high": interval.high, "n": n})
     ends = {"ci_low": own["ci_low"] - random["ci_high"], "ci_high": own["ci_high"] - random["ci_low"]}
@@ -187,7 +162,7 @@ def answer_table(found: Sequence[Answer]) -> dict[str, Any]:
     more = {title: [_more(answer, *rows) for answer in found] for title, rows in MORE_COLUMNS.items()}
     more = {title: cells for title, cells in more.items() if any(cells)}
     rows = [answer.cells() + [cells[index] for cells in more.values()] for index, answer in enumerate(found)]
-    return {"head": [*HEAD, *more], "rows": rows, "good": [answer.verdict == MORE for answer in found]}
+    return {"head": [*HEAD, *more], "rows": rows}
 
 
 def _more(answer: Answer, metric: str, probe: str) -> str:

@@ -12,7 +12,7 @@ import vl_convert
 from altair.utils._importers import vl_version_for_vl_convert
 from markupsafe import Markup
 
-from reports.curves import LAYER, PROBES, panel_title
+from reports.curves import DENSE, LAYER, PROBES, layer_ticks, panel_title
 from reports.results import FINAL, sort_teachers
 from reports.theme import CHECKPOINT, REFERENCES, dash
 
@@ -29,12 +29,7 @@ def bundle() -> Markup:
 
 
 def line_chart(
-    frame: pd.DataFrame,
-    title: str,
-    names: Sequence[str],
-    ylabel: str = "",
-    xlabel: str = LAYER,
-    zero: bool = False,
+    frame: pd.DataFrame, title: str, names: Sequence[str], ylabel: str = "", xlabel: str = LAYER, zero: bool = False
 ) -> dict[str, Any]:
     """Draws one panel: lines with bands, values at the pointer, zoom, and names that the page's legend hides.
 
@@ -46,10 +41,10 @@ def line_chart(
         xlabel: label of the horizontal axis.
         zero: whether to draw a line at zero.
     """
-    ticks = tuple(sorted(set(zip(frame["x"], frame["layer"].astype(str), strict=True))))
+    ticks, ends = tuple(layer_ticks(frame)), (int(frame["x"].min()), int(frame["x"].max()))
     columns = ["x", "layer", "checkpoint", "control", *NUMBERS, "n"] + ["reference"] * ("reference" in frame)
     template = _lines(
-        ticks, tuple(dict.fromkeys(frame["control"])), tuple(names), ylabel, xlabel, zero, "reference" in frame
+        ticks, ends, tuple(dict.fromkeys(frame["control"])), tuple(names), ylabel, xlabel, zero, "reference" in frame
     )
     return template | _data(frame[columns]) | {"title": title, "description": describe_lines(frame, title)}
 
@@ -57,6 +52,7 @@ def line_chart(
 @functools.cache
 def _lines(
     ticks: tuple[tuple[int, str], ...],
+    domain: tuple[int, int],
     controls: tuple[str, ...],
     names: tuple[str, ...],
     ylabel: str,
@@ -65,16 +61,9 @@ def _lines(
     referenced: bool,
 ) -> dict[str, Any]:
     """Specifies lines without data; cached, because Altair takes a tenth of a second and most panels are alike."""
-    axis: dict[str, Any] = {
-        "values": [x for x, _ in ticks],
-        "title": xlabel,
-        "grid": False,
-        "labelOverlap": "greedy",
-        "format": "d",
-    }
+    axis: dict[str, Any] = {"values": [x for x, _ in ticks], "title": xlabel, "grid": False, "format": "d"}
     if named := {str(x): layer for x, layer in ticks if layer != str(x)}:
         axis["labelExpr"] = f"({json.dumps(named)})[datum.value] || datum.label"
-    domain = [ticks[0][0], ticks[-1][0]]
     shown = "indexof(hidden, datum.checkpoint) < 0 && indexof(hidden, datum.control) < 0"
     if referenced:
         shown += " && datum.reference == reference"
@@ -89,10 +78,11 @@ def _lines(
         alt.Tooltip("ci_high:Q", title="95 % to", format=".4~f"),
         alt.Tooltip("n:Q", title="images"),
     ]
-    base = alt.Chart()
+    base, scale = alt.Chart(), alt.Scale(domain=list(domain), nice=False, zero=False, padding=8)
     ends = {"y": alt.Y("ci_low:Q"), "y2": "ci_high:Q"}
     y = alt.Y("value:Q", title=ylabel or None, scale=alt.Scale(zero=False))
-    size = alt.when(pointer).then(alt.value(90)).otherwise(alt.value(18))
+    dots = alt.when(pointer).then(alt.value(90)).when("datum.segment").then(alt.value(30))
+    size = dots.otherwise(alt.value(14 if domain[1] <= DENSE else 5))
     layers = [
         base.mark_area(opacity=0.15).encode(**ends),
         base.mark_line(strokeWidth=2).encode(y=y, strokeDash=alt.StrokeDash("control:N", scale=dashes, legend=None)),
@@ -107,9 +97,7 @@ def _lines(
     chart = (
         alt.layer(*layers, data=alt.NamedData("rows"))
         .encode(
-            x=alt.X("x:Q", axis=alt.Axis(**axis), scale=alt.Scale(domain=domain, nice=False, zero=False, padding=8)),
-            color=_colour(names),
-            detail=["segment:N", "control:N"],
+            x=alt.X("x:Q", axis=alt.Axis(**axis), scale=scale), color=_colour(names), detail=["segment:N", "control:N"]
         )
         .transform_filter(shown)
         .transform_calculate(segment=f"datum.layer == '{FINAL}'")

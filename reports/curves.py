@@ -13,6 +13,9 @@ from reports.results import AVERAGE, CURVE, FINAL, RunResults, layer_rank, sort_
 from reports.theme import CEILING, CHECKPOINT, CONTROLS, MEAN
 
 PROBES = {"resampler": "Perceiver resampler", "ridge": "ridge readout"}
+MOST_TICKS = 9
+DENSE = 16
+"""With more layers than this, points would hide the dashes of their lines."""
 LAYER = "LLM layer (0 = projector output)"
 
 
@@ -31,6 +34,16 @@ def with_positions(frame: pd.DataFrame) -> pd.DataFrame:
     deepest = max((int(layer) for layer in frame["layer"] if layer.isdecimal()), default=0)
     placed = frame.assign(x=[position(layer, deepest) for layer in frame["layer"]])
     return placed.sort_values("x", kind="stable", ignore_index=True)
+
+
+def layer_ticks(frame: pd.DataFrame) -> list[tuple[int, str]]:
+    """Returns position and name of at most nine evenly spaced layers, and of `final`."""
+    ticks = sorted(set(zip(frame["x"], frame["layer"].astype(str), strict=True)))
+    step = -(-len(ticks) // MOST_TICKS)
+    shown = ticks[::step]
+    if ticks[-1][1] == FINAL and shown[-1] != ticks[-1]:
+        shown = [*(tick for tick in shown if tick[0] <= ticks[-2][0] - step / 2), ticks[-1]]
+    return shown
 
 
 def teachers_of(runs: Sequence[RunResults], metric: str, protocol: str) -> list[str]:

@@ -18,6 +18,7 @@ from PIL import Image
 from probing.utils.errors import UserError
 from probing.utils.files import atomic_file
 from reports.curves import (
+    DENSE,
     LAYER,
     PROBES,
     compared_metrics,
@@ -25,6 +26,7 @@ from reports.curves import (
     differences_from,
     direction,
     layer_frame,
+    layer_ticks,
     panel_title,
     references,
 )
@@ -33,7 +35,6 @@ from reports.theme import CEILING, DOUBLE, REFERENCES, SINGLE, dash, palette, st
 
 Style = Literal["screen", "paper"]
 """`screen`: PNG, SVG and PDF. `paper`: SVG and PDF, 3.25 or 6.75 inches wide, font size 7."""
-MOST_TICKS = 9
 
 
 def line_plot(
@@ -65,15 +66,15 @@ def line_plot(
         columns, order = 3, list(dict.fromkeys(frame["panel"]))
     panels = [name for name in order if name in set(frame["panel"])]
     columns = min(columns if columns > 1 else 2, len(panels))
-    layers = frame[["x", "layer"]].drop_duplicates("x").sort_values("x")
-    frame = frame.assign(segment=frame["layer"] == FINAL)
+    ticks = layer_ticks(frame)
+    frame, dot = frame.assign(segment=frame["layer"] == FINAL), "o" if frame["x"].max() <= DENSE else ""
     with mpl.rc_context(style(paper)):
         grid = sns.relplot(
             frame, x="x", y="value", kind="line", errorbar=None, estimator=None, units="segment", legend=False,
             hue="checkpoint", hue_order=checkpoints, palette={name: colours[name] for name in checkpoints},
             style="control", style_order=controls, dashes={name: dash(name) or "" for name in controls},
             col="panel", col_order=panels, col_wrap=columns, facet_kws={"sharey": False},
-            marker="o", markeredgewidth=0,
+            marker=dot, markeredgewidth=0,
         )  # fmt: skip
         plt.close(grid.figure)  # it belongs to the caller, not to pyplot
         for panel, axes in grid.axes_dict.items():
@@ -81,23 +82,16 @@ def line_plot(
             axes.set_title(panel)
             if zero:
                 axes.axhline(0, color="#333333", linewidth=0.8, zorder=1)
-        grid.set(xticks=layers["x"].iloc[_ticks(layers["layer"])])
-        grid.set_xticklabels(layers["layer"].iloc[_ticks(layers["layer"])])
+        positions, labels = zip(*ticks, strict=True)
+        grid.set(xticks=positions)
+        grid.set_xticklabels(labels)
         grid.set_axis_labels(xlabel, ylabel)
-        handles = [Line2D([], [], color=colours[name], marker="o", label=name) for name in checkpoints]
+        handles = [Line2D([], [], color=colours[name], marker=dot, label=name) for name in checkpoints]
         if len(controls) > 1:
             ink = REFERENCES[CEILING][0]
             handles += [Line2D([], [], color=ink, dashes=dash(name) or (None, None), label=name) for name in controls]
         arrange(grid.figure, handles, (-(-len(panels) // columns), columns), paper)
     return grid.figure
-
-
-def _ticks(layers: pd.Series) -> list[int]:
-    """Returns which of the sorted layers have a tick: at most nine, and `final`."""
-    indices = list(range(0, len(layers), -(-len(layers) // MOST_TICKS)))
-    if layers.iloc[-1] == FINAL and indices[-1] != len(layers) - 1:
-        indices = [*(index for index in indices if index < len(layers) - 2), len(layers) - 1]
-    return indices
 
 
 def _draw_bands(axes: Axes, rows: pd.DataFrame, colours: Mapping[str, str]) -> None:
@@ -107,6 +101,7 @@ def _draw_bands(axes: Axes, rows: pd.DataFrame, colours: Mapping[str, str]) -> N
         x, low, high = (line[name] for name in ("x", "ci_low", "ci_high"))
         if len(line) == 1:  # a band needs two points
             axes.vlines(x, low, high, color=colours[checkpoint], linewidth=0.8)
+            axes.scatter(x, line["value"], s=mpl.rcParams["lines.markersize"] ** 2, color=colours[checkpoint])
         else:
             axes.fill_between(x, low, high, color=colours[checkpoint], alpha=0.15, linewidth=0)
 

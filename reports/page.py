@@ -43,7 +43,6 @@ from reports.grids import grid_figure, read_grids
 from reports.results import (
     AVERAGE,
     MEASURE,
-    Results,
     RunResults,
     interval_text,
     load_runs,
@@ -127,17 +126,14 @@ def _write_report(
                 save_figure(quality_plot(panels, colours, style == "paper"), out, f"quality_{name}", style)
         if runs:
             _write_probe_figures(runs, differences, out, style, colours)
-    _write_merged([*runs, *alignments, *benchmark_runs], out)
+    merged = [run.results.assign(checkpoint=run.label) for run in (*runs, *alignments, *benchmark_runs)]
+    write_text(out / "results.csv", pd.concat(merged).to_csv(index=False))
     write_text(page, render(runs, alignments, differences, statements, benchmarks))
     return page
 
 
 def _write_probe_figures(
-    runs: Sequence[RunResults],
-    differences: pd.DataFrame | None,
-    out: Path,
-    style: Style,
-    colours: Mapping[str, str],
+    runs: Sequence[RunResults], differences: pd.DataFrame | None, out: Path, style: Style, colours: Mapping[str, str]
 ) -> None:
     write_curves(runs, out, style, colours)
     found = answers(runs)
@@ -149,7 +145,11 @@ def _write_probe_figures(
         write_differences(differences, out, style, colours)
     for run in (run for run in runs if len(run.curves)):
         save_figure(learning_plot(run), out, "learning" if len(runs) == 1 else f"learning_{run.label}", style)
-    _write_grids(runs, out)
+    for run in runs:
+        suffix = "" if len(runs) == 1 else f"_{slug(run.label)}"
+        for grid in read_grids(run.path):
+            with atomic_file(out / "figures" / f"grid_{grid.teacher}_{grid.probe}{suffix}.png") as file:
+                grid_figure(grid).savefig(file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.05)
 
 
 def load(paths: Sequence[Path]) -> tuple[list[RunResults], list[AlignmentResults]]:
@@ -247,7 +247,7 @@ def _probe_values(
         "convergence": {run.label: convergence(run) for run in runs},
         "sections": _sections(runs, names),
         "table": table,
-        "metrics": [_label_and_meaning(*measure) for measure in _measures(runs)],
+        "metrics": [(_title(info.label), info.meaning) for info in (describe(*measure) for measure in _measures(runs))],
         "viewers": viewers([(run, read_grids(run.path)) for run in runs]),
         "compared": {} if differences is None else _comparison(differences, names),
         "statements": list(statements),
@@ -259,29 +259,9 @@ def _measures(runs: Sequence[RunResults]) -> list[tuple[str, str]]:
     return sort_measures(measure for run in runs for measure in run.measures)
 
 
-def _write_merged(runs: Sequence[Results], out: Path) -> None:
-    merged = pd.concat([run.results.assign(checkpoint=run.label) for run in runs])
-    write_text(out / "results.csv", merged.to_csv(index=False))
-
-
-def _write_grids(runs: Sequence[RunResults], out: Path) -> None:
-    """Writes the grids of decoded images as files."""
-    folder = out / "figures"
-    for run in runs:
-        suffix = "" if len(runs) == 1 else f"_{slug(run.label)}"
-        for grid in read_grids(run.path):
-            with atomic_file(folder / f"grid_{grid.teacher}_{grid.probe}{suffix}.png") as file:
-                grid_figure(grid).savefig(file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.05)
-
-
 def _title(label: str) -> str:
     """Capitalises a label, except names like mIoU."""
     return label if label[1].isupper() else label[0].upper() + label[1:]
-
-
-def _label_and_meaning(metric: str, protocol: str) -> tuple[str, str]:
-    info = describe(metric, protocol)
-    return _title(info.label), info.meaning
 
 
 def _sections(runs: Sequence[RunResults], names: Sequence[str]) -> list[dict[str, Any]]:

@@ -169,12 +169,4 @@
     table.texts = { csv: () => csv(table), latex: () => latex(table) };
   }
   all("table.sortable").forEach(equip);
-
-  // Open all details for printing.
-  let closed = [];
-  addEventListener("beforeprint", () => {
-    closed = all("details:not([open])");
-    closed.forEach((details) => { details.open = true; });
-  });
-  addEventListener("afterprint", () => closed.forEach((details) => { details.open = false; }));
 })();

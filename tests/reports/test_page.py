@@ -1,5 +1,6 @@
 """What the page holds: the numbers of results.csv, names as text, and no more than five megabytes."""
 
+import itertools
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import pytest
 import vl_convert
 
 from reports.charts import bundle
-from reports.curves import PROBES, differences_from, references
+from reports.curves import PROBES, differences_from, layer_ticks, references, with_positions
 from reports.page import load, render, write_report
 from reports.results import read_results
 from reports.theme import CONTROLS, MEAN
@@ -161,3 +162,14 @@ def test_name_is_only_text_in_scripts_attributes_and_drawings(tmp_path, harmless
     assert styles[0] == styles[1]
     assert any(name in set(chart["rows"]["checkpoint"]) for chart in hostile.charts())
     assert any(attrs.get("data-name") == name for _, attrs in hostile.tags)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 6, 9, 12, 24, 28, 32, 40, 80])
+def test_layer_ticks_are_even_and_final_is_apart(depth):
+    frame = with_positions(pd.DataFrame({"layer": [*map(str, range(depth + 1)), "final"]}))
+    ticks = layer_ticks(frame)
+    (*_, last), (end, name) = ticks[:-1], ticks[-1]
+    steps = {b - a for (a, _), (b, _) in itertools.pairwise(ticks[:-1])}
+    assert name == "final" and len(ticks) <= 10 and len(steps) <= 1 and ticks[0] == (0, "0")
+    assert all(str(x) == layer for x, layer in ticks[:-1])
+    assert end - last[0] >= max(1, round(0.1 * depth))
