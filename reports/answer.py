@@ -12,12 +12,14 @@ from analysis.evaluation.scores import ScoreKey
 from reports.curves import PROBES, teachers_of, with_positions
 from reports.results import MEASURE, RunResults, best_layer, interval_text, metric_label, sign, teacher_title
 from reports.theme import CHECKPOINT
+from reports.use import NO_EVIDENCE, used, where
 
 CODE_LENGTH = ("code_length", "strict")
 NOTHING = "no more than the mean target"
 UNKNOWN = "not compared with random weights"
-MORE_COLUMNS = {"positions": ("positions", ""), "erasure": ("erased_loss", "leace")}
-"""Further columns, shown where results have rows: title → metric and probe; without a probe, that of the answer."""
+USED_BY, BITS_BY = "used by answers", "bits by tokens"
+MORE_COLUMNS = {USED_BY: used, BITS_BY: where}
+"""Further columns, shown where there are results: title → function of run and teacher."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,14 @@ class Answer:
             f"{PROBES[self.probe]} at its best layer, {self.best['layer']}: {interval_text(self.best, digits)}"
         )
         if self.difference is None:
-            return f"{start}. Add the control to know what the number means: probing train … --control random"
-        minus = interval_text(self.difference, digits, "+")
-        return f"{start}; minus random weights at their best layer, {self.difference['random_layer']}: {minus}."
+            text = f"{start}. Add the control to know what the number means: probing train … --control random."
+        else:
+            minus = interval_text(self.difference, digits, "+")
+            text = f"{start}; minus random weights at their best layer, {self.difference['random_layer']}: {minus}."
+        found = used(self.run, self.teacher)
+        if found == NO_EVIDENCE:
+            return f"{text} Erasing it costs no more than a random subspace does: no evidence that the model uses it."
+        return f"{text} Is it used by answers? {found[0].upper()}{found[1:]}." if found else text
 
     def cells(self) -> list[str]:
         """Returns the row of the table: teacher, checkpoint, verdict, layer, score, difference, layers, probe."""
@@ -102,6 +109,7 @@ HEAD = [
     *("teacher", "checkpoint", "verdict", "best layer", "score"),
     *("minus random weights", "layers above random", "probe"),
 ]
+ORDER = (*HEAD[:3], USED_BY, *HEAD[3:6], "probe", "layers above random", BITS_BY)
 
 
 def answers(runs: Sequence[RunResults]) -> list[Answer]:
@@ -159,20 +167,12 @@ def _difference(own: pd.Series, random: pd.Series, key: ScoreKey, paired: Paired
 
 def answer_table(found: Sequence[Answer]) -> dict[str, Any]:
     """Builds the table of answers, with the further columns that have results."""
-    more = {title: [_more(answer, *rows) for answer in found] for title, rows in MORE_COLUMNS.items()}
-    more = {title: cells for title, cells in more.items() if any(cells)}
-    rows = [answer.cells() + [cells[index] for cells in more.values()] for index, answer in enumerate(found)]
-    return {"head": [*HEAD, *more], "rows": rows}
-
-
-def _more(answer: Answer, metric: str, probe: str) -> str:
-    for name, protocol in answer.run.measures:
-        curve = answer.run.curve(answer.teacher, probe or answer.probe, "none", name, protocol)
-        if name == metric and len(curve):
-            return (
-                f"{interval_text(best := best_layer(curve, metric), describe(metric).digits)} · layer {best['layer']}"
-            )
-    return ""
+    columns = {title: [one.cells()[index] for one in found] for index, title in enumerate(HEAD)}
+    more = {title: [cell(one.run, one.teacher) for one in found] for title, cell in MORE_COLUMNS.items()}
+    columns |= {title: cells for title, cells in more.items() if any(cells)}
+    head = [title for title in ORDER if title in columns]
+    rows = [list(row) for row in zip(*(columns[title] for title in head), strict=True)]
+    return {"head": head, "rows": rows, "sentences": [one.sentence for one in found]}
 
 
 def random_frame(found: Sequence[Answer]) -> pd.DataFrame:

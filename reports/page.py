@@ -53,6 +53,7 @@ from reports.results import (
 from reports.strips import viewers
 from reports.tables import decoded_table
 from reports.theme import CONTROLS, REFERENCES, palette, vega_config
+from reports.use import sections as use_sections
 
 COLUMNS = {
     f"{probe}, {name}" if control != "none" else probe: (probe, control)
@@ -244,6 +245,7 @@ def _probe_values(
         "runs": runs,
         "answer": answer,
         "random": random,
+        "use": use_sections(runs, names, colours),
         "convergence": {run.label: convergence(run) for run in runs},
         "sections": _sections(runs, names),
         "table": table,

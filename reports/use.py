@@ -56,7 +56,7 @@ def used(run: RunResults, teacher: str) -> str:
         return NO_EVIDENCE
     best = sure.loc[sure["value"].idxmax()]
     place = f"{POSITIONS[best['position']]}, layer {best['layer']}"
-    return f"{interval_text(best, describe(USED).digits, '+')} nats · {place}"
+    return f"yes: {place}, {interval_text(best, describe(USED).digits, '+')} nats"
 
 
 def position_frame(runs: Sequence[RunResults], metric: str, probe: str, controls: Sequence[str]) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import pytest
 
 from analysis.evaluation.above_random import AS_MUCH, LESS, MORE, PairedScores, verdict
 from analysis.evaluation.scores import ScoreFile, ScoreKey, score_file
-from reports.answer import NOTHING, UNKNOWN, answer_table, answers, random_frame
+from reports.answer import BITS_BY, NOTHING, UNKNOWN, USED_BY, answer_table, answers, random_frame
 from reports.page import write_report
 from reports.results import load_runs
 from tests.helpers.report_runs import add_rows, make_run
@@ -136,9 +136,10 @@ def test_a_score_at_the_mean_target_is_nothing(tmp_path):
 
 def test_erasure_and_positions_are_columns_where_they_have_rows(tmp_path):
     path = make_run(tmp_path / "run", layers=2, final=False)
-    assert not {"erasure", "positions"} & {*answer_table(answers(load_runs([path])))["head"]}
+    assert not {USED_BY, BITS_BY} & {*answer_table(answers(load_runs([path])))["head"]}
     rows = [(layer, "leace", "none", 0.2 + 0.1 * int(layer), 0.01) for layer in "012"]
-    add_rows(path, "erased_loss", "strict", "depth", rows)
+    add_rows(path, "erased_excess", "strict", "depth", rows, variant="text")
     table = answer_table(answers(load_runs([path])))
-    cells = {row[0]: row[table["head"].index("erasure")] for row in table["rows"]}
-    assert cells == {"Depth": "0.400 [0.390, 0.410] · layer 2", "Segmentation": "", "Generation": ""}
+    cells = {row[0]: row[table["head"].index(USED_BY)] for row in table["rows"]}
+    yes = "yes: text, layer 2, +0.400 [+0.390, +0.410] nats"
+    assert cells == {"Depth": yes, "Segmentation": "", "Generation": ""} and BITS_BY not in table["head"]

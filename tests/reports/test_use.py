@@ -29,7 +29,7 @@ def test_verdicts_on_the_planted_checkpoint(tmp_path):
     found = re.fullmatch(r"image tokens \d+ \(layer (\d)\), text \d+ \(layer (\d)\)", where(results, "products"))
     image, text = found.groups()
     assert int(image) in planted.image_layers() and int(text) in planted.text_layers()
-    place, layer = re.search(r"nats · (.*), layer (\d)", used(results, "products")).groups()
+    place, layer = re.search(r"yes: (.*), layer (\d), ", used(results, "products")).groups()
     assert int(layer) in {
         "image tokens": range(planted.COMPUTED, planted.MOVED), "text": planted.text_layers()
     }[place]  # fmt: skip

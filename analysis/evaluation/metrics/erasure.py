@@ -9,15 +9,15 @@ OTHER_INFOS += [
         "loss of answers when erased (nats per token)",
         "Rise of the mean loss of an answer's tokens (a caption, by default) when what can be read linearly of the "
         "teacher's feature (its leading principal components) is erased from one layer's states at one kind of tokens, "
-        "by LEACE. Controls: `subspace` erases as many random readouts with the same mean squared change, `shuffled` "
+        "by LEACE. Controls: a random subspace, that is as many random readouts with the same mean squared change, and "
         "the features of other images.",
     ),
     MetricInfo(
         "erased_excess",
         "strict",
         "loss of answers when erased, beyond a random subspace (nats per token)",
-        "The same loss minus that with `subspace`, image by image. An interval above 0 says that the model uses what "
-        "was erased.",
+        "The same loss minus that of a random subspace, image by image. An interval above 0 says that the model uses "
+        "what was erased.",
     ),
     MetricInfo(
         "erased_accuracy",
