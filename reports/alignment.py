@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import matplotlib as mpl
 import numpy as np
@@ -64,6 +64,7 @@ class Panel:
     control: str = ""
     chance: str = ""
     folded: bool = False
+    xlabel: ClassVar[str] = LAYER
 
     def frame(self, runs: Sequence["AlignmentResults"]) -> pd.DataFrame:
         """Returns the rows of the chart, see `reports.curves`."""
@@ -80,7 +81,9 @@ class Panel:
 
 @dataclass(frozen=True)
 class Pursuit(Panel):
-    """The share of a patch that N words explain after the projector, and N random vectors."""
+    """The share of a patch that N words explain at the first layer, and N random vectors."""
+
+    xlabel: ClassVar[str] = "words"
 
     def frame(self, runs: Sequence["AlignmentResults"]) -> pd.DataFrame:
         """Returns the rows of the chart; N is in the place of the layer."""
@@ -209,7 +212,7 @@ def panel_frames(runs: Sequence[AlignmentResults]) -> list[tuple[str, str, list[
 
 def _static(pairs: Sequence[tuple[Panel, pd.DataFrame]], names: Sequence[str]) -> str:
     """Draws the charts over layers that are not folded, for readers without JavaScript."""
-    shown = [(panel, frame) for panel, frame in pairs if not panel.folded and not isinstance(panel, Pursuit)]
+    shown = [(panel, frame) for panel, frame in pairs if not panel.folded and panel.xlabel == LAYER]
     frames = [frame.assign(panel=panel.label) for panel, frame in shown]
     return png_data_uri(line_plot(pd.concat(frames), colours=palette(names))) if frames else ""
 
@@ -218,8 +221,7 @@ def write_figures(runs: Sequence[AlignmentResults], out: Path, kind: Style, colo
     """Writes every chart as files."""
     for *_, pairs in panel_frames(runs):
         for panel, frame in pairs:
-            xlabel = "words" if isinstance(panel, Pursuit) else LAYER
-            drawn = line_plot(frame.assign(panel=panel.label), "", colours, kind == "paper", xlabel)
+            drawn = line_plot(frame.assign(panel=panel.label), "", colours, kind == "paper", panel.xlabel)
             save_figure(drawn, out, panel.name, kind)
 
 
@@ -233,7 +235,7 @@ def chapter(runs: Sequence[AlignmentResults], names: Sequence[str]) -> dict[str,
             "static": _static(pairs, names),
             **{
                 key: [
-                    line_chart(frame, panel.label, names, xlabel="words" if isinstance(panel, Pursuit) else LAYER)
+                    line_chart(frame, panel.label, names, xlabel=panel.xlabel)
                     for panel, frame in pairs
                     if panel.folded == folded
                 ]

@@ -9,7 +9,6 @@ from typing import Any
 import altair as alt
 import pandas as pd
 import vl_convert
-from altair.utils._importers import vl_version_for_vl_convert
 from markupsafe import Markup
 
 from reports.curves import DENSE, LAYER, PROBES, layer_ticks, panel_title
@@ -25,7 +24,8 @@ NUMBERS = ("value", "ci_low", "ci_high")
 @functools.cache
 def bundle() -> Markup:
     """Returns Vega, Vega-Lite and Vega-Embed as one script, which the page contains once and needs no network for."""
-    return Markup(vl_convert.javascript_bundle(vl_version=vl_version_for_vl_convert()))  # type: ignore[call-arg]
+    version = "_".join(alt.SCHEMA_VERSION.split(".")[:2])
+    return Markup(vl_convert.javascript_bundle(vl_version=version))  # type: ignore[call-arg]
 
 
 def line_chart(
