@@ -12,11 +12,13 @@ from torch import Tensor
 from probing.models.base import Batch, InputProcessor
 from probing.models.chat_templates import rendering_at
 from probing.models.llava import prompt
+from probing.models.token_map import IMAGE_KINDS
 from probing.recipe import TOKEN_KINDS, BackboneRecipe
 from probing.utils.errors import UserError
 from probing.utils.images import square
 
 ANSWER, PADDING = TOKEN_KINDS.index("answer"), TOKEN_KINDS.index("padding")
+IMAGE = torch.tensor([TOKEN_KINDS.index(kind) for kind in IMAGE_KINDS])
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,28 @@ class AnsweredInputs:
         """Prepares a batch; kind `answer` marks what the template adds for the captions.
 
         Raises:
-            UserError: the chat template writes another prompt where an answer follows.
+            UserError: the chat template writes no answer, or another prompt before it.
         """
         images = [image for image, _ in pairs]
         with rendering_at(self.moment):
             texts = [prompt(self.prepare.processor, self.recipe, caption) for _, caption in pairs]
             asked = self.prepare(images[:1])
-        if not all(text.startswith(self.prepare.text) for text in texts):
-            raise UserError("the chat template writes another prompt before an answer; set backbone.template")
-        inputs = self.prepare.encode(images, texts)
-        ids, before = inputs["input_ids"], asked.inputs["input_ids"]
-        differ = (ids[:, : before.shape[1]] != before).any(dim=0)  # a tokenizer may merge the ends of prompt and answer
-        shared = int(differ.nonzero()[0]) if bool(differ.any()) else before.shape[1]
-        kinds = torch.full_like(ids, ANSWER)
-        kinds[:, :shared] = asked.tokens.kinds[0, :shared]
-        kinds[inputs["attention_mask"] == 0] = PADDING
-        return Batch(inputs, replace(asked.tokens, kinds=kinds, tiles=asked.tokens.tiles * len(images)))
+        if not all(text.startswith(self.prepare.text) and text != self.prepare.text for text in texts):
+            raise UserError("the chat template does not write an answer after the prompt; set backbone.template")
+        batch = self.prepare(images, texts)
+        ids, kinds = batch.inputs["input_ids"], batch.tokens.kinds.clone()
+        rest = asked.inputs["input_ids"][0, _end_of_image(asked.tokens.kinds[0]) :]
+        for row, own in zip(ids, kinds, strict=True):  # images may have different numbers of tokens
+            start = _end_of_image(own)
+            shown = row[start : start + len(rest)]
+            start += int((shown == rest[: len(shown)]).cumprod(dim=0).sum())  # a tokenizer may merge prompt and answer
+            own[start:] = torch.where(own[start:] == PADDING, PADDING, ANSWER)
+        return Batch(batch.inputs, replace(batch.tokens, kinds=kinds))
+
+
+def _end_of_image(kinds: Tensor) -> int:
+    """Returns the position after the last token of the image in a sequence (T)."""
+    return 1 + int(torch.isin(kinds, IMAGE).nonzero().max())
 
 
 def score_answers(final: Tensor, head: torch.nn.Module, ids: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +85,7 @@ def score_answers(final: Tensor, head: torch.nn.Module, ids: Tensor, answer: Ten
         final: (B, T, H), states after the final norm.
         head: states → logits.
         ids: (B, T).
-        answer: (B, T), True at the tokens of the answers.
+        answer: (B, T), True at the tokens of the answers, on the CPU.
 
     Returns:
         Mean negative log-likelihood in nats (B), and share of tokens that are the most likely ones (B).

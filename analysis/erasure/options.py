@@ -6,7 +6,9 @@ from pydantic import ConfigDict, Field
 
 from probing.recipe import Strict
 
-Position = Literal["image", "text"]
+Position = Literal["image", "text", "all"]
+PARTS = {"image": ("image",), "text": ("text",), "all": ("image", "text")}
+"""Kinds of tokens at each position, each with its eraser."""
 
 
 class Options(Strict):
@@ -17,8 +19,8 @@ class Options(Strict):
     layers: str | None = None
     """Layers to erase from, such as 0,4,8-12,final. Default: all probed layers."""
     positions: tuple[Position, ...] = ("image", "text")
-    """Tokens to erase from: those of the image, or the text between image and answer; repeatable. Default: both, one
-    after the other."""
+    """Tokens to erase from: those of the image, the text between image and answer, or all of these at once; repeatable.
+    Default: image, and then text."""
     rank: int = Field(default=8, ge=1)
     """Number of principal components of each teacher's feature to erase."""
     fit_images: int | None = Field(default=None, ge=2)

@@ -31,9 +31,10 @@ AGREEMENT = 0.85
 """Probability that the product of a patch has the sign of the image."""
 BIT, PRODUCT, POOLED = range(0, 4), range(4, 6), range(6, 8)
 IMAGE, TEXT, START, ANSWER, CONSTANT = range(8, 13)
-"""Dimensions of the residual stream; the last five say what a token is."""
-MARK, LEVEL = 4.0, 20.0
-"""Values of the markers and of the constant, which keeps the norm of all tokens nearly equal."""
+WORD = range(13, 29)
+"""Dimensions of the residual stream; five say what a token is, and the last ones, which nothing reads, which word."""
+MARK, LEVEL, SPELLING = 4.0, 20.0, 2.0
+"""Values of the markers, of the constant, which keeps the norm of all tokens nearly equal, and of words, up to sign."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,8 @@ def _set_attention(attention: Any) -> None:
 def _set_words(embeddings: Tensor, head: Tensor, tokenizer: Any) -> None:
     """Sets what tokens are, and the logits: an answer by the pooled products, and after it the end."""
     embeddings[:, CONSTANT], embeddings[:, TEXT] = LEVEL, MARK
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (len(embeddings), len(WORD)))
+    embeddings[:, WORD] = SPELLING * torch.from_numpy(signs).to(embeddings)
     start = tokenizer.bos_token_id
     embeddings[start, TEXT], embeddings[start, START] = 0, MARK
     for code, word in enumerate(NUMBERS):

@@ -27,6 +27,14 @@ OTHER_INFOS += [
         higher_is_better=False,
     ),
     MetricInfo(
+        "erased_rank",
+        "strict",
+        "directions erased",
+        "Number of directions whose canonical correlation with the feature is above the largest with the features of "
+        "other images; at most the number of principal components. With 0 nothing is erased.",
+        digits=0,
+    ),
+    MetricInfo(
         "caption_loss",
         "strict",
         "loss of captions (nats per token)",

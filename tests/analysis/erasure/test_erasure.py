@@ -1,5 +1,6 @@
 """`probing erase`."""
 
+import itertools
 import json
 
 import numpy as np
@@ -19,6 +20,7 @@ from probing.models import load_backbone
 from probing.probes.ridge import RidgeSums
 from probing.recipe import BackboneRecipe
 from probing.toyworld import planted
+from probing.toyworld.language import vocabulary
 from probing.utils.errors import UserError
 from tests.helpers.cli import error_line
 from tests.helpers.cli import probing as command
@@ -42,7 +44,7 @@ def fitted(states, features):
     for rows in torch.arange(len(states)).split(10):
         batch = {"a": features[rows, None], "a/shuffled": others[rows, None]}
         sums.add(states[rows, None], batch, torch.ones(len(rows)).bool())
-    return solve(sums.sums, "a")
+    return {control: eraser for (_, control), eraser in solve(sums.sums, ["a"])}
 
 
 def explained(states, features):
@@ -79,7 +81,7 @@ def test_what_is_no_more_readable_than_other_images_features_is_not_erased(data)
     unrelated = torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
     sums = RidgeSums()
     sums.add(states[:, None], {"a": unrelated[:, None], "a/shuffled": features[:, None]}, torch.ones(600).bool())
-    for eraser in solve(sums.sums, "a").values():
+    for _, eraser in solve(sums.sums, ["a"]):
         assert torch.equal(eraser(states), states)
 
 
@@ -135,23 +137,33 @@ def test_replay_from_any_layer_ends_as_the_pass_did(model):
 def test_erasure_hurts_exactly_where_the_planted_function_is_used(tmp_path, seed):
     """At image tokens from where the products are computed until they are moved, at the text from then on.
 
-    Text states differ in nothing but the products, so a random subspace also hurts there, though less.
+    Controls hurt less. Of the text nothing but the products differs between images, so that there the features of other
+    images erase them just as well.
     """
     world = planted.write_planted(tmp_path, 240, 60, seed)
     fit = {"epochs": 1, "batch_size": 16, "micro_batch": 16, "workers": 0, "report_to": "none"}
     recipe = {
-        "backbone": {"checkpoint": str(world.checkpoint)}, "data": {"path": f"coco:{world.data}"},
+        "backbone": {"checkpoint": str(world.checkpoint), "prompt": " ".join(vocabulary())},
+        "data": {"path": f"coco:{world.data}"},
         "teachers": {"products": {"id": str(world.teacher)}}, "layers": "all", "controls": [], "fit": fit,
     }  # fmt: skip
-    table = probing.erase(probing.train(recipe, tmp_path / "run"))
+    table = probing.erase(probing.train(recipe, tmp_path / "run"), positions=["image", "text", "all"])
     used = {"image": range(planted.COMPUTED, planted.MOVED), "text": range(planted.MOVED, planted.LAYERS + 1)}
-    rows = table[(table.layer != "mean") & (table.control == "none")]
-    for metric, limit in (("erased_loss", 0.1), ("erased_excess", 0.0)):  # of the second an interval above 0 decides
-        chosen = rows[rows.metric == metric]
-        assert len(chosen) == 2 * (planted.LAYERS + 1)
-        for row in chosen.itertuples():
-            hurts = int(row.layer) in used[row.variant]
-            assert row.ci_low > limit if hurts else row.ci_high <= limit + 1e-3, (metric, row)
+    used["all"] = range(planted.COMPUTED, planted.LAYERS + 1)
+    rows = table[(table.layer != "mean") & (table.layer != "")]
+    keys = zip(rows.metric, rows.variant, rows.layer.astype(int), rows.control, strict=True)
+    found = dict(zip(keys, rows.itertuples(), strict=True))
+    for position, layer in itertools.product(used, range(planted.LAYERS + 1)):
+        own = {name: found[f"erased_{name}", position, layer, "none"] for name in ("loss", "accuracy", "excess")}
+        if layer in used[position]:
+            assert own["loss"].ci_low > 0.5 and own["accuracy"].ci_high < -0.2 and own["excess"].ci_low > 0.2, own
+        else:
+            assert all(abs(row.value) < 1e-3 for row in own.values()), own
+        for control in ("subspace", "shuffled") if position == "image" else ("subspace",):
+            assert found["erased_loss", position, layer, control].ci_high < max(own["loss"].ci_low, 1e-3), own
+    ranks = {position: [found["erased_rank", position, layer, "none"].value for layer in range(9)] for position in used}
+    assert ranks["image"][: planted.ERASED] == [0, 0] + 4 * [planted.PRODUCTS]  # later on it is rounding
+    assert ranks["text"] == 4 * [0] + 5 * [planted.PRODUCTS]
 
 
 @pytest.fixture

@@ -55,7 +55,9 @@ def finished(models, coco, tmp_path_factory):
 
 def test_help_lists_verbs_in_pipeline_order_with_short_lines():
     lines = probing("--help").stdout.split("Commands:\n")[1].splitlines()
-    verbs = "demo inspect teachers plan assemble distill train evaluate erase compare report align bench import push pull"
+    verbs = (
+        "demo inspect teachers plan assemble distill train evaluate erase compare report align bench import push pull"
+    )
     assert [line.split()[0] for line in lines] == verbs.split()
     assert all(len(line.split(maxsplit=1)[1]) < 60 and line.endswith(".") for line in lines)
 
