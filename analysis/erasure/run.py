@@ -29,7 +29,7 @@ from analysis.erasure.erasers import (
 from analysis.erasure.options import PARTS, Options
 from analysis.erasure.replay import Replay, require_replay
 from analysis.evaluation.forward_pass import Resumable, ScoreAccumulator, gather
-from analysis.evaluation.scores import ScoreKey, read_if_fits, score_file, write_results
+from analysis.evaluation.scores import ERASED, ScoreKey, read_if_fits, score_file, write_results
 from analysis.evaluation.seed_group import open_runs, write_pooled
 from probing import __version__
 from probing.data.coco import ImageList, first_image
@@ -126,6 +126,13 @@ def require_rank(rank: int, width: int, teachers: dict[str, Teacher]) -> None:
             raise UserError(f"rank {rank} is above the width of the {what}, {size}; choose a smaller --rank")
 
 
+def head_of(backbone: Backbone) -> torch.nn.Module:
+    """Returns the output embeddings; raises UserError if there are none."""
+    if backbone.head is None:
+        raise UserError(f"{backbone.name} has no language-model head, so its captions have no loss; use another")
+    return backbone.head
+
+
 def _erase(run: Run, options: Options, device: torch.device) -> None:
     images, layers = Images.list(run, options), chosen_layers(run, options)
     settings = f"{__version__} {images.fit.digest()} {images.held_out.digest()} {options.rank}"
@@ -137,8 +144,7 @@ def _erase(run: Run, options: Options, device: torch.device) -> None:
         return
     teachers = load_teachers(run.recipe.teachers, device)
     backbone = load_backbone(run.recipe.backbone, device, with_head=True)
-    if backbone.head is None:
-        raise UserError(f"{backbone.name} has no language-model head, so its captions have no loss; use another")
+    head_of(backbone)
     require_rank(options.rank, backbone.hidden_size, teachers)
     now = describe_inputs(backbone.identity, teachers, run.recipe.data.view, {}) | vocabulary(backbone.identity)
     require_same(run.manifest, now, run.path, "put it back, or train a new run")
@@ -242,8 +248,8 @@ class ErasurePass:
     @torch.no_grad()
     def __call__(self, prepared: Prepared, scores: ScoreAccumulator) -> None:
         """Adds the scores of a batch."""
-        assert prepared.student is not None and self.backbone.head is not None
-        batch, head = prepared.student.to(self.backbone.device), self.backbone.head
+        assert prepared.student is not None
+        batch, head = prepared.student.to(self.backbone.device), head_of(self.backbone)
         replay = Replay.record(self.backbone, batch, self.layers)
         ids, answer = batch.inputs["input_ids"], batch.tokens.mask("answer")
 
@@ -251,10 +257,11 @@ class ErasurePass:
             scores.add(replace(key, metric=metric), values, values.isfinite())
 
         loss, accuracy = score_answers(replay.states[FINAL], head, ids, answer)
-        add(ScoreKey("", "", "", "none", "", "strict", seed=self.seed), "caption_loss", loss)
         teachers = dict.fromkeys(key.teacher for key in self.erasers)
+        for teacher in teachers:  # the same for each, so that every row of the results has a teacher
+            add(ScoreKey(teacher, "", "", "none", "", "strict", seed=self.seed), "caption_loss", loss)
         for layer, position, teacher in itertools.product(self.layers, self.positions, teachers):
-            row = ScoreKey(teacher, layer_name(layer), "leace", "", "", "strict", position, self.seed)
+            row = ScoreKey(teacher, layer_name(layer), ERASED, "", "", "strict", position, self.seed)
             losses: dict[str, Tensor] = {}
             for control in CONTROLS:
                 erasers = {kind: self.erasers[EraserKey(kind, teacher, row.layer, control)] for kind in PARTS[position]}

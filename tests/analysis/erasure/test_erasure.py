@@ -2,28 +2,49 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from concept_erasure import LeaceEraser
+from PIL import Image
 from sklearn.linear_model import LinearRegression
-from transformers import AutoModelForImageTextToText
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
 
 import probing
 from analysis.erasure import run as erasure
 from analysis.erasure.captions import AnsweredInputs, score_answers
-from analysis.erasure.erasers import solve
-from analysis.erasure.replay import Replay
+from analysis.erasure.erasers import EraserFit, solve
+from analysis.erasure.options import Options
+from analysis.erasure.replay import Replay, require_replay
+from analysis.evaluation.compare import compare, statements
 from analysis.evaluation.scores import ScoreFile
-from probing.models import load_backbone
+from analysis.planning.erasure import plan_erasure
+from probing.models import FINAL, load_backbone
 from probing.probes.ridge import RidgeSums
 from probing.recipe import BackboneRecipe
+from probing.runs.directory import Run
+from probing.teachers import load_teachers
 from probing.toyworld import planted
 from probing.toyworld.language import vocabulary
+from probing.training.run import training_images
 from probing.utils.errors import UserError
+from probing.utils.images import square
+from tests.helpers import tiny
 from tests.helpers.cli import error_line
 from tests.helpers.cli import probing as command
+from tests.probing.models.test_auto import FAMILIES as AUTO
+from tests.probing.models.test_auto import LLM, TEMPLATE, tokenizer
 
 CPU = torch.device("cpu")
 WIDTH, RANK = 12, 3
@@ -85,52 +106,91 @@ def test_what_is_no_more_readable_than_other_images_features_is_not_erased(data)
         assert torch.equal(eraser(states), states)
 
 
-@pytest.fixture(scope="module")
-def model(models):
-    """A tiny checkpoint with its head, its recipe, and inputs of three images with captions."""
-    recipe = BackboneRecipe(checkpoint=str(models["llava"]))
+IMAGES = [
+    Image.fromarray(np.random.default_rng(side).integers(0, 255, (side, side, 3), dtype=np.uint8))
+    for side in (50, 130, 64)
+]
+CAPTIONS = ["a cat", "two red cars on a street", "a"]
+TWICE = [(IMAGES[0], caption) for caption in CAPTIONS[:2]]
+
+
+def qwen3_vl(path):
+    """Adds features of the tower to the states after the first two blocks."""
+    names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    text = tokenizer(*names)
+    image, video, start, end = text.convert_tokens_to_ids(names)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config={"vocab_size": len(text), "head_dim": 8, "rope_parameters": rope, **LLM},
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8,
+            "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64,
+        },
+        image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
+    )  # fmt: skip
+    Qwen3VLForConditionalGeneration(config).save_pretrained(path)
+    Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=8, merge_size=2, min_pixels=32 * 32, max_pixels=128 * 128),
+        video_processor=Qwen3VLVideoProcessor(patch_size=8, merge_size=2),
+        tokenizer=text,
+        chat_template=TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
+    ).save_pretrained(path)
+
+
+def loaded(build, folder, **options):
+    """A tiny checkpoint with its head, and how it gets images with captions."""
+    torch.manual_seed(0)
+    build(folder)
+    recipe = BackboneRecipe(checkpoint=str(folder), **options)
     backbone = load_backbone(recipe, CPU, with_head=True)
-    generator = np.random.default_rng(0)
-    images = [read_image_of(generator) for _ in range(3)]
-    captions = ["a cat", "two red cars on a street", "a"]
-    return backbone, recipe, images, captions
+    return backbone, AnsweredInputs(backbone.prepare, recipe, None)
 
 
-def read_image_of(generator):
-    """A random image."""
-    from PIL import Image
-
-    return Image.fromarray(generator.integers(0, 255, (48, 48, 3), dtype=np.uint8))
+FAMILIES = {name: (getattr(tiny, name), {}) for name in ("llava", "llava_next", "llava_onevision")} | AUTO
+del FAMILIES["paligemma"]
 
 
-def test_losses_are_those_of_transformers(model, models):
-    backbone, recipe, images, captions = model
-    batch = AnsweredInputs(backbone.prepare, recipe, None)(list(zip(images, captions, strict=True)))
-    final = Replay.record(backbone, batch, [1]).states["final"]
-    answer = batch.tokens.mask("answer")
-    losses, right = score_answers(final, backbone.head, batch.inputs["input_ids"], answer)
-    reference = AutoModelForImageTextToText.from_pretrained(models["llava"])
-    for row, caption in enumerate(captions):
-        inputs = {name: value[row : row + 1] for name, value in batch.inputs.items()}
-        labels = inputs["input_ids"].masked_fill(~answer[row], -100)
-        with torch.no_grad():
-            expected = reference(**inputs, labels=labels)
-        assert losses[row].item() == pytest.approx(expected.loss.item(), rel=1e-4)
-        assert caption in backbone.prepare.processor.decode(inputs["input_ids"][0][answer[row]])
-        hits = expected.logits[0, :-1].argmax(-1)[answer[row, 1:]] == inputs["input_ids"][0, 1:][answer[row, 1:]]
-        assert right[row].item() == pytest.approx(hits.float().mean().item())
-
-
-def test_replay_from_any_layer_ends_as_the_pass_did(model):
-    backbone, recipe, images, captions = model
-    batch = AnsweredInputs(backbone.prepare, recipe, None)(list(zip(images, captions, strict=True)))
-    layers = [*range(backbone.layers + 1), "final"]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_losses_are_those_of_transformers_and_any_layer_can_be_resumed(tmp_path, name):
+    """Of the captions alone, whatever the numbers of image tokens and the side of the padding."""
+    build, options = FAMILIES[name]
+    backbone, prepare = loaded(build, tmp_path / name, **options)
+    require_replay(backbone, prepare(TWICE), 0)
+    batch = prepare(list(zip(IMAGES, CAPTIONS, strict=True)))
+    layers = [*range(backbone.layers + 1), FINAL]
     replay = Replay.record(backbone, batch, layers)
     for layer in layers:
-        torch.testing.assert_close(replay.final_from(layer, replay.states[layer]), replay.states["final"])
-    changed = replay.states[1].clone()
-    changed[:, 0] += 1
-    assert not torch.allclose(replay.final_from(1, changed), replay.states["final"])
+        torch.testing.assert_close(replay.final_from(layer, replay.states[layer]), replay.states[FINAL])
+    changed = replay.states[1] + 1
+    assert not torch.allclose(replay.final_from(1, changed), replay.states[FINAL])
+    ids, answer = batch.inputs["input_ids"], batch.tokens.mask("answer")
+    losses, right = score_answers(replay.states[FINAL], backbone.head, ids, answer)
+    with torch.no_grad():
+        logits = backbone.writer(**batch.inputs).logits
+    own = backbone.prepare(IMAGES).tokens
+    for row, caption in enumerate(CAPTIONS):
+        wanted, predicted = ids[row, 1:][answer[row, 1:]], logits[row, :-1][answer[row, 1:]]
+        text = backbone.prepare.processor.decode(wanted)
+        assert text.strip().removesuffix("</s>") == caption
+        assert losses[row].item() == pytest.approx(cross_entropy(predicted, wanted).item(), rel=1e-4)
+        assert right[row].item() == pytest.approx((predicted.argmax(-1) == wanted).float().mean().item())
+    for kind in ("image", "tile", "newline", "text"):
+        assert torch.equal(batch.tokens.mask(kind).sum(dim=1), own.mask(kind).sum(dim=1)), kind
+
+
+def test_what_cannot_be_resumed_or_scored_is_one_line(tmp_path):
+    """An LLM that gets features of the image after its first blocks; a prompt that sees its answer; no answer."""
+    backbone, prepare = loaded(qwen3_vl, tmp_path / "qwen3_vl", image_size=64)
+    with pytest.raises(UserError, match="changes states between its blocks"):
+        require_replay(backbone, prepare(TWICE), 0)
+    require_replay(backbone, prepare(TWICE), 3)
+    template = "{{ '<image>' + messages[0].content[1].text }}"
+    with pytest.raises(UserError, match="does not write an answer"):
+        loaded(AUTO["paligemma"][0], tmp_path / "mute", template=template)[1](TWICE)
+    template += "{% if messages | length > 1 %}{{ messages[1].content[0].text }}{% endif %}"
+    backbone, prepare = loaded(AUTO["paligemma"][0], tmp_path / "paligemma", template=template)
+    with pytest.raises(UserError, match="causal"):
+        require_replay(backbone, prepare(TWICE), 0)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -166,6 +226,22 @@ def test_erasure_hurts_exactly_where_the_planted_function_is_used(tmp_path, seed
     assert ranks["text"] == 4 * [0] + 5 * [planted.PRODUCTS]
 
 
+def test_plan_counts_operations_within_15_percent(run, monkeypatch):
+    """If at every layer something is erased."""
+    own = erasure.load_erasers
+
+    def whole(*arguments):
+        """One direction of each eraser, or none if they are not fitted yet."""
+        pairs = own(*arguments).items()
+        return {key: LeaceEraser(e.bias[:, None], e.bias[None], e.bias) for key, e in pairs}
+
+    monkeypatch.setattr(erasure, "load_erasers", whole)
+    work = plan_erasure(run, Options(rank=2)).work
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        probing.erase(run, rank=2)
+    assert work.flops16 + work.flops32 == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
 @pytest.fixture
 def run(recipe_values, tmp_path):
     """A finished run of a tiny checkpoint."""
@@ -174,15 +250,57 @@ def run(recipe_values, tmp_path):
     return probing.train(values, tmp_path / "run").path
 
 
+def test_sums_are_those_of_all_states_and_features_in_batches_of_any_size(run, monkeypatch):
+    """Of each image with its own feature without the mean, and with those of earlier images."""
+    monkeypatch.setattr(EraserFit, "solve", lambda self: self)
+    opened = Run.open(run)
+    images = training_images(opened.recipe.data)
+    backbone = load_backbone(opened.recipe.backbone, CPU)
+    teacher = {"gen": load_teachers(opened.recipe.teachers, CPU)["gen"]}
+    fits = [
+        erasure.fit_erasers(opened, images, backbone, teacher, [0, 2], Options(rank=2, micro_batch=size))
+        for size in (1, 5)
+    ]
+    shown = [square(images.read(index)) for index in range(len(images))]
+    states, tokens = backbone.hidden_states(shown)
+    with torch.no_grad():
+        features = teacher["gen"].target(teacher["gen"].prepare(shown))[:, 0]
+    lags = len(shown) // 2
+    for fit, (position, layer) in itertools.product(fits, [("image", 0), ("image", 2), ("text", 2)]):
+        concept = (features - features.mean(dim=0)) @ fit.directions[position, "gen"]
+        torch.testing.assert_close(concept.square().mean(dim=0), torch.ones(2), rtol=1e-4, atol=1e-4)
+        own = tokens.select(states[layer], [position])[0][lags:].double()
+        others = [concept[lags - lag : len(shown) - lag] for lag in range(lags + 1)]
+        expected = torch.einsum("inh,lir->hlr", own, torch.stack(others).double())
+        sums = fit.sums[position, layer].sums
+        torch.testing.assert_close(sums["xy/gen"], expected[:, 0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sums["xy/gen/shuffled"], expected[:, 1:].flatten(1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sums["xx"], torch.einsum("inh,ing->hg", own, own), rtol=1e-5, atol=1e-5)
+
+
 def test_command_adds_to_results_and_does_nothing_twice(run, monkeypatch):
     command("erase", run, "--dry-run", "--rank", 2)
     assert not (run / "scores").exists()
     line = command("erase", run, "--rank", 2, "--layers", "0,1", "--position", "image").stdout
     assert "results.csv" in line
     table = probing.evaluate(run)
-    assert {"cosine", "erased_loss", "erased_excess", "erased_accuracy", "caption_loss"} <= set(table.metric)
+    assert {"cosine", "erased_loss", "erased_excess", "erased_accuracy", "erased_rank", "caption_loss"} <= set(
+        table.metric
+    )
+    assert set(table.teacher) == {"depth", "seg", "gen"}
+    command("report", run)
     monkeypatch.setattr(erasure, "load_backbone", None)  # nothing is loaded any more
     command("erase", run, "--rank", 2, "--layers", "1", "--position", "image")
+
+
+def test_comparison_keeps_positions_apart(run):
+    command("erase", run, "--rank", 2, "--layers", "1")
+    copy = shutil.copytree(run, run.with_name("copy"))
+    differences = compare([run, copy], ["a", "b"])
+    erased = differences[differences.probe == "leace"]
+    assert set(erased.variant) == {"image", "text"} and (erased.value == 0).all()
+    lines = [line for line in statements(differences) if line.startswith("gen, leace, erased_loss (strict, ")]
+    assert len(lines) == 2 and all("no clear difference; of 1 layers" in line for line in lines)
 
 
 def test_interrupted_erasure_resumes_without_fitting_again(run, monkeypatch):
