@@ -5,10 +5,12 @@ Scores per image are stored and summarised as those of `probing evaluate` are.
 
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from concept_erasure import LeaceEraser
 from torch import Tensor
@@ -29,7 +31,7 @@ from analysis.erasure.erasers import (
 from analysis.erasure.options import PARTS, Options
 from analysis.erasure.replay import Replay, require_replay
 from analysis.evaluation.forward_pass import Resumable, ScoreAccumulator, gather
-from analysis.evaluation.scores import ERASED, ScoreKey, read_if_fits, score_file, write_results
+from analysis.evaluation.scores import ERASED, ScoreFile, ScoreKey, read_if_fits, score_file, write_results
 from analysis.evaluation.seed_group import open_runs, write_pooled
 from probing import __version__
 from probing.data.coco import ImageList, first_image
@@ -174,12 +176,25 @@ def _erase(run: Run, options: Options, device: torch.device) -> None:
     scores = accumulator.file(images.held_out.split, settings)
     if not scores.names:
         raise UserError(f"no image of {images.held_out.split} could be read; check {images.held_out.folder}")
+    warn_of_chance(backbone, scores)
     if existing:
         scores.merge(existing)
     with disk_errors(run.path):
         scores.write(file)
         resumable.file.unlink(missing_ok=True)
         erasers_file.unlink(missing_ok=True)
+
+
+def warn_of_chance(backbone: Backbone, scores: ScoreFile) -> None:
+    """Logs if the checkpoint predicts captions worse than a uniform guess: what raises such a loss means nothing."""
+    loss = next(float(np.nanmean(values)) for key, values in scores.table.items() if key.metric == "caption_loss")
+    uniform = math.log(next(head_of(backbone).parameters()).shape[0])
+    if loss > uniform:
+        logger.warning(
+            "%s does not write such captions: their loss is %.1f, of a uniform guess %.1f; train a run with another "
+            "backbone.prompt",
+            backbone.name, loss, uniform,
+        )  # fmt: skip
 
 
 def fit_erasers(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from concept_erasure import LeaceEraser
 from PIL import Image
+from scipy.stats import binomtest
 from sklearn.linear_model import LinearRegression
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
@@ -24,11 +26,11 @@ from transformers import (
 import probing
 from analysis.erasure import run as erasure
 from analysis.erasure.captions import AnsweredInputs, score_answers
-from analysis.erasure.erasers import EraserFit, solve
+from analysis.erasure.erasers import LAGS, EraserFit, solve
 from analysis.erasure.options import Options
 from analysis.erasure.replay import Replay, require_replay
 from analysis.evaluation.compare import compare, statements
-from analysis.evaluation.scores import ScoreFile
+from analysis.evaluation.scores import ScoreFile, ScoreKey
 from analysis.planning.erasure import plan_erasure
 from probing.models import FINAL, load_backbone
 from probing.probes.ridge import RidgeSums
@@ -104,6 +106,18 @@ def test_what_is_no_more_readable_than_other_images_features_is_not_erased(data)
     sums.add(states[:, None], {"a": unrelated[:, None], "a/shuffled": features[:, None]}, torch.ones(600).bool())
     for _, eraser in solve(sums.sums, ["a"]):
         assert torch.equal(eraser(states), states)
+
+
+def test_chance_erases_something_in_one_of_twenty_cases():
+    generator = torch.Generator().manual_seed(0)
+    erased, cases = 0, 400
+    for _ in range(cases):
+        states, features = torch.randn(100, 6, generator=generator), torch.randn(100, 2, generator=generator)
+        others = torch.cat([features.roll(lag, dims=0) for lag in range(1, LAGS + 1)], dim=1)
+        sums = RidgeSums()
+        sums.add(states[None], {"a": features[None], "a/shuffled": others[None]}, torch.ones(1).bool())
+        erased += len(dict(solve(sums.sums, ["a"]))["a", "none"].proj_right) > 0
+    assert binomtest(erased, cases, 1 / (1 + LAGS)).pvalue > 0.05
 
 
 IMAGES = [
@@ -291,6 +305,15 @@ def test_command_adds_to_results_and_does_nothing_twice(run, monkeypatch):
     command("report", run)
     monkeypatch.setattr(erasure, "load_backbone", None)  # nothing is loaded any more
     command("erase", run, "--rank", 2, "--layers", "1", "--position", "image")
+
+
+@pytest.mark.parametrize(("above", "warned"), [(0.01, True), (-0.01, False)])
+def test_losses_above_those_of_a_uniform_guess_are_a_warning(tmp_path, caplog, above, warned):
+    backbone, _ = loaded(tiny.llava, tmp_path / "llava")
+    loss = math.log(len(backbone.prepare.processor.tokenizer)) + above
+    table = {ScoreKey("depth", "", "", "none", "caption_loss"): np.float32([loss, loss, np.nan])}
+    erasure.warn_of_chance(backbone, ScoreFile(table, ["a", "b", "c"], "val2017", ""))
+    assert ("does not write such captions" in caplog.text) == warned
 
 
 def test_comparison_keeps_positions_apart(run):
