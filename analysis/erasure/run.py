@@ -6,13 +6,12 @@ Scores per image are stored and summarised as those of `probing evaluate` are.
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from concept_erasure import LeaceEraser
 from torch import Tensor
 
 from analysis.erasure.captions import AddCaption, AnsweredInputs, score_answers
@@ -24,6 +23,7 @@ from analysis.erasure.erasers import (
     EraserFit,
     EraserKey,
     Erasers,
+    erase_from,
     features_at,
     load_erasers,
     save_erasers,
@@ -37,7 +37,7 @@ from probing import __version__
 from probing.data.coco import ImageList, first_image
 from probing.data.dataloader import MicroBatches, Prepared, micro_batches
 from probing.data.input_substitutes import read_captions
-from probing.models import FINAL, Backbone, Layer, TokenMap, layer_name, load_backbone, parse_layers
+from probing.models import FINAL, Backbone, Layer, layer_name, load_backbone, parse_layers
 from probing.models.chat_templates import rendering_at, rendering_moment
 from probing.models.finite import finite_rows
 from probing.runs.directory import Run, runs_in
@@ -245,7 +245,7 @@ def fit_erasers(
     for prepared in read(len(images)):
         covariances.add(prepared)
     for (kind, _), sums in covariances.sums.items():
-        if sums.sums["n"] < 2:
+        if sums.images < 2 or not len(sums.start):
             raise UserError(f"too few {kind} tokens of {images.split}; choose another --position or more images")
     return covariances.solve()
 
@@ -292,12 +292,3 @@ class ErasurePass:
                 if control == "none":
                     add(own, "erased_rank", torch.full_like(loss, rank))
             add(replace(row, control="none"), "erased_excess", losses["none"] - losses["subspace"])
-
-
-def erase_from(states: Tensor, tokens: TokenMap, erasers: Mapping[str, LeaceEraser]) -> Tensor:
-    """Returns states (B, T, H) without what each eraser erases from its kind of tokens."""
-    states = states.clone()
-    for kind, eraser in erasers.items():
-        place = tokens.mask(kind)
-        states[place] = eraser(states[place].to(eraser.proj_left)).to(states)
-    return states

@@ -57,13 +57,14 @@ def plan_erasure(path: Path, options: Options) -> Plan:
     fit, bits = len(images.fit), 8 * next(backbone.core.parameters()).element_size()
     kinds = {kind for position in options.positions for kind in PARTS[position]}
     columns = width + (1 + LAGS) * options.rank * len(teachers)
-    covariances = 2 * len(layers) * int(batch.tokens.mask(*kinds).sum()) * width * columns
+    erased = int(batch.tokens.mask(*kinds).sum())
+    covariances = 2 * len(layers) * erased * width * columns
     head = (
         2 * int(answered.tokens.mask("answer").sum()) * sum(weight.numel() for weight in head_of(backbone).parameters())
     )
     scored = tower + (1 + repeats) * blocks + (1 + erasures * len(layers)) * head
     llm = fit * (tower + prompt) + len(images.held_out) * scored
-    sums = 8 * len(layers) * len(kinds) * width * columns
+    sums, means = 8 * len(layers) * len(kinds) * width * columns, 4 * len(layers) * erased * width
     return Plan(
         facts,
         Work(
@@ -74,11 +75,11 @@ def plan_erasure(path: Path, options: Options) -> Plan:
             memory={
                 "checkpoint": weight_bytes(backbone.core),
                 "teachers": sum(weight_bytes(one.model) for one in teachers.values()),
-                "covariances": sums,
+                "covariances": sums + 3 * means,
                 "states": (options.micro_batch or recipe.fit.micro_batch) * len(layers) * tokens * width * bits // 8,
             },
             sharded=0,
-            disk=8 * len(layers) * len(kinds) * len(teachers) * len(CONTROLS) * width * options.rank,
+            disk=means + 8 * len(layers) * len(kinds) * len(teachers) * len(CONTROLS) * width * options.rank,
             images=fit + len(images.held_out),
         ),
     )

@@ -16,8 +16,8 @@ OTHER_INFOS += [
         "erased_excess",
         "strict",
         "loss of captions when erased, beyond a random subspace (nats per token)",
-        "The same loss minus that with `subspace`, image by image. With an interval above 0, what was erased is used "
-        "more than a random part of the states.",
+        "The same loss minus that with `subspace`, image by image. Above 0, what was erased is used more than a random "
+        "part of the states. The interval is over images; each layer has another random draw, so look at several.",
     ),
     MetricInfo(
         "erased_accuracy",
