@@ -31,7 +31,8 @@ OTHER_INFOS += [
         "strict",
         "directions erased",
         "Number of directions whose canonical correlation with the feature is above the largest with the features of "
-        "other images; at most the number of principal components. With 0 nothing is erased.",
+        "other images; at most the number of principal components, and twice that for image and text together. With 0 "
+        "nothing is erased.",
         digits=0,
     ),
     MetricInfo(
