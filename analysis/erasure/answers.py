@@ -12,11 +12,13 @@ from torch import Tensor
 from probing.models.base import Batch, InputProcessor
 from probing.models.chat_templates import rendering_at
 from probing.models.llava import prompt
+from probing.models.token_map import IMAGE_KINDS
 from probing.recipe import TOKEN_KINDS, BackboneRecipe
 from probing.utils.errors import UserError
 from probing.utils.images import square
 
-TEXT, ANSWER, PADDING = (TOKEN_KINDS.index(kind) for kind in ("text", "answer", "padding"))
+ANSWER, PADDING = TOKEN_KINDS.index("answer"), TOKEN_KINDS.index("padding")
+IMAGE = torch.tensor([TOKEN_KINDS.index(kind) for kind in IMAGE_KINDS])
 
 
 Answer = tuple[str, str]
@@ -54,33 +56,34 @@ class AnsweredInputs:
         """Prepares a batch; kind `answer` marks what the template adds for the answers.
 
         Raises:
-            UserError: the chat template writes another prompt where an answer follows.
+            UserError: the chat template writes no answer, or another prompt before it.
         """
-        images, processor = [image for image, _ in pairs], self.prepare.processor
+        images, texts, rests = [image for image, _ in pairs], list[str](), dict[str, Tensor]()
         with rendering_at(self.moment):
-            recipes = [self.recipe.model_copy(update={"prompt": question}) for _, (question, _) in pairs]
-            asked = [prompt(processor, recipe) for recipe in recipes]
-            answered = [prompt(processor, recipe, text) for recipe, (_, (_, text)) in zip(recipes, pairs, strict=True)]
-            own = self.prepare(images[:1])
-        if not all(text.startswith(before) for text, before in zip(answered, asked, strict=True)):
-            raise UserError("the chat template writes another prompt before an answer; set backbone.template")
-        inputs = self.prepare.encode(images, answered)
-        ids = inputs["input_ids"]
-        first_text = _shared(ids, own.inputs["input_ids"].expand(len(ids), -1))
-        first_answer = _shared(ids, self.prepare.encode(images, asked)["input_ids"])
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
-        kinds = torch.full_like(ids, TEXT)
-        for row, count in enumerate(first_text.tolist()):
-            kinds[row, :count] = own.tokens.kinds[0, :count]
-        kinds[positions >= first_answer[:, None]] = ANSWER
-        kinds[inputs["attention_mask"] == 0] = PADDING
-        return Batch(inputs, replace(own.tokens, kinds=kinds, tiles=own.tokens.tiles * len(images)))
+            for _, (question, answer) in pairs:
+                recipe = self.recipe.model_copy(update={"prompt": question})
+                asked = prompt(self.prepare.processor, recipe)
+                texts.append(prompt(self.prepare.processor, recipe, answer))
+                if not texts[-1].startswith(asked) or texts[-1] == asked:
+                    raise UserError(
+                        "the chat template does not write an answer after the prompt; set backbone.template"
+                    )
+                if question not in rests:
+                    alone = self.prepare(images[:1], [asked])
+                    rests[question] = alone.inputs["input_ids"][0, _end_of_image(alone.tokens.kinds[0]) :]
+        batch = self.prepare(images, texts)
+        ids, kinds = batch.inputs["input_ids"], batch.tokens.kinds.clone()
+        for row, own, (_, (question, _)) in zip(ids, kinds, pairs, strict=True):  # image tokens may differ in number
+            start, rest = _end_of_image(own), rests[question]
+            shown = row[start : start + len(rest)]
+            start += int((shown == rest[: len(shown)]).cumprod(dim=0).sum())  # a tokenizer may merge prompt and answer
+            own[start:] = torch.where(own[start:] == PADDING, PADDING, ANSWER)
+        return Batch(batch.inputs, replace(batch.tokens, kinds=kinds))
 
 
-def _shared(ids: Tensor, others: Tensor) -> Tensor:
-    """Counts equal tokens before the first different one (B), of (B, T) and (B, U); a tokenizer may merge the ends."""
-    width = min(ids.shape[1], others.shape[1])
-    return (ids[:, :width] == others[:, :width]).long().cumprod(dim=1).sum(dim=1)
+def _end_of_image(kinds: Tensor) -> int:
+    """Returns the position after the last token of the image in a sequence (T)."""
+    return 1 + int(torch.isin(kinds, IMAGE).nonzero().max())
 
 
 def score_answers(final: Tensor, head: torch.nn.Module, ids: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +93,7 @@ def score_answers(final: Tensor, head: torch.nn.Module, ids: Tensor, answer: Ten
         final: (B, T, H), states after the final norm.
         head: states → logits.
         ids: (B, T).
-        answer: (B, T), True at the tokens of the answers.
+        answer: (B, T), True at the tokens of the answers, on the CPU.
 
     Returns:
         Mean negative log-likelihood in nats (B), and share of tokens that are the most likely ones (B).

@@ -7,7 +7,9 @@ from pydantic import ConfigDict, Field, model_validator
 
 from probing.recipe import Strict
 
-Position = Literal["image", "text"]
+Position = Literal["image", "text", "all"]
+PARTS = {"image": ("image",), "text": ("text",), "all": ("image", "text")}
+"""Kinds of tokens at each position, each with its eraser."""
 
 
 class Options(Strict):
@@ -18,8 +20,8 @@ class Options(Strict):
     layers: str | None = None
     """Layers to erase from, such as 0,4,8-12,final. Default: all probed layers."""
     positions: tuple[Position, ...] = ()
-    """Tokens to erase from: those of the image, or the text between image and answer; repeatable. Default: both, one
-    after the other; with conversations image alone."""
+    """Tokens to erase from: those of the whole image (tiles keep theirs), the text between image and answer, or all of
+    these at once; repeatable. Default: image, and then text; with conversations image alone."""
     rank: int = Field(default=8, ge=1)
     """Number of principal components of each teacher's feature to erase."""
     fit_images: int | None = Field(default=None, ge=2)
@@ -29,13 +31,13 @@ class Options(Strict):
     conversations: Path | None = None
     """LLaVA-format conversations about held-out images; the first answer of each is predicted. Default: COCO's
     captions, as answers to the run's prompt."""
-    micro_batch: int | None = Field(default=None, ge=2)
+    micro_batch: int | None = Field(default=None, ge=1)
     """Images per forward pass. Default: as in training."""
 
     @model_validator(mode="after")
     def _text_is_that_of_the_prompt(self) -> Self:
-        if self.conversations and "text" in self.positions:
-            raise ValueError("text differs from question to question; with conversations leave out position text")
+        if self.conversations and not {"image"}.issuperset(self.positions):
+            raise ValueError("text differs from question to question; with conversations leave out other positions")
         return self
 
     @property

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from probing.models.base import FINAL, Backbone, Batch, Layer
+from probing.utils.errors import UserError
+
+SAME = 1e-2
+"""Largest relative difference between states that count as the same, in 16 bits too."""
 
 
 @dataclass(frozen=True)
@@ -52,3 +56,28 @@ class Replay:
             state = output[0] if isinstance(output, tuple) else output
         final: Tensor = self.backbone.norm(state)
         return final
+
+
+def require_replay(backbone: Backbone, batch: Batch, layer: Layer) -> None:
+    """Checks that a pass can be resumed from a layer, and that no token of the prompt sees the answer.
+
+    Args:
+        backbone: the model.
+        batch: one image twice, with different answers.
+        layer: the first to resume from.
+
+    Raises:
+        UserError: the LLM changes states between its blocks (as Qwen3-VL does), or its attention is not causal.
+    """
+    replay = Replay.record(backbone, batch, [layer])
+    final = replay.states[FINAL]
+    if _differ(replay.final_from(layer, replay.states[layer]), final):
+        raise UserError(f"{backbone.name} changes states between its blocks, so erase cannot resume; use another")
+    one, two = (own[shown] for own, shown in zip(final, ~batch.tokens.mask("answer", "padding"), strict=True))
+    shared = min(len(one), len(two))  # a tokenizer may merge the ends of prompt and answer
+    if _differ(one[:shared], two[:shared]):
+        raise UserError(f"the prompt's tokens see the answer in {backbone.name}; erase needs causal attention")
+
+
+def _differ(one: Tensor, two: Tensor) -> bool:
+    return bool((one - two).float().norm() > SAME * two.float().norm())

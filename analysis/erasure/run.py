@@ -4,37 +4,45 @@ Scores per image are stored and summarised as those of `probing evaluate` are.
 """
 
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from analysis.erasure.answers import AddAnswer, Answer, AnsweredInputs, score_answers
 from analysis.erasure.erasers import (
     CONTROLS,
+    LAGS,
     SAMPLE,
     Components,
     EraserFit,
+    EraserKey,
     Erasers,
+    erase_from,
     features_at,
     load_erasers,
     save_erasers,
 )
-from analysis.erasure.options import Options
-from analysis.erasure.replay import Replay
+from analysis.erasure.options import PARTS, Options
+from analysis.erasure.replay import Replay, require_replay
 from analysis.evaluation.forward_pass import Resumable, ScoreAccumulator, gather
-from analysis.evaluation.scores import ScoreKey, read_if_fits, score_file, write_results
+from analysis.evaluation.scores import ERASED, ScoreFile, ScoreKey, read_if_fits, score_file, write_results
 from analysis.evaluation.seed_group import open_runs, write_pooled
 from probing import __version__
-from probing.data.coco import ImageList
+from probing.data.coco import ImageList, first_image
 from probing.data.conversations import read_conversations
 from probing.data.dataloader import MicroBatches, Prepared, micro_batches
 from probing.data.input_substitutes import read_captions
-from probing.models import Backbone, Layer, layer_name, load_backbone, parse_layers
+from probing.models import FINAL, Backbone, Layer, layer_name, load_backbone, parse_layers
 from probing.models.chat_templates import rendering_at, rendering_moment
+from probing.models.finite import finite_rows
 from probing.runs.directory import Run, runs_in
 from probing.runs.recorded_inputs import describe_inputs, recorded_moment, require_same, vocabulary
 from probing.teachers import Teacher, load_teachers
@@ -97,7 +105,7 @@ def erase(path: Path, options: Options | None = None) -> Path:
 
     Raises:
         UserError: the run is missing or unfinished, its inputs changed, captions or conversations are missing, the rank
-            is too large, or the checkpoint has no head.
+            is too large, or the checkpoint has no head or cannot be resumed.
         Interrupted: Ctrl-C or SIGTERM; the same call resumes.
     """
     options = options or Options()
@@ -134,6 +142,13 @@ def require_rank(rank: int, width: int, teachers: dict[str, Teacher]) -> None:
             raise UserError(f"rank {rank} is above the width of the {what}, {size}; choose a smaller --rank")
 
 
+def head_of(backbone: Backbone) -> torch.nn.Module:
+    """Returns the output embeddings; raises UserError if there are none."""
+    if backbone.head is None:
+        raise UserError(f"{backbone.name} has no language-model head, so its captions have no loss; use another")
+    return backbone.head
+
+
 def _erase(run: Run, options: Options, device: torch.device) -> None:
     images, layers = Images.list(run, options), chosen_layers(run, options)
     settings = images.settings(options)
@@ -145,21 +160,24 @@ def _erase(run: Run, options: Options, device: torch.device) -> None:
         return
     teachers = load_teachers(run.recipe.teachers, device)
     backbone = load_backbone(run.recipe.backbone, device, with_head=True)
-    if backbone.head is None:
-        raise UserError(f"{backbone.name} has no language-model head, so its captions have no loss; use another")
+    head_of(backbone)
     require_rank(options.rank, backbone.hidden_size, teachers)
     now = describe_inputs(backbone.identity, teachers, run.recipe.data.view, {}) | vocabulary(backbone.identity)
     require_same(run.manifest, now, run.path, "put it back, or train a new run")
     erasers_file = run.path / "state" / "erase" / "erasers.safetensors"
     fitted = f"{settings} {layers} {options.places}"
-    erasers = load_erasers(erasers_file, fitted, device)
-    if not erasers:
+    data, fit = run.recipe.data, run.recipe.fit
+    prepare = AnsweredInputs(backbone.prepare, run.recipe.backbone, rendering_moment())
+    image = first_image(images.held_out, data.view)
+    pairs = [(image, (run.recipe.backbone.prompt, answer)) for answer in ("yes", "a photo of nothing")]
+    answered = prepare(pairs).to(backbone.device)
+    require_replay(backbone, answered, layers[0])
+    if not load_erasers(erasers_file, fitted, device):
         erasers = fit_erasers(run, images.fit, backbone, teachers, layers, options)
         with disk_errors(run.path):
             save_erasers(erasers, erasers_file, fitted)
-    data, fit = run.recipe.data, run.recipe.fit
+    erasers = load_erasers(erasers_file, fitted, device)
     resumable = Resumable("erasing", erasers_file.with_name("scores.safetensors"), fitted, fit.save_minutes)
-    prepare = AnsweredInputs(backbone.prepare, run.recipe.backbone, rendering_moment())
     shown = AddAnswer(images.held_out.names, images.answers, data.view)
     accumulator = gather(
         images.held_out,
@@ -167,18 +185,31 @@ def _erase(run: Run, options: Options, device: torch.device) -> None:
         lambda plan: micro_batches(
             MicroBatches(images.held_out, plan, prepare, {}, data.view, replace=shown), fit.workers, backbone.device
         ),
-        ErasurePass(backbone, erasers, layers, fit.seeds[0]),
+        ErasurePass(backbone, erasers, layers, options.places, fit.seeds[0]),
         resumable,
     )
     scores = accumulator.file(images.held_out.split, settings)
     if not scores.names:
         raise UserError(f"no image of {images.held_out.split} could be read; check {images.held_out.folder}")
+    warn_of_chance(backbone, scores)
     if existing:
         scores.merge(existing)
     with disk_errors(run.path):
         scores.write(file)
         resumable.file.unlink(missing_ok=True)
         erasers_file.unlink(missing_ok=True)
+
+
+def warn_of_chance(backbone: Backbone, scores: ScoreFile) -> None:
+    """Logs if the checkpoint predicts answers worse than a uniform guess: what raises such a loss means nothing."""
+    loss = next(float(np.nanmean(values)) for key, values in scores.table.items() if key.metric == "answer_loss")
+    uniform = math.log(next(head_of(backbone).parameters()).shape[0])
+    if loss > uniform:
+        logger.warning(
+            "%s does not write such answers: their loss is %.1f, of a uniform guess %.1f; train a run with another "
+            "backbone.prompt, or give --conversations",
+            backbone.name, loss, uniform,
+        )  # fmt: skip
 
 
 def fit_erasers(
@@ -192,6 +223,7 @@ def fit_erasers(
     """Fits the erasers of all layers, positions and teachers in one pass over training images.
 
     Raises:
+        UserError: fewer than two training images can be read, or the prompt has no such tokens.
         Interrupted: Ctrl-C or SIGTERM; the fit starts again.
     """
     fit, size = run.recipe.fit, options.micro_batch or run.recipe.fit.micro_batch
@@ -210,58 +242,68 @@ def fit_erasers(
                 if interruption.requested:
                     raise Interrupted
 
-    features: dict[tuple[str, str], list[torch.Tensor]] = {}
+    means = run.mean_targets(backbone.device)
+    kinds = list(dict.fromkeys(kind for position in options.places for kind in PARTS[position]))
+    components = {key: Components() for key in itertools.product(kinds, teachers)}
     for prepared in read(min(SAMPLE, len(images))):
         assert prepared.student is not None
         for name, teacher in teachers.items():
             target = prepared.target(teacher)
-            target = target[target.isfinite().flatten(1).all(dim=1)].cpu()
-            for position in options.places:
-                found = features_at(position, target, teacher.grid, prepared.student.tokens)
-                distinct = found[:, :1] if position == "text" or teacher.grid is None else found
-                features.setdefault((position, name), []).append(distinct.flatten(0, 1))
-    components = {key: Components.fit(torch.cat(parts), options.rank) for key, parts in features.items()}
-    covariances = EraserFit(backbone, teachers, layers, options.places, components)
+            target = target[finite_rows(target)] - means[name].to(target.device)
+            for kind in kinds:
+                features = features_at(kind, target, teacher.grid, prepared.student.tokens)
+                components[kind, name].add(features.flatten(0, 1))
+    if not all(one.count for one in components.values()):
+        raise UserError(f"no image of {images.split} can be read; check {images.folder}")
+    directions = {key: one.directions(options.rank).to(backbone.device) for key, one in components.items()}
+    covariances = EraserFit(backbone, teachers, layers, means, directions, min(LAGS, len(images) // 2))
     for prepared in read(len(images)):
         covariances.add(prepared)
+    for (kind, _), sums in covariances.sums.items():
+        if sums.images < 2 or not len(sums.start):
+            raise UserError(f"too few {kind} tokens of {images.split}; choose another --position or more images")
     return covariances.solve()
 
 
+@dataclass(frozen=True)
 class ErasurePass:
     """Scores the answers of one batch after the other, without and with each erasure."""
 
-    def __init__(self, backbone: Backbone, erasers: Erasers, layers: list[Layer], seed: int) -> None:
-        self.backbone, self.erasers, self.layers, self.seed = backbone, erasers, layers, seed
+    backbone: Backbone
+    erasers: Erasers
+    layers: Sequence[Layer]
+    positions: Sequence[str]
+    seed: int
 
     @torch.no_grad()
     def __call__(self, prepared: Prepared, scores: ScoreAccumulator) -> None:
         """Adds the scores of a batch."""
-        assert prepared.student is not None and self.backbone.head is not None
-        batch, head = prepared.student.to(self.backbone.device), self.backbone.head
+        assert prepared.student is not None
+        batch, head = prepared.student.to(self.backbone.device), head_of(self.backbone)
         replay = Replay.record(self.backbone, batch, self.layers)
-        ids, answer = batch.inputs["input_ids"], batch.tokens.mask("answer").to(self.backbone.device)
+        ids, answer = batch.inputs["input_ids"], batch.tokens.mask("answer")
 
-        def add(key: ScoreKey, metric: str, values: torch.Tensor) -> None:
+        def add(key: ScoreKey, metric: str, values: Tensor) -> None:
             scores.add(replace(key, metric=metric), values, values.isfinite())
 
-        def measure(final: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return score_answers(final, head, ids, answer)
-
-        loss, accuracy = measure(replay.states["final"])
-        add(ScoreKey("", "", "", "none", "", "strict", seed=self.seed), "answer_loss", loss)
-        names = {layer_name(layer): layer for layer in self.layers}
-        masks = {position: batch.tokens.mask(position) for position in {key.position for key in self.erasers}}
-        places = {position: mask.to(self.backbone.device) for position, mask in masks.items()}
-        losses: dict[ScoreKey, torch.Tensor] = {}
-        for key, eraser in self.erasers.items():
-            layer, place = names[key.layer], places[key.position]
-            state = replay.states[layer].clone()
-            state[place] = eraser(state[place].float()).to(state.dtype)
-            after, right = measure(replay.final_from(layer, state))
-            row = ScoreKey(key.teacher, key.layer, "leace", key.control, "", "strict", key.position, self.seed)
-            losses[row] = after
-            add(row, "erased_loss", after - loss)
-            add(row, "erased_accuracy", right - accuracy)
-        for row, after in losses.items():
-            if row.control == CONTROLS[0]:
-                add(row, "erased_excess", after - losses[replace(row, control="subspace")])
+        loss, accuracy = score_answers(replay.states[FINAL], head, ids, answer)
+        teachers = dict.fromkeys(key.teacher for key in self.erasers)
+        for teacher in teachers:  # the same for each, so that every row of the results has a teacher
+            add(ScoreKey(teacher, "", "", "none", "", "strict", seed=self.seed), "answer_loss", loss)
+        for layer, position, teacher in itertools.product(self.layers, self.positions, teachers):
+            row = ScoreKey(teacher, layer_name(layer), ERASED, "", "", "strict", position, self.seed)
+            losses: dict[str, Tensor] = {}
+            for control in CONTROLS:
+                erasers = {kind: self.erasers[EraserKey(kind, teacher, row.layer, control)] for kind in PARTS[position]}
+                rank = sum(len(one.proj_right) for one in erasers.values())
+                after, right = loss, accuracy
+                if rank:
+                    state = erase_from(replay.states[layer], batch.tokens, erasers)
+                    after, right = score_answers(replay.final_from(layer, state), head, ids, answer)
+                losses[control] = after
+                own = replace(row, control=control)
+                add(own, "erased_loss", after - loss)
+                add(own, "erased_accuracy", right - accuracy)
+                if control == "none":
+                    add(own, "erased_rank", torch.full_like(loss, rank))
+            add(replace(row, control="none"), "erased_excess", losses["none"] - losses["subspace"])

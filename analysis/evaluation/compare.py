@@ -17,6 +17,7 @@ from analysis.evaluation.registry import describe
 from analysis.evaluation.scores import (
     AVERAGE,
     EMPTY,
+    ERASED,
     ScoreFile,
     ScoreKey,
     averages_final,
@@ -183,7 +184,7 @@ def _is_clear(rows: pd.DataFrame | pd.Series) -> Any:
 
 
 def statements(table: pd.DataFrame, headlines: Iterable[tuple[str, str]] = ()) -> list[str]:
-    """Describes the mean over layers in one sentence per checkpoint, teacher, probe and metric.
+    """Describes the mean over layers in one sentence per checkpoint, teacher, probe, metric and variant.
 
     Without probes, each of `headlines` (metric and variant) gets one, after the projector and over the layers.
     Differences over no image share one that names their layers.
@@ -198,19 +199,24 @@ def statements(table: pd.DataFrame, headlines: Iterable[tuple[str, str]] = ()) -
             verdict = "no clear difference" if not _is_clear(row) else "higher" if row["value"] > 0 else "lower"
             name = f"{metric} ({variant})" if variant else metric
             sentences.append(f"{name}, {where}: {_numbers(row)}: {verdict}")
-    keys = ["checkpoint", "reference", "teacher", "probe", "metric", "protocol"]
+    keys = ["checkpoint", "reference", "teacher", "probe", "metric", "protocol", "variant"]
     for key, part in table[table["probe"] != ""].groupby(keys, sort=False):
-        checkpoint, _, teacher, probe, metric, protocol = key
+        checkpoint, _, teacher, probe, metric, protocol, variant = key
         mean, layers = part[part["layer"] == AVERAGE], part[part["layer"] != AVERAGE]
         if mean.empty:
             continue
         row = mean.iloc[0]
         better = (row["value"] > 0) == describe(metric, protocol).higher_is_better
-        verdict = f"{checkpoint} reads {'better' if better else 'worse'}" if _is_clear(row) else "no clear difference"
+        verdict = f"{checkpoint} reads {'better' if better else 'worse'}"
+        if probe == ERASED:
+            verdict = f"{checkpoint} is {'higher' if row['value'] > 0 else 'lower'}"
+        if not _is_clear(row):
+            verdict = "no clear difference"
+        name = f"{metric} ({', '.join(filter(None, (protocol, variant)))})"
         above, below = int((layers["ci_low"] > 0).sum()), int((layers["ci_high"] < 0).sum())
         sentences.append(
-            f"{teacher}, {probe}, {metric} ({protocol}): {_numbers(row)}: {verdict}; of {len(layers)} layers {above} "
-            f"clearly higher, {below} clearly lower"
+            f"{teacher}, {probe}, {name}: {_numbers(row)}: {verdict}; of {len(layers)} layers {above} clearly higher, "
+            f"{below} clearly lower"
         )
     for (checkpoint, reference), part in empty.groupby(["checkpoint", "reference"], sort=False):
         layers = ", ".join(dict.fromkeys(part["layer"]))

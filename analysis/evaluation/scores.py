@@ -45,6 +45,8 @@ EMPTY = Interval(math.nan, math.nan, math.nan)
 """The interval over no image."""
 POOLED = "pooled"
 """Mean states of the first images alone, in the unfinished passes of `probing align`."""
+ERASED = "leace"
+"""In the column `probe`: the teacher's feature is not read but erased, see `probing erase`."""
 AVERAGE = "mean"
 """In the column `layer`: the mean over the probed layers 1 … L, as in the paper's Table 8; see `averages_final`."""
 

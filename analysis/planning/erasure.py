@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from analysis.erasure.erasers import CONTROLS
-from analysis.erasure.options import Options
-from analysis.erasure.run import STEM, Images, chosen_layers, require_rank
+from analysis.erasure.answers import AnsweredInputs
+from analysis.erasure.erasers import CONTROLS, LAGS, SAMPLE
+from analysis.erasure.options import PARTS, Options
+from analysis.erasure.run import STEM, Images, chosen_layers, head_of, require_rank
 from analysis.evaluation.scores import score_file
 from analysis.planning.model_cost import META, UnknownCostError, decoder_flops, image_cost, trace, weight_bytes
 from analysis.planning.plan import Plan, Work
 from probing.data.coco import first_image
 from probing.models import FINAL, layer_name, load_backbone
+from probing.models.chat_templates import rendering_moment
 from probing.runs.directory import Run, runs_in
 from probing.teachers import load_teachers
 
@@ -26,6 +28,7 @@ def plan_erasure(path: Path, options: Options) -> Plan:
     changes = {"device_map": None, "quantization_config": None}
     backbone = load_backbone(recipe.backbone.model_copy(update=changes), META, with_head=True)
     teachers = load_teachers(recipe.teachers, META)
+    head_of(backbone)
     require_rank(options.rank, backbone.hidden_size, teachers)
     erasures = len(options.places) * len(teachers) * len(CONTROLS)
     remaining = [0 if layer == FINAL else backbone.layers - int(layer) for layer in layers]
@@ -36,38 +39,47 @@ def plan_erasure(path: Path, options: Options) -> Plan:
         "checkpoint": f"{recipe.backbone.checkpoint}, layers {', '.join(map(layer_name, layers))}",
         "fitting": f"{len(images.fit):,} images of {images.fit.split} x 1 forward pass",
         "measuring": f"{len(images.held_out):,} images of {images.held_out.split} x {1 + repeats:.3g} "
-        f"forward passes ({erasures} erasures at each layer, from the layer on)",
+        f"forward passes at most ({erasures} erasures at each layer, from the layer on)",
         "exists": f"{file}, if the settings are the same" if file.exists() else "nothing",
     }
-    image = first_image(images.held_out, recipe.data.view)
+    image, answer = first_image(images.held_out, recipe.data.view), images.answers[images.held_out.names[0]]
     batch = backbone.prepare([image])
-    tokens, width = batch.tokens.kinds.shape[1], backbone.hidden_size
+    answered = AnsweredInputs(backbone.prepare, recipe.backbone, rendering_moment())([(image, answer)])
+    tokens, width = answered.tokens.kinds.shape[1], backbone.hidden_size
     try:
-        blocks = sum(decoder_flops(backbone.blocks, tokens, width))
-        forward = image_cost(backbone.core, batch.inputs).flops + blocks
+        tower = image_cost(backbone.core, batch.inputs).flops
+        prompt, blocks = (
+            sum(decoder_flops(backbone.blocks, one.tokens.kinds.shape[1], width)) for one in (batch, answered)
+        )
     except UnknownCostError as error:
         return Plan(facts | {"cost": f"unknown: {error}; erasing works all the same"})
     seen = sum(trace(one.target, pixels=one.prepare([image])).flops for one in teachers.values())
     fit, bits = len(images.fit), 8 * next(backbone.core.parameters()).element_size()
-    covariances = 2 * len(layers) * len(options.places) * tokens * width**2
-    llm = fit * forward + len(images.held_out) * (forward + repeats * blocks)
-    rank = min(options.rank, width)
-    sums = 8 * len(layers) * len(options.places) * width * (width + 2 * rank * len(teachers))
+    kinds = {kind for position in options.places for kind in PARTS[position]}
+    columns = width + (1 + LAGS) * options.rank * len(teachers)
+    erased = int(batch.tokens.mask(*kinds).sum())
+    covariances = 2 * len(layers) * erased * width * columns
+    head = (
+        2 * int(answered.tokens.mask("answer").sum()) * sum(weight.numel() for weight in head_of(backbone).parameters())
+    )
+    scored = tower + (1 + repeats) * blocks + (1 + erasures * len(layers)) * head
+    llm = fit * (tower + prompt) + len(images.held_out) * scored
+    sums, means = 8 * len(layers) * len(kinds) * width * columns, 4 * len(layers) * erased * width
     return Plan(
         facts,
         Work(
             samples="all images",
             count=1,
             flops16=llm * (bits == 16),
-            flops32=llm * (bits > 16) + fit * (seen + covariances),
+            flops32=llm * (bits > 16) + fit * covariances + (fit + min(fit, SAMPLE)) * seen,
             memory={
                 "checkpoint": weight_bytes(backbone.core),
                 "teachers": sum(weight_bytes(one.model) for one in teachers.values()),
-                "covariances": sums,
+                "covariances": sums + 3 * means,
                 "states": (options.micro_batch or recipe.fit.micro_batch) * len(layers) * tokens * width * bits // 8,
             },
             sharded=0,
-            disk=12 * len(layers) * erasures * width * rank,
+            disk=means + 8 * len(layers) * len(kinds) * len(teachers) * len(CONTROLS) * width * options.rank,
             images=fit + len(images.held_out),
         ),
     )

@@ -53,12 +53,12 @@ class AutoInputs:
         """Returns a square image."""
         return Image.new("RGB", (self.side or DEFAULT_SIDE, self.side or DEFAULT_SIDE))
 
-    def __call__(self, images: Sequence[Image.Image]) -> Batch:
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str] | None = None) -> Batch:
         """Prepares a batch of RGB images."""
         if self.side is not None:
             size = (self.side, self.side)
             images = [i.resize(size, Image.Resampling.BICUBIC) if i.width == i.height else i for i in images]
-        inputs = self.encode(images, [self.text] * len(images))
+        inputs = self.encode(images, texts or [self.text] * len(images))
         return Batch(inputs, self.token_map(inputs))
 
     def encode(self, images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, Tensor]:

@@ -97,8 +97,8 @@ class InputProcessor(Protocol):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the image tokens of a square image."""
 
-    def __call__(self, images: Sequence[Image.Image], /) -> Batch:
-        """Prepares a batch of RGB images."""
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str] | None = None, /) -> Batch:
+        """Prepares a batch of RGB images; `texts` replace the prompt, one for each."""
 
     def encode(self, images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, Tensor]:
         """Returns the model's arguments for images at their own size and one rendered prompt each."""

@@ -43,9 +43,9 @@ class LlavaInputs:
     border: tuple[int, ...] | None = None
     extra: int = 0
 
-    def __call__(self, images: Sequence[Image.Image]) -> Batch:
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str] | None = None) -> Batch:
         """Prepares a batch of RGB images."""
-        inputs = self.encode(images, [self.text] * len(images))
+        inputs = self.encode(images, texts or [self.text] * len(images))
         return Batch(inputs, self.token_map(inputs))
 
     def encode(self, images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -31,7 +31,8 @@ AGREEMENT = 0.85
 """Probability that the product of a patch has the sign of the image."""
 BIT, PRODUCT, POOLED = range(0, 4), range(4, 6), range(6, 8)
 IMAGE, TEXT, START, ANSWER, CONSTANT = range(8, 13)
-"""Dimensions of the residual stream; the last five say what a token is."""
+POOLED_BIT = range(13, 17)
+"""Dimensions of the residual stream; five say what a token is, and nothing reads the last ones."""
 MARK, LEVEL = 4.0, 20.0
 """Values of the markers and of the constant, which keeps the norm of all tokens nearly equal."""
 
@@ -211,7 +212,7 @@ def _set_product(mlp: Any, sign: float, erased: bool) -> None:
 
 
 def _set_attention(attention: Any) -> None:
-    """Copies the mean product of the image tokens to later text; image tokens attend to the start, which has none.
+    """Copies the mean products and bits of the image tokens to later text; image tokens attend to the start.
 
     The rotary embedding hardly turns the pair of dimensions with the lowest frequency, so that positions do not matter.
     """
@@ -220,9 +221,11 @@ def _set_attention(attention: Any) -> None:
     for query, key, dimension in ((TEXT, IMAGE, text), (IMAGE, START, start)):
         attention.q_proj.weight[dimension, query] = 12
         attention.k_proj.weight[dimension, key] = 12
-    for product in range(PRODUCTS):
-        attention.v_proj.weight[product, PRODUCT[product]] = _mean_square(True) ** 0.5
-        attention.o_proj.weight[POOLED[product], product] = 2
+    moved = [(PRODUCT[product], POOLED[product], 2.0) for product in range(PRODUCTS)]
+    moved += [(BIT[bit], POOLED_BIT[bit], 1.4 * GRID) for bit in range(BITS)]  # with nearly the variance of products
+    for head, (source, target, gain) in enumerate(moved):
+        attention.v_proj.weight[head, source] = _mean_square(True) ** 0.5
+        attention.o_proj.weight[target, head] = gain
 
 
 def _set_words(embeddings: Tensor, head: Tensor, tokenizer: Any) -> None:
