@@ -9,15 +9,15 @@ OTHER_INFOS += [
         "loss of captions when erased (nats per token)",
         "Rise of the mean loss of a caption's tokens when what can be read linearly of the teacher's feature (its "
         "leading principal components) is erased from one layer's states at one kind of tokens, by LEACE. Controls: "
-        "`subspace` erases as many random directions with the same mean squared change, `shuffled` the features of "
-        "other images.",
+        "`subspace` erases as many random directions with the same mean squared change (eight subspaces, of which "
+        "batches of images take turns), `shuffled` the features of other images.",
     ),
     MetricInfo(
         "erased_excess",
         "strict",
         "loss of captions when erased, beyond a random subspace (nats per token)",
-        "The same loss minus that with `subspace`, image by image. Above 0, what was erased is used more than a random "
-        "part of the states. The interval is over images; each layer has another random draw, so look at several.",
+        "The same loss minus that with `subspace`, image by image. With an interval above 0, what was erased is used "
+        "more than a random part of the states.",
     ),
     MetricInfo(
         "erased_accuracy",
