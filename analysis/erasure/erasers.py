@@ -26,7 +26,7 @@ from probing.teachers import Teacher
 from probing.utils.files import atomic_file
 
 CONTROLS = ("none", "subspace", "shuffled")
-"""LEACE itself; a random subspace of the same rank and mean squared change; LEACE of other images' features."""
+"""LEACE itself; random subspaces of the same rank and mean squared change; LEACE of other images' features."""
 SAMPLE = 256
 """Images from which the principal components are computed."""
 LEAST_SPREAD = 2.0**-10
@@ -34,6 +34,8 @@ LEAST_SPREAD = 2.0**-10
 LEAST_STATE_SPREAD = 2.0**-18
 """Least standard deviation of states in a direction, relative to the largest or to the mean state: there is rounding of
 float32 below."""
+DRAWS = 8
+"""Random subspaces; batches of images take turns, so that intervals over images are over subspaces too."""
 LARGEST_POWER, BISECTIONS = 8.0, 24
 """Of the search for a random subspace."""
 LAGS = 19
@@ -41,7 +43,7 @@ LAGS = 19
 
 
 class EraserKey(NamedTuple):
-    """Identifies an eraser."""
+    """Identifies an eraser; `control` ends with the number of a random subspace."""
 
     position: str
     teacher: str
@@ -239,9 +241,10 @@ def solve(sums: PositionSums, names: Sequence[str], seed: int = 0) -> Iterator[t
         bases, correlations, _ = torch.linalg.svd(whitened, full_matrices=False)
         rank = int((correlations[0] > correlations[1:].max()).sum()) if len(scales) else 0
         own, shuffled = bases[:2, :, :rank]
-        draw = torch.randn(len(scales), rank, generator=generator, dtype=torch.float64).to(vectors)
         yield (name, "none"), eraser(own)
-        yield (name, "subspace"), eraser(*random_subspace(draw, scales, own))
+        for number in range(DRAWS):
+            draw = torch.randn(len(scales), rank, generator=generator, dtype=torch.float64).to(vectors)
+            yield (name, f"subspace{number}"), eraser(*random_subspace(draw, scales, own))
         yield (name, "shuffled"), eraser(shuffled)
 
 

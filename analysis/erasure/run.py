@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from analysis.erasure.answers import AddAnswer, Answer, AnsweredInputs, score_answers
 from analysis.erasure.erasers import (
     CONTROLS,
+    DRAWS,
     LAGS,
     SAMPLE,
     Components,
@@ -286,6 +288,7 @@ class ErasurePass:
         def add(key: ScoreKey, metric: str, values: Tensor) -> None:
             scores.add(replace(key, metric=metric), values, values.isfinite())
 
+        draw = zlib.crc32(str(prepared.indices[0]).encode()) % DRAWS
         loss, accuracy = score_answers(replay.states[FINAL], head, ids, answer)
         teachers = dict.fromkeys(key.teacher for key in self.erasers)
         for teacher in teachers:  # the same for each, so that every row of the results has a teacher
@@ -294,7 +297,8 @@ class ErasurePass:
             row = ScoreKey(teacher, layer_name(layer), ERASED, "", "", "strict", position, self.seed)
             losses: dict[str, Tensor] = {}
             for control in CONTROLS:
-                erasers = {kind: self.erasers[EraserKey(kind, teacher, row.layer, control)] for kind in PARTS[position]}
+                drawn = f"subspace{draw}" if control == "subspace" else control
+                erasers = {kind: self.erasers[EraserKey(kind, teacher, row.layer, drawn)] for kind in PARTS[position]}
                 rank = sum(len(one.proj_right) for one in erasers.values())
                 after, right = loss, accuracy
                 if rank:

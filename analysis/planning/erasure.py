@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from analysis.erasure.answers import AnsweredInputs
-from analysis.erasure.erasers import CONTROLS, LAGS, SAMPLE
+from analysis.erasure.erasers import CONTROLS, DRAWS, LAGS, SAMPLE
 from analysis.erasure.options import PARTS, Options
 from analysis.erasure.run import STEM, Images, chosen_layers, head_of, require_rank
 from analysis.evaluation.scores import score_file
@@ -79,7 +79,7 @@ def plan_erasure(path: Path, options: Options) -> Plan:
                 "states": (options.micro_batch or recipe.fit.micro_batch) * len(layers) * tokens * width * bits // 8,
             },
             sharded=0,
-            disk=means + 8 * len(layers) * len(kinds) * len(teachers) * len(CONTROLS) * width * options.rank,
+            disk=means + 8 * len(layers) * len(kinds) * len(teachers) * (2 + DRAWS) * width * options.rank,
             images=fit + len(images.held_out),
         ),
     )

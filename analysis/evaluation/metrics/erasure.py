@@ -9,15 +9,15 @@ OTHER_INFOS += [
         "loss of answers when erased (nats per token)",
         "Rise of the mean loss of an answer's tokens (of a caption by default) when what can be read linearly of the "
         "teacher's feature (its leading principal components) is erased from one layer's states at one kind of tokens, "
-        "by LEACE. Controls: a random subspace, that is as many random directions with the same mean squared change, "
-        "and the features of other images.",
+        "by LEACE. Controls: as many random directions with the same mean squared change (eight random subspaces, of "
+        "which batches of images take turns), and the features of other images.",
     ),
     MetricInfo(
         "erased_excess",
         "strict",
         "loss of answers when erased, beyond a random subspace (nats per token)",
-        "The same loss minus that of a random subspace, image by image. Above 0, what was erased is used more than a "
-        "random part of the states. The interval is over images; each layer has another random draw, so look at several.",
+        "The same loss minus that of a random subspace, image by image. With an interval above 0, what was erased is "
+        "used more than a random part of the states.",
     ),
     MetricInfo(
         "erased_accuracy",
