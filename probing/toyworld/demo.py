@@ -71,7 +71,7 @@ def run_demo(preset: str, out: Path) -> Path:
         run = train(recipe, out / "runs" / name)
         for options in demo_options(models, world, recipe, DECODED_LAYERS[preset]):
             evaluate(run.path, options)
-        erase(run.path, ErasureOptions(conversations=world / "conversations_val2017.json", micro_batch=32))
+        erase(run.path, ErasureOptions(conversations=world / "conversations_val2017.json", micro_batch=16))
         runs.append(run.path)
         alignments.append(align(align_recipe(recipe), out / "runs" / f"{name}_words").parent)
         benchmarks.append(bench(bench_recipe(recipe, questions), out / "runs" / f"{name}_answers").parent)
