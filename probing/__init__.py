@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from analysis.alignment.recipe import AlignRecipe
     from analysis.benchmarks.recipe import BenchRecipe
-    from probing.api import align, assemble, bench, compare, erase, evaluate, load_model, load_teacher, report, train
+    from probing.api import (
+        align,
+        assemble,
+        bench,
+        compare,
+        erase,
+        evaluate,
+        load_model,
+        load_teacher,
+        open_run,
+        plot,
+        report,
+        train,
+    )
     from probing.distillation.recipe import DistillRecipe
     from probing.probes.bank import ProbeBank
     from probing.probes.resampler import Resampler
@@ -32,6 +45,8 @@ __all__ = [
     "load_model",
     "load_recipe",
     "load_teacher",
+    "open_run",
+    "plot",
     "report",
     "train",
 ]

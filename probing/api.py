@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pandas as pd
 from accelerate import PartialState
@@ -21,14 +21,28 @@ from probing.recipe import (
     set_field,
     validate,
 )
-from probing.runs.directory import Run, is_alignment, is_benchmark
+from probing.runs import directory
+from probing.runs.directory import is_alignment, is_benchmark
 from probing.teachers import Teacher
 from probing.teachers import load_teacher as load_teacher_recipe
 from probing.teachers.registry import CATALOGUE
 from probing.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 R = TypeVar("R", bound=BaseModel)
-RunLike = Run | Path | str
+
+
+class Run(directory.Run):
+    """A run with trained probes, from `train` or `open_run`."""
+
+    def plot(self, metric: str = "cosine_centred", protocol: str = "strict", paper: bool = False) -> "Figure":
+        """Draws a metric by layer; see `plot`."""
+        return plot(self, metric=metric, protocol=protocol, paper=paper)
+
+
+RunLike = directory.Run | Path | str
 
 
 def load_model(checkpoint: Path | str, **fields: Any) -> Backbone:
@@ -91,7 +105,34 @@ def train(recipe: ProbeRunRecipe | Mapping[str, Any] | Path | str, out: Path | s
     """
     from probing.training.run import train as train_run
 
-    return train_run(_recipe(ProbeRunRecipe, recipe, overrides).with_absolute_paths(), Path(out))
+    run = train_run(_recipe(ProbeRunRecipe, recipe, overrides).with_absolute_paths(), Path(out))
+    return Run(run.path, run.recipe)
+
+
+def open_run(path: Path | str) -> Run:
+    """Opens a finished run; raises UserError if there is none."""
+    return Run.open(Path(path))
+
+
+def plot(*runs: RunLike, metric: str = "cosine_centred", protocol: str = "strict", paper: bool = False) -> "Figure":
+    """Draws a metric by layer: colours for checkpoints, dashes for controls, bands for 95 % intervals.
+
+    Args:
+        runs: evaluated runs, or folders of runs that differ by their seed; their order sets the colours.
+        metric: as in `results.csv`.
+        protocol: likewise.
+        paper: whether to use the widths and letters of a paper.
+
+    Returns:
+        A figure of matplotlib, to restyle or save; `figure.axes` has a panel per teacher and probe.
+
+    Raises:
+        UserError: a run has no results, or none has the metric.
+    """
+    from reports.figures import layer_plot
+    from reports.results import load_runs
+
+    return layer_plot(load_runs([_path(run) for run in runs]), metric, protocol, paper=paper)
 
 
 def evaluate(run: RunLike, **options: Any) -> pd.DataFrame:
@@ -222,7 +263,7 @@ def report(*runs: RunLike, out: Path | str | None = None, style: Literal["screen
 
 
 def _path(run: RunLike) -> Path:
-    return run.path if isinstance(run, Run) else Path(run)
+    return run.path if isinstance(run, directory.Run) else Path(run)
 
 
 def _recipe(model: type[R], recipe: R | Mapping[str, Any] | Path | str, fields: Mapping[str, Any]) -> R:

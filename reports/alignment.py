@@ -1,10 +1,10 @@
-"""Patches and words: compression by the projector, and alignment of patches with words."""
+"""The chapter on patches and words: compression by the projector, and alignment of patches with words."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import matplotlib as mpl
 import numpy as np
@@ -17,9 +17,12 @@ from analysis.alignment.headlines import HEADLINE_METRICS
 from probing.runs.directory import runs_in
 from probing.utils.errors import UserError
 from probing.utils.files import RESTORE_ADVICE, read_json, reading
-from reports.plots import Line, Plot, named_plot, table_line
+from reports.charts import legend, line_chart
+from reports.curves import LAYER, with_positions
+from reports.figures import Style, line_plot, png_data_uri, save_figure
 from reports.results import (
     AVERAGE,
+    CURVE,
     Results,
     interval_text,
     layer_rank,
@@ -29,26 +32,28 @@ from reports.results import (
     teacher_title,
     unique_labels,
 )
-from reports.styles import SCREEN, marker, tone
+from reports.theme import CHECKPOINT, palette, style
 
 ATOMS = (1, 2, 4, 8)
 """Numbers of words in the sparse decomposition of a patch."""
 TOWER = "tower"
 """Value of the column `layer` for the tokens before the projector."""
+COLUMNS = [*CURVE, "checkpoint", "control"]
 
 
 @dataclass(frozen=True)
-class AlignmentPanel:
-    """One panel.
+class Panel:
+    """One chart.
 
     Attributes:
         name: name of the figure's file.
         metric: metric in `results.csv`.
-        label: label of the vertical axis.
+        label: title of the chart.
         variant: variant of the metric, if it has several.
         teacher: the reference of similarity metrics: the tower or a teacher.
-        control: the control, drawn dotted.
-        chance: name of the control in the legend.
+        control: control in `results.csv` that shows chance.
+        chance: name of that control in the legend.
+        folded: whether the page shows it on request only.
     """
 
     name: str
@@ -58,53 +63,83 @@ class AlignmentPanel:
     teacher: str = ""
     control: str = ""
     chance: str = ""
+    folded: bool = False
+    xlabel: ClassVar[str] = LAYER
+
+    def frame(self, runs: Sequence["AlignmentResults"]) -> pd.DataFrame:
+        """Returns the rows of the chart, see `reports.curves`."""
+        controls = {"none": CHECKPOINT} | ({self.control: self.chance} if self.control else {})
+        if self.control == "permuted":
+            controls["random"] = "random projector"
+        parts = [
+            run.curve(self.metric, control, self.variant, self.teacher).assign(checkpoint=run.label, control=name)
+            for control, name in controls.items()
+            for run in runs
+        ]
+        return with_positions(pd.concat(parts)[COLUMNS])
 
 
-COMPRESSION = [
-    AlignmentPanel(f"compression_{metric}", metric, label)
-    for metric, label in {
-        "von_neumann_entropy": "von Neumann entropy (nats)",
-        "matrix_entropy": "matrix entropy, order 2 (nats)",
-        "effective_rank": "effective rank, centred",
-        "effective_rank_singular": "effective rank of singular values",
-        "anisotropy": "anisotropy (mean cosine of two tokens)",
-    }.items()
-]
+@dataclass(frozen=True)
+class Pursuit(Panel):
+    """The share of a patch that N words explain at the first layer, and N random vectors."""
+
+    xlabel: ClassVar[str] = "words"
+
+    def frame(self, runs: Sequence["AlignmentResults"]) -> pd.DataFrame:
+        """Returns the rows of the chart; N is in the place of the layer."""
+        parts = []
+        for control, name in {"none": CHECKPOINT, "random": "random vectors"}.items():
+            for run in runs:
+                for count in ATOMS:
+                    rows = run.curve(f"explained_energy_{count}", control, self.variant).iloc[:1]
+                    parts.append(rows.assign(layer=str(count), checkpoint=run.label, control=name))
+        return with_positions(pd.concat(parts)[COLUMNS])
+
+
 PERMUTED = {"control": "permuted", "chance": "permuted labels"}
-WORDS = {
-    "word_cosine": "cosine with the label's word",
-    "word_retrieval": "nearest word is the label's",
-    "word_miou": "mIoU of the nearest words",
-}
-VARIANTS = {"centred": "means subtracted", "raw": "not centred"}
-LENS = [
-    *(
-        AlignmentPanel(
-            f"lens_{metric}_{lens.replace(' ', '_')}", f"lens_{metric}", f"{label}, {lens}", lens, **PERMUTED
+LABELS = {
+    "word_cosine": "cosine with the label's word", "word_retrieval": "nearest word is the label's",
+    "word_miou": "mIoU of the nearest words", "lens_retrieval": "label of the largest logit is correct",
+    "lens_miou": "mIoU of largest logits", "lens_entropy": "entropy of next word (nats)",
+    "von_neumann_entropy": "von Neumann entropy (nats)", "effective_rank": "effective rank, centred",
+    "anisotropy": "anisotropy (mean cosine of two tokens)", "matrix_entropy": "matrix entropy, order 2 (nats)",
+    "effective_rank_singular": "effective rank of singular values",
+}  # fmt: skip
+FOLDED = ("matrix_entropy", "effective_rank_singular")
+
+
+def _panels(start: str, variants: dict[str, str]) -> list[Panel]:
+    """Returns a chart per variant and metric that starts so; those of variants with a note are folded."""
+    return [
+        Panel(
+            f"{metric}_{variant.replace(' ', '_')}", metric, label + note, variant, folded=bool(note),
+            **({} if metric == "lens_entropy" else PERMUTED),
         )
-        for metric, label in {
-            "retrieval": "label of the largest logit is correct",
-            "miou": "mIoU of largest logits",
-        }.items()
-        for lens in ("final norm", "no norm")
-    ),
-    *(
-        AlignmentPanel(
-            f"lens_entropy_{lens.replace(' ', '_')}", "lens_entropy", f"entropy of next word (nats), {lens}", lens
-        )
-        for lens in ("final norm", "no norm")
-    ),
-]
-PURSUITS = {
-    "matching pursuit": "matching pursuit",
-    "orthogonal": "orthogonal pursuit",
-    "non-negative": "non-negative pursuit",
-}
-ATTENTION = [
-    AlignmentPanel(f"attention_{query.replace(' ', '_')}", "image_attention", f"attention to image, {query}", query,
-            control="uniform", chance="uniform attention")
-    for query in ("last token", "tokens after the image")
+        for variant, note in variants.items() for metric, label in LABELS.items() if metric.startswith(start)
+    ]  # fmt: skip
+
+
+SECTIONS: list[tuple[str, str, list[Panel]]] = [
+    ("Compression: how many directions the tokens of an image use",
+     "From the vision tower through the projector to every layer of the LLM. Lower means more compressed.",
+     [Panel(f"compression_{metric}", metric, LABELS[metric], folded=metric in FOLDED) for metric in [*LABELS][6:]]),
+    ("Patches and their words", "Cosines with the means subtracted. Dotted: permuted labels.",
+     _panels("word", {"centred": "", "raw": ", not centred"})),
+    ("Logit lens", "The next word that the LLM would predict from a patch's state. Dotted: permuted labels.",
+     _panels("lens", {"final norm": "", "no norm": ", no norm"})),
+    ("A patch as a sum of words",
+     "Share of a patch's squared norm that words explain, compared with random vectors; N words at the first layer.",
+     [Panel("explained_by_layer", "explained_energy_4", "explained by 4 words, orthogonal pursuit", "orthogonal",
+            control="random", chance="random vectors")]
+     + [Pursuit(f"explained_{name.replace(' ', '_')}", "", f"explained by N words, {name.split()[0]} pursuit", name,
+                folded=name != "orthogonal") for name in ("orthogonal", "matching pursuit", "non-negative")]),
+    ("Attention to the image", "Dotted: uniform attention.",
+     [Panel(f"attention_{query.replace(' ', '_')}", "image_attention", f"attention to image, {query}", query,
+            control="uniform", chance="uniform attention") for query in ("last token", "tokens after the image")]),
 ]  # fmt: skip
+"""Title, text and charts of the sections, before the similarities, which depend on the teachers."""
+SIMILARITY = ("Similarity to the tower and the teachers",
+              "Whether the same images are close to each other in a layer and in the tower or a teacher.")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,65 +181,79 @@ def load_alignments(paths: Sequence[Path]) -> list[AlignmentResults]:
         results = read_results(path / "results.csv")
         first = (runs or [path])[0]
         manifest = read_json(first / "manifest.json", RESTORE_ADVICE)
-        loaded.append((first, results, manifest | ({"runs": len(runs)} if runs else {})))
+        loaded.append((first, results, manifest | ({"runs": len(runs)} if runs else {}), path))
     labels = unique_labels([run_name(path, entry[2]) for path, entry in zip(paths, loaded, strict=True)], paths)
-    return [
-        AlignmentResults(label, *entry, index) for index, (label, entry) in enumerate(zip(labels, loaded, strict=True))
-    ]
+    return [AlignmentResults(label, *entry) for label, entry in zip(labels, loaded, strict=True)]
 
 
-def measure_plot(runs: Sequence[AlignmentResults], measure: AlignmentPanel) -> Plot:
-    """Plots one measure by layer, a line per checkpoint, with its control and the random projector."""
-    m = measure
-    lines: list[tuple[Line, Sequence[str]]] = []
-    for run in reversed(runs):  # the last line is drawn on top and is first in the legend
-        suffix = "" if len(runs) == 1 else f", {run.label}"
-        random = run.curve(m.metric, "random", m.variant, m.teacher)
-        if len(random) and m.control == "permuted":
-            name = f"random projector{suffix}"
-            lines.append((table_line(name, ("ink", "-", "x"), random.iloc[:1], thin=True), ["0"]))
-        if m.control:
-            chance = run.curve(m.metric, m.control, m.variant, m.teacher)
-            line = table_line(f"{m.chance}{suffix}", ("grey", ":", ""), chance, thin=True)
-            lines.append((line, list(chance["layer"])))
-        curve = run.curve(m.metric, "none", m.variant, m.teacher)
-        line = table_line(run.label, (tone(run.style_index), "-", marker(run.style_index)), curve)
-        lines.append((line, list(curve["layer"])))
-    return named_plot(m.label, [line for line in lines if line[1]], zero=not m.control)
-
-
-def similarity_measures(runs: Sequence[AlignmentResults]) -> list[AlignmentPanel]:
-    """Returns a panel for every reference of the similarity metrics."""
-    measures = []
-    labels = {"cka": "CKA", "cka_places": "CKA of patch positions", "mutual_knn": "shared nearest images"}
+def similarity_panels(runs: Sequence[AlignmentResults]) -> list[Panel]:
+    """Returns a chart for every reference of the similarity metrics."""
+    panels = []
+    labels = {"mutual_knn": "shared nearest images", "cka": "CKA", "cka_places": "CKA of patch positions"}
     for metric, label in labels.items():
         available = {teacher for run in runs for teacher in run.curve(metric)["teacher"]}
         for reference in [*(available & {TOWER}), *sort_teachers(available - {TOWER})]:
             control = {} if metric == "cka_places" else {"control": "permuted", "chance": "permuted images"}
             title = "the tower" if reference == TOWER else f"the {teacher_title(reference).lower()} teacher"
-            axis = f"{label} with {title}"
-            measures.append(AlignmentPanel(f"{metric}_{reference}", metric, axis, teacher=reference, **control))
-    return measures
+            name, axis, folded = f"{metric}_{reference}", f"{label} with {title}", metric != "mutual_knn"
+            panels.append(Panel(name, metric, axis, teacher=reference, folded=folded, **control))
+    return panels
 
 
-def pursuit_plot(runs: Sequence[AlignmentResults], pursuit: str, layer: str) -> Plot:
-    """Plots the share of a patch that N words explain at one layer, and N random vectors."""
-    lines, counts = [], set()
-    for run in reversed(runs):  # as in `measure_plot`
-        suffix = "" if len(runs) == 1 else f", {run.label}"
-        for control in ("random", "none"):
-            curves = [run.curve(f"explained_energy_{count}", control, pursuit).assign(count=count) for count in ATOMS]
-            rows = pd.concat(curves)
-            rows = rows[rows["layer"] == layer]
-            x = [float(count) for count in rows["count"]]
-            if control == "none":
-                lines.append(table_line(run.label, (tone(run.style_index), "-", marker(run.style_index)), rows, x))
-            else:
-                lines.append(table_line(f"random vectors{suffix}", ("grey", ":", ""), rows, x, thin=True))
-            counts |= set(rows["count"])
-    labels = {float(count): str(count) for count in sorted(counts)}
-    title = f"explained at layer {layer}, {PURSUITS[pursuit]}"
-    return Plot(title, lines, (list(labels), list(labels.values())), labels, xlabel="words", zero=True)
+def panel_frames(runs: Sequence[AlignmentResults]) -> list[tuple[str, str, list[tuple[Panel, pd.DataFrame]]]]:
+    """Returns title, text and charts of every section that has results."""
+    found = []
+    for title, text, panels in [*SECTIONS, (*SIMILARITY, similarity_panels(runs))] if runs else []:
+        pairs = [(panel, panel.frame(runs)) for panel in panels]
+        pairs = [(panel, frame) for panel, frame in pairs if (frame["control"] == CHECKPOINT).any()]
+        found += [(title, text, pairs)] if pairs else []
+    return found
+
+
+def _static(pairs: Sequence[tuple[Panel, pd.DataFrame]], names: Sequence[str]) -> str:
+    """Draws the charts over layers that are not folded, for readers without JavaScript."""
+    shown = [(panel, frame) for panel, frame in pairs if not panel.folded and panel.xlabel == LAYER]
+    frames = [frame.assign(panel=panel.label) for panel, frame in shown]
+    return png_data_uri(line_plot(pd.concat(frames), colours=palette(names))) if frames else ""
+
+
+def write_figures(runs: Sequence[AlignmentResults], out: Path, kind: Style, colours: dict[str, str]) -> None:
+    """Writes every chart as files."""
+    for *_, pairs in panel_frames(runs):
+        for panel, frame in pairs:
+            drawn = line_plot(frame.assign(panel=panel.label), "", colours, kind == "paper", panel.xlabel)
+            save_figure(drawn, out, panel.name, kind)
+
+
+def chapter(runs: Sequence[AlignmentResults], names: Sequence[str]) -> dict[str, Any]:
+    """Returns the variables of the templates; `names` are all checkpoints of the page."""
+    sections = [
+        {
+            "title": title,
+            "text": text,
+            "legend": legend(*(frame for _, frame in pairs), names=names),
+            "static": _static(pairs, names),
+            **{
+                key: [
+                    line_chart(frame, panel.label, names, xlabel=panel.xlabel)
+                    for panel, frame in pairs
+                    if panel.folded == folded
+                ]
+                for key, folded in {"charts": False, "more": True}.items()
+            },
+        }
+        for title, text, pairs in panel_frames(runs)
+    ]
+    entries = [
+        {
+            "label": run.label,
+            "manifest": run.manifest,
+            "sentences": sentences(run),
+            "pictures": [_patch_picture(patches) for patches in read_patch_pictures(run.path)],
+        }
+        for run in runs
+    ]
+    return {"alignments": entries, "alignment_sections": sections}
 
 
 def difference_table(differences: pd.DataFrame) -> dict[str, Any]:
@@ -280,7 +329,7 @@ def similarity_figure(picture: PatchPicture) -> Figure:
     """Draws the photograph, and for every label and layer the similarity of each patch to the label's word."""
     layers, rows = list(picture.similarity), len(picture.labels)
     limit = max(float(np.abs(values).max()) for values in picture.similarity.values()) or 1.0
-    with mpl.rc_context(SCREEN):
+    with mpl.rc_context(style()):
         figure = Figure(figsize=(1.5 * (len(layers) + 1), 1.55 * rows + 0.5), layout="constrained")
         grid = figure.subplots(rows, len(layers) + 1, squeeze=False)
         for row, label in enumerate(picture.labels):
@@ -298,6 +347,24 @@ def similarity_figure(picture: PatchPicture) -> Figure:
         bar = figure.colorbar(image, ax=grid[:, -1], shrink=0.8)
         bar.set_label("centred cosine", fontsize=8)
     return figure
+
+
+def _patch_picture(patches: PatchPicture) -> dict[str, Any]:
+    rows, columns = patches.grid
+    tables = []
+    for layer, words in patches.words.items():
+        sums = [" + ".join(f"{coefficient:.2g} {word}" for word, coefficient in terms) for terms in patches.sums[layer]]
+        cells = [
+            {"text": near[0], "title": f"nearest: {', '.join(near)}; as a sum of words: {total or 'none'}"}
+            for near, total in zip(words, sums, strict=True)
+        ]
+        tables.append({"layer": layer, "rows": [cells[row * columns : (row + 1) * columns] for row in range(rows)]})
+    return {
+        "name": patches.name,
+        "src": png_data_uri(similarity_figure(patches)),
+        "alt": f"{patches.name}: similarity of each patch to the words of {', '.join(patches.labels)}, by layer",
+        "tables": tables,
+    }
 
 
 def sentences(run: AlignmentResults) -> list[str]:

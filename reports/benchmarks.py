@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
+import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analysis.benchmarks.rank_correlation import FEW, LEAST, RankCorrelation, rank_correlation
 from analysis.benchmarks.tasks import BENCHMARKS, part_label, title
@@ -17,9 +19,11 @@ from analysis.evaluation.registry import ACCURACY
 from probing.runs.directory import runs_in
 from probing.utils.errors import UserError
 from probing.utils.files import RESTORE_ADVICE, read_json
-from reports.charts import PROBES, panel_title
-from reports.images import png_data_uri
+from reports.charts import legend, scatter_chart
+from reports.curves import PROBES, panel_title
+from reports.figures import arrange, png_data_uri
 from reports.results import (
+    MEASURE,
     Results,
     RunResults,
     interval_text,
@@ -29,11 +33,11 @@ from reports.results import (
     run_name,
     unique_labels,
 )
-from reports.styles import DOUBLE, LIGHT, PAPER, SCREEN, SINGLE, marker, tone
-from reports.summary import METRIC, PROTOCOL
+from reports.theme import palette, style
 
 MIDDLE = (0.25, 0.75)
 """Range of layers over which probe quality is averaged, as fractions of the depth."""
+QUALITY = f"{metric_label(*MEASURE)}, middle layers"
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ def load_benchmarks(paths: Sequence[Path]) -> list[BenchmarkResults]:
         loaded.append((name, run, read_results(run / "results.csv"), manifest))
     labels = labels_by_benchmark([(name, run, manifest["benchmark"]) for name, run, _, manifest in loaded])
     return [
-        BenchmarkResults(label, run, results, manifest, index)
-        for index, (label, (_, run, results, manifest)) in enumerate(zip(labels, loaded, strict=True))
+        BenchmarkResults(label, run, results, manifest, run)
+        for label, (_, run, results, manifest) in zip(labels, loaded, strict=True)
     ]
 
 
@@ -198,7 +202,7 @@ def checkpoint_key(manifest: dict[str, Any]) -> str:
 
 def middle_layer_quality(run: RunResults, teacher: str, probe: str) -> tuple[float, str] | None:
     """Returns the mean centred cosine over the middle layers, and their names; None without scores."""
-    curve = run.curve(teacher, probe, "none", METRIC, PROTOCOL)
+    curve = run.curve(teacher, probe, "none", *MEASURE)
     low, high = (fraction * run.depth for fraction in MIDDLE)
     middle = curve[[layer.isdecimal() and low <= int(layer) <= high for layer in curve["layer"]]]
     return (float(middle["value"].mean()), " ".join(middle["layer"])) if len(middle) else None
@@ -254,40 +258,40 @@ def comparability_warnings(probed: Sequence[RunResults]) -> list[str]:
     return warnings
 
 
-def quality_figure(panels: Sequence[Panel], style_indices: Mapping[str, int], paper: bool = False) -> Figure:
-    """Draws probe quality against accuracy: a column per teacher, a row per probe, a point per checkpoint.
+def quality_title(panel: Panel) -> str:
+    """Returns teacher, probe, and the rank correlation if there is one."""
+    name = panel_title(panel.teacher, panel.probe)
+    if panel.correlation is None:
+        return name
+    return f"{name}: ρ = {panel.correlation.rho.value:+.2f}, {len(panel.points)} checkpoints"
 
-    Args:
-        panels: panels of one benchmark.
-        style_indices: by checkpoint, see `reports.styles`.
-        paper: whether to use the size of a paper.
-    """
-    teachers = list(dict.fromkeys(panel.teacher for panel in panels))
-    probes = list(dict.fromkeys(panel.probe for panel in panels))
-    names = list(dict.fromkeys(name for panel in panels for name in panel.points["checkpoint"]))
-    with mpl.rc_context(PAPER if paper else SCREEN):
-        width = (SINGLE if len(teachers) == 1 else DOUBLE) if paper else 3.4 * len(teachers)
-        height = (2.0 if paper else 2.9) * len(probes) + 0.5
-        figure = Figure(figsize=(width, height), layout="constrained")
-        grid = figure.subplots(len(probes), len(teachers), squeeze=False, sharey=True)
-        for panel in panels:
-            axes = grid[probes.index(panel.probe), teachers.index(panel.teacher)]
-            for _, point in panel.points.iterrows():
-                style_index = style_indices[point["checkpoint"]]
-                error = np.array([[point["accuracy"] - point["ci_low"]], [point["ci_high"] - point["accuracy"]]])
-                axes.errorbar(
-                    point["quality"], point["accuracy"], yerr=error.clip(min=0), label=point["checkpoint"],
-                    color=LIGHT[tone(style_index)], marker=marker(style_index), capsize=2, linewidth=1,
-                )  # fmt: skip
-            rho = "" if panel.correlation is None else f"\nρ = {panel.correlation.rho.value:+.2f}"
-            count = f", {len(panel.points)} checkpoints" if rho else ""
-            axes.set_title(f"{panel_title(panel.teacher, panel.probe)}{rho}{count}", loc="left")
-            axes.set_xlabel(f"{metric_label(METRIC, PROTOCOL)}, middle layers")
-        for row in grid:
-            row[0].set_ylabel(f"accuracy, {panels[0].name}")
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 4), frameon=False)
-    return figure
+
+def quality_frame(panels: Sequence[Panel]) -> pd.DataFrame:
+    """Returns the points of panels, with the columns of `reports.charts.scatter_chart` and `panel`."""
+    return pd.concat(
+        panel.points.assign(panel=quality_title(panel)).rename(columns={"quality": "x", "accuracy": "value"})
+        for panel in panels
+    )
+
+
+def quality_plot(panels: Sequence[Panel], colours: Mapping[str, str], paper: bool = False) -> Figure:
+    """Draws probe quality against accuracy: a point per checkpoint, a panel per teacher and probe."""
+    frame = quality_frame(panels)
+    names, columns = list(dict.fromkeys(frame["checkpoint"])), min(3, len(panels))
+    with mpl.rc_context(style(paper)):
+        grid = sns.relplot(
+            frame, x="x", y="value", hue="checkpoint", hue_order=names, palette={name: colours[name] for name in names},
+            col="panel", col_wrap=columns, legend=False, s=15 if paper else 30, facet_kws={"sharex": False},
+        )  # fmt: skip
+        plt.close(grid.figure)
+        for title, axes in grid.axes_dict.items():
+            rows = frame[frame["panel"] == title]
+            axes.vlines(rows["x"], rows["ci_low"], rows["ci_high"], [colours[name] for name in rows["checkpoint"]])
+            axes.set_title(title.replace(": ", "\n"))
+        grid.set_axis_labels(QUALITY, f"accuracy, {panels[0].name}")
+        dots = [Line2D([], [], color=colours[name], marker="o", linestyle="", label=name) for name in names]
+        arrange(grid.figure, dots, (-(-len(panels) // columns), columns), paper)
+    return grid.figure
 
 
 @dataclass(frozen=True)
@@ -299,7 +303,6 @@ class Chapter:
         panels: panels with a correlation, by benchmark.
         points: all points of the panels; None without.
         sentences: descriptions of the correlations.
-        style_indices: by checkpoint with probes and answers.
         differences: paired differences of accuracy, from `probing compare`.
     """
 
@@ -307,27 +310,30 @@ class Chapter:
     panels: dict[str, list[Panel]]
     points: pd.DataFrame | None
     sentences: list[str]
-    style_indices: dict[str, int]
     differences: pd.DataFrame | None = None
 
-    def template_values(self) -> dict[str, Any]:
-        """Returns the variables of the template."""
+    def template_values(self, names: Sequence[str]) -> dict[str, Any]:
+        """Returns the variables of the template; `names` are all checkpoints of the page."""
         return {
             "benchmark_runs": self.runs,
             "benchmark_tables": [
                 accuracy_table(self.runs, name) | {"differences": answer_differences(self.differences, name)}
                 for name in self.panels
             ],
-            "benchmark_figures": [
-                {
-                    "src": png_data_uri(quality_figure(panels, self.style_indices), dpi=130),
-                    "alt": f"Probe quality against accuracy, {panels[0].name}",
-                }
-                for name, panels in self.panels.items()
-                if panels
+            "benchmark_charts": [
+                scatter_chart(quality_frame([panel]), quality_title(panel), names, QUALITY, f"accuracy, {panel.name}")
+                for panels in self.panels.values()
+                for panel in panels
             ],
+            "benchmark_static": self._static(names),
+            "benchmark_legend": legend(self.points, names=names) if self.points is not None else [],
             "benchmark_sentences": self.sentences,
         }
+
+    def _static(self, names: Sequence[str]) -> str:
+        """Draws the charts for readers without JavaScript."""
+        panels = [panel for panels in self.panels.values() for panel in panels]
+        return png_data_uri(quality_plot(panels, palette(names))) if panels else ""
 
 
 def chapter(
@@ -336,17 +342,12 @@ def chapter(
     """Joins runs with probes and runs of benchmarks by checkpoint.
 
     Args:
-        probed: runs with probes, and folders of them, in the order of their style indices.
+        probed: runs with probes, and folders of them.
         benchmarks: runs of `probing bench`.
         differences: paired differences of accuracy, from `probing compare`.
     """
-    evaluated = [
-        (run, index)
-        for index, path in enumerate(probed)
-        for run in runs_in(path) or [path]
-        if (run / "results.csv").exists()
-    ]
-    runs = load_runs([run for run, _ in evaluated])
+    evaluated = [run for path in probed for run in runs_in(path) or [path] if (run / "results.csv").exists()]
+    runs = load_runs(evaluated)
     joined = panels(runs, benchmarks)
     sentences = list(dict.fromkeys(panel.sentence for panel in joined)) + (
         comparability_warnings(runs) if joined else []
@@ -358,6 +359,4 @@ def chapter(
         name: [panel for panel in joined if panel.benchmark == name and panel.correlation is not None]
         for name in dict.fromkeys(run.benchmark for run in benchmarks)
     }
-    style_indices = {run.label: index for run, (_, index) in zip(runs, evaluated, strict=True)}
-    frame = pd.concat(points) if points else None
-    return Chapter(benchmarks, by_benchmark, frame, sentences, style_indices, differences)
+    return Chapter(benchmarks, by_benchmark, pd.concat(points) if points else None, sentences, differences)

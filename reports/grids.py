@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from analysis.evaluation.scores import ScoreFile, by_seed
-from reports.styles import SCREEN
+from reports.theme import style
 
 MAX_ROWS = 12
 """Maximal number of layers in a grid; more are sampled evenly."""
@@ -87,7 +87,7 @@ def grid_figure(grid: Grid) -> Figure:
     ]
     columns = len(grid.photographs)
     colours = class_colours([grid]) if grid.teacher == "seg" else {}
-    with mpl.rc_context(SCREEN):
+    with mpl.rc_context(style() | {"axes.grid": False}):
         figure = Figure(
             figsize=(1.25 * columns + 0.8, 1.25 * len(rows) + 0.7),
             layout=ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0),

@@ -8,9 +8,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from analysis.evaluation.registry import describe
 from probing.utils.paths import ELSEWHERE
-from reports.charts import PROBES, layer_figure
+from reports.answer import answers, convergence
+from reports.curves import PROBES
+from reports.figures import layer_plot
 from reports.results import RunResults, best_layer, interval_text, load_runs, metric_label, teacher_title
-from reports.summary import convergence, random_control
 
 TAGS = ("probing", "interpretability", "multimodal", "vision-language-model")
 FIGURE = "figures/layers.png"
@@ -30,7 +31,7 @@ def write_card(folder: Path, repo: str, licence: str | None = None) -> None:
     measures = [measure for measure in run.measures if any(_rows(run, *measure))]
     if measures:
         (folder / FIGURE).parent.mkdir(exist_ok=True)
-        layer_figure([run], *measures[0]).savefig(folder / FIGURE, dpi=130, metadata={"Software": None})
+        layer_plot([run], *measures[0]).savefig(folder / FIGURE, dpi=130, metadata={"Software": None})
     card = ModelCard.from_template(
         ModelCardData(
             library_name="mllm-probing",
@@ -45,7 +46,7 @@ def write_card(folder: Path, repo: str, licence: str | None = None) -> None:
         figure=FIGURE if measures else "",
         measure=metric_label(*measures[0]) if measures else "",
         rows=[row for measure in measures for row in _rows(run, *measure)],
-        notes=[_escaped(note) for note in [*random_control(run), *convergence(run)]],
+        notes=[_escaped(note) for note in [*(answer.sentence for answer in answers([run])), *convergence(run)]],
         teacher=(teacher := run.teachers[0]),
         layer=next(layer for layer in run.results[run.results["teacher"] == teacher]["layer"] if layer),
     )

@@ -7,58 +7,60 @@ from typing import Any
 
 import jinja2
 import pandas as pd
+from markupsafe import Markup
 
 from analysis.evaluation.registry import ACCURACY, describe
 from probing.runs.directory import is_alignment, is_benchmark, runs_in
 from probing.utils.errors import UserError
 from probing.utils.files import atomic_file, disk_errors, write_text
+from reports import alignment as alignment_chapter
 from reports.alignment import AlignmentResults, difference_table, load_alignments
-from reports.alignment_chapter import chapter, chapter_plots
+from reports.answer import answer_table, answers, convergence, random_frame
 from reports.benchmarks import Chapter as Benchmarks
 from reports.benchmarks import chapter as benchmark_chapter
-from reports.benchmarks import load_benchmarks, quality_figure
-from reports.charts import (
-    CEILING_LABEL,
-    INPUT_CONTROLS,
-    MEAN_LABEL,
+from reports.benchmarks import load_benchmarks, quality_plot
+from reports.charts import bundle, legend, panel_charts
+from reports.curves import (
     PROBES,
-    Series,
-    difference_plots,
-    layer_plot,
-    learning_figure,
-    levels,
-    series,
-    shown_probes,
-    teachers_of,
+    compared_metrics,
+    difference_frame,
+    differences_from,
+    direction,
+    layer_frame,
+    references,
 )
-from reports.differences import compared_metrics, differences_from, references
 from reports.figures import (
     Style,
-    evaluated_metrics,
-    runs_with_metric,
+    learning_plot,
+    line_plot,
+    png_data_uri,
     save_figure,
     slug,
     write_curves,
     write_differences,
 )
 from reports.grids import grid_figure, read_grids
-from reports.images import png_data_uri
-from reports.plots import figure, legend_entry, marker_definitions, svg, tones
-from reports.results import AVERAGE, TITLES, Results, RunResults, interval_text, load_runs, metric_label, teacher_title
+from reports.results import (
+    AVERAGE,
+    MEASURE,
+    RunResults,
+    interval_text,
+    load_runs,
+    metric_label,
+    sort_measures,
+    teacher_title,
+)
 from reports.strips import viewers
-from reports.styles import assign_style_indices, marker, tone
-from reports.summary import METRIC, PROTOCOL, convergence, random_control, teacher_finding
 from reports.tables import decoded_table
+from reports.theme import CONTROLS, REFERENCES, palette, vega_config
+from reports.use import sections as use_sections
 
 COLUMNS = {
-    "resampler": ("resampler", "none"),
-    "resampler, shuffled pairs": ("resampler", "shuffled"),
-    "resampler, random weights": ("resampler", "random"),
-    **{f"resampler, {name}": ("resampler", control) for control, (name, _) in INPUT_CONTROLS.items()},
-    "ridge": ("ridge", "none"),
-    "ridge, random weights": ("ridge", "random"),
-    **{f"ridge, {name}": ("ridge", control) for control, (name, _) in INPUT_CONTROLS.items()},
+    f"{probe}, {name}" if control != "none" else probe: (probe, control)
+    for probe in PROBES
+    for control, name in CONTROLS.items()
 }
+"""Columns of the tables of values: title → probe and control."""
 
 
 def write_report(
@@ -118,47 +120,67 @@ def _write_report(
     if table := decoded_table(runs):
         write_text(out / "table8.csv", table.frame().to_csv(index_label="checkpoint"))
     if style:
-        for plot, name in chapter_plots(alignments) if alignments else []:
-            save_figure(figure(plot, style == "paper"), out, name, style)
-        if benchmarks:
-            _write_quality(benchmarks, out, style)
+        colours = palette(checkpoint_names(runs, alignments, benchmarks, differences))
+        alignment_chapter.write_figures(alignments, out, style, colours)
+        for name, panels in benchmarks.panels.items() if benchmarks else ():
+            if panels:
+                save_figure(quality_plot(panels, colours, style == "paper"), out, f"quality_{name}", style)
         if runs:
-            _write_probe_figures(runs, differences, out, style)
-    _write_merged([*runs, *alignments, *benchmark_runs], out)
+            _write_probe_figures(runs, differences, out, style, colours)
+    merged = [run.results.assign(checkpoint=run.label) for run in (*runs, *alignments, *benchmark_runs)]
+    write_text(out / "results.csv", pd.concat(merged).to_csv(index=False))
     write_text(page, render(runs, alignments, differences, statements, benchmarks))
     return page
 
 
-def _write_quality(benchmarks: Benchmarks, out: Path, style: Style) -> None:
-    for name, panels in benchmarks.panels.items():
-        if panels:
-            drawn = quality_figure(panels, benchmarks.style_indices, style == "paper")
-            save_figure(drawn, out, f"quality_{name}", style)
-
-
-def _write_probe_figures(runs: Sequence[RunResults], differences: pd.DataFrame | None, out: Path, style: Style) -> None:
-    write_curves(runs, out, style)
+def _write_probe_figures(
+    runs: Sequence[RunResults], differences: pd.DataFrame | None, out: Path, style: Style, colours: Mapping[str, str]
+) -> None:
+    write_curves(runs, out, style, colours)
+    found = answers(runs)
+    minus = random_frame(found)
+    if len(minus):
+        ylabel = f"trained − random, {metric_label(*found[0].measure)}"
+        save_figure(line_plot(minus, ylabel, colours, style == "paper", zero=True), out, "minus_random", style)
     if differences is not None:
-        write_differences(differences, _style_indices(runs, differences), out, style)
+        write_differences(differences, out, style, colours)
     for run in (run for run in runs if len(run.curves)):
-        save_figure(learning_figure(run), out, "learning" if len(runs) == 1 else f"learning_{run.label}", style)
-    _write_grids(runs, out)
+        save_figure(learning_plot(run), out, "learning" if len(runs) == 1 else f"learning_{run.label}", style)
+    for run in runs:
+        suffix = "" if len(runs) == 1 else f"_{slug(run.label)}"
+        for grid in read_grids(run.path):
+            with atomic_file(out / "figures" / f"grid_{grid.teacher}_{grid.probe}{suffix}.png") as file:
+                grid_figure(grid).savefig(file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.05)
 
 
 def load(paths: Sequence[Path]) -> tuple[list[RunResults], list[AlignmentResults]]:
-    """Reads runs with probes and runs of `probing align`, and assigns style indices.
+    """Reads runs with probes and runs of `probing align`; those of one checkpoint get the same label.
 
     Raises:
         UserError: a folder is not a run, or has no results.
     """
     runs = load_runs([path for path in paths if not is_alignment(path)])
-    alignments = load_alignments([path for path in paths if is_alignment(path)])
-    hashes = ([run.manifest["checkpoint"]["sha256"] for run in group] for group in (runs, alignments))
-    probed, aligned = assign_style_indices(*hashes)
-    return (
-        [replace(run, style_index=index) for run, index in zip(runs, probed, strict=True)],
-        [replace(run, style_index=index) for run, index in zip(alignments, aligned, strict=True)],
-    )
+    unmatched, alignments = list(runs), []
+    for aligned in load_alignments([path for path in paths if is_alignment(path)]):
+        checkpoint = aligned.manifest["checkpoint"]["sha256"]
+        match = next((run for run in unmatched if run.manifest["checkpoint"]["sha256"] == checkpoint), None)
+        if match:
+            unmatched.remove(match)
+        alignments.append(replace(aligned, label=match.label) if match else aligned)
+    return runs, alignments
+
+
+def checkpoint_names(
+    runs: Sequence[RunResults],
+    alignments: Sequence[AlignmentResults],
+    benchmarks: Benchmarks | None,
+    differences: pd.DataFrame | None,
+) -> list[str]:
+    """Returns all checkpoints that charts show, in the order of their colours."""
+    names = [run.label for run in (*runs, *alignments)]
+    names += references(differences) if differences is not None else []
+    names += list(benchmarks.points["checkpoint"]) if benchmarks and benchmarks.points is not None else []
+    return list(dict.fromkeys(names))
 
 
 def render(
@@ -169,75 +191,74 @@ def render(
     benchmarks: Benchmarks | None = None,
 ) -> str:
     """Renders the page from the runs that `load` returns; see `write_report`."""
-    alignment = chapter(alignments) if alignments else {}
-    markers = [(line.tone, line.marker) for plot, _ in alignment.get("alignment_plots", []) for line in plot.lines]
-    common = {**alignment, **(benchmarks.template_values() if benchmarks else {}), "tones": tones()}
-    if not runs:
-        template = _templates().get_template("alignment_page.html" if alignments else "benchmark_page.html")
-        compared = differences is not None
-        table = difference_table(differences) if compared else None
-        markers_svg = marker_definitions(markers)
-        return template.render(**common, markers=markers_svg, difference_table=table, differences=compared)
-    markers += [(line.tone, line.marker) for line in series(runs)]
-    comparison: dict[str, Any] = {}
-    if differences is not None:
-        style_indices = _style_indices(runs, differences)
-        comparison = _comparison(differences, style_indices)
-        markers += [(tone(index), marker(index)) for index in style_indices.values()]
-    return _templates().get_template("page.html").render(
-        **common,
-        markers=marker_definitions(markers),
-        runs=runs,
-        findings=_findings(runs),
-        titles=TITLES,
-        random={run.label: random_control(run) for run in runs},
-        convergence={run.label: convergence(run) for run in runs},
-        sections=_sections(runs),
-        table=decoded_table(runs),
-        metrics=[_label_and_meaning(*metric) for metric in evaluated_metrics(runs)],
-        viewers=viewers([(run, read_grids(run.path)) for run in runs]),
-        tone=tone,
-        compared=comparison,
-        statements=list(statements),
-        learning=[
-            {"run": run.label, "src": png_data_uri(learning_figure(run), dpi=130)} for run in runs if len(run.curves)
-        ],
-    )  # fmt: skip
-
-
-def _templates() -> jinja2.Environment:
+    names = checkpoint_names(runs, alignments, benchmarks, differences)
+    common = {
+        **(alignment_chapter.chapter(alignments, names) if alignments else {}),
+        **(benchmarks.template_values(names) if benchmarks else {}),
+        "names": names,
+        "themes": {mode: vega_config(names, mode == "dark") for mode in ("light", "dark")},
+        "colours_css": colours_css(names),
+        "differences": differences is not None,
+    }
+    if runs:
+        common |= _probe_values(runs, differences, statements, names)
+    elif differences is not None:
+        common["difference_table"] = difference_table(differences)
+    kind = "page" if runs else "alignment_page" if alignments else "benchmark_page"
     folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    return jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    templates = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    drawn = any(common.get(key) for key in ("runs", "alignment_sections", "benchmark_charts"))
+    return templates.get_template(f"{kind}.html").render(**common, bundle=bundle() if drawn else "")
 
 
-def _write_merged(runs: Sequence[Results], out: Path) -> None:
-    merged = pd.concat([run.results.assign(checkpoint=run.label) for run in runs])
-    write_text(out / "results.csv", merged.to_csv(index=False))
+def colours_css(names: Sequence[str]) -> Markup:
+    """Defines the CSS classes of the checkpoints and references, in the light and dark themes."""
+    light, dark = (
+        ";".join(f"--c{index}:{colours[name]}" for index, name in enumerate([*names, *REFERENCES]))
+        for colours in (palette(names), palette(names, dark=True))
+    )
+    classes = "".join(f".c{index}{{--c:var(--c{index})}}" for index in range(len(names) + len(REFERENCES)))
+    return Markup(
+        f":root{{{light}}}@media screen{{:root[data-theme=dark]{{{dark}}}}}"
+        f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}{classes}"
+    )
 
 
-def _style_indices(runs: Sequence[RunResults], differences: pd.DataFrame) -> dict[str, int]:
-    """Maps every checkpoint of the differences to its style index; names without a run come last."""
-    indices = {run.label: run.style_index for run in runs}
-    for name in references(differences):
-        indices.setdefault(name, len(indices))
-    return indices
+def _probe_values(
+    runs: Sequence[RunResults], differences: pd.DataFrame | None, statements: Sequence[str], names: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the variables of the template for runs with probes."""
+    found, colours, answer = answers(runs), palette(names), {}
+    minus = random_frame(found)
+    if found:
+        measure = found[0].measure
+        paired = all(one.difference is None or one.paired for one in found)
+        answer = answer_table(found) | {"label": _title(metric_label(*measure)), "paired": paired}
+    ylabel = "trained − random" + (direction(found[0].measure[0], " ↓") if found else "")
+    random = {} if minus.empty else {
+        "charts": panel_charts(minus, names, ylabel, zero=True),
+        "legend": legend(minus, names=names),
+        "static": png_data_uri(line_plot(minus, ylabel, colours, zero=True)),
+    }  # fmt: skip
+    table = decoded_table(runs)
+    return {
+        "runs": runs,
+        "answer": answer,
+        "random": random,
+        "use": use_sections(runs, names, colours),
+        "convergence": {run.label: convergence(run) for run in runs},
+        "sections": _sections(runs, names),
+        "table": table,
+        "metrics": [(_title(info.label), info.meaning) for info in (describe(*measure) for measure in _measures(runs))],
+        "viewers": viewers([(run, read_grids(run.path)) for run in runs]),
+        "compared": {} if differences is None else _comparison(differences, names),
+        "statements": list(statements),
+        "learning": [{"run": run.label, "src": png_data_uri(learning_plot(run))} for run in runs if len(run.curves)],
+    }
 
 
-def _findings(runs: Sequence[RunResults]) -> list[Any]:
-    """Returns the findings if all runs have the headline metric."""
-    if len(runs_with_metric(runs, METRIC, PROTOCOL)) < len(runs):
-        return []
-    return [teacher_finding(run, teacher) for run in runs for teacher in run.teachers_of(METRIC, PROTOCOL)]
-
-
-def _write_grids(runs: Sequence[RunResults], out: Path) -> None:
-    """Writes the grids of decoded images as files."""
-    folder = out / "figures"
-    for run in runs:
-        suffix = "" if len(runs) == 1 else f"_{slug(run.label)}"
-        for grid in read_grids(run.path):
-            with atomic_file(folder / f"grid_{grid.teacher}_{grid.probe}{suffix}.png") as file:
-                grid_figure(grid).savefig(file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.05)
+def _measures(runs: Sequence[RunResults]) -> list[tuple[str, str]]:
+    return sort_measures(measure for run in runs for measure in run.measures)
 
 
 def _title(label: str) -> str:
@@ -245,42 +266,24 @@ def _title(label: str) -> str:
     return label if label[1].isupper() else label[0].upper() + label[1:]
 
 
-def _label_and_meaning(metric: str, protocol: str) -> tuple[str, str]:
-    info = describe(metric, protocol)
-    return _title(info.label), info.meaning
-
-
-def _sections(runs: Sequence[RunResults]) -> list[dict[str, Any]]:
+def _sections(runs: Sequence[RunResults], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Builds charts and tables of every metric, the headline first."""
     sections = []
-    for metric, protocol in evaluated_metrics(runs):
-        scored = runs_with_metric(runs, metric, protocol)
-        lines, teachers = series(scored), teachers_of(scored, metric, protocol)
-        rows = []
-        for probe in shown_probes(scored):
-            plots = [
-                svg(layer_plot(lines, teacher, probe, metric, protocol))
-                for teacher in teachers
-                if any(len(x.run.curve(teacher, probe, x.control, metric, protocol)) for x in lines)
-            ]
-            rows += [{"probe": PROBES[probe], "plots": plots}] if plots else []
-        tables = [_table(run, t, metric, protocol) for run in scored for t in run.teachers_of(metric, protocol)]
-        has_ceiling = any(levels(scored, teacher, metric, protocol)[1] is not None for teacher in teachers)
+    for measure in sorted(_measures(runs), key=lambda measure: measure != MEASURE):
+        frame, headline = layer_frame(runs, *measure), measure == MEASURE
+        ylabel = metric_label(*measure)
+        scored = [run for run in runs if measure in run.measures]
         sections.append(
             {
-                "title": _title(metric_label(metric, protocol)),
-                "headline": (metric, protocol) == (METRIC, PROTOCOL),
-                "legend": _legend(lines, has_ceiling),
-                "rows": rows,
-                "tables": tables,
+                "title": _title(metric_label(*measure)),
+                "headline": headline,
+                "legend": legend(frame, names=names),
+                "charts": panel_charts(frame, names, ylabel + direction(measure[0], " ↓")),
+                "static": png_data_uri(line_plot(frame, ylabel, palette(names))) if headline and len(frame) else "",
+                "tables": [_table(run, teacher, *measure) for run in scored for teacher in run.teachers_of(*measure)],
             }
         )
     return sections
-
-
-def _legend(lines: Sequence[Series], has_ceiling: bool) -> list[dict[str, Any]]:
-    entries = [legend_entry(x.label, x.tone, x.dash, x.marker, x.control != "none") for x in lines]
-    entries.append(legend_entry(MEAN_LABEL, "grey", "-.", "", True))
-    return [*entries, legend_entry(CEILING_LABEL, "ink", "-", "", True)] if has_ceiling else entries
 
 
 def _table(run: RunResults, teacher: str, metric: str, protocol: str) -> dict[str, Any]:
@@ -303,38 +306,37 @@ def _table(run: RunResults, teacher: str, metric: str, protocol: str) -> dict[st
     }
 
 
-def _comparison(differences: pd.DataFrame, style_indices: Mapping[str, int]) -> dict[str, Any]:
-    """Builds plots and a table of means over layers of the differences, for every reference."""
-    names = references(differences)
-    frames = {name: differences_from(differences, name) for name in names}
-    return {
-        "references": names,
-        "metrics": [
+def _comparison(differences: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:
+    """Builds charts of the differences from every reference, of which the page selects one, and tables of means."""
+    chosen = references(differences)
+    seen = [differences_from(differences, name) for name in chosen]
+    metrics, frames = [], []
+    for measure in compared_metrics(differences, MEASURE):
+        frame = difference_frame(pd.concat(seen), *measure)
+        first, ylabel = frame[frame["reference"] == chosen[0]], "difference" + direction(measure[0], " ↓")
+        headline = measure == MEASURE
+        frames.append(frame)
+        metrics.append(
             {
                 "title": _title(metric_label(*measure)),
-                "headline": measure == (METRIC, PROTOCOL),
-                "plots": [
-                    [
-                        svg(plot)
-                        for row in difference_plots(frame, *measure, style_indices)
-                        for plot in row
-                        if plot.lines
-                    ]
-                    for frame in frames.values()
-                ],
+                "headline": headline,
+                "charts": panel_charts(frame, names, ylabel, zero=True),
+                "static": png_data_uri(line_plot(first, ylabel, palette(names), zero=True))
+                if headline and len(first)
+                else "",
             }
-            for measure in compared_metrics(differences, (METRIC, PROTOCOL))
-        ],
-        "means": [_means(frame) for frame in frames.values()],
-        "entries": [
-            legend_entry(name, tone(style_indices[name]), "-", marker(style_indices[name]), False) for name in names
-        ],
+        )
+    return {
+        "references": chosen,
+        "metrics": metrics,
+        "means": [_means(frame) for frame in seen],
+        "legend": legend(*frames, names=names) if frames else [],
     }
 
 
 def _means(frame: pd.DataFrame) -> list[list[str]]:
     """Builds the rows of the table of mean differences, in the order of the metrics."""
-    order = {metric: rank for rank, metric in enumerate(compared_metrics(frame, (METRIC, PROTOCOL)))}
+    order = {metric: rank for rank, metric in enumerate(compared_metrics(frame, MEASURE))}
     rows = [row for _, row in frame[(frame["layer"] == AVERAGE) & (frame["probe"] != "")].iterrows()]
     return [
         [

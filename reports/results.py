@@ -18,6 +18,8 @@ TEACHERS = ("depth", "seg", "gen")
 TITLES = {"depth": "Depth", "seg": "Segmentation", "gen": "Generation"}
 FINAL = "final"
 """In the column `layer`: the state after the final norm."""
+MEASURE = ("cosine_centred", "strict")
+"""Metric and protocol that are shown first."""
 CURVE = ["layer", "value", "ci_low", "ci_high", "n"]
 """Columns of one curve."""
 
@@ -49,9 +51,14 @@ def sort_measures(measures: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return sorted(sorted(set(measures)), key=rank)
 
 
+def sign(metric: str) -> int:
+    """Returns 1 if more is better, else -1."""
+    return 1 if describe(metric).higher_is_better else -1
+
+
 def best_layer(curve: pd.DataFrame, metric: str) -> pd.Series:
     """Returns the row of the best layer of a curve."""
-    return curve.loc[curve["value"].idxmax() if describe(metric).higher_is_better else curve["value"].idxmin()]
+    return curve.loc[(sign(metric) * curve["value"]).idxmax()]
 
 
 def interval_text(row: pd.Series | None, digits: int = 3, sign: str = "") -> str:
@@ -73,14 +80,14 @@ class Results:
         path: the run's folder; of several runs the first, whose images are shown.
         results: `results.csv`, with `layer` and `seed` as text.
         manifest: `manifest.json`; of several runs the first, with `runs`, the number of runs.
-        style_index: number of the checkpoint in the report, which determines colour and marker.
+        source: the folder that was given: the run, or the folder of several.
     """
 
     label: str
     path: Path
     results: pd.DataFrame
     manifest: dict[str, Any]
-    style_index: int
+    source: Path
 
 
 @dataclass(frozen=True)
@@ -99,21 +106,31 @@ class RunResults(Results):
         """Returns L, the number of decoder blocks."""
         return int(self.manifest["checkpoint"]["layers"])
 
-    def _rows(self, teacher: str, probe: str, control: str, metric: str, protocol: str) -> pd.DataFrame:
-        rows = self._groups.get((teacher, probe, control, metric, protocol))
+    def _rows(
+        self, teacher: str, probe: str, control: str, metric: str, protocol: str, variant: str = ""
+    ) -> pd.DataFrame:
+        rows = self._groups.get((teacher, probe, control, metric, protocol, variant))
         return self.results[CURVE].iloc[:0] if rows is None else rows
 
     @cached_property
     def _groups(self) -> dict[Any, pd.DataFrame]:
         """The rows of each curve, pooled over seeds if there are several."""
         groups = {}
-        for key, rows in self.results.groupby(["teacher", "probe", "control", "metric", "protocol"], sort=False):
+        columns = ["teacher", "probe", "control", "metric", "protocol", "variant"]
+        for key, rows in self.results.groupby(columns, sort=False):
             pooled = rows["seed"] == "all"
             groups[key] = rows.loc[pooled if pooled.any() else slice(None), CURVE]
         return groups
 
     def curve(
-        self, teacher: str, probe: str, control: str, metric: str, protocol: str, with_empty: bool = False
+        self,
+        teacher: str,
+        probe: str,
+        control: str,
+        metric: str,
+        protocol: str,
+        with_empty: bool = False,
+        variant: str = "",
     ) -> pd.DataFrame:
         """Returns one curve in the order of the layers, pooled over seeds if there are several.
 
@@ -121,7 +138,7 @@ class RunResults(Results):
             Columns layer, value, ci_low, ci_high, n; empty if this was not run. Layers without a finite score are
             dropped unless `with_empty`.
         """
-        rows = self._rows(teacher, probe, control, metric, protocol)
+        rows = self._rows(teacher, probe, control, metric, protocol, variant)
         rows = rows[(rows["layer"] != AVERAGE) & (rows["value"].notna() | with_empty)]
         return rows.iloc[rows["layer"].map(layer_rank).argsort(kind="stable")]
 
@@ -149,8 +166,9 @@ class RunResults(Results):
 
     @property
     def measures(self) -> list[tuple[str, str]]:
-        """Returns metric and protocol of all results, registered metrics first."""
-        return sort_measures(zip(self.results["metric"], self.results["protocol"], strict=True))
+        """Returns metric and protocol of the features' scores, registered metrics first; `reports.use` has the rest."""
+        scores = self.results[(self.results["variant"] == "") & (self.results["probe"] != "")]
+        return sort_measures(zip(scores["metric"], scores["protocol"], strict=True))
 
     def teachers_of(self, metric: str, protocol: str) -> list[str]:
         """Returns the teachers for which a metric was computed."""
@@ -182,12 +200,9 @@ def load_runs(paths: Sequence[Path]) -> list[RunResults]:
         if not (path / "results.csv").exists():
             raise UserError(f"{path} has no results yet; run: probing evaluate {path}")
         results = read_results(path / "results.csv")
-        loaded.append((runs[0], results, _merged_manifest(runs), _learning_curves(runs)))
+        loaded.append((runs[0], results, _merged_manifest(runs), path, _learning_curves(runs)))
     labels = unique_labels([run_name(path, entry[2]) for path, entry in zip(paths, loaded, strict=True)], paths)
-    return [
-        RunResults(label, path, results, manifest, index, curves)
-        for index, (label, (path, results, manifest, curves)) in enumerate(zip(labels, loaded, strict=True))
-    ]
+    return [RunResults(label, *entry) for label, entry in zip(labels, loaded, strict=True)]
 
 
 def run_name(path: Path, manifest: dict[str, Any]) -> str:
@@ -196,8 +211,15 @@ def run_name(path: Path, manifest: dict[str, Any]) -> str:
 
 
 def unique_labels(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
-    """Makes names unique by appending the folder of the run, then its number."""
-    labels = [f"{n} ({p.resolve().name})" if names.count(n) > 1 else n for n, p in zip(names, paths, strict=True)]
+    """Makes names unique: of several that are the same by the folder of the run, else by both and a number."""
+    folders = [path.resolve().name for path in paths]
+    unique = [
+        folder if names.count(name) > 1 and folder not in {*names} and folders.count(folder) == 1 else name
+        for name, folder in zip(names, folders, strict=True)
+    ]
+    labels = [
+        f"{name} ({folder})" if unique.count(name) > 1 else name for name, folder in zip(unique, folders, strict=True)
+    ]
     return [f"{label}, run {i}" if labels.count(label) > 1 else label for i, label in enumerate(labels, start=1)]
 
 

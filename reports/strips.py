@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from reports.charts import PROBES, panel_title
+from reports.curves import PROBES, panel_title
 from reports.grids import DEPTH_COLOURS, MAX_ROWS, Grid, class_colours, class_name, classes_rgb, sample_layers
 from reports.results import RunResults, layer_rank
 
@@ -35,7 +35,7 @@ class Viewer:
         layers: layers of any of the runs, in order.
         print_layers: layers that are printed, and shown without JavaScript.
         top: name and strip of the photographs and of the decoded teacher.
-        rows: name and style index of a checkpoint, with a strip per layer.
+        rows: name of a checkpoint, with a strip per layer.
         classes: colour and name of the coloured classes, for segmentation.
         columns: images in a strip.
         coarse: whether to show pixels without interpolation.
@@ -46,7 +46,7 @@ class Viewer:
     layers: list[str]
     print_layers: list[str]
     top: list[tuple[str, str]]
-    rows: list[tuple[str, int, dict[str, str]]]
+    rows: list[tuple[str, dict[str, str]]]
     classes: list[tuple[str, str]]
     columns: int
     coarse: bool
@@ -82,7 +82,7 @@ def _middle_layer(grid: Grid) -> Grid:
 
 
 def _n_bytes(viewer: Viewer) -> int:
-    return sum(len(source) for _, source in viewer.top) + sum(len(s) for *_, row in viewer.rows for s in row.values())
+    return sum(len(source) for _, source in viewer.top) + sum(len(s) for _, row in viewer.rows for s in row.values())
 
 
 def _viewer(group: Sequence[tuple[RunResults, Grid]], side: int) -> Viewer:
@@ -99,10 +99,7 @@ def _viewer(group: Sequence[tuple[RunResults, Grid]], side: int) -> Viewer:
         layers=layers,
         print_layers=sample_layers(layers) if len(layers) > MAX_ROWS else layers,
         top=[("photograph", strip(first.photographs, plain=True)), ("teacher", strip(first.teacher_pictures))],
-        rows=[
-            (run.label, run.style_index, {k: strip(pictures) for k, pictures in grid.layers.items()})
-            for run, grid in group
-        ],
+        rows=[(run.label, {k: strip(pictures) for k, pictures in grid.layers.items()}) for run, grid in group],
         classes=[(colour, class_name(first, label)) for label, colour in colours.items()],
         columns=len(first.photographs),
         coarse=first.teacher_pictures.shape[1] < COARSE,

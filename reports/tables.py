@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis.evaluation.registry import MetricInfo, describe
-from reports.charts import PROBES
+from reports.curves import PROBES
 from reports.results import RunResults, best_layer, interval_text
 
 CONTROLS = {"none": "", "random": ", random weights"}
@@ -51,6 +51,11 @@ class DecodedTable:
     columns: list[Column]
     rows: list[tuple[str, list[str]]]
     notes: list[str]
+
+    @property
+    def lists(self) -> list[list[str]]:
+        """Returns the rows as lists, the name first."""
+        return [[name, *cells] for name, cells in self.rows]
 
     def frame(self) -> pd.DataFrame:
         """Returns the table as a data frame."""

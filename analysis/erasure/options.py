@@ -1,8 +1,9 @@
 """What to erase: the options of `probing erase`."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from probing.recipe import Strict
 
@@ -18,14 +19,28 @@ class Options(Strict):
 
     layers: str | None = None
     """Layers to erase from, such as 0,4,8-12,final. Default: all probed layers."""
-    positions: tuple[Position, ...] = ("image", "text")
+    positions: tuple[Position, ...] = ()
     """Tokens to erase from: those of the whole image (tiles keep theirs), the text between image and answer, or all of
-    these at once; repeatable. Default: image, and then text."""
+    these at once; repeatable. Default: image, and then text; with conversations image alone."""
     rank: int = Field(default=8, ge=1)
     """Number of principal components of each teacher's feature to erase."""
     fit_images: int | None = Field(default=None, ge=2)
     """Training images to fit on. Default: all of the run."""
     images: int | None = Field(default=1000, ge=1)
-    """Held-out images with captions to measure on."""
+    """Held-out images to measure on."""
+    conversations: Path | None = None
+    """LLaVA-format conversations about held-out images; the first answer of each is predicted. Default: COCO's
+    captions, as answers to the run's prompt."""
     micro_batch: int | None = Field(default=None, ge=1)
     """Images per forward pass. Default: as in training."""
+
+    @model_validator(mode="after")
+    def _text_is_that_of_the_prompt(self) -> Self:
+        if self.conversations and not {"image"}.issuperset(self.positions):
+            raise ValueError("text differs from question to question; with conversations leave out other positions")
+        return self
+
+    @property
+    def places(self) -> tuple[Position, ...]:
+        """The requested positions, or the default ones."""
+        return self.positions or (("image",) if self.conversations else ("image", "text"))

@@ -1,9 +1,11 @@
-"""`probing erase`: how much worse captions are predicted without what a probe could read.
+"""`probing erase`: how much worse answers are predicted without what a probe could read.
 
 Scores per image are stored and summarised as those of `probing evaluate` are.
 """
 
+import hashlib
 import itertools
+import json
 import logging
 import math
 import zlib
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.erasure.captions import AddCaption, AnsweredInputs, score_answers
+from analysis.erasure.answers import AddAnswer, Answer, AnsweredInputs, score_answers
 from analysis.erasure.erasers import (
     CONTROLS,
     DRAWS,
@@ -37,6 +39,7 @@ from analysis.evaluation.scores import ERASED, ScoreFile, ScoreKey, read_if_fits
 from analysis.evaluation.seed_group import open_runs, write_pooled
 from probing import __version__
 from probing.data.coco import ImageList, first_image
+from probing.data.conversations import read_conversations
 from probing.data.dataloader import MicroBatches, Prepared, micro_batches
 from probing.data.input_substitutes import read_captions
 from probing.models import FINAL, Backbone, Layer, layer_name, load_backbone, parse_layers
@@ -59,26 +62,37 @@ STEM = "scores/erase"
 
 @dataclass(frozen=True)
 class Images:
-    """Images to fit on, and to measure on with their captions."""
+    """Images to fit on, and to measure on with prompts and answers by name."""
 
     fit: ImageList
     held_out: ImageList
-    captions: dict[str, str]
+    answers: dict[str, Answer]
 
     @classmethod
     def list(cls, run: Run, options: Options) -> "Images":
-        """Lists them; raises UserError if no held-out image has a caption."""
-        data = run.recipe.data
+        """Lists them; raises UserError if no held-out image has an answer."""
+        data, prompt = run.recipe.data, run.recipe.backbone.prompt
         train, held_out = training_images(data), held_out_images(data)
-        captions = read_captions(held_out.folder.parent, held_out.split)
-        names = [name for name in held_out.names if name in captions]
+        if options.conversations is None:
+            captions = read_captions(held_out.folder.parent, held_out.split)
+            answers = {name: (prompt, caption) for name, caption in captions.items()}
+        else:
+            about_one = [one for one in read_conversations(options.conversations) if len(one.images) == 1]
+            answers = {Path(one.images[0]).name: (one.turns[0][1], one.turns[1][1]) for one in about_one}
+        names = [name for name in held_out.names if name in answers]
         if not names:
-            raise UserError(f"no image of {held_out.split} has a caption; erase needs them")
+            raise UserError(f"no image of {held_out.split} has a caption or conversation; check the file")
         return cls(
             replace(train, names=train.names[: options.fit_images]),
             replace(held_out, names=names[: options.images]),
-            captions,
+            answers,
         )
+
+    def settings(self, options: Options) -> str:
+        """Returns what scores depend on besides the run."""
+        answers = [self.answers[name] for name in self.held_out.names]
+        digest = hashlib.sha256(json.dumps(answers).encode()).hexdigest()
+        return f"{__version__} {self.fit.digest()} {self.held_out.digest()} {digest} {options.rank}"
 
 
 def erase(path: Path, options: Options | None = None) -> Path:
@@ -92,8 +106,8 @@ def erase(path: Path, options: Options | None = None) -> Path:
         The path of `results.csv`.
 
     Raises:
-        UserError: the run is missing or unfinished, its inputs changed, captions are missing, the rank is too large, or
-            the checkpoint has no head.
+        UserError: the run is missing or unfinished, its inputs changed, captions or conversations are missing, the rank
+            is too large, or the checkpoint has no head or cannot be resumed.
         Interrupted: Ctrl-C or SIGTERM; the same call resumes.
     """
     options = options or Options()
@@ -139,10 +153,10 @@ def head_of(backbone: Backbone) -> torch.nn.Module:
 
 def _erase(run: Run, options: Options, device: torch.device) -> None:
     images, layers = Images.list(run, options), chosen_layers(run, options)
-    settings = f"{__version__} {images.fit.digest()} {images.held_out.digest()} {options.rank}"
+    settings = images.settings(options)
     file = score_file(run.path, STEM, images.held_out.split)
     existing = read_if_fits(file, settings)
-    wanted = {(layer_name(layer), position) for layer in layers for position in options.positions}
+    wanted = {(layer_name(layer), position) for layer in layers for position in options.places}
     if existing and wanted <= {(key.layer, key.variant) for key in existing.table}:
         logger.info("%s exists; remove it to erase again", file)
         return
@@ -153,11 +167,12 @@ def _erase(run: Run, options: Options, device: torch.device) -> None:
     now = describe_inputs(backbone.identity, teachers, run.recipe.data.view, {}) | vocabulary(backbone.identity)
     require_same(run.manifest, now, run.path, "put it back, or train a new run")
     erasers_file = run.path / "state" / "erase" / "erasers.safetensors"
-    fitted = f"{settings} {layers} {options.positions}"
+    fitted = f"{settings} {layers} {options.places}"
     data, fit = run.recipe.data, run.recipe.fit
     prepare = AnsweredInputs(backbone.prepare, run.recipe.backbone, rendering_moment())
     image = first_image(images.held_out, data.view)
-    answered = prepare([(image, caption) for caption in ("yes", "a photo of nothing")]).to(backbone.device)
+    pairs = [(image, (run.recipe.backbone.prompt, answer)) for answer in ("yes", "a photo of nothing")]
+    answered = prepare(pairs).to(backbone.device)
     require_replay(backbone, answered, layers[0])
     if not load_erasers(erasers_file, fitted, device):
         erasers = fit_erasers(run, images.fit, backbone, teachers, layers, options)
@@ -165,14 +180,14 @@ def _erase(run: Run, options: Options, device: torch.device) -> None:
             save_erasers(erasers, erasers_file, fitted)
     erasers = load_erasers(erasers_file, fitted, device)
     resumable = Resumable("erasing", erasers_file.with_name("scores.safetensors"), fitted, fit.save_minutes)
-    shown = AddCaption(images.held_out.names, images.captions, data.view)
+    shown = AddAnswer(images.held_out.names, images.answers, data.view)
     accumulator = gather(
         images.held_out,
         options.micro_batch or fit.micro_batch,
         lambda plan: micro_batches(
             MicroBatches(images.held_out, plan, prepare, {}, data.view, replace=shown), fit.workers, backbone.device
         ),
-        ErasurePass(backbone, erasers, layers, options.positions, fit.seeds[0]),
+        ErasurePass(backbone, erasers, layers, options.places, fit.seeds[0]),
         resumable,
     )
     scores = accumulator.file(images.held_out.split, settings)
@@ -188,13 +203,13 @@ def _erase(run: Run, options: Options, device: torch.device) -> None:
 
 
 def warn_of_chance(backbone: Backbone, scores: ScoreFile) -> None:
-    """Logs if the checkpoint predicts captions worse than a uniform guess: what raises such a loss means nothing."""
-    loss = next(float(np.nanmean(values)) for key, values in scores.table.items() if key.metric == "caption_loss")
+    """Logs if the checkpoint predicts answers worse than a uniform guess: what raises such a loss means nothing."""
+    loss = next(float(np.nanmean(values)) for key, values in scores.table.items() if key.metric == "answer_loss")
     uniform = math.log(next(head_of(backbone).parameters()).shape[0])
     if loss > uniform:
         logger.warning(
-            "%s does not write such captions: their loss is %.1f, of a uniform guess %.1f; train a run with another "
-            "backbone.prompt",
+            "%s does not write such answers: their loss is %.1f, of a uniform guess %.1f; train a run with another "
+            "backbone.prompt, or give --conversations",
             backbone.name, loss, uniform,
         )  # fmt: skip
 
@@ -230,7 +245,7 @@ def fit_erasers(
                     raise Interrupted
 
     means = run.mean_targets(backbone.device)
-    kinds = list(dict.fromkeys(kind for position in options.positions for kind in PARTS[position]))
+    kinds = list(dict.fromkeys(kind for position in options.places for kind in PARTS[position]))
     components = {key: Components() for key in itertools.product(kinds, teachers)}
     for prepared in read(min(SAMPLE, len(images))):
         assert prepared.student is not None
@@ -254,7 +269,7 @@ def fit_erasers(
 
 @dataclass(frozen=True)
 class ErasurePass:
-    """Scores the captions of one batch after the other, without and with each erasure."""
+    """Scores the answers of one batch after the other, without and with each erasure."""
 
     backbone: Backbone
     erasers: Erasers
@@ -277,7 +292,7 @@ class ErasurePass:
         loss, accuracy = score_answers(replay.states[FINAL], head, ids, answer)
         teachers = dict.fromkeys(key.teacher for key in self.erasers)
         for teacher in teachers:  # the same for each, so that every row of the results has a teacher
-            add(ScoreKey(teacher, "", "", "none", "", "strict", seed=self.seed), "caption_loss", loss)
+            add(ScoreKey(teacher, "", "", "none", "", "strict", seed=self.seed), "answer_loss", loss)
         for layer, position, teacher in itertools.product(self.layers, self.positions, teachers):
             row = ScoreKey(teacher, layer_name(layer), ERASED, "", "", "strict", position, self.seed)
             losses: dict[str, Tensor] = {}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from analysis.erasure.captions import AnsweredInputs
+from analysis.erasure.answers import AnsweredInputs
 from analysis.erasure.erasers import CONTROLS, DRAWS, LAGS, SAMPLE
 from analysis.erasure.options import PARTS, Options
 from analysis.erasure.run import STEM, Images, chosen_layers, head_of, require_rank
@@ -30,7 +30,7 @@ def plan_erasure(path: Path, options: Options) -> Plan:
     teachers = load_teachers(recipe.teachers, META)
     head_of(backbone)
     require_rank(options.rank, backbone.hidden_size, teachers)
-    erasures = len(options.positions) * len(teachers) * len(CONTROLS)
+    erasures = len(options.places) * len(teachers) * len(CONTROLS)
     remaining = [0 if layer == FINAL else backbone.layers - int(layer) for layer in layers]
     repeats = erasures * sum(remaining) / backbone.layers
     file = score_file(run.path, STEM, images.held_out.split)
@@ -38,13 +38,13 @@ def plan_erasure(path: Path, options: Options) -> Plan:
         "run": f"{path}" + (f" ({len(runs)} runs, of which this is the first)" if runs else ""),
         "checkpoint": f"{recipe.backbone.checkpoint}, layers {', '.join(map(layer_name, layers))}",
         "fitting": f"{len(images.fit):,} images of {images.fit.split} x 1 forward pass",
-        "measuring": f"{len(images.held_out):,} images of {images.held_out.split} with captions x {1 + repeats:.3g} "
+        "measuring": f"{len(images.held_out):,} images of {images.held_out.split} x {1 + repeats:.3g} "
         f"forward passes at most ({erasures} erasures at each layer, from the layer on)",
         "exists": f"{file}, if the settings are the same" if file.exists() else "nothing",
     }
-    image, caption = first_image(images.held_out, recipe.data.view), images.captions[images.held_out.names[0]]
+    image, answer = first_image(images.held_out, recipe.data.view), images.answers[images.held_out.names[0]]
     batch = backbone.prepare([image])
-    answered = AnsweredInputs(backbone.prepare, recipe.backbone, rendering_moment())([(image, caption)])
+    answered = AnsweredInputs(backbone.prepare, recipe.backbone, rendering_moment())([(image, answer)])
     tokens, width = answered.tokens.kinds.shape[1], backbone.hidden_size
     try:
         tower = image_cost(backbone.core, batch.inputs).flops
@@ -55,7 +55,7 @@ def plan_erasure(path: Path, options: Options) -> Plan:
         return Plan(facts | {"cost": f"unknown: {error}; erasing works all the same"})
     seen = sum(trace(one.target, pixels=one.prepare([image])).flops for one in teachers.values())
     fit, bits = len(images.fit), 8 * next(backbone.core.parameters()).element_size()
-    kinds = {kind for position in options.positions for kind in PARTS[position]}
+    kinds = {kind for position in options.places for kind in PARTS[position]}
     columns = width + (1 + LAGS) * options.rank * len(teachers)
     erased = int(batch.tokens.mask(*kinds).sum())
     covariances = 2 * len(layers) * erased * width * columns

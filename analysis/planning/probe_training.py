@@ -80,7 +80,7 @@ def _work(
     image = first_image(images, recipe.data.view)
     batch = backbone.prepare([image])
     if fit.positions:
-        batch.tokens.mean_states(torch.zeros(*batch.tokens.kinds.shape, 1), fit.positions)  # or UserError
+        batch.tokens.mean_weights(fit.positions)  # or UserError
     tokens = batch.tokens.kinds.shape[1]
     keys = batch.tokens.select(torch.zeros(1, tokens, 1), recipe.probe.keys)[0].shape[1]
     deepest = backbone.layers if FINAL in layers else int(max(layers))

@@ -87,9 +87,9 @@ def erase(run: Path, dry_run: bool, **options: Any) -> None:
     """Measure whether the model uses what probes read.
 
     At each layer, what can be read linearly of a teacher's feature is erased (LEACE, fitted on training images), and
-    the forward pass continues: how much worse are the captions of held-out images predicted? Next to it, a random
-    subspace of the same rank and change is erased, and the features of other images. After the last layer only the head
-    follows, so that image tokens have no effect there. Adds to results.csv.
+    the forward pass continues: how much worse are answers about held-out images predicted, captions by default? Next to
+    it, a random subspace of the same rank and change is erased, and the features of other images. After the last layer
+    only the head follows, so that image tokens have no effect there. Adds to results.csv.
     """
     from analysis.erasure.options import Options
 

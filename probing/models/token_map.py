@@ -51,46 +51,32 @@ class TokenMap:
             The states (B, T', H), zero at invalid positions, and the mask (B, T') of valid ones; None if all are
             valid, as is usual: all sequences of a batch have the same layout.
         """
-        return self._select(states, self.mask(*kinds))
-
-    def mean_states(self, states: Tensor, positions: Sequence[str]) -> Tensor:
-        """Computes the mean state at each of some positions, see `fit.positions`.
-
-        Args:
-            states: (B, T, H).
-            positions: their names.
-
-        Returns:
-            (B, len(positions), H), float32.
-
-        Raises:
-            UserError: a sequence has no such position.
-        """
-        means = []
-        for position in positions:
-            mask = self._at(position)
-            counts = mask.sum(dim=1, keepdim=True)
-            if not bool(counts.all()):
-                raise UserError(f"the prompt has no {position} tokens; leave {position!r} out of fit.positions")
-            chosen, _ = self._select(states, mask)
-            means.append(chosen.sum(dim=1, dtype=torch.float32) / counts.to(states.device, non_blocking=True))
-        return torch.stack(means, dim=1)
-
-    def _at(self, position: str) -> Tensor:
-        if position == "last":
-            real = (self.kinds != TOKEN_KINDS.index("padding")).long()
-            return (real.cumsum(dim=1) == real.sum(dim=1, keepdim=True)) & (real == 1)
-        return self.mask(*(SPECIAL if position == "special" else (position,)))
-
-    @staticmethod
-    def _select(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Selects the positions of a mask, (B, T), see `select`."""
+        mask = self.mask(*kinds)
         columns = mask.any(dim=0)
         chosen = states if bool(columns.all()) else states.index_select(1, _positions(columns, states))
         if bool((mask == mask[:1]).all()):
             return chosen, None
         mask = mask[:, columns].to(states.device, non_blocking=True)
         return chosen.masked_fill(~mask[..., None], 0), mask
+
+    def mean_weights(self, positions: Sequence[str]) -> Tensor:
+        """Returns weights (B, P, T) of the mean over each of some positions, see `fit.positions`.
+
+        Raises:
+            UserError: a sequence has no such position.
+        """
+        masks = [self._at(position) for position in positions]
+        for position, mask in zip(positions, masks, strict=True):
+            if not bool(mask.any(dim=1).all()):
+                raise UserError(f"the prompt has no {position} tokens; leave {position!r} out of fit.positions")
+        weights = torch.stack(masks, dim=1).float()
+        return weights / weights.sum(dim=2, keepdim=True)
+
+    def _at(self, position: str) -> Tensor:
+        if position == "last":
+            real = (self.kinds != TOKEN_KINDS.index("padding")).long()
+            return (real.cumsum(dim=1) == real.sum(dim=1, keepdim=True)) & (real == 1)
+        return self.mask(*(SPECIAL if position == "special" else (position,)))
 
     def image_states(self, states: Tensor) -> Tensor:
         """Returns the states of the image's patches, (B, rows * columns, H), row-major.

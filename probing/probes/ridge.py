@@ -74,10 +74,12 @@ class RidgeSums:
         self._add("n", n)
         self._add("x", sum_x)
         self._add_product("xx", x.T @ x, (mean_x, sum_x), (mean_x, sum_x), n)
+        y, mean_y, sum_y = _centred(torch.cat(list(targets.values()), dim=-1), rows, n, precision)
+        product, first = x.T @ y, 0
         for name, target in targets.items():
-            y, mean_y, sum_y = _centred(target, rows, n, precision)
-            self._add(f"y/{name}", sum_y)
-            self._add_product(f"xy/{name}", x.T @ y, (mean_x, sum_x), (mean_y, sum_y), n)
+            own = slice(first, first := first + target.shape[-1])
+            self._add(f"y/{name}", sum_y[own])
+            self._add_product(f"xy/{name}", product[:, own], (mean_x, sum_x), (mean_y[own], sum_y[own]), n)
 
     def _add(self, name: str, value: Tensor) -> None:
         if name not in self.sums:

@@ -6,7 +6,7 @@ Files are written atomically and the manifest last, so a run without manifest is
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from probing.recipe import ProbeRunRecipe, read_yaml, validate
 from probing.utils.errors import UserError
@@ -56,7 +56,7 @@ class Run:
         remove_temporary_files(temporary_files(self.path), idle)
 
     @classmethod
-    def open(cls, path: Path) -> "Run":
+    def open(cls, path: Path) -> Self:
         """Opens a finished run.
 
         Raises:

@@ -14,6 +14,8 @@ import torch
 from analysis.alignment.run import AlignRecipe, align
 from analysis.benchmarks.compare import answer_statements, compare_answers
 from analysis.benchmarks.run import BenchRecipe, bench
+from analysis.erasure.options import Options as ErasureOptions
+from analysis.erasure.run import erase
 from analysis.evaluation.compare import compare, statements
 from analysis.evaluation.options import Options
 from analysis.evaluation.run import evaluate
@@ -69,6 +71,7 @@ def run_demo(preset: str, out: Path) -> Path:
         run = train(recipe, out / "runs" / name)
         for options in demo_options(models, world, recipe, DECODED_LAYERS[preset]):
             evaluate(run.path, options)
+        erase(run.path, ErasureOptions(conversations=world / "conversations_val2017.json", micro_batch=32))
         runs.append(run.path)
         alignments.append(align(align_recipe(recipe), out / "runs" / f"{name}_words").parent)
         benchmarks.append(bench(bench_recipe(recipe, questions), out / "runs" / f"{name}_answers").parent)
@@ -112,8 +115,9 @@ def demo_recipe(
         "teachers": {name: {"id": str(models / name)} for name in ("depth", "seg", "gen")},
         "layers": layers,
         "controls": list(controls),
-        "fit": {"epochs": EPOCHS, "batch_size": 4, "micro_batch": 4, "lr": 3e-3, "buffer": "auto", "workers": 1},
-    }
+        "fit": {"epochs": EPOCHS, "batch_size": 4, "micro_batch": 4, "lr": 3e-3, "buffer": "auto", "workers": 1,
+                "positions": ["image", "text", "last"]},
+    }  # fmt: skip
     return validate(ProbeRunRecipe, values, "demo").with_absolute_paths()
 
 

@@ -145,12 +145,16 @@ def _write_conversations(folder: Path, split: str, scenes: Scenes, names: list[s
 
 
 def _write_questions(folder: Path, split: str, scenes: Scenes, names: list[str], rng: np.random.Generator) -> None:
-    lines = [
-        json.dumps({"image": f"{split}/{name}", "kind": q.kind, "question": q.text, "answer": q.answer})
-        for index, name in enumerate(names)
-        for q in questions(scenes, index, rng)
-    ]
+    """Writes all questions, and as conversations one of each scene."""
+    lines, first = list[str](), list[dict[str, Any]]()
+    for index, name in enumerate(names):
+        asked = questions(scenes, index, rng)
+        image = f"{split}/{name}"
+        rows = [{"image": image, "kind": q.kind, "question": q.text, "answer": q.answer} for q in asked]
+        lines += map(json.dumps, rows)
+        first.append({"id": name, "image": image, "conversations": _turns((asked[0].text, asked[0].answer))})
     (folder / f"questions_{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / f"conversations_{split}.json").write_text(json.dumps(first), encoding="utf-8")
 
 
 def depth_pairs(scenes: Scenes, index: int, rng: np.random.Generator) -> list[dict[str, Any]]:

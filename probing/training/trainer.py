@@ -328,6 +328,9 @@ class ProbeTrainer:
         losses, counts = totals.sums
         weights = "random" if "random" in state.banks else "none"
         positions = self.recipe.fit.positions
+        mean_weights = None
+        if positions and gather and prepared.student is not None:
+            mean_weights = prepared.student.tokens.mean_weights(positions).to(device, non_blocking=True)
         mean_targets = {name: target.mean(dim=1, keepdim=True) for name, target in targets.items()} if positions else {}
         unseen = state.prequential if gather and state.prequential.means else None
         indices = torch.tensor(prepared.indices).to(device, non_blocking=True)
@@ -374,7 +377,9 @@ class ProbeTrainer:
 
         def add_to_ridge(layer: Layer, hidden: Tensor, tokens: TokenMap) -> None:
             patches = tokens.image_states(hidden).to(device)
-            means = iter(tokens.mean_states(hidden, positions).to(device).split(1, dim=1) if positions else ())
+            means: Iterator[Tensor] = iter(())
+            if mean_weights is not None:
+                means = iter((mean_weights.to(hidden.device) @ hidden.float()).to(device).split(1, dim=1))
             for source, names in self._ridge_teachers.items():
                 if isinstance(source, str):
                     position, states, own_targets = source, next(means), mean_targets

@@ -11,118 +11,67 @@
   // Theme: the system's, unless the reader chooses one.
   const root = document.documentElement;
   const dark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+  let redraw = () => {};
   const theme = make("button", { type: "button", className: "theme" });
   const named = () => { theme.textContent = dark() ? "Light colours" : "Dark colours"; };
   theme.addEventListener("click", () => {
     root.dataset.theme = dark() ? "light" : "dark";
     try { localStorage.setItem("probing-theme", root.dataset.theme); } catch (error) { /* storage is disabled */ }
     named();
+    redraw();
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", named);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { named(); redraw(); });
   named();
   document.querySelector("header").prepend(theme);
 
-  // Plots: values at a position, for pointer, touch and keyboard.
-  const heard = make("div", { className: "heard" });
-  heard.setAttribute("role", "status");
-  document.body.append(heard);
+  // Charts: drawn when they come into view, again when the theme changes.
+  const themes = JSON.parse(document.body.dataset.themes);
   const hidden = new Set();
-  const shown = (number) => number === null ? "" : (Math.abs(number) >= 100 ? number.toFixed(1) : number.toFixed(4)).replace("-", "−");
-  const entries = (data, place) => [
-    ...data.lines.filter((line) => line.value[place] !== null && !hidden.has(line.name))
-      .map((line) => [line.name, line.tone, shown(line.value[place]), line.low[place] === null ? "" : `[${shown(line.low[place])}, ${shown(line.high[place])}]`]),
-    ...data.levels.map((level) => [level.name, level.tone, shown(level.value), ""]),
-  ];
-  const called = (data, place) => /^\d/.test(data.labels[place]) && data.axis.startsWith("LLM layer") ? `layer ${data.labels[place]}` : `${data.labels[place]}${data.axis === "words" ? " words" : ""}`;
-  let open = null;
-  const close = () => {
-    if (!open) return;
-    open.tip.remove();
-    open.guide.setAttribute("visibility", "hidden");
-    open = null;
+  const reference = document.getElementById("reference");
+  const charts = all(".chart").map((figure) => ({ figure, spec: JSON.parse(figure.dataset.spec), view: null }));
+  const values = () => ({ hidden: [...hidden], reference: reference ? reference.selectedOptions[0].textContent : "" });
+  const update = ({ view, spec }) => {
+    if (!view) return;
+    spec.params.filter(({ name }) => name in values()).forEach(({ name }) => view.signal(name, values()[name]));
+    view.runAsync();
   };
-  const show = (figure, data, place, aloud) => {
-    close();
-    const guide = figure.querySelector(".guide");
-    guide.setAttribute("transform", `translate(${data.x[place]} 0)`);
-    guide.setAttribute("visibility", "visible");
-    const found = entries(data, place);
-    const body = make("tbody", {}, ...found.map(([name, tone, value, range]) =>
-      make("tr", {}, make("td", {}, make("i", { className: `dot ${tone}` })), make("td", { className: "name" }, name), make("td", {}, value), make("td", {}, range))));
-    const tip = make("div", { className: "tip" }, make("b", {}, called(data, place)), make("table", {}, body));
-    tip.setAttribute("aria-hidden", "true");
-    figure.append(tip);
-    const side = data.x[place] / 420 * figure.clientWidth;
-    tip.style.left = `${Math.max(0, side + 12 + tip.offsetWidth <= figure.clientWidth ? side + 12 : Math.min(side - tip.offsetWidth - 12, figure.clientWidth - tip.offsetWidth))}px`;
-    if (aloud) heard.textContent = `${called(data, place)}: ${found.map(([name, , value, range]) => `${name} ${value} ${range}`).join("; ")}`;
-    open = { figure, tip, guide, place };
+  const draw = async (chart) => {
+    const mode = dark() ? "dark" : "light";
+    const spec = structuredClone(chart.spec);
+    spec.params.forEach((one) => { if (one.name in values()) one.value = values()[one.name]; });
+    if (chart.view) chart.view.finalize();
+    chart.view = (await vegaEmbed(chart.figure.querySelector("div"), spec, {
+      config: themes[mode], renderer: "svg", tooltip: { theme: mode }, downloadFileName: spec.title,
+      actions: { export: true, source: false, compiled: false, editor: false },
+    })).view;
+    chart.figure.querySelector("summary").setAttribute("aria-label", `Save: ${spec.title}`);
   };
-  const fill = (details, data) => {
-    if (details.querySelector("table")) return;
-    const lines = data.lines;
-    const head = make("tr", {}, ...[data.axis, ...lines.map((line) => line.name)].map((name, i) => { const cell = make("th", { scope: "col" }, name); if (!i) cell.className = "name"; return cell; }));
-    const rows = data.labels.map((label, place) => make("tr", {}, make("th", { scope: "row" }, label), ...lines.map((line) => make("td", {}, line.value[place] === null ? "" : `${shown(line.value[place])} [${shown(line.low[place])}, ${shown(line.high[place])}]`))));
-    const table = make("table", { className: "sortable" }, make("caption", {}, data.title), make("thead", {}, head), make("tbody", {}, ...rows));
-    const sheet = make("div", { className: "sheet" }, make("div", { className: "scroll" }, table));
-    details.append(sheet);
-    equip(table);
-  };
-  all(".plot").forEach((figure) => {
-    const data = JSON.parse(figure.dataset.plot);
-    const picture = figure.querySelector("svg");
-    if (!data.x.length) return;
-    picture.tabIndex = 0;
-    const nearest = (event) => {
-      const box = picture.getBoundingClientRect();
-      const x = (event.clientX - box.left) / box.width * 420;
-      return data.x.reduce((best, place, i) => Math.abs(place - x) < Math.abs(data.x[best] - x) ? i : best, 0);
-    };
-    const point = (event) => show(figure, data, nearest(event), false);
-    picture.addEventListener("pointermove", point);
-    picture.addEventListener("pointerdown", point);
-    picture.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") close(); });
-    picture.addEventListener("focus", () => { if (picture.matches(":focus-visible")) show(figure, data, 0, true); });
-    picture.addEventListener("blur", close);
-    picture.addEventListener("keydown", (event) => {
-      const last = data.x.length - 1;
-      const now = open && open.figure === figure ? open.place : -1;
-      const next = { ArrowRight: Math.min(now + 1, last), ArrowLeft: Math.max(now - 1, 0), Home: 0, End: last }[event.key];
-      if (event.key === "Escape") close();
-      if (next === undefined) return;
-      event.preventDefault();
-      show(figure, data, next, true);
-    });
-    const section = figure.closest(".panels").parentElement;
-    if (!all(":scope > .numbers", section).length) {
-      const details = make("details", { className: "data" }, make("summary", {}, "Values"));
-      details.addEventListener("toggle", () => { if (details.open) fill(details, data); });
-      details.fill = () => fill(details, data);
-      figure.append(details);
-    }
-  });
+  const watch = new IntersectionObserver((entries) => entries.filter((one) => one.isIntersecting).forEach(({ target }) => {
+    watch.unobserve(target);
+    draw(charts.find(({ figure }) => figure === target));
+  }), { rootMargin: "600px" });
+  charts.forEach(({ figure }) => watch.observe(figure));
+  Object.assign(window, { charts, drawChart: draw }); // for the console and for tests
+  redraw = () => charts.filter(({ view }) => view).forEach(draw);
 
-  // Legends: clicking a name hides or shows its lines in all plots.
-  const redraw = () => {
-    all(".plot g[data-name]").forEach((group) => group.classList.toggle("off", hidden.has(group.dataset.name)));
-    all(".legend button").forEach((button) => button.setAttribute("aria-pressed", String(!hidden.has(button.dataset.name))));
-  };
+  // Legends: clicking a name hides or shows its lines in all charts.
   all(".legend li[data-name]").forEach((item) => {
     const button = make("button", { type: "button" }, ...item.childNodes);
-    button.dataset.name = item.dataset.name;
     button.setAttribute("aria-pressed", "true");
     button.addEventListener("click", () => {
-      const name = button.dataset.name;
+      const { name } = item.dataset;
       if (!hidden.delete(name)) hidden.add(name);
-      redraw();
+      all(".legend li[data-name]").forEach((one) => one.firstChild.setAttribute("aria-pressed", String(!hidden.has(one.dataset.name))));
+      charts.forEach(update);
     });
     item.append(button);
   });
 
   // The reference of the differences.
-  const reference = document.getElementById("reference");
   if (reference) reference.addEventListener("change", () => {
     all("[data-reference]").forEach((part) => { part.hidden = part.dataset.reference !== reference.value; });
     document.querySelector("[data-chosen]").textContent = reference.selectedOptions[0].textContent;
+    charts.forEach(update);
   });
 
   // Images: one layer at a time; the other sliders follow if they have that layer.
@@ -220,12 +169,4 @@
     table.texts = { csv: () => csv(table), latex: () => latex(table) };
   }
   all("table.sortable").forEach(equip);
-
-  // Open all details for printing.
-  let closed = [];
-  addEventListener("beforeprint", () => {
-    closed = all("details:not([open])");
-    closed.forEach((details) => { if (details.fill) details.fill(); details.open = true; });
-  });
-  addEventListener("afterprint", () => closed.forEach((details) => { details.open = false; }));
 })();

@@ -50,8 +50,8 @@ def visit(page, folder, script, width=1280):
         script: the body of an asynchronous function; `all`, `seen` and `wait` are there.
         width: of the view, in pixels.
     """
-    text = page.replace("<head>", f"<head>{BEFORE}", 1).replace("</body>", f"{AFTER % script}</body>", 1)
-    (folder / "inner.html").write_text(text, encoding="utf-8")
+    start, _, end = page.replace("<head>", f"<head>{BEFORE}", 1).rpartition("</body>")  # scripts may contain it too
+    (folder / "inner.html").write_text(f"{start}{AFTER % script}</body>{end}", encoding="utf-8")
     (folder / "outer.html").write_text(FRAME % width, encoding="utf-8")
     settings = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
     settings += [f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", "--virtual-time-budget=20000"]
@@ -60,5 +60,5 @@ def visit(page, folder, script, width=1280):
     outcome = re.search(r'<pre id="outcome">(.*?)</pre>', done.stdout, re.DOTALL)
     assert outcome and outcome[1], f"the page did not finish: {done.stderr[-2000:]}"
     result = json.loads(html.unescape(outcome[1]))
-    assert result["errors"] == []
+    assert result["errors"] == [], result["errors"]
     return result

@@ -74,11 +74,11 @@ def make_run(path, name="tiny", layers=12, random=0.3, width=0.01, final=True):
     return path
 
 
-def add_rows(run, metric, protocol, teacher, rows, n=50):
+def add_rows(run, metric, protocol, teacher, rows, n=50, variant=""):
     """Adds (layer, probe, control, value, half width) of one metric to a run's table."""
     table = pd.read_csv(run / "results.csv", dtype={"layer": str}, keep_default_na=False)
     more = [
-        ["tiny", teacher, layer, probe, control, metric, protocol, "", "val2017", 0,
+        ["tiny", teacher, layer, probe, control, metric, protocol, variant, "val2017", 0,
          value, value - width, value + width, n, ""]
         for layer, probe, control, value, width in rows
     ]  # fmt: skip

@@ -74,6 +74,13 @@ def test_evaluate_compare_and_report_take_runs(runs):
         and {"reference", "ci_low", "seeds"} <= set(differences.columns)
     )
     assert probing.report(one, out=one.path / "page").read_text().startswith("<!doctype html>")
+    cosine = results[(results["metric"] == "cosine") & (results["layer"] == "1") & (results["control"] == "none")]
+    scores = cosine.set_index("probe")["value"]
+    for run in (one, probing.open_run(one.path)):
+        for axes, probe in zip(run.plot("cosine").axes, ("resampler", "ridge"), strict=True):
+            assert any(line.get_ydata()[0] == pytest.approx(scores[probe]) for line in axes.lines)
+    with pytest.raises(UserError, match="no run has the metric miou"):
+        probing.plot(one, three, metric="miou")
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ import pytest
 from scipy import stats
 
 from probing.utils.errors import UserError
-from reports.benchmarks import accuracy_table, comparability_warnings, load_benchmarks, panels, quality_figure
+from reports.benchmarks import accuracy_table, comparability_warnings, load_benchmarks, panels, quality_plot
 from reports.page import write_report
 from reports.results import load_runs
+from reports.theme import palette
 from tests.helpers.report_runs import COLUMNS, make_run
 
 ACCURACY = [0.41, 0.52, 0.5, 0.63, 0.7]
@@ -84,10 +85,14 @@ def test_checkpoints_are_joined_by_their_weights(runs):
 def test_points_are_drawn_where_the_tables_have_them(runs):
     probed, asked = runs
     found = [p for p in panels(load_runs(probed), load_benchmarks(asked)) if p.correlation]
-    figure = quality_figure(found, {name: number for number, name in enumerate(found[0].points["checkpoint"])})
+    colours = palette(list(found[0].points["checkpoint"]))
+    figure = quality_plot(found, colours)
     for axes, panel in zip(figure.axes, found, strict=True):
-        drawn = sorted((float(c[0].get_xdata()[0]), float(c[0].get_ydata()[0])) for c in axes.containers)
-        assert np.allclose(drawn, sorted(zip(panel.points["quality"], panel.points["accuracy"], strict=True)))
+        points = panel.points.sort_values("quality")
+        offsets = np.asarray(axes.collections[0].get_offsets())
+        assert np.allclose(offsets[offsets[:, 0].argsort()], points[["quality", "accuracy"]])
+        ends = np.sort([segment[:, 1] for segment in axes.collections[1].get_segments()], axis=0)
+        assert np.allclose(ends, np.sort(points[["ci_low", "ci_high"]], axis=0))
         assert "ρ = +0.70, 5 checkpoints" in axes.get_title("left").replace("\n", " ")
 
 

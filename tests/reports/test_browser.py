@@ -5,6 +5,7 @@ import json
 import pytest
 
 from reports.page import load, render
+from reports.theme import DARK, LIGHT, MEAN, REFERENCES
 from tests.helpers.browser import executable, visit
 from tests.helpers.report_runs import decode, make_differences, make_run, wide_pictures
 
@@ -40,7 +41,7 @@ def test_tables_are_sorted_and_copied(page, tmp_path):
     csv.click(); latex.click(); await wait();
     found.said = details.querySelector(".tools [role=status]").textContent;
     head.querySelector("button").click(); found.again = column(0);
-    all("#decoded .tools button")[1].click(); await wait();
+    document.getElementById("decoded").open = true; all("#decoded .tools button")[1].click(); await wait();
     return found;"""
     result = visit(page, tmp_path, script)
     found, (csv, latex, decoded) = result["found"], result["copied"]
@@ -61,78 +62,87 @@ def test_the_slider_the_reference_the_legend_and_the_theme(page, tmp_path):
     slider.value = 2; slider.dispatchEvent(new Event("input")); found.second = strips();
     found.valuetext = slider.getAttribute("aria-valuetext");
     found.pictures = all("#pictures img").filter(seen).every((image) => image.complete && image.naturalWidth > 0);
-    const numbers = () => all("#differences .panels").filter(seen).flatMap((panels) => all(".plot", panels))
-      .filter(seen).slice(0, 1).map((plot) => JSON.parse(plot.dataset.plot));
-    found.from = [numbers()];
+    const shown = async (selector) => {
+      const chart = charts.find(({ figure }) => figure === document.querySelector(selector));
+      await drawChart(chart);
+      return chart.view;
+    };
+    const columns = ["checkpoint", "layer", "value", "ci_low", "ci_high"];
+    const rows = (view) => view.data("data_0").map((row) => columns.map((name) => row[name]));
+    const view = await shown("#differences .chart");
+    found.from = [rows(view)];
     const reference = document.getElementById("reference");
-    reference.value = "1"; reference.dispatchEvent(new Event("change"));
-    found.from.push(numbers()); found.title = document.getElementById("differences-title").textContent;
+    reference.value = "1"; reference.dispatchEvent(new Event("change")); await wait();
+    found.from.push(rows(view)); found.title = document.getElementById("differences-title").textContent;
     found.options = all("option", reference).map((option) => option.textContent);
-    const drawn = () => all("#curves .plot g:not(.off)").length;
-    found.lines = [drawn()];
-    const key = document.querySelector("#curves .legend button"); key.click();
-    found.lines.push(drawn()); found.pressed = key.getAttribute("aria-pressed"); key.click(); found.lines.push(drawn());
+    const curve = await shown("#curves .chart");
+    const controls = () => [...new Set(curve.data("data_0").map((row) => `${row.checkpoint} ${row.control}`))].length;
+    found.lines = [controls()];
+    const key = document.querySelector("#curves .legend button"); key.click(); await wait();
+    found.lines.push(controls()); found.pressed = key.getAttribute("aria-pressed");
+    key.click(); await wait(); found.lines.push(controls());
     const ground = () => getComputedStyle(document.body).backgroundColor;
-    const colour = () => getComputedStyle(document.querySelector("#curves .line.k0")).stroke;
-    found.light = [ground(), colour()]; document.querySelector(".theme").click(); found.dark = [ground(), colour()];
+    const strokes = () => all("#curves .chart .mark-line path").map((one) => one.getAttribute("stroke"));
+    const colour = () => [...new Set(strokes())].sort().join();
+    found.light = [ground(), colour()]; document.querySelector(".theme").click();
+    for (let k = 0; k < 200 && colour() === found.light[1]; k += 1) await wait();
+    found.dark = [ground(), colour()];
     found.theme = document.documentElement.dataset.theme; found.hit = window.hit || 0;
+    const loaded = performance.getEntriesByType("resource").map((one) => one.name);
+    found.fetched = loaded.filter((name) => !name.startsWith("data:"));
     return found;"""
     found = visit(page, tmp_path, script)["found"]
     assert set(found["first"]) == {"0"} and set(found["second"]) == {"2"} and len(found["first"]) == 9
     assert found["valuetext"] == "layer 2" and found["pictures"]
-    (first,), (second,) = found["from"]
-    assert [line["name"] for line in first["lines"]] == ["ola", HOSTILE]
-    assert [line["name"] for line in second["lines"]] == ["llava", HOSTILE]
-    ola, llava = first["lines"][0], second["lines"][0]
-    assert llava["value"] == [-value for value in ola["value"]] and llava["low"] == [-value for value in ola["high"]]
+    first, second = found["from"]
+    assert [row[0] for row in first[:2]] == ["ola", HOSTILE] and {row[0] for row in second} == {"llava", HOSTILE}
+    seen = {row[0] + row[1]: row[2:] for row in first + second}
+    for layer in ("0", "1", "2", "3", "final"):
+        (value, low, high), (mine, own_low, own_high) = seen[f"ola{layer}"], seen[f"llava{layer}"]
+        assert (mine, own_low, own_high) == (-value, -high, -low)
     assert found["title"] == "Paired differences from ola" and found["options"] == ["llava", "ola", HOSTILE]
-    assert found["lines"][0] == found["lines"][2] == found["lines"][1] + 6 and found["pressed"] == "false"
-    assert found["light"] == ["rgb(255, 255, 255)", "rgb(10, 95, 180)"] and found["theme"] == "dark"
-    assert found["dark"] == ["rgb(23, 24, 26)", "rgb(58, 134, 208)"] and found["hit"] == 0
+    assert found["lines"] == [10, 7, 10] and found["pressed"] == "false"  # three of each checkpoint, and the mean
+    shown = [[*LIGHT[:3], REFERENCES[MEAN][0]], [*DARK[:3], REFERENCES[MEAN][1]]]
+    strokes = [",".join(sorted(colours)) for colours in shown]
+    assert found["light"] == ["rgb(255, 255, 255)", strokes[0]] and found["theme"] == "dark"
+    assert found["dark"] == ["rgb(23, 24, 26)", strokes[1]] and found["hit"] == 0 and found["fetched"] == []
 
 
-def test_values_show_at_pointer_and_keyboard(page, tmp_path):
+def test_values_show_at_the_pointer(page, tmp_path):
     script = """
-    const plot = document.querySelector("#curves .plot"); const picture = plot.querySelector("svg");
-    const found = { data: JSON.parse(plot.dataset.plot) };
-    const tip = () => { const one = plot.querySelector(".tip"); return one && one.innerText; };
-    const box = picture.getBoundingClientRect();
-    const at = (x) => ({ clientX: box.left + x / 420 * box.width, clientY: box.top + 50, pointerType: "mouse" });
-    const point = (x) => picture.dispatchEvent(new PointerEvent("pointermove", at(x)));
-    point(found.data.x[1]); found.pointed = tip();
-    const place = plot.querySelector(".tip").getBoundingClientRect();
-    found.inside = place.left >= 0 && place.right <= innerWidth;
-    picture.dispatchEvent(new PointerEvent("pointerleave", { pointerType: "mouse" })); found.left = tip();
-    picture.focus(); found.focused = document.activeElement === picture;
-    const press = (key) => picture.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-    press("End"); found.end = tip(); found.heard = document.querySelector(".heard[role=status]").textContent;
-    press("ArrowLeft"); found.before = tip(); press("Escape"); found.escaped = tip();
-    const details = document.querySelector("#differences .plot details"); details.open = true; await wait();
-    found.table = all("tr", details).length;
-    return found;"""
+    const chart = charts.find(({ figure }) => figure.closest("#curves")); const { figure } = chart;
+    await drawChart(chart);
+    const dot = all(".mark-symbol path", figure).find((one) => one.__data__.datum.layer === "1"
+      && one.__data__.datum.checkpoint === "llava" && one.__data__.datum.control === "checkpoint");
+    const box = dot.getBoundingClientRect();
+    const at = { clientX: box.left + box.width / 2, clientY: box.top + box.height / 2, bubbles: true };
+    const kinds = ["pointerover", "pointermove", "mouseover", "mousemove"];
+    kinds.forEach((kind) => dot.dispatchEvent(new MouseEvent(kind, at)));
+    await wait();
+    const tip = document.getElementById("vg-tooltip-element");
+    const menu = figure.querySelector(".vega-actions");
+    return { tip: tip && tip.innerText, saved: all("a", menu).map((link) => link.textContent) };"""
     found = visit(page, tmp_path, script)["found"]
-    data = found["data"]
-    assert data["labels"] == ["0", "1", "2", "3", "final"]
-    assert "layer 1" in found["pointed"] and "0.4900" in found["pointed"] and "[0.4800, 0.5000]" in found["pointed"]
-    assert found["inside"] and found["left"] is None and found["focused"] and found["escaped"] is None
-    assert "final" in found["end"] and "llava 0.4600 [0.4500, 0.4700]" in found["heard"]
-    assert "layer 3" in found["before"] and found["table"] == 6
+    expected = ["checkpoint", "llava", "control", "checkpoint", "layer", "1", "value", "0.49"]
+    assert found["tip"].split() == [*expected, "95", "%", "from", "0.48", "95", "%", "to", "0.5", "images", "50"]
+    assert found["saved"] == ["Save as SVG", "Save as PNG"]
 
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_hangs_over_is_cut_or_is_empty(page, tmp_path, width):
     script = """
-    all("details").forEach((details) => { details.open = true; }); await wait();
+    all("main details:not(.chart details)").forEach((details) => { details.open = true; }); await wait();
+    for (const chart of charts) await drawChart(chart);
     const found = { over: document.documentElement.scrollWidth - document.documentElement.clientWidth };
-    found.cut = all(".plot svg").filter(seen).flatMap((picture) => {
+    found.cut = all(".chart svg.marks").filter(seen).flatMap((picture) => {
       const frame = picture.getBoundingClientRect();
       const inside = ({ left, right, top, bottom }) => left > frame.left - 1 && right < frame.right + 1
         && top > frame.top - 1 && bottom < frame.bottom + 1;
       return all("text", picture).filter((text) => !inside(text.getBoundingClientRect())).map((one) => one.textContent);
     });
     const flat = (one) => one.getBoundingClientRect().height < 20;
-    found.flat = all(".plot svg, .viewer img, .findings > div").filter(seen).filter(flat).length;
-    found.lap = all(".plot svg").filter(seen).flatMap((picture) => {
+    found.flat = all(".chart svg.marks, .viewer img").filter(seen).filter(flat).length;
+    found.lap = all(".chart svg.marks").filter(seen).flatMap((picture) => {
       const boxes = all("text", picture).map((text) => text.getBoundingClientRect());
       const across = (a, b) => a.left < b.right - 1 && b.left < a.right - 1;
       const lap = (a, b) => across(a, b) && a.top < b.bottom - 2 && b.top < a.bottom - 2;
@@ -140,24 +150,26 @@ def test_nothing_hangs_over_is_cut_or_is_empty(page, tmp_path, width):
     }).length;
     const wide = (one) => !one.closest(".scroll") && one.getBoundingClientRect().right > innerWidth + 1;
     found.wide = all("main *").filter(seen).filter(wide).map((one) => one.outerHTML.slice(0, 100));
+    found.drawn = all(".chart svg.marks").length === charts.length && charts.length > 20;
     return found;"""
     result = visit(page, tmp_path, script, width)
-    assert result["found"] == {"over": 0, "cut": [], "flat": 0, "lap": 0, "wide": []}
+    assert result["found"] == {"over": 0, "cut": [], "flat": 0, "lap": 0, "wide": [], "drawn": True}
     assert result["width"] == width
 
 
 def test_what_a_screen_reader_needs(page, tmp_path):
     script = """
     const labels = (one) => one.labels ? [...one.labels].map((label) => label.textContent).join("") : "";
-    const named = (one) => (one.getAttribute("aria-label") || one.textContent || labels(one)).trim();
+    await drawChart(charts[0]);
+    const named = (one) => (one.getAttribute("aria-label") || one.textContent || labels(one) || one.title).trim();
     const operated = all("button, select, input, a, summary, [role=region], [role=group]");
-    const drawn = (one) => one.getAttribute("role") === "img" && one.getAttribute("aria-label");
+    const drawn = (one) => (one.closest("[role=graphics-document]") || one).getAttribute("aria-label");
     const headed = (table) => table.caption && all("thead th", table).every((cell) => cell.scope === "col");
     const ids = all("[id]").map((one) => one.id);
     const levels = all("h1, h2, h3, h4").filter(seen).map((one) => Number(one.tagName[1]));
     return {
       images: all("img").filter((image) => !image.alt).length,
-      drawings: all(".plot svg").filter((one) => !drawn(one)).length,
+      drawings: all(".chart svg.marks").filter((one) => !drawn(one)).length,
       unnamed: operated.filter((one) => !named(one)).map((one) => one.outerHTML.slice(0, 80)),
       twice: ids.filter((id, i) => ids.indexOf(id) !== i),
       marks: ["header", "nav", "main", "footer", "h1"].map((tag) => all(tag).length),

@@ -8,12 +8,14 @@ import pandas as pd
 import pytest
 
 from probing.utils.errors import UserError
-from reports.charts import layer_figure
+from reports.answer import convergence
+from reports.charts import bundle
+from reports.figures import heat_map, layer_plot
 from reports.grids import grid_figure, read_grids
 from reports.page import write_report
 from reports.results import load_runs
-from reports.summary import convergence, random_control, teacher_finding
 from reports.tables import decoded_table
+from reports.theme import LIGHT
 from tests.helpers.report_runs import decode, make_run, pictures
 
 
@@ -29,54 +31,48 @@ def run(tmp_path):
     return load_runs([make_run(tmp_path / "run")])[0]
 
 
+def line_of(axes, figure, name, dashed=False):
+    """Points of the lines of a checkpoint in one panel."""
+    colour = next(line.get_color() for line in figure.legends[0].get_lines() if line.get_label() == name)
+    lines = [line for line in axes.lines if line.get_color() == colour and line.is_dashed() == dashed]
+    return np.concatenate([line.get_xydata() for line in lines])
+
+
 def test_panels_draw_the_tables_values_in_layer_order(run):
-    figure = layer_figure([run], "cosine_centred", "strict")
+    figure = layer_plot([run], "cosine_centred", "strict")
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles[:3] == [f"{t}, Perceiver resampler" for t in ("Depth", "Segmentation", "Generation")]
-    line = next(x for x in figure.axes[0].lines if x.get_label() == "tiny")
-    np.testing.assert_array_equal(line.get_xdata(), np.arange(13))
-    np.testing.assert_allclose(line.get_ydata(), 0.5 - 0.01 * np.arange(13))
-    finals = [x for x in figure.axes[0].lines if x.get_label() == "tiny" and len(x.get_xdata()) == 1]
-    assert finals[0].get_xdata()[0] > 12 and finals[0].get_ydata()[0] == pytest.approx(0.5 - 0.13)
-    assert figure.axes[0].get_xticklabels()[-1].get_text() == "final"
+    lines = [line for line in figure.axes[0].lines if line.get_color() == LIGHT[0]]
+    own, final = lines[0].get_xydata(), [line.get_xydata() for line in lines if len(line.get_xydata()) == 1]
+    np.testing.assert_allclose(own, np.stack([np.arange(13), 0.5 - 0.01 * np.arange(13)], axis=1))
+    assert all(point[0, 0] > 12 for point in final) and len(final) == 3  # of the checkpoint and two controls
+    assert {round(float(point[0, 1]), 6) for point in final} == {0.37, 0.17, -0.11}
+    assert figure.axes[-1].get_xticklabels()[-1].get_text() == "final"
+    bands = [
+        band.get_paths()[0].vertices for band in figure.axes[0].collections if len(band.get_paths()[0].vertices) > 9
+    ]
+    assert any(np.isclose(band[:, 1].max(), 0.51) and np.isclose(band[:, 1].min(), 0.37) for band in bands)
 
 
 def test_every_line_is_in_the_legend_and_looks_different(run):
-    figure = layer_figure([run], "cosine", "strict")
-    handles = figure.legends[0].legend_handles
-    drawn = {line.get_label() for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")}
-    assert drawn == {handle.get_label() for handle in handles} and handles[0].get_label() == "tiny"
-    looks = {(str(handle.get_color()), str(handle.get_linestyle())) for handle in handles}
-    assert len(looks) == len(drawn) == 4
-
-
-def test_findings_say_what_the_numbers_say(run):
-    text = " ".join(teacher_finding(run, "depth").sentences)
-    assert "Best layer: 0, centred cosine 0.500 [0.490, 0.510]" in text
-    assert "From layer 0 to layer 12 it falls from 0.500 to 0.380" in text
-    assert "Best raw cosine 0.800; the mean target alone scores 0.400; the intervals of all layers are above it" in text
-    assert "shuffled pairs, the best probe scores 0.020" in text
-    assert (
-        "ridge readout, which needs no training, is best at layer 0 with 0.600" in text
-        and "its training limits" in text
+    figure = layer_plot([run], "cosine", "strict")
+    entries = {line.get_label(): (line.get_color(), str(line._dash_pattern)) for line in figure.legends[0].get_lines()}
+    assert list(entries) == ["tiny", "mean target", "checkpoint", "random weights", "shuffled pairs"]
+    colours, dashes = (
+        [entries[name][k] for name in names] for k, names in enumerate((list(entries)[:2], list(entries)[2:]))
     )
+    assert len(set(colours)) == 2 and len(set(dashes)) == 3
 
 
-@pytest.mark.parametrize(
-    ("random", "expected"),
-    [
-        (0.3, "clearly higher at 14 of 14 layers"),
-        (0.5, "as high as"),
-        (0.7, "higher than the trained one"),
-        (None, "Not run."),
-    ],
-)
-def test_the_random_control_cannot_be_overlooked(tmp_path, random, expected):
-    (run,) = load_runs([make_run(tmp_path / "run", random=random)])
-    sentences = random_control(run)
-    assert all(expected in sentence for sentence in sentences)
-    page = write_report([run.path], tmp_path / "report").read_text()
-    assert "Control: random weights" in page and expected.split(".")[0] in page
+def test_heat_map_scales_every_row_from_worst_to_best_layer(tmp_path):
+    path = make_run(tmp_path / "run", layers=2, final=False)
+    decode(path)
+    axes = heat_map(load_runs([path])[0], "resampler").axes[0]
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    rows = dict(zip(names, axes.collections[0].get_array().reshape(len(names), 3), strict=True))
+    np.testing.assert_allclose(rows["Depth: centred cosine similarity"], [1, 0.5, 0])
+    np.testing.assert_allclose(rows["Segmentation: mIoU, probe alone"], [0, 1, 0.2])
+    np.testing.assert_allclose(rows["Generation: Fréchet distance (toy features)"], [0, 0.9, 1])  # less is better
 
 
 def test_probes_that_did_not_converge_are_named(run):
@@ -96,9 +92,9 @@ def test_a_hostile_name_is_only_text(tmp_path):
 
 def test_runs_of_one_checkpoint_have_different_labels(tmp_path):
     runs = load_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b")])
-    assert [run.label for run in runs] == ["tiny (a)", "tiny (b)"]
+    assert [run.label for run in runs] == ["a", "b"]
     write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "report")
-    assert set(pd.read_csv(tmp_path / "report" / "results.csv")["checkpoint"]) == {"tiny (a)", "tiny (b)"}
+    assert set(pd.read_csv(tmp_path / "report" / "results.csv")["checkpoint"]) == {"a", "b"}
 
 
 def test_pooled_seeds_are_drawn_where_there_are_several(tmp_path):
@@ -128,11 +124,10 @@ def test_decoded_metric_has_floor_and_ceiling(tmp_path):
     assert page.count("decoded in the same way: 0.520") == 2  # each metric belongs to one teacher only
     (loaded,) = load_runs([run])
     assert loaded.teachers_of("miou", "blind") == ["seg"] and loaded.teacher_score("seg", "cosine", "strict") is None
-    figure = layer_figure([loaded], "miou", "blind")
-    levels = {line.get_label(): line.get_ydata()[0] for line in figure.axes[0].get_lines()}
-    assert levels["mean target"] == 0.08 and levels["teacher's feature"] == 0.52
-    line = next(x for x in figure.axes[0].lines if x.get_label() == "tiny")
-    np.testing.assert_array_equal(line.get_xdata(), [0, 1, 2])  # the mean over layers is no layer
+    figure = layer_plot([loaded], "miou", "blind")
+    for name, level in (("mean target", 0.08), ("teacher's feature", 0.52)):
+        np.testing.assert_allclose(line_of(figure.axes[0], figure, name)[:, 1], [level] * 3)
+    np.testing.assert_array_equal(line_of(figure.axes[0], figure, "tiny")[:, 0], [0, 1, 2])  # the mean is no layer
 
 
 def test_table_8_has_mean_and_best_layer(tmp_path):
@@ -202,8 +197,8 @@ def test_names_are_text_wherever_they_come_from(tmp_path):
         (folder / f"layers_cosine_centred_strict.{kind}").stat().st_size > 1000 for kind in ("png", "svg", "pdf")
     )
     figures = [file.read_text() for file in folder.glob("*.svg")]
-    assert page.count("alert(1)") > 10 and figures and page.count("<script>") == 2  # its own
-    for text in (page, *figures):
+    assert page.count("alert(1)") > 10 and figures and page.count("<script>") == 3  # its own
+    for text in (page.replace(bundle(), ""), *figures):
         assert "<script>alert" not in text and "1)</script" not in text
         assert text.count("-->") == text.count("<!--")
     assert not any("<script" in figure for figure in figures)

@@ -1,6 +1,7 @@
-"""Colours that survive grey print and colour blindness, one look per checkpoint, figures as publishers want them."""
+"""Colours that survive grey print and colour blindness, one per checkpoint; figures as publishers want them."""
 
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -12,13 +13,12 @@ from matplotlib.colors import to_rgb
 
 import reports
 from probing.cli import cli
-from reports.charts import difference_figure, layer_figure, layer_plot, series
-from reports.differences import differences_from
+from reports.curves import difference_frame, differences_from, layer_frame
+from reports.figures import layer_plot, line_plot
 from reports.page import load, render
-from reports.plots import figure as plot_figure
-from reports.styles import DARK, DOUBLE, LIGHT, MARKERS, N_COLOURS, SINGLE, assign_style_indices, marker, tone
+from reports.theme import DOUBLE, GROUND, REFERENCES, SINGLE, palette
+from tests.helpers.charts import Parsed
 from tests.helpers.report_runs import make_differences, make_run
-from tests.reports.test_page import Parsed
 
 # Machado, Oliveira & Fernandes (2009), severity 1, on linear RGB.
 BLIND = {
@@ -27,8 +27,7 @@ BLIND = {
     "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
 }
 XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]])
-GROUND = {"light": "#ffffff", "dark": "#17181a"}
-TONES = {"light": LIGHT, "dark": DARK}
+THEMES = ["light", "dark"]
 
 
 def linear(colour):
@@ -49,11 +48,12 @@ def contrast(one, two):
     return (high + 0.05) / (low + 0.05)
 
 
-def colours(theme):
-    return [TONES[theme][tone(place)] for place in range(N_COLOURS)]
+def colours(theme, count=6):
+    names = [f"c{k}" for k in range(count)]
+    return [palette(names, theme == "dark")[name] for name in names]
 
 
-@pytest.mark.parametrize("theme", TONES)
+@pytest.mark.parametrize("theme", THEMES)
 def test_checkpoints_differ_in_lightness_alone(theme):
     lightness = [lab(linear(colour))[0] for colour in colours(theme)]
     assert min(abs(a - b) for a, b in itertools.pairwise(lightness)) > 15
@@ -62,7 +62,7 @@ def test_checkpoints_differ_in_lightness_alone(theme):
     assert contrast(colours(theme)[5], GROUND[theme]) > 2
 
 
-@pytest.mark.parametrize("theme", TONES)
+@pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("kind", BLIND)
 def test_checkpoints_differ_for_colour_blind_readers(theme, kind):
     seen = [lab(np.array(BLIND[kind]) @ linear(colour)) for colour in colours(theme)]
@@ -79,12 +79,10 @@ def test_texts_of_the_page_can_be_read():
         assert contrast(named["focus"], named["ground"]) > 3 and contrast(named["text"], named["warn"]) > 4.5
 
 
-def test_numbers_follow_the_order_and_a_checkpoint_has_one():
-    assert assign_style_indices(["a", "b"], ["b", "c", "a"]) == ([0, 1], [1, 2, 0])
-    assert assign_style_indices(["a", "a"], ["a", "a", "a"]) == ([0, 1], [0, 1, 2])
-    assert assign_style_indices([], ["x", "y", "x"]) == ([], [0, 1, 2])
-    looks = {(tone(place), marker(place)) for place in range(N_COLOURS * len(MARKERS))}
-    assert len(looks) == N_COLOURS * len(MARKERS)
+@pytest.mark.parametrize("theme", THEMES)
+def test_more_checkpoints_than_colours_are_ordered_by_lightness(theme):
+    lightness = [lab(linear(colour))[0] for colour in colours(theme, 12)]
+    assert all(b - a > 3 for a, b in itertools.pairwise(lightness))
 
 
 @pytest.fixture
@@ -98,36 +96,30 @@ def paths(tmp_path):
 
 
 def drawn(figure, names):
-    """Colour and marker of every checkpoint in a figure, each the same in all panels."""
-    looks = {}
+    """Colour of every checkpoint in the legend of a figure, which all panels use."""
+    looks = {line.get_label(): line.get_color() for line in figure.legends[0].get_lines()}
     for axes in figure.axes:
-        for line in axes.lines:
-            if line.get_label() in names:
-                looks.setdefault(line.get_label(), set()).add((line.get_color(), line.get_marker()))
-    assert all(len(found) == 1 for found in looks.values())
-    return {name: next(iter(found)) for name, found in looks.items()}
+        assert {line.get_color() for line in axes.lines} <= {*looks.values(), "#333333"}
+    return {name: colour for name, colour in looks.items() if name in names}
 
 
 def test_checkpoint_looks_the_same_in_figures_and_page(paths):
     runs, _ = load(paths)
     names = [run.label for run in runs]
+    colours = palette(names)
     differences = make_differences(names, 2)
-    place = {run.label: run.style_index for run in runs}
-    whole = drawn(layer_figure(runs, "cosine", "strict"), names)
-    assert list(whole) == names[::-1] and len(set(whole.values())) == 3
-    without_first = drawn(layer_figure(runs[1:], "cosine", "paper"), names)
-    assert without_first == {name: whole[name] for name in ("b", "c")}
-    single = plot_figure(layer_plot(series(runs[2:]), "seg", "ridge", "cosine", "strict"))
-    assert drawn(single, names) == {"c": whole["c"]}
+    assert drawn(layer_plot(runs, "cosine", "strict"), names) == {name: colours[name] for name in names}
+    assert drawn(layer_plot(runs[1:], "cosine", "paper", colours), names) == {name: colours[name] for name in "bc"}
     for reference in names:
-        figure = difference_figure(differences_from(differences, reference), "cosine", "strict", place)
-        assert drawn(figure, names) == {name: look for name, look in whole.items() if name != reference}
-    colour = {name: key for key, name in LIGHT.items()}
+        frame = difference_frame(differences_from(differences, reference), "cosine", "strict")
+        assert drawn(line_plot(frame, colours=colours), names) == {n: colours[n] for n in names if n != reference}
     page = Parsed(render(runs, [], differences))
-    for plot in page.plots():
-        for line in plot["lines"]:
-            if line["name"] in whole:
-                assert line["tone"] == colour[whole[line["name"]][0]]
+    themes = next(json.loads(attrs["data-themes"]) for tag, attrs in page.tags if tag == "body")
+    for theme in THEMES:
+        scheme = [palette(names, theme == "dark")[name] for name in (*names, *REFERENCES)]
+        assert themes[theme]["range"]["category"] == scheme
+    for chart in page.charts():
+        assert chart["encoding"]["color"]["scale"] == {"domain": [*names, *REFERENCES]}
 
 
 def test_figures_for_a_paper(paths, tmp_path):
@@ -152,8 +144,9 @@ def test_figures_for_a_paper(paths, tmp_path):
     svg = (out / "figures" / "layers_cosine_strict_seg_ridge.svg").read_text()
     assert "<text" not in svg and "<path" in svg  # letters are paths: no font is needed to see them
     runs, _ = load(paths)
-    double = layer_figure(runs, "cosine", "strict", paper=True)
-    single = plot_figure(layer_plot(series(runs), "seg", "ridge", "cosine", "strict"), paper=True)
+    double = layer_plot(runs, "cosine", "strict", paper=True)
+    frame = layer_frame(runs, "cosine", "strict")
+    single = line_plot(frame[(frame["teacher"] == "seg") & (frame["probe"] == "ridge")], paper=True)
     for figure in (double, single):
         figure.draw_without_rendering()
         width, height = figure.get_size_inches()

@@ -6,24 +6,24 @@ OTHER_INFOS += [
     MetricInfo(
         "erased_loss",
         "strict",
-        "loss of captions when erased (nats per token)",
-        "Rise of the mean loss of a caption's tokens when what can be read linearly of the teacher's feature (its "
-        "leading principal components) is erased from one layer's states at one kind of tokens, by LEACE. Controls: "
-        "`subspace` erases as many random directions with the same mean squared change (eight subspaces, of which "
-        "batches of images take turns), `shuffled` the features of other images.",
+        "loss of answers when erased (nats per token)",
+        "Rise of the mean loss of an answer's tokens (of a caption by default) when what can be read linearly of the "
+        "teacher's feature (its leading principal components) is erased from one layer's states at one kind of tokens, "
+        "by LEACE. Controls: a random subspace, that is as many random directions with the same mean squared change "
+        "(batches of images take turns with eight of them), and the features of other images.",
     ),
     MetricInfo(
         "erased_excess",
         "strict",
-        "loss of captions when erased, beyond a random subspace (nats per token)",
-        "The same loss minus that with `subspace`, image by image. With an interval above 0, what was erased is used "
-        "more than a random part of the states.",
+        "loss of answers when erased, beyond a random subspace (nats per token)",
+        "The same loss minus that of a random subspace, image by image. With an interval above 0, what was erased is "
+        "used more than a random part of the states.",
     ),
     MetricInfo(
         "erased_accuracy",
         "strict",
-        "accuracy of captions when erased (change)",
-        "Change of the share of a caption's tokens that the model predicts from all tokens before.",
+        "accuracy of answers when erased (change)",
+        "Change of the share of an answer's tokens that the model predicts from all tokens before.",
         higher_is_better=False,
     ),
     MetricInfo(
@@ -36,10 +36,10 @@ OTHER_INFOS += [
         digits=0,
     ),
     MetricInfo(
-        "caption_loss",
+        "answer_loss",
         "strict",
-        "loss of captions (nats per token)",
-        "Mean loss of a caption's tokens with nothing erased.",
+        "loss of answers (nats per token)",
+        "Mean loss of an answer's tokens with nothing erased.",
         higher_is_better=False,
     ),
 ]

@@ -25,7 +25,7 @@ from transformers import (
 
 import probing
 from analysis.erasure import run as erasure
-from analysis.erasure.captions import AnsweredInputs, score_answers
+from analysis.erasure.answers import AnsweredInputs, score_answers
 from analysis.erasure.erasers import DRAWS, LAGS, EraserFit, PositionSums, erase_from, solve, states_at
 from analysis.erasure.options import Options
 from analysis.erasure.replay import Replay, require_replay
@@ -33,7 +33,7 @@ from analysis.evaluation.compare import compare, statements
 from analysis.evaluation.scores import ScoreFile, ScoreKey
 from analysis.planning.erasure import plan_erasure
 from probing.models import FINAL, TokenMap, load_backbone
-from probing.recipe import TOKEN_KINDS, BackboneRecipe
+from probing.recipe import DEFAULT_PROMPT, TOKEN_KINDS, BackboneRecipe
 from probing.runs.directory import Run
 from probing.teachers import load_teachers
 from probing.toyworld import planted
@@ -146,7 +146,8 @@ IMAGES = [
     for side in (50, 130, 64)
 ]
 CAPTIONS = ["a cat", "two red cars on a street", "a"]
-TWICE = [(IMAGES[0], caption) for caption in CAPTIONS[:2]]
+ANSWERS = [(DEFAULT_PROMPT, caption) for caption in CAPTIONS]
+TWICE = [(IMAGES[0], answer) for answer in ANSWERS[:2]]
 
 
 def qwen3_vl(path):
@@ -191,7 +192,7 @@ def test_losses_are_those_of_transformers_and_any_layer_can_be_resumed(tmp_path,
     build, options = FAMILIES[name]
     backbone, prepare = loaded(build, tmp_path / name, **options)
     require_replay(backbone, prepare(TWICE), 0)
-    batch = prepare(list(zip(IMAGES, CAPTIONS, strict=True)))
+    batch = prepare(list(zip(IMAGES, ANSWERS, strict=True)))
     layers = [*range(backbone.layers + 1), FINAL]
     replay = Replay.record(backbone, batch, layers)
     for layer in layers:
@@ -327,7 +328,7 @@ def test_command_adds_to_results_and_does_nothing_twice(run, monkeypatch):
     line = command("erase", run, "--rank", 2, "--layers", "0,1", "--position", "image").stdout
     assert "results.csv" in line
     table = probing.evaluate(run)
-    assert {"cosine", "erased_loss", "erased_excess", "erased_accuracy", "erased_rank", "caption_loss"} <= set(
+    assert {"cosine", "erased_loss", "erased_excess", "erased_accuracy", "erased_rank", "answer_loss"} <= set(
         table.metric
     )
     assert set(table.teacher) == {"depth", "seg", "gen"}
@@ -336,13 +337,38 @@ def test_command_adds_to_results_and_does_nothing_twice(run, monkeypatch):
     command("erase", run, "--rank", 2, "--layers", "1", "--position", "image")
 
 
+def test_conversations_are_measured_at_the_image_alone(run, tmp_path):
+    names = [f"{number:012d}.jpg" for number in range(13, 16)]  # of the held-out images
+    rows = [
+        [{"from": "human", "value": "<image>\n" + question}, {"from": "gpt", "value": "a b c"}]
+        for question in ("Which?", "a", "Which?")
+    ]
+    entries = [{"image": f"val2017/{name}", "conversations": row} for name, row in zip(names, rows, strict=True)]
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps(entries))
+    table = probing.erase(run, rank=2, conversations=file)
+    erased = table[table.metric == "erased_loss"]
+    assert set(erased.variant) == {"image"} and set(erased.n) == {3}
+    command("erase", run, "--conversations", file, "--dry-run", "--rank", 2)
+    backbone = load_backbone(BackboneRecipe(checkpoint=Run.open(run).recipe.backbone.checkpoint), CPU)
+    prepare = AnsweredInputs(backbone.prepare, Run.open(run).recipe.backbone, None)
+    tokens = prepare([(IMAGES[0], ("Which?", "a b c")), (IMAGES[1], ("a", "a b c"))])
+    processor = backbone.prepare.processor
+    for row, question in enumerate(("Which?", "a")):
+        shown = processor.decode(tokens.inputs["input_ids"][row][tokens.tokens.mask("text")[row]])
+        assert question in shown and "b" not in shown
+    assert "leave out other" in error_line("erase", run, "--conversations", file, "--position", "text")
+    file.write_text(json.dumps([{"image": "val2017/elsewhere.jpg", "conversations": rows[0]}]))
+    assert "conversation" in error_line("erase", run, "--conversations", file)
+
+
 @pytest.mark.parametrize(("above", "warned"), [(0.01, True), (-0.01, False)])
 def test_losses_above_those_of_a_uniform_guess_are_a_warning(tmp_path, caplog, above, warned):
     backbone, _ = loaded(tiny.llava, tmp_path / "llava")
     loss = math.log(len(backbone.prepare.processor.tokenizer)) + above
-    table = {ScoreKey("depth", "", "", "none", "caption_loss"): np.float32([loss, loss, np.nan])}
+    table = {ScoreKey("depth", "", "", "none", "answer_loss"): np.float32([loss, loss, np.nan])}
     erasure.warn_of_chance(backbone, ScoreFile(table, ["a", "b", "c"], "val2017", ""))
-    assert ("does not write such captions" in caplog.text) == warned
+    assert ("does not write such answers" in caplog.text) == warned
 
 
 def test_images_with_different_numbers_of_tiles(recipe_values, tmp_path):

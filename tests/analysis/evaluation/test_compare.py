@@ -15,7 +15,7 @@ from analysis.evaluation.scores import ScoreFile, score_file
 from probing.recipe import ProbeRunRecipe, validate
 from probing.training.run import train
 from probing.utils.errors import UserError
-from reports.differences import differences_from
+from reports.curves import differences_from
 from tests.helpers import tiny
 from tests.helpers.cli import probing
 

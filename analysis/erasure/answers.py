@@ -1,4 +1,4 @@
-"""Images with their captions as the answer to the prompt, so that a forward pass gives the caption's loss."""
+"""Images with prompts and their answers, so that a forward pass gives the loss of the answers' tokens."""
 
 import datetime
 from collections.abc import Sequence
@@ -21,27 +21,29 @@ ANSWER, PADDING = TOKEN_KINDS.index("answer"), TOKEN_KINDS.index("padding")
 IMAGE = torch.tensor([TOKEN_KINDS.index(kind) for kind in IMAGE_KINDS])
 
 
+Answer = tuple[str, str]
+"""A prompt and its answer."""
+
+
 @dataclass(frozen=True)
-class AddCaption:
-    """Puts an image's caption next to it, for `MicroBatches.replace`."""
+class AddAnswer:
+    """Puts prompt and answer next to an image, for `MicroBatches.replace`."""
 
     names: list[str]
-    captions: dict[str, str]
+    answers: dict[str, Answer]
     view: str
 
-    def __call__(self, index: int, image: Image.Image) -> tuple[Image.Image, str]:
-        """Returns image and caption; raises OSError if there is none."""
-        if (caption := self.captions.get(self.names[index])) is None:
-            raise OSError("no caption")
-        return (square(image) if self.view == "square" else image), caption
+    def __call__(self, index: int, image: Image.Image) -> tuple[Image.Image, Answer]:
+        """Returns image, prompt and answer."""
+        return (square(image) if self.view == "square" else image), self.answers[self.names[index]]
 
 
 @dataclass(frozen=True)
 class AnsweredInputs:
-    """Prepares images and captions as the recipe's prompt and its answer.
+    """Prepares images with prompts and answers.
 
     Attributes:
-        prepare: prepares the prompt.
+        prepare: prepares images with the prompt of the run.
         recipe: of the backbone.
         moment: date and time that chat templates see, in any process.
     """
@@ -50,23 +52,29 @@ class AnsweredInputs:
     recipe: BackboneRecipe
     moment: datetime.datetime | None
 
-    def __call__(self, pairs: Sequence[tuple[Image.Image, str]]) -> Batch:
-        """Prepares a batch; kind `answer` marks what the template adds for the captions.
+    def __call__(self, pairs: Sequence[tuple[Image.Image, Answer]]) -> Batch:
+        """Prepares a batch; kind `answer` marks what the template adds for the answers.
 
         Raises:
             UserError: the chat template writes no answer, or another prompt before it.
         """
-        images = [image for image, _ in pairs]
+        images, texts, rests = [image for image, _ in pairs], list[str](), dict[str, Tensor]()
         with rendering_at(self.moment):
-            texts = [prompt(self.prepare.processor, self.recipe, caption) for _, caption in pairs]
-            asked = self.prepare(images[:1])
-        if not all(text.startswith(self.prepare.text) and text != self.prepare.text for text in texts):
-            raise UserError("the chat template does not write an answer after the prompt; set backbone.template")
+            for _, (question, answer) in pairs:
+                recipe = self.recipe.model_copy(update={"prompt": question})
+                asked = prompt(self.prepare.processor, recipe)
+                texts.append(prompt(self.prepare.processor, recipe, answer))
+                if not texts[-1].startswith(asked) or texts[-1] == asked:
+                    raise UserError(
+                        "the chat template does not write an answer after the prompt; set backbone.template"
+                    )
+                if question not in rests:
+                    alone = self.prepare(images[:1], [asked])
+                    rests[question] = alone.inputs["input_ids"][0, _end_of_image(alone.tokens.kinds[0]) :]
         batch = self.prepare(images, texts)
         ids, kinds = batch.inputs["input_ids"], batch.tokens.kinds.clone()
-        rest = asked.inputs["input_ids"][0, _end_of_image(asked.tokens.kinds[0]) :]
-        for row, own in zip(ids, kinds, strict=True):  # images may have different numbers of tokens
-            start = _end_of_image(own)
+        for row, own, (_, (question, _)) in zip(ids, kinds, pairs, strict=True):  # image tokens may differ in number
+            start, rest = _end_of_image(own), rests[question]
             shown = row[start : start + len(rest)]
             start += int((shown == rest[: len(shown)]).cumprod(dim=0).sum())  # a tokenizer may merge prompt and answer
             own[start:] = torch.where(own[start:] == PADDING, PADDING, ANSWER)

@@ -1,0 +1,236 @@
+"""The answer of a report: what the best layer holds, and whether random weights hold as much."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from analysis.evaluation.above_random import PairedScores, verdict
+from analysis.evaluation.registry import describe
+from analysis.evaluation.scores import ScoreKey
+from reports.curves import PROBES, teachers_of, with_positions
+from reports.results import MEASURE, RunResults, best_layer, interval_text, metric_label, sign, teacher_title
+from reports.theme import CHECKPOINT
+from reports.use import NO_EVIDENCE, used, where
+
+CODE_LENGTH = ("code_length", "strict")
+NOTHING = "no more than the mean target"
+UNKNOWN = "not compared with random weights"
+USED_BY, BITS_BY = "used by answers", "bits by tokens"
+MORE_COLUMNS = {USED_BY: used, BITS_BY: where}
+"""Further columns, shown where there are results: title → function of run and teacher."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one checkpoint holds about one teacher.
+
+    Attributes:
+        run: the checkpoint's results.
+        teacher: the teacher.
+        probe: the probe that is answered with; see `leading_probe`.
+        measure: metric and protocol.
+        best: row of the best layer.
+        floor: score of the mean target; None if unknown.
+        difference: best layer minus that of random weights, with `layer` and `random_layer`; None without the control.
+        layers: the same layer by layer.
+        paired: whether scores per image make the differences paired.
+    """
+
+    run: RunResults
+    teacher: str
+    probe: str
+    measure: tuple[str, str]
+    best: pd.Series
+    floor: float | None
+    difference: pd.Series | None
+    layers: pd.DataFrame
+    paired: bool
+
+    @property
+    def verdict(self) -> str:
+        """Returns the verdict, by the rules of `analysis.evaluation.above_random.verdict`.
+
+        If the best layer's own interval reaches the mean target, nothing is read, and nothing is compared.
+        """
+        better = sign(self.measure[0])
+        if (
+            self.floor is not None
+            and min(better * self.best["ci_low"], better * self.best["ci_high"]) <= better * self.floor
+        ):
+            return NOTHING
+        if self.difference is None:
+            return UNKNOWN
+        return verdict(*sorted(better * self.difference[name] for name in ("ci_low", "ci_high")))
+
+    @property
+    def above(self) -> str:
+        """Returns at how many layers the checkpoint is clearly above random weights at the same layer."""
+        if self.layers.empty:
+            return ""
+        low = self.layers["ci_low"] if sign(self.measure[0]) > 0 else -self.layers["ci_high"]
+        return f"{int((low > 0).sum())} of {len(self.layers)}"
+
+    @property
+    def sentence(self) -> str:
+        """Returns the verdict as a sentence with its numbers."""
+        digits = describe(*self.measure).digits
+        start = (
+            f"{teacher_title(self.teacher)}, {self.run.label}: {self.verdict}. {metric_label(*self.measure)} of the "
+            f"{PROBES[self.probe]} at its best layer, {self.best['layer']}: {interval_text(self.best, digits)}"
+        )
+        if self.difference is None:
+            text = f"{start}. Add the control to know what the number means: probing train … --control random."
+        else:
+            minus = interval_text(self.difference, digits, "+")
+            text = f"{start}; minus random weights at their best layer, {self.difference['random_layer']}: {minus}."
+        found = used(self.run, self.teacher)
+        if found == NO_EVIDENCE:
+            return f"{text} Erasing it costs no more than a random subspace does: no evidence that the model uses it."
+        return f"{text} Is it used by answers? {found[0].upper()}{found[1:]}." if found else text
+
+    def cells(self) -> list[str]:
+        """Returns the row of the table: teacher, checkpoint, verdict, layer, score, difference, layers, probe."""
+        digits = describe(*self.measure).digits
+        return [
+            teacher_title(self.teacher),
+            self.run.label,
+            self.verdict,
+            str(self.best["layer"]),
+            interval_text(self.best, digits),
+            interval_text(self.difference, digits, "+").replace("-", "−"),
+            self.above,
+            PROBES[self.probe],
+        ]
+
+
+HEAD = [
+    *("teacher", "checkpoint", "verdict", "best layer", "score"),
+    *("minus random weights", "layers above random", "probe"),
+]
+ORDER = (*HEAD[:3], USED_BY, *HEAD[3:6], "probe", "layers above random", BITS_BY)
+
+
+def answers(runs: Sequence[RunResults]) -> list[Answer]:
+    """Returns an answer per teacher and checkpoint, in the best measure that all checkpoints have."""
+    candidates = (CODE_LENGTH, MEASURE, *(measure for run in runs for measure in run.measures))
+    measure = next((one for one in candidates if all(one in run.measures for run in runs)), None)
+    if measure is None:
+        return []
+    paired = {run.label: PairedScores.read(run.source, measure[0]) for run in runs}
+    found = (_answer(run, t, measure, paired[run.label]) for t in teachers_of(runs, *measure) for run in runs)
+    return [answer for answer in found if answer is not None]
+
+
+def _answer(run: RunResults, teacher: str, measure: tuple[str, str], paired: PairedScores) -> Answer | None:
+    probe = leading_probe(run, teacher, measure)
+    curve = run.curve(teacher, probe, "none", *measure)
+    if curve.empty:
+        return None
+    best, random = best_layer(curve, measure[0]), run.curve(teacher, probe, "random", *measure)
+    floor = 0.0 if measure == CODE_LENGTH else run.mean_target_score(teacher, *measure)
+    key = ScoreKey(teacher, "", probe, "none", *measure)
+    difference = _difference(best, best_layer(random, measure[0]), key, paired) if len(random) else None
+    at = random.set_index("layer", drop=False)
+    rows = [
+        _difference(row, at.loc[row["layer"]], key, paired) for _, row in curve.iterrows() if row["layer"] in at.index
+    ]
+    layers = pd.DataFrame(rows, columns=["layer", "random_layer", "value", "ci_low", "ci_high", "n"])
+    return Answer(run, teacher, probe, measure, best, floor, difference, layers, bool(paired.series))
+
+
+def leading_probe(run: RunResults, teacher: str, measure: tuple[str, str]) -> str:
+    """Returns the probe to answer with: the one that reads more, but no resampler that did not converge.
+
+    A resampler has converged if its loss was flat at every layer, with random weights too. One that reads less than
+    the linear readout is limited by its training, not by the layer.
+    """
+    curves = {probe: run.curve(teacher, probe, "none", *measure) for probe in PROBES}
+    if curves["resampler"].empty or curves["ridge"].empty:
+        return "ridge" if curves["resampler"].empty else "resampler"
+    rows = [row for row in run.manifest["convergence"] if row["teacher"] == teacher and row["control"] != "shuffled"]
+    flat = bool(rows) and all(row["state"] == "flat" for row in rows)
+    own, ridge = (sign(measure[0]) * best_layer(curves[probe], measure[0])["value"] for probe in PROBES)
+    return "resampler" if flat and own > ridge else "ridge"
+
+
+def _difference(own: pd.Series, random: pd.Series, key: ScoreKey, paired: PairedScores) -> pd.Series:
+    """Returns one difference, paired by image; without scores per image, its interval is as wide as both together."""
+    layers = {"layer": own["layer"], "random_layer": random["layer"]}
+    if found := paired.minus_random(replace(key, layer=own["layer"]), random["layer"]):
+        interval, n = found
+        return pd.Series(layers | {"value": interval.value, "ci_low": interval.low, "ci_high": interval.high, "n": n})
+    ends = {"ci_low": own["ci_low"] - random["ci_high"], "ci_high": own["ci_high"] - random["ci_low"]}
+    return pd.Series(layers | {"value": own["value"] - random["value"], **ends, "n": min(own["n"], random["n"])})
+
+
+def answer_table(found: Sequence[Answer]) -> dict[str, Any]:
+    """Builds the table of answers, with the further columns that have results."""
+    columns = {title: [one.cells()[index] for one in found] for index, title in enumerate(HEAD)}
+    more = {title: [cell(one.run, one.teacher) for one in found] for title, cell in MORE_COLUMNS.items()}
+    columns |= {title: cells for title, cells in more.items() if any(cells)}
+    head = [title for title in ORDER if title in columns]
+    rows = [list(row) for row in zip(*(columns[title] for title in head), strict=True)]
+    return {"head": head, "rows": rows, "sentences": [one.sentence for one in found]}
+
+
+def random_frame(found: Sequence[Answer]) -> pd.DataFrame:
+    """Returns checkpoint minus random weights by layer, for charts."""
+    parts = [
+        answer.layers.assign(
+            teacher=answer.teacher, probe=answer.probe, checkpoint=answer.run.label, control=CHECKPOINT
+        )
+        for answer in found
+        if len(answer.layers)
+    ]
+    return with_positions(pd.concat(parts, ignore_index=True)) if parts else pd.DataFrame()
+
+
+STATES = {
+    "still falling": "more steps would raise their scores",
+    "stuck at the mean": "their score says nothing about the layer",
+    "not trained": "no image had a finite loss, so they have no score",
+}
+"""States of probes that did not converge → meaning."""
+
+
+def _excluded_images(run: RunResults) -> Iterator[str]:
+    """Counts the images excluded from layers or teachers because their values are not finite."""
+    rows = pd.DataFrame(run.manifest.get("not_finite", []), columns=["image", "split", "control", "layers", "teachers"])
+    for (split, control, layers, teachers), part in rows.groupby(["split", "control", "layers", "teachers"]):
+        where = [f"layers {layers}"] * bool(layers) + [f"the teachers {teachers}"] * bool(teachers)
+        weights = " with random weights" if control == "random" else ""
+        yield (
+            f"{part['image'].nunique()} images of {split}{weights} have non-finite values at {' and '.join(where)} "
+            "and are excluded there; the manifest lists them."
+        )
+
+
+def convergence(run: RunResults) -> list[str]:
+    """Lists probes that did not converge, and images excluded during training."""
+    rows = pd.DataFrame(run.manifest["convergence"])
+    if rows.empty:
+        return ["Unknown: these probes were imported."]
+    sentences = []
+    for control, name in (("none", "of the checkpoint"), ("random", "of the random-weights control")):
+        part = rows[rows["control"] == control]
+        for state, meaning in STATES.items():
+            affected = part[part["state"] == state]
+            if len(affected):
+                where = "; ".join(
+                    f"{teacher} {', '.join(map(str, dict.fromkeys(group['layer'])))}"
+                    for teacher, group in affected.groupby("teacher", sort=False)
+                )
+                sentences.append(
+                    f"{len(affected)} of {len(part)} probes {name} were {state} at the end of training ({meaning}): "
+                    f"{where}."
+                )
+        if len(part) and (part["state"] == "flat").all():
+            sentences.append(f"The loss of all {len(part)} probes {name} was flat at the end of training.")
+    return [
+        *sentences,
+        *_excluded_images(run),
+        "A flat loss does not prove convergence: the learning rate decays to zero in any case. Only a run with more "
+        "steps shows whether scores would rise.",
+    ]

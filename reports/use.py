@@ -1,0 +1,100 @@
+"""Where a feature is in the prompt, and whether the model uses it: code length by position, and erasure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from scipy.stats import norm
+
+from analysis.evaluation.registry import describe
+from reports.charts import legend, line_chart
+from reports.curves import with_positions
+from reports.figures import line_plot, png_data_uri
+from reports.results import RunResults, best_layer, interval_text, teacher_title
+from reports.theme import CONTROLS
+
+POSITIONS = {"image": "image tokens", "text": "text", "last": "last token", "special": "special tokens"}
+READ, USED, LOSS = "code_length_mean", "erased_excess", "erased_loss"
+"""Metrics: bits read at a position, loss when erased beyond a random subspace, and the loss itself."""
+ABSENT, NO_EVIDENCE = "", "no evidence"
+
+
+def positions_of(run: RunResults, metric: str) -> list[str]:
+    """Returns the positions at which a metric was computed."""
+    found = set(run.results.loc[run.results["metric"] == metric, "variant"])
+    return [position for position in POSITIONS if position in found]
+
+
+def where(run: RunResults, teacher: str) -> str:
+    """Returns the bits that the best layer saves at each position of the prompt."""
+    texts = []
+    for position in positions_of(run, READ):
+        curve = run.curve(teacher, "ridge", "none", READ, "strict", variant=position)
+        if len(curve):
+            best = best_layer(curve, READ)
+            layer = f" (layer {best['layer']})" if best["ci_low"] > 0 else ""
+            texts.append(f"{POSITIONS[position]} {best['value']:.0f}{layer}")
+    return ", ".join(texts)
+
+
+def used(run: RunResults, teacher: str) -> str:
+    """Returns where erasing hurts most, if surely more than erasing a random subspace; else that nothing shows it.
+
+    Sure is an interval above zero at the level of 5 % over all layers and positions together (Bonferroni), which is
+    widened from the 95 % interval as one of a normal distribution.
+    """
+    parts = [
+        run.curve(teacher, "leace", "none", USED, "strict", variant=position).assign(position=position)
+        for position in positions_of(run, USED)
+    ]
+    rows = pd.concat(parts) if parts else pd.DataFrame()
+    if rows.empty:
+        return ABSENT
+    wider = norm.isf(0.025 / len(rows)) / norm.isf(0.025)
+    sure = rows[rows["value"] - wider * (rows["value"] - rows["ci_low"]) > 0]
+    if sure.empty:
+        return NO_EVIDENCE
+    best = sure.loc[sure["value"].idxmax()]
+    place = f"{POSITIONS[best['position']]}, layer {best['layer']}"
+    return f"yes: {place}, {interval_text(best, describe(USED).digits, '+')} nats"
+
+
+def position_frame(runs: Sequence[RunResults], metric: str, probe: str, controls: Sequence[str]) -> pd.DataFrame:
+    """Returns a metric by layer with a panel per teacher and position."""
+    parts = [
+        run.curve(teacher, probe, control, metric, "strict", variant=position).assign(
+            panel=f"{teacher_title(teacher)}, {POSITIONS[position]}", checkpoint=run.label, control=CONTROLS[control]
+        )
+        for position in dict.fromkeys(p for run in runs for p in positions_of(run, metric))
+        for teacher in dict.fromkeys(teacher for run in runs for teacher in run.teachers_of(metric, "strict"))
+        for control in controls
+        for run in runs
+    ]
+    parts = [part for part in parts if len(part)]
+    return with_positions(pd.concat(parts, ignore_index=True)) if parts else pd.DataFrame()
+
+
+def sections(runs: Sequence[RunResults], names: Sequence[str], colours: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Builds the charts of both measures, where there are results."""
+    found = []
+    for title, metric, probe, controls in (
+        ("Which tokens hold it", READ, "ridge", ("none", "random")),
+        ("Does the model use it", LOSS, "leace", ("none", "subspace", "shuffled")),
+    ):
+        frame = position_frame(runs, metric, probe, controls)
+        if frame.empty:
+            continue
+        info, panels = describe(metric), list(dict.fromkeys(frame["panel"]))
+        charts = [line_chart(frame[frame["panel"] == panel], panel, names, zero=True) for panel in panels]
+        static = png_data_uri(line_plot(frame, "", colours, zero=True))
+        found.append(
+            {
+                "title": title,
+                "label": info.label[0].upper() + info.label[1:],
+                "meaning": info.meaning,
+                "legend": legend(frame, names=names),
+                "charts": charts,
+                "static": static,
+            }
+        )
+    return found
