@@ -13,7 +13,10 @@ from reports.figures import line_plot, png_data_uri
 from reports.results import RunResults, best_layer, interval_text, teacher_title
 from reports.theme import CONTROLS
 
-POSITIONS = {"image": "image tokens", "text": "text", "last": "last token", "special": "special tokens"}
+POSITIONS = {
+    "image": "image tokens", "text": "text", "last": "last token", "special": "special tokens", "all": "image and text",
+}  # fmt: skip
+"""Name in results → name on the page."""
 READ, USED, LOSS = "code_length_mean", "erased_excess", "erased_loss"
 """Metrics: bits read at a position, loss when erased beyond a random subspace, and the loss itself."""
 ABSENT, NO_EVIDENCE = "", "no evidence"

@@ -35,7 +35,7 @@ LEAST_STATE_SPREAD = 2.0**-18
 """Least standard deviation of states in a direction, relative to the largest or to the mean state: there is rounding of
 float32 below."""
 DRAWS = 8
-"""Random subspaces; batches of images take turns, so that intervals over images are over subspaces too."""
+"""Random subspaces; batches of images take turns, so that means over images are over subspaces too."""
 LARGEST_POWER, BISECTIONS = 8.0, 24
 """Of the search for a random subspace."""
 LAGS = 19
