@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of the device in bfloat16, dense")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     logging.disable(logging.WARNING)

@@ -9,8 +9,8 @@ OTHER_INFOS += [
         "loss of answers when erased (nats per token)",
         "Rise of the mean loss of an answer's tokens (of a caption by default) when what can be read linearly of the "
         "teacher's feature (its leading principal components) is erased from one layer's states at one kind of tokens, "
-        "by LEACE. Controls: as many random directions with the same mean squared change (eight random subspaces, of "
-        "which batches of images take turns), and the features of other images.",
+        "by LEACE. Controls: as many random directions with the same mean squared change (each batch of images gets "
+        "one of eight draws), and the features of other images.",
     ),
     MetricInfo(
         "erased_excess",
