@@ -153,14 +153,14 @@ def evaluate(run: RunLike, **options: Any) -> pd.DataFrame:
 
 
 def erase(run: RunLike, **options: Any) -> pd.DataFrame:
-    """Erases what is readable of the teachers' features and measures the loss of captions; returns results.csv.
+    """Erases what is readable of the teachers' features and measures the loss of answers; returns results.csv.
 
     Args:
         run: a finished run, or a folder of runs that differ by their seed.
         options: fields of `analysis.erasure.options.Options`, e.g. `positions=["image"]`.
 
     Raises:
-        UserError: the run is unfinished, its inputs have changed, or captions or a head are missing.
+        UserError: the run is unfinished, its inputs have changed, or answers or a head are missing.
     """
     from analysis.erasure.options import Options
     from analysis.erasure.run import erase as erase_run
