@@ -10,9 +10,11 @@ from unittest import mock
 
 import pytest
 import torch
+from huggingface_hub import close_session, constants
 
 import probing.utils.torchvision_shim  # noqa: F401
 from tests.helpers import tiny
+from tests.helpers.hub_server import TOKEN, HubServer, serve_hub
 
 torch.set_num_threads(1)  # tests run in several processes
 
@@ -53,6 +55,25 @@ def inception_file(tmp_path_factory) -> Path:
 def coco(tmp_path_factory) -> Path:
     """A small COCO folder; do not write into it."""
     return tiny.coco(tmp_path_factory.mktemp("data") / "coco")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Iterator[HubServer]:
+    """An empty Hub on this machine, to which this process is logged in, and an empty cache of downloads."""
+    with serve_hub() as server:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # large files by LFS
+        close_session()
+        yield server
+        close_session()
 
 
 @pytest.fixture

@@ -1,25 +1,25 @@
 """Publishes runs on the Hugging Face Hub, or in a folder, and downloads them."""
 
-import contextlib
 import json
 import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.numpy import load_file, save_file
 
 from probing.recipe import ProbeRunRecipe, apply_overrides, cached_repository, dump_recipe, read_yaml, validate
 from probing.runs.directory import Run
 from probing.utils.cache_dir import home_folder
-from probing.utils.errors import UserError, first_line
+from probing.utils.errors import UserError, require_probes
 from probing.utils.files import atomic_folder, disk_errors, read_json, write_text
+from probing.utils.hub import download, hub_errors
 from probing.utils.paths import ELSEWHERE, local_path, looks_like_path
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,6 @@ def push(path: Path, repo: str, write_card: Callable[[Path, str], None], private
     if not (path / "results.csv").is_file():
         raise UserError(f"{path} has no results for the card; first type: probing evaluate {path}")
     _require_free(repo, run)
-    if not _is_folder(repo) and not get_token():
-        raise UserError("no Hub token; log in with: hf auth login, or set HF_TOKEN")
     with tempfile.TemporaryDirectory(prefix="probing-push-") as temporary, disk_errors(Path(temporary)):
         folder = Path(temporary)
         _export(run, folder)
@@ -75,7 +73,7 @@ def push(path: Path, repo: str, write_card: Callable[[Path, str], None], private
                 for source in (target, folder) if target.exists() else (folder,):
                     shutil.copytree(source, new, dirs_exist_ok=True)
             return repo
-        with _hub_errors(repo):
+        with hub_errors(repo):
             url = HfApi().create_repo(repo, private=private, exist_ok=True)
             HfApi().upload_folder(repo_id=repo, folder_path=folder, delete_patterns=[*published_patterns(), *CARD])
     return str(url)
@@ -87,12 +85,12 @@ def _require_free(repo: str, run: Run) -> None:
     if _is_folder(repo):
         names = {file.name for file in source.iterdir()} if source.is_dir() else set()
     else:
-        with _hub_errors(repo):
+        with hub_errors(repo):
             try:
                 names = set(HfApi().list_repo_files(repo))
             except RepositoryNotFoundError:
                 return
-            source = Path(HfApi().snapshot_download(repo, allow_patterns=["manifest.json"]))
+        source = download(repo, ["manifest.json"])
     if "manifest.json" in names:
         same = _same_run(read_json(source / "manifest.json", "push to a new one"), run.manifest)
         free = same and source.resolve() != run.path.resolve()
@@ -217,11 +215,7 @@ def pull(
 
 def _download(repo: str, teachers: Sequence[str]) -> Path:
     """Returns a folder with the files of a published run, only with the probes of some teachers."""
-    if _is_folder(repo):
-        source = local_path(repo)
-    else:
-        with _hub_errors(repo):
-            source = Path(HfApi().snapshot_download(repo, allow_patterns=[*published_patterns(teachers), *CARD]))
+    source = local_path(repo) if _is_folder(repo) else download(repo, [*published_patterns(teachers), *CARD])
     if not (source / "manifest.json").is_file() or not (source / "recipe.yaml").is_file():
         raise UserError(f"{repo} is no published run; give a folder or repository written by: probing push")
     return source
@@ -236,17 +230,12 @@ def _untrusted_recipe(source: Path, repo: str, layers: Sequence[str], teachers: 
     recipe = validate(ProbeRunRecipe, read_yaml(source / "recipe.yaml"), f"{repo}/recipe.yaml")
     recipe.backbone.trust_remote_code = False
     recipe.data.target_cache = "off"
-    for name in teachers:
-        if name not in recipe.teachers:
-            raise UserError(f"{repo} has no probes of teacher {name!r}; choose from {', '.join(recipe.teachers)}")
+    require_probes(repo, "teacher", teachers, recipe.teachers)
     recipe.teachers = {name: recipe.teachers[name] for name in teachers or recipe.teachers}
     for teacher in recipe.teachers.values():
         teacher.trust_remote_code = False
     configs = [read_json(source / "probes" / name / "config.json", f"push {repo} again") for name in recipe.teachers]
-    available = list(dict.fromkeys(layer for config in configs for layer in config["layers"]))
-    for layer in layers:
-        if layer not in available:
-            raise UserError(f"{repo} has no probes of layer {layer!r}; choose from {', '.join(available)}")
+    require_probes(repo, "layer", layers, dict.fromkeys(layer for config in configs for layer in config["layers"]))
     if layers:
         recipe.layers = ",".join(layers)
     return recipe.model_dump(mode="json")
@@ -271,16 +260,3 @@ def _copy_run(source: Path, folder: Path, layers: Sequence[str], teachers: Seque
 
 def _is_folder(repo: str) -> bool:
     return looks_like_path(repo) or local_path(repo).exists()
-
-
-@contextlib.contextmanager
-def _hub_errors(repo: str) -> Iterator[None]:
-    """Turns errors of the Hub's client into one line."""
-    try:
-        yield
-    except HFValidationError:
-        raise UserError(f"{repo!r} is no repository name; write USER/NAME, or ./NAME for a folder") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"no repository {repo} on the Hub; check its name, or log in with: hf auth login") from None
-    except (HTTPError, OSError) as error:
-        raise UserError(f"{repo}: the Hub fails ({first_line(error)}); check network and token") from None

@@ -5,19 +5,21 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import create_repo, snapshot_download, upload_folder
+from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from probing.models.base import FINAL, Layer, layer_name
 from probing.probes.resampler import Resampler, ResamplerConfig
 from probing.recipe import ProbeRecipe
-from probing.utils.errors import UserError
+from probing.utils.errors import UserError, require_probes
 from probing.utils.files import reading
+from probing.utils.hub import download, hub_errors
 
 if TYPE_CHECKING:
     from probing.teachers import Teacher
@@ -172,32 +174,51 @@ class ProbeBank:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, teachers: Sequence[str] = (), layers: str | None = None, device: str = "cpu"
+        cls,
+        source: str | Path,
+        layer: Layer | Sequence[Layer] | None = None,
+        teacher: str | Sequence[str] | None = None,
+        device: str = "cpu",
     ) -> "ProbeBank":
         """Reads probes from a run, a folder of `save_pretrained`, or a Hub repository of either.
 
         Args:
-            source: folder or Hub id.
-            teachers: names; by default all.
-            layers: comma-separated layer names; by default all.
+            source: folder or Hub id; of a repository, only the files of these teachers are downloaded.
+            layer: one or several, such as `12` or `[0, "final"]`; by default all. Teachers without them are left out.
+            teacher: one or several names; by default all.
             device: device of the probes.
 
         Raises:
-            UserError: there are no probes, a teacher has none, or none are of these layers.
+            UserError: there are no probes, or none of such a layer or teacher; the Hub is out of reach.
         """
-        if not Path(source).is_dir():
-            patterns = [f"probes/{teacher}/*" for teacher in teachers or ["*"]]
-            source = snapshot_download(str(source), allow_patterns=patterns)
-        if not bank_teachers(Path(source) / "probes"):
+        local = Path(source).is_dir()
+        folder = Path(source) if local else download(str(source), ["probes/*/config.json"])
+        configs = {name: bank_config(folder / "probes", name) for name in bank_teachers(folder / "probes")}
+        if not configs:
             raise UserError(f"{source} has no folder probes/; give a run or a folder of save_pretrained")
-        return cls.load(Path(source) / "probes", torch.device(device), teachers or None, layers)
+        names = [*configs] if teacher is None else [teacher] if isinstance(teacher, str) else list(teacher)
+        require_probes(source, "teacher", names, configs)
+        known = {name: configs[name]["layers"] for name in names}
+        layers = None
+        if layer is not None:
+            chosen = [layer_name(one) for one in ([layer] if isinstance(layer, Layer) else layer)]
+            require_probes(source, "layer", chosen, dict.fromkeys(chain(*known.values())))
+            names = [name for name in names if not {*chosen}.isdisjoint(known[name])]
+            layers = ",".join(chosen)
+        if not local:
+            download(str(source), [f"probes/{name}/model.safetensors" for name in names], folder.name)
+        return cls.load(folder / "probes", torch.device(device), names, layers)
 
     def push_to_hub(self, repo: str, private: bool = False) -> str:
-        """Uploads what `save_pretrained` writes to a Hub repository, created if missing; returns its URL."""
-        with tempfile.TemporaryDirectory() as folder:
+        """Uploads what `save_pretrained` writes to a Hub repository, created if missing; returns its URL.
+
+        Raises:
+            UserError: the Hub is out of reach or refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder, hub_errors(repo):
             self.save_pretrained(folder)
-            url = create_repo(repo, private=private, exist_ok=True)
-            upload_folder(repo_id=repo, folder_path=folder)
+            url = HfApi().create_repo(repo, private=private, exist_ok=True)
+            HfApi().upload_folder(repo_id=repo, folder_path=folder)
         return str(url)
 
 

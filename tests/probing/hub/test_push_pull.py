@@ -23,7 +23,6 @@ from reports.model_card import write_card
 from reports.results import load_runs
 from tests.helpers import tiny
 from tests.helpers.cli import error_line
-from tests.helpers.fake_hub import FakeHub
 
 CPU = torch.device("cpu")
 TEACHERS = ("depth", "gen")
@@ -65,14 +64,6 @@ def published(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("published") / "llava-probes"
     push(run.path, str(folder), write_card)
     return folder
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    hub = FakeHub(tmp_path / "hub")
-    monkeypatch.setattr("probing.hub.push_pull.HfApi", hub)
-    monkeypatch.setattr("probing.hub.push_pull.get_token", lambda: "token")
-    return hub
 
 
 def table(run):
@@ -167,10 +158,10 @@ def test_push_refuses_files_with_secrets(run, tmp_path, prompt):
 
 
 def test_hub_round_trip_downloads_requested_teacher(run, published, paths, hub, tmp_path):
-    assert push(run.path, "user/probes", empty_card) == "https://hub/user/probes"
+    assert push(run.path, "user/probes", empty_card) == f"{hub.url}/user/probes"
     names = [path.relative_to(published).as_posix() for path in published.rglob("*") if path.is_file()]
     names = [name for name in names if not name.startswith("figures/")]
-    assert hub.list_repo_files("user/probes") == sorted(names)
+    assert sorted(hub.files("user/probes")) == sorted([".gitattributes", *names])
     pull("user/probes", tmp_path / "part", teachers=["gen"])
     assert {name.split("/")[-2] for name in hub.downloads if name.endswith("model.safetensors")} == {"gen"}
     whole = pull("user/probes", tmp_path / "whole", overrides=paths)
@@ -179,17 +170,14 @@ def test_hub_round_trip_downloads_requested_teacher(run, published, paths, hub, 
 
 def test_second_push_replaces_same_run_only(run, hub, tmp_path):
     push(run.path, "user/probes", empty_card)
-    names = hub.list_repo_files("user/probes")
-    repo = tmp_path / "hub" / "user" / "probes"
-    (repo / "scores" / "outdated.json").write_text("[]")
-    (repo / "NOTES.md").write_text("the owner's")
+    files = hub.files("user/probes")
+    hub.commits["user/probes"].append(files | {"scores/outdated.json": b"[]", "NOTES.md": b"the owner's"})
     push(run.path, "user/probes", empty_card)
-    assert hub.list_repo_files("user/probes") == sorted([*names, "NOTES.md"])
+    assert hub.files("user/probes") == files | {"NOTES.md": b"the owner's"}
     other = retrained(run.path, tmp_path / "other")
     with pytest.raises(UserError, match="user/probes holds something else"):
         push(other, "user/probes", empty_card)
-    (tmp_path / "hub" / "user" / "model").mkdir()
-    (tmp_path / "hub" / "user" / "model" / "config.json").write_text("{}")
+    hub.create("user/model", {"config.json": b"{}"})
     with pytest.raises(UserError, match="user/model holds something else"):
         push(run.path, "user/model", empty_card)
 
@@ -230,7 +218,7 @@ def test_pulled_recipe_runs_no_code_and_fills_no_folder(published, tmp_path):
         (["push", "{run}", "{full}"], "holds something else"),
         (["push", "{other}", "{published}"], "holds something else"),
         (["push", "{full}", "{tmp}/new"], "no run at"),
-        (["push", "{run}", "user/probes"], "no Hub token; log in"),
+        (["push", "{run}", "user/probes"], "no valid Hub token; log in"),
         (["pull", "user/probes", "{tmp}/new"], "no repository user/probes on the Hub"),
         (["pull", "{tmp}/nowhere", "{tmp}/new"], "is no published run"),
         (["pull", "{published}", "{tmp}/new", "--layer", "9"], "no probes of layer '9'; choose from 0, 2, final"),
@@ -250,6 +238,6 @@ def test_user_error_is_one_line_and_writes_nothing(run, published, hub, tmp_path
     before = {path: path.stat().st_mtime_ns for path in [*tmp_path.rglob("*"), *published.rglob("*")]}
     places = {"run": run.path, "published": published, "tmp": tmp_path}
     places |= {name: tmp_path / name for name in ("full", "other")}
-    monkeypatch.setattr("probing.hub.push_pull.get_token", lambda: None)
+    monkeypatch.delenv("HF_TOKEN")
     assert message in error_line(*(part.format(**places) for part in arguments))
     assert before == {path: path.stat().st_mtime_ns for path in [*tmp_path.rglob("*"), *published.rglob("*")]}

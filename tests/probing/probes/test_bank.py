@@ -5,11 +5,9 @@ import json
 import pytest
 import torch
 
-from probing.probes import bank as bank_module
 from probing.probes.bank import ProbeBank
 from probing.probes.resampler import ResamplerConfig
 from probing.utils.errors import UserError
-from tests.helpers.fake_hub import FakeHub
 
 
 @pytest.fixture
@@ -26,17 +24,56 @@ def test_bank_round_trip_keeps_predictions(bank, tmp_path):
     states = torch.randn(2, 5, 16)
     assert loaded.keys == bank.keys and loaded.probes.keys() == bank.probes.keys()
     assert all(torch.equal(probe(states), bank.probes[key](states)) for key, probe in loaded.probes.items())
-    with pytest.raises(UserError, match="no layer 7"):
-        ProbeBank.from_pretrained(tmp_path, layers="7")
     with pytest.raises(UserError, match="has no folder probes/"):
         ProbeBank.from_pretrained(tmp_path / "probes")
 
 
-def test_bank_from_hub_downloads_one_teacher(bank, tmp_path, monkeypatch):
-    hub = FakeHub(tmp_path)
-    for name in ("create_repo", "upload_folder", "snapshot_download"):
-        monkeypatch.setattr(bank_module, name, getattr(hub, name))
-    assert bank.push_to_hub("user/bank") == "https://hub/user/bank"
-    loaded = ProbeBank.from_pretrained("user/bank", teachers=["gen"], layers="2,final")
-    assert [(key.teacher, key.layer) for key in loaded.probes] == [("gen", 2), ("gen", "final")]
-    assert all(name.startswith("probes/gen/") for name in hub.downloads)
+def names(bank):
+    return [(key.teacher, key.layer) for key in bank.probes]
+
+
+@pytest.fixture(params=["folder", "hub"])
+def source(request, bank, tmp_path, hub):
+    """A bank in a folder and on the Hub; teacher gen has no layer 0."""
+    bank = ProbeBank(
+        {key: bank.probes[key] for key in bank.probes if (key.teacher, key.layer) != ("gen", 0)}, bank.keys
+    )
+    if request.param == "hub":
+        assert bank.push_to_hub("user/bank") == f"{hub.url}/user/bank"
+        return "user/bank"
+    bank.save_pretrained(tmp_path / "bank")
+    return str(tmp_path / "bank")
+
+
+@pytest.mark.parametrize(
+    ("selection", "chosen"),
+    [
+        ({"layer": 2, "teacher": "depth"}, [("depth", 2)]),
+        ({"layer": [2, "final"], "teacher": "gen"}, [("gen", 2), ("gen", "final")]),
+        ({"layer": "0"}, [("depth", 0)]),
+        ({"teacher": ["gen"]}, [("gen", 2), ("gen", "final")]),
+        ({}, [("depth", 0), ("depth", 2), ("depth", "final"), ("gen", 2), ("gen", "final")]),
+    ],
+)
+def test_bank_reads_only_the_selection(bank, source, hub, selection, chosen):
+    loaded = ProbeBank.from_pretrained(source, **selection)
+    assert names(loaded) == chosen
+    for key, probe in loaded.probes.items():
+        assert all(torch.equal(t, bank.probes[key].state_dict()[name]) for name, t in probe.state_dict().items())
+    if source == "user/bank":
+        tensors = {name for name in hub.downloads if name.endswith("safetensors")}
+        assert tensors == {f"probes/{teacher}/model.safetensors" for teacher, _ in chosen}
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ({"layer": 7}, "has no probes of layer '7'; choose from 0, 2, final"),
+        ({"layer": 0, "teacher": "gen"}, "has no probes of layer '0'; choose from 2, final"),
+        ({"teacher": "seg"}, "has no probes of teacher 'seg'; choose from depth, gen"),
+    ],
+)
+def test_bank_names_what_there_is(source, hub, selection, message):
+    with pytest.raises(UserError, match=f"^{source} {message}$"):
+        ProbeBank.from_pretrained(source, **selection)
+    assert not any(name.endswith("safetensors") for name in hub.downloads)
