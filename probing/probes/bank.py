@@ -215,10 +215,11 @@ class ProbeBank:
         Raises:
             UserError: the Hub is out of reach or refuses.
         """
-        with tempfile.TemporaryDirectory() as folder, hub_errors(repo):
+        with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            url = HfApi().create_repo(repo, private=private, exist_ok=True)
-            HfApi().upload_folder(repo_id=repo, folder_path=folder)
+            with hub_errors(repo):
+                url = HfApi().create_repo(repo, private=private, exist_ok=True)
+                HfApi().upload_folder(repo_id=repo, folder_path=folder)
         return str(url)
 
 

@@ -19,10 +19,12 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise UserError(f"{repo!r} is no repository name; write USER/NAME, or ./NAME for a folder") from None
     except RepositoryNotFoundError:
         raise UserError(f"no repository {repo} on the Hub; check its name, or log in with: hf auth login") from None
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # an upload raises the last two
         if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
             raise UserError("no valid Hub token; log in with: hf auth login, or set HF_TOKEN") from None
-        reason = first_line(error.__cause__ or error)  # of `nothing is cached`
+        if type(error) is ValueError:  # several lines about the model card
+            raise UserError(f"{repo}: the Hub refuses ({' '.join(str(error).split())[:200]}); correct that") from None
+        reason = first_line(error.__cause__ or error)
         raise UserError(f"{repo}: the Hub fails ({reason}); check network and token") from None
 
 

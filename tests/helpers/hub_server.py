@@ -55,11 +55,15 @@ class HubServer(ThreadingHTTPServer):
     def create(self, repo: str, files: Files) -> None:
         self.commits[repo] = [{".gitattributes": b"*.safetensors filter=lfs"} | files]
 
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
+
 
 class Refused(Exception):
     """An answer of the Hub that is an error: status, its code or message in a header, and a body."""
 
-    def __init__(self, status: int, code: str = "", message: str = "", **body: str) -> None:
+    def __init__(self, status: int, code: str = "", message: str = "", **body: object) -> None:
         self.status, self.headers, self.body = status, {"X-Error-Code": code, "X-Error-Message": message}, body
 
 
@@ -137,6 +141,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send({"url": url})
 
     def check_card(self):
+        licence = re.search(r"^license: (.+)$", json.loads(self.body)["content"], re.MULTILINE)
+        if licence and licence[1] not in ("apache-2.0", "mit"):
+            raise Refused(400, errors=[{"message": '"license" must be one of [apache-2.0, mit]'}])
         self.send({"errors": [], "warnings": []})
 
     def preupload(self, repo, revision):
@@ -244,11 +251,8 @@ ROUTES = (
 def serve_hub() -> Iterator[HubServer]:
     """Runs a Hub in a thread."""
     server = HubServer()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield server
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        server.stop()

@@ -1,7 +1,10 @@
 """Published runs: a round trip keeps every number, and no local path or token leaves the machine."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +26,7 @@ from reports.model_card import write_card
 from reports.results import load_runs
 from tests.helpers import tiny
 from tests.helpers.cli import error_line
+from tests.helpers.hub_server import TOKEN
 
 CPU = torch.device("cpu")
 TEACHERS = ("depth", "gen")
@@ -241,3 +245,81 @@ def test_user_error_is_one_line_and_writes_nothing(run, published, hub, tmp_path
     monkeypatch.delenv("HF_TOKEN")
     assert message in error_line(*(part.format(**places) for part in arguments))
     assert before == {path: path.stat().st_mtime_ns for path in [*tmp_path.rglob("*"), *published.rglob("*")]}
+
+
+@pytest.fixture
+def online(hub, published):
+    """The Hub with the published run."""
+    files = [file for file in published.rglob("*") if file.is_file()]
+    hub.create("user/probes", {file.relative_to(published).as_posix(): file.read_bytes() for file in files})
+    return hub
+
+
+def test_interrupted_download_resumes(online, published, tmp_path):
+    online.cuts = 2
+    pulled = pull("user/probes", tmp_path / "run").path
+    assert online.cuts == 0
+    for file in published.rglob("*.safetensors"):
+        assert (pulled / file.relative_to(published)).read_bytes() == file.read_bytes()
+
+
+def test_lost_connection_is_one_line_and_leaves_nothing(online, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    online.cuts = 10**6
+    line = error_line("pull", "user/probes", tmp_path / "run", "--teacher", "gen")
+    assert "user/probes: the Hub fails (peer closed connection" in line and "check network" in line
+    assert not (tmp_path / "run").exists()
+    online.cuts = 0
+    assert pull("user/probes", tmp_path / "run", teachers=["gen"]).recipe.teachers.keys() == {"gen"}
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "message"),
+    [
+        (None, "user/probes", "no repository user/probes on the Hub; check its name, or log in with: hf auth login"),
+        (TOKEN, "user/other", "no repository user/other on the Hub; check its name"),
+        ("hf_wrong", "user/probes", "no valid Hub token; log in with: hf auth login, or set HF_TOKEN"),
+    ],
+)
+def test_refused_download_is_one_line(online, tmp_path, monkeypatch, token, repo, message):
+    online.private.add("user/probes")
+    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
+    assert error_line("pull", repo, tmp_path / "run").startswith(message)
+    with pytest.raises(UserError, match=message):
+        ProbeBank.from_pretrained(repo)
+
+
+def test_refused_upload_is_one_line(run, hub):
+    hub.broken = True
+    line = error_line("push", run.path, "user/probes")
+    assert line == "user/probes: the Hub fails (403 Forbidden: the storage refuses); check network and token"
+    assert hub.files("user/probes").keys() == {".gitattributes"}
+    hub.broken = False
+    line = error_line("push", run.path, "user/probes", "--license", "mine")
+    assert 'Invalid metadata in README.md. - "license" must be one of' in line
+    push(run.path, "user/probes", empty_card)
+
+
+def test_stopped_hub_is_one_line(hub, tmp_path):
+    hub.stop()
+    assert "user/probes: the Hub fails (" in error_line("pull", "user/probes", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_processes_publish_and_read_over_http(run, hub, tmp_path):
+    names = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    names |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+
+    def python(*arguments):
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, env=os.environ | names, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert f"published: {hub.url}/user/probes" in python("-m", "probing", "push", run.path, "user/probes")
+    python("-m", "probing", "pull", "user/probes", tmp_path / "pulled", "--layer", "2")
+    pd.testing.assert_frame_equal(table(tmp_path / "pulled"), table(run.path))
+    hub.downloads.clear()
+    line = "import probing; print(*probing.ProbeBank.from_pretrained('user/probes', layer=2, teacher='gen').probes)"
+    assert "ProbeKey(teacher='gen', layer=2, seed=0)" in python("-c", line)
+    assert not hub.downloads  # they are in the cache
