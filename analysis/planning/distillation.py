@@ -17,7 +17,7 @@ from analysis.planning.model_cost import (
     weight_bytes,
     widest,
 )
-from analysis.planning.plan import Plan, Work, si
+from analysis.planning.plan import Plan, Work
 from probing.data.conversations import CutInsideImageError
 from probing.distillation.recipe import DistillRecipe
 from probing.distillation.setup import Stage, StageInputs, build_stage, load_inputs
@@ -26,6 +26,7 @@ from probing.models.decoder import decoder_parts
 from probing.probes.resampler import Resampler
 from probing.utils.errors import UserError
 from probing.utils.files import require_space
+from probing.utils.units import si
 
 SAMPLED = 64
 """Conversations whose lengths are measured, two micro-batches at least."""

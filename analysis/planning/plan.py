@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+from probing.utils.units import si
+
 IMAGES_PER_CORE = 20
 """Images a second that a CPU core decodes and prepares for LLaVA-1.5 and the paper's three teachers.
 
@@ -87,12 +89,3 @@ class Plan:
             f"memory: {memory}",
             f"disk: {si(work.disk, 'B')} at most",
         ]
-
-
-def si(number: float, unit: str) -> str:
-    """Formats three digits with an SI prefix: 16.8 TFLOP."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if number < 999.5:
-            return f"{number:.3g} {prefix}{unit}"
-        number /= 1000
-    return f"{number:,.3g} E{unit}"

@@ -5,7 +5,7 @@ final norm, layer L the state after the last block; ``final`` is the state after
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from probing.models.token_map import TokenMap
 from probing.recipe import BackboneRecipe
 from probing.utils.errors import UserError
+from probing.utils.notebook import table
+from probing.utils.units import si
 
 Layer = int | str
 FINAL = "final"
@@ -24,6 +26,18 @@ Callback = Callable[[Layer, Tensor], None]
 def layer_name(layer: Layer) -> str:
     """Returns `0` … `L`, or `final`, as results and files write it."""
     return str(layer)
+
+
+def layer_ranges(layers: Sequence[Layer]) -> str:
+    """Returns a short selection of layers that `parse_layers` reads, such as `0-32,final`."""
+    parts: list[str] = []
+    for layer in layers:
+        first, _, last = parts[-1].partition("-") if parts else ("", "", "")
+        if layer != FINAL and (last or first).isdecimal() and int(layer) == int(last or first) + 1:
+            parts[-1] = f"{first}-{layer}"
+        else:
+            parts.append(layer_name(layer))
+    return ",".join(parts)
 
 
 def parse_layers(text: str, count: int) -> list[Layer]:
@@ -167,6 +181,25 @@ class Backbone:
     head: nn.Module | None = None
     writer: Any = None
 
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name} {size}" for name, _, size, _ in self._parts())
+        return f"Backbone({self.name}: {self.family}, layers 0-{self.layers},final; {parts})"
+
+    def _repr_html_(self) -> str:
+        title = f"{self.name}: {self.family}, layers 0 to {self.layers} and final, width {self.hidden_size}"
+        return table(title, self._parts(), ("part", "class", "parameters", "memory"))
+
+    def _parts(self) -> list[tuple[str, str, str, str]]:
+        """Returns name, class, number of parameters and bytes of each part."""
+        modules = {**dict(self.core.named_children()), **({"lm_head": self.head} if self.head else {})}
+        rows = []
+        for name, module in modules.items():
+            parameters = list(module.parameters())
+            size = sum(one.numel() * one.element_size() for one in parameters)
+            count = si(sum(one.numel() for one in parameters), "").strip()
+            rows.append((name, type(module).__name__, count, si(size, "B")))
+        return rows
+
     @property
     def layers(self) -> int:
         """Number L of decoder blocks."""
@@ -240,12 +273,14 @@ class Backbone:
     def hidden_states(self, images: Sequence[Any], layers: str = "all") -> tuple[dict[Layer, Tensor], TokenMap]:
         """Returns hidden states {layer: (B, T, H)} of a few RGB images, and their token map; for notebooks.
 
+        A notebook shows the token map over the first image.
+
         `layers` is a selection as in `parse_layers`. For data sets, use `stream`.
         """
         batch = self.prepare(images).to(self.device)
         states: dict[Layer, Tensor] = {}
         self.stream(batch, parse_layers(layers, self.layers), states.__setitem__)
-        return states, batch.tokens
+        return states, replace(batch.tokens, picture=images[0])
 
 
 class Family(Protocol):

@@ -1,17 +1,29 @@
 """Kinds of tokens: system prompt, image, special tokens, text, answer, padding."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from probing.recipe import TOKEN_KINDS
 from probing.utils.errors import UserError
+from probing.utils.notebook import picture, strip, table
 
 IMAGE_KINDS = ("cls", "image", "tile", "newline")
 """Kinds of the tokens whose inputs come from the vision tower."""
+COLOURS = dict(
+    zip(
+        TOKEN_KINDS,
+        ("#999999", "#000000", "#0072b2", "#56b4e9", "#004466", "#cc79a7", "#d55e00", "#f0e442", "#e69f00", "#009e73",
+         "#eeeeee"),
+        strict=True,
+    )
+)  # fmt: skip
+"""Colour of each kind in notebooks."""
 SPECIAL = ("gen", "depth", "seg")
 """Tasks that have special tokens, in their order."""
 
@@ -27,12 +39,33 @@ class TokenMap:
         grid: rows and columns of the image tokens of one image.
         tiles: per image, rows and columns of its tile tokens, if the family has them.
         dropped: patches at the beginning of the grid that have no token.
+        picture: the first image, for notebooks.
     """
 
     kinds: Tensor
     grid: tuple[int, int]
     tiles: tuple[tuple[int, int], ...] = ()
     dropped: int = 0
+    picture: Image.Image | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{kind} {number}" for kind, number in self.counts().items())
+        return f"TokenMap({len(self.kinds)} x {self.kinds.shape[1]} positions, grid {self.grid}: {counts})"
+
+    def _repr_html_(self) -> str:
+        names = [TOKEN_KINDS[code] for code in self.kinds[0].tolist()]
+        segments = [(len(list(run)), COLOURS[kind], kind) for kind, run in groupby(names)]
+        rows = []
+        for kind, number in self.counts().items():
+            first, last = names.index(kind), len(names) - 1 - names[::-1].index(kind)
+            rows.append((kind, f"{first} to {last}", number))
+        html = table(f"{len(names)} positions", rows, ("kind", "positions", "number")) + strip(segments)
+        if self.picture is None or "image" not in names:
+            return html
+        width, height = self.picture.size
+        grid = self.grid if width * self.grid[0] == height * self.grid[1] else None
+        first, last = names.index("image"), len(names) - 1 - names[::-1].index("image")
+        return html + picture(self.picture, grid, first, last)
 
     def mask(self, *kinds: str) -> Tensor:
         """Returns (B, T), True at positions of the kinds."""

@@ -14,12 +14,14 @@ from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from probing.models.base import FINAL, Layer, layer_name
+from probing.models.base import FINAL, Layer, layer_name, layer_ranges
 from probing.probes.resampler import Resampler, ResamplerConfig
 from probing.recipe import ProbeRecipe
 from probing.utils.errors import UserError, require_probes
 from probing.utils.files import reading
 from probing.utils.hub import download, hub_errors
+from probing.utils.notebook import table
+from probing.utils.units import si
 
 if TYPE_CHECKING:
     from probing.teachers import Teacher
@@ -78,6 +80,27 @@ class ProbeBank:
 
     probes: dict[ProbeKey, Resampler]
     keys: dict[str, list[str]]
+
+    def __repr__(self) -> str:
+        teachers = {teacher: layer_ranges([*layers]) for teacher, layers in self._seeds().items()}
+        count = si(sum(parameter.numel() for parameter in self.parameters()), "").strip()
+        listed = ", ".join(f"{teacher} at {layers}" for teacher, layers in teachers.items())
+        return f"ProbeBank({len(self.probes)} probes, {count} parameters: {listed})"
+
+    def _repr_html_(self) -> str:
+        seeds = self._seeds()
+        layers = list(dict.fromkeys(layer for of_teacher in seeds.values() for layer in of_teacher))
+        layers.sort(key=lambda layer: (layer == FINAL, layer))
+        rows = [(name, *(of_teacher.get(layer, "") for layer in layers)) for name, of_teacher in seeds.items()]
+        return table("number of probes by teacher and layer", rows, ("teacher", *map(layer_name, layers)))
+
+    def _seeds(self) -> dict[str, dict[Layer, int]]:
+        """Returns the number of probes of each teacher and layer."""
+        counts: dict[str, dict[Layer, int]] = {}
+        for key in self.probes:
+            of_teacher = counts.setdefault(key.teacher, {})
+            of_teacher[key.layer] = of_teacher.get(key.layer, 0) + 1
+        return counts
 
     @classmethod
     def build(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from probing.recipe import ProbeRunRecipe, read_yaml, validate
+from probing.recipe import ProbeRunRecipe, model_name, read_yaml, validate
 from probing.utils.errors import UserError
 from probing.utils.files import (
     RESTORE_ADVICE,
@@ -50,6 +50,27 @@ class Run:
 
     path: Path
     recipe: ProbeRunRecipe
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}: {text}' for name, text in self._facts().items())})"
+
+    def _repr_html_(self) -> str:
+        from probing.utils.notebook import table
+
+        return table("Run", [*self._facts().items()])
+
+    def _facts(self) -> dict[str, str]:
+        """Describes the run, from its recipe."""
+        recipe, evaluated = self.recipe, (self.path / "results.csv").is_file()
+        return {
+            "path": str(self.path),
+            "state": "not finished" if not self.finished else "evaluated" if evaluated else "trained, not evaluated",
+            "checkpoint": model_name(recipe.backbone.checkpoint),
+            "teachers": ", ".join(recipe.teachers),
+            "layers": recipe.layers,
+            "controls": ", ".join(recipe.controls) or "none",
+            "training": f"{recipe.fit.epochs} epochs, seeds {', '.join(map(str, recipe.fit.seeds))}",
+        }
 
     def remove_temporary_files(self, idle: float = 0.0) -> None:
         """Removes temporary files of killed processes that have not changed for `idle` seconds."""

@@ -49,6 +49,9 @@ class Teacher:
     sha256: str
     source: str
 
+    def __repr__(self) -> str:
+        return f"Teacher({self.name}: {self.class_name} {self.id}, target {self.shape[0]} x {self.shape[1]})"
+
     @property
     def grid(self) -> tuple[int, int] | None:
         """Rows and columns of a spatial target, None for others."""
