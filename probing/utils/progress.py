@@ -1,11 +1,11 @@
-"""Progress of long loops: a bar on a terminal, log lines elsewhere."""
+"""Progress of long loops: a bar on a terminal and in a notebook, log lines elsewhere."""
 
 import logging
 import sys
 import time
 from types import TracebackType
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +20,8 @@ class Progress:
         self.title, self.total, self.done, self.unit, self.show = title, total, done, unit, show
         self.initial = done
         self.started = self.last_log = time.monotonic()
-        terminal = show and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True) if terminal else None
+        watched = show and (sys.stderr.isatty() or _in_notebook())
+        self.bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True) if watched else None
 
     def __enter__(self) -> "Progress":
         return self
@@ -50,3 +50,9 @@ class Progress:
             line = "%s: %d/%d %s, %.2f a second, %.0f s left%s"
             logger.info(line, self.title, self.done, self.total, self.unit, rate, left, f", {note}" if note else "")
             self.last_log = now
+
+
+def _in_notebook() -> bool:
+    """Returns whether a Jupyter kernel runs this process, by the test of `tqdm.auto`."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and "IPKernelApp" in shell.config
