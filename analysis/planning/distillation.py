@@ -17,7 +17,7 @@ from analysis.planning.model_cost import (
     weight_bytes,
     widest,
 )
-from analysis.planning.plan import Plan, Work
+from analysis.planning.plan import Part, Plan, Work
 from probing.data.conversations import CutInsideImageError
 from probing.distillation.recipe import DistillRecipe
 from probing.distillation.setup import Stage, StageInputs, build_stage, load_inputs
@@ -118,17 +118,19 @@ def _work(recipe: DistillRecipe, start: StageInputs, parts: Stage, micro: int, p
     return Work(
         samples=f"{steps:,} steps x {recipe.global_batch} conversations of {tokens:,} tokens with padding",
         count=steps * recipe.global_batch,
-        flops16=flops * (bits == 16),
-        flops32=flops * (bits == 32) + share * sum(one.flops for one in seen),
-        memory={
-            "weights": weights,
-            "teachers": sum(weight_bytes(one.model) for one in parts.teachers.values()),
-            f"gradients of {si(parameters, '').strip()} parameters": 4 * parameters * (2 if processes > 1 else 1),
-            "moments": 8 * parameters,
-            f"activations of {micro} x {max(widths):,} tokens": peak,
+        parts={
+            "model": Part(flops * (bits == 16), flops * (bits == 32), weights, 2 * weights),
+            "teachers": Part(
+                flops32=share * sum(one.flops for one in seen),
+                memory=sum(weight_bytes(one.model) for one in parts.teachers.values()),
+            ),
+            f"gradients of {si(parameters, '').strip()} parameters": Part(
+                memory=4 * parameters * (2 if processes > 1 else 1)
+            ),
+            "moments": Part(memory=8 * parameters, disk=16 * parameters),
+            f"activations of {micro} x {max(widths):,} tokens": Part(memory=peak),
         },
         sharded=weights + 12 * parameters,
-        disk=2 * (weights + 8 * parameters),
         images=share,
     )
 

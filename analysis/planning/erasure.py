@@ -8,7 +8,7 @@ from analysis.erasure.options import PARTS, Options
 from analysis.erasure.run import STEM, Images, chosen_layers, head_of, require_rank
 from analysis.evaluation.scores import score_file
 from analysis.planning.model_cost import META, UnknownCostError, decoder_flops, image_cost, trace, weight_bytes
-from analysis.planning.plan import Plan, Work
+from analysis.planning.plan import Part, Plan, Work
 from probing.data.coco import first_image
 from probing.models import FINAL, layer_name, load_backbone
 from probing.models.chat_templates import rendering_moment
@@ -70,16 +70,20 @@ def plan_erasure(path: Path, options: Options) -> Plan:
         Work(
             samples="all images",
             count=1,
-            flops16=llm * (bits == 16),
-            flops32=llm * (bits > 16) + fit * covariances + (fit + min(fit, SAMPLE)) * seen,
-            memory={
-                "checkpoint": weight_bytes(backbone.core),
-                "teachers": sum(weight_bytes(one.model) for one in teachers.values()),
-                "covariances": sums + 3 * means,
-                "states": (options.micro_batch or recipe.fit.micro_batch) * len(layers) * tokens * width * bits // 8,
+            parts={
+                "checkpoint": Part(llm * (bits == 16), llm * (bits > 16), weight_bytes(backbone.core)),
+                "teachers": Part(
+                    flops32=(fit + min(fit, SAMPLE)) * seen,
+                    memory=sum(weight_bytes(one.model) for one in teachers.values()),
+                ),
+                "covariances": Part(flops32=fit * covariances, memory=sums + 3 * means),
+                "erasers": Part(
+                    disk=means + 8 * len(layers) * len(kinds) * len(teachers) * (2 + DRAWS) * width * options.rank
+                ),
+                "states": Part(
+                    memory=(options.micro_batch or recipe.fit.micro_batch) * len(layers) * tokens * width * bits // 8
+                ),
             },
-            sharded=0,
-            disk=means + 8 * len(layers) * len(kinds) * len(teachers) * (2 + DRAWS) * width * options.rank,
             images=fit + len(images.held_out),
         ),
     )

@@ -14,7 +14,7 @@ from analysis.planning.model_cost import (
     weight_bytes,
     widest,
 )
-from analysis.planning.plan import Plan, Work
+from analysis.planning.plan import Part, Plan, Work
 from probing.data.coco import ImageList, first_image
 from probing.models import FINAL, Backbone, layer_name, load_backbone, parse_layers
 from probing.probes.bank import probe_configs
@@ -99,26 +99,29 @@ def _work(
     products = sum(width * n for n in rows.values()) + 2 * sum(n * d for n, d in shapes)
     ridge = 2 * width * (products + positions * (width + 2 * sum(d for _, d in shapes))) * fit.ridge
     bits = 8 * next(backbone.core.parameters()).element_size()
-    in32 = forward * sum(cost.flops for cost in seen)
-    in32 += ridge * len(layers) / fit.epochs  # summed on an image's first visit alone
-    in32 += checkpoint * (bits > 16) + probes * (not fit.bf16)
     parameters = len(layers) * (1 + shuffled) * probe_parameters(recipe, width, teachers)
     block = tokens * (3 * widest(backbone.blocks) + 4 * width) * bits // 8
     fitted = tokens * width * 16 + max(40 * n * d for n, d in shapes)
+    weights = weight_bytes(backbone.core) + sum(weight_bytes(one.model) for one in encoders.values())
+    sums = len(layers) * ridge_bytes(recipe, width, teachers)
+    disk = disk_bytes(recipe, width, teachers, layers)
+    activations = micro * max(block + fitted, *(4 * one.largest for one in [tower, *seen]))
     return Work(
         samples=f"{len(images):,} images x {passes} passes",
         count=len(images) * passes,
-        flops16=checkpoint * (bits == 16) + probes * fit.bf16,
-        flops32=in32,
-        memory={
-            "checkpoint": weight_bytes(backbone.core) + sum(weight_bytes(one.model) for one in encoders.values()),
-            "teachers": sum(weight_bytes(one.model) for one in teachers.values()),
-            "probes with gradients and moments": 16 * parameters,
-            "ridge sums": len(layers) * ridge_bytes(recipe, width, teachers),
-            f"activations of {micro} images": micro * max(block + fitted, *(4 * one.largest for one in [tower, *seen])),
+        parts={
+            "checkpoint": Part(checkpoint * (bits == 16), checkpoint * (bits > 16), weights),
+            "teachers": Part(
+                flops32=forward * sum(cost.flops for cost in seen),
+                memory=sum(weight_bytes(one.model) for one in teachers.values()),
+            ),
+            "probes with gradients and moments": Part(
+                probes * fit.bf16, probes * (not fit.bf16), 16 * parameters, disk - 2 * sums
+            ),
+            # summed on an image's first visit alone; on disk, two states while one replaces the other
+            "ridge sums": Part(flops32=ridge * len(layers) / fit.epochs, memory=sums, disk=2 * sums),
+            f"activations of {micro} images": Part(memory=activations),
         },
-        sharded=0,
-        disk=disk_bytes(recipe, width, teachers, layers),
         images=forward,
     )
 

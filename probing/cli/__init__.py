@@ -60,15 +60,33 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-@click.group(cls=CommandLine, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+FIRST = """Start here, with three to five minutes on a toy world:
+  probing demo --open
+Then your own checkpoint:
+  probing inspect CHECKPOINT
+  probing train --checkpoint CHECKPOINT --data coco:DIR --out RUN
+  probing evaluate RUN
+  probing report RUN --open
+"""
+
+
+@click.group(
+    cls=CommandLine,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog='\b\nCompletion in bash; zsh and fish likewise:\n  eval "$(_PROBING_COMPLETE=bash_source probing)"',
+)
 @click.version_option(__version__, prog_name="probing")
 @click.option("--quiet", "-q", is_flag=True, help="Print only warnings and errors.")
 @click.pass_context
 def cli(ctx: click.Context, quiet: bool) -> None:
     """Measure what each layer of a multimodal LLM knows about the image.
 
-    Start with `probing demo`. For your own checkpoint: train, evaluate, report.
+    Without a command: what to do first.
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(f"{FIRST}\n{ctx.get_help()}")
+        return
     for library in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(library, "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar for every tiny model hides our own lines

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 CLICK_TYPES = {int: click.INT, float: click.FLOAT, Path: click.Path(path_type=Path)}
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Check the inputs, print the plan, and write nothing.")
+OPEN = click.option("--open", "show", is_flag=True, help="Open the report in the browser.")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
@@ -100,6 +101,16 @@ def print_plan(plan: "Plan", devices: "Devices | None" = None) -> None:
     from probing.utils.distributed import world_size
 
     click.echo("\n".join(plan.lines(devices or Devices(world_size()))))
+
+
+def print_page(page: Path, show: bool) -> None:
+    """Prints the path of a report, and opens it on request."""
+    click.echo(f"report: {page}")
+    if show:
+        import webbrowser
+
+        if not webbrowser.open(page.absolute().as_uri()):
+            click.echo("no browser found; open the report by hand", err=True)
 
 
 def teacher_values(options: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -5,7 +5,17 @@ from typing import Any, Literal
 
 import click
 
-from probing.cli.options import DRY_RUN, OUT, OVERRIDES, FieldCommand, build_recipe, print_plan, teacher_values
+from probing.cli.options import (
+    DRY_RUN,
+    OPEN,
+    OUT,
+    OVERRIDES,
+    FieldCommand,
+    build_recipe,
+    print_page,
+    print_plan,
+    teacher_values,
+)
 
 PAPER_TEACHERS = ("depth", "seg", "gen")
 RECIPE_FIELDS = {
@@ -137,7 +147,10 @@ def compare(runs: tuple[Path, ...], out: Path, figures: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the report. Default: report/ in the first run.")
 @FIGURES
 @STYLE
-def report(runs: tuple[Path, ...], out: Path | None, figures: bool, style: Literal["screen", "paper"] | None) -> None:
+@OPEN
+def report(
+    runs: tuple[Path, ...], out: Path | None, figures: bool, style: Literal["screen", "paper"] | None, show: bool
+) -> None:
     """Write the HTML report.
 
     One page that needs no network. The order of RUNS sets colours and markers of checkpoints.
@@ -145,4 +158,4 @@ def report(runs: tuple[Path, ...], out: Path | None, figures: bool, style: Liter
     from reports.page import write_report
 
     style = style or ("screen" if figures else None)
-    click.echo(f"report: {write_report(runs, out or runs[0] / 'report', style=style)}")
+    print_page(write_report(runs, out or runs[0] / "report", style=style), show)

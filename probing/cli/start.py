@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from probing.cli.options import OVERRIDES, FieldCommand, as_lines, build_recipe, print_plan, teacher_values
+from probing.cli.options import (
+    OPEN,
+    OVERRIDES,
+    FieldCommand,
+    as_lines,
+    build_recipe,
+    print_page,
+    print_plan,
+    teacher_values,
+)
 from probing.utils.errors import UserError
 
 rate = partial(click.option, type=click.FloatRange(0, min_open=True), show_default=True)
@@ -28,19 +37,15 @@ rate = partial(click.option, type=click.FloatRange(0, min_open=True), show_defau
     show_default=True,
     help="Folder for data, runs and report.",
 )
-@click.option("--open", "show", is_flag=True, help="Open the report in the browser.")
+@OPEN
 def demo(preset: str, out: Path, show: bool) -> None:
     """Run everything on the toy world, on a CPU."""
-    import webbrowser
-
     from probing.toyworld.demo import run_demo
     from probing.utils.files import disk_errors
 
     with disk_errors(out):
         page = run_demo(preset, out)
-    click.echo(f"report: {page}")
-    if show and not webbrowser.open(page.absolute().as_uri()):
-        click.echo("no browser found; open the report by hand", err=True)
+    print_page(page, show)
 
 
 @click.command()

@@ -201,7 +201,7 @@ def main() -> None:
         floor = sum(found[part] for part in ("backbone", "teachers", "probes", "optimiser"))
         out(f"step / (backbone + teachers + probes + optimiser) {found['step'] / floor:.2f}\n")
         out(f"first visit, with ridge sums and code length / step {found['first visit'] / found['step']:.2f}\n")
-        tera = (cost.flops16 + cost.flops32) * options.batch / 1e12 / found["step"]
+        tera = (cost.total.flops16 + cost.total.flops32) * options.batch / 1e12 / found["step"]
         out(f"{found['step'] / options.batch:.3f} s an image, {tera:.2f} TFLOP/s, ")
         out(f"MFU {tera / options.peak:.1%} of {options.peak:g} TFLOP/s\n")
         if device.type == "cuda":

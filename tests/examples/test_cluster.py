@@ -61,8 +61,8 @@ def test_page_states_what_plan_prints(tmp_path, monkeypatch):
     done = CliRunner().invoke(cli, ["plan", str(ROOT / recipe), *rest, *STAND_INS], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     page = (CLUSTER / "README.md").read_text()
-    for figure in (r"x ([\d.]+ TFLOP)", r"memory: ([\d.]+ GB)"):
-        assert re.search(figure, done.output)[1] in page, done.output
+    work, memory = re.search(r"^total +([\d.]+ TFLOP) .* ([\d.]+ GB) +[\d.]+ GB$", done.output, re.MULTILINE).groups()
+    assert re.search(rf"^total +{work} .* {memory} +[\d.]+ GB$", page, re.MULTILINE), done.output
 
 
 @pytest.mark.slow

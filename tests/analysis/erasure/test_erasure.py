@@ -279,7 +279,7 @@ def test_plan_counts_operations_within_15_percent(run, monkeypatch):
     work = plan_erasure(run, Options(rank=2)).work
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         probing.erase(run, rank=2)
-    assert work.flops16 + work.flops32 == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert work.total.flops16 + work.total.flops32 == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
 @pytest.fixture

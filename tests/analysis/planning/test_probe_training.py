@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.planning.plan import IMAGES_PER_CORE, Devices, Plan, Work
+from analysis.planning.plan import IMAGES_PER_CORE, Devices, Part, Plan, Work
 from analysis.planning.probe_training import plan_training
 from probing.models import parse_layers
 from probing.recipe import ProbeRunRecipe, dump_recipe
@@ -71,7 +71,7 @@ def test_flops_are_within_15_percent_of_a_counted_step(recipe_values, tmp_path, 
     recipe = ProbeRunRecipe.model_validate(values)
     work = plan_training(recipe).work
     real, state = counted(recipe, tmp_path)
-    assert work.flops16 + work.flops32 == pytest.approx(real, rel=0.15)
+    assert work.total.flops16 + work.total.flops32 == pytest.approx(real, rel=0.15)
     parameters = sum(p.numel() for own in state.parameters for p in own)
     assert work.memory["probes with gradients and moments"] == 16 * parameters
 
@@ -79,7 +79,7 @@ def test_flops_are_within_15_percent_of_a_counted_step(recipe_values, tmp_path, 
 def test_buffer_plans_one_forward_pass(recipe_values):
     def flops(**fit):
         work = plan_training(ProbeRunRecipe.model_validate(recipe_values | {"fit": recipe_values["fit"] | fit})).work
-        return work.count * (work.flops16 + work.flops32)
+        return work.count * (work.total.flops16 + work.total.flops32)
 
     epochs = [flops(epochs=number) for number in (1, 2)]
     buffered = [flops(epochs=number, buffer=1) for number in (1, 2, 5)]
@@ -149,22 +149,35 @@ def test_plan_of_unreadable_images_is_one_line(recipe_values, tmp_path):
         plan_training(ProbeRunRecipe.model_validate(recipe_values | {"data": {"path": f"coco:{data}"}}))
 
 
-def test_time_and_memory_are_printed_for_the_devices():
-    work = Work("10 images x 2 passes", 20, 3e15, 1e15, {"checkpoint": 12e9, "ridge sums": 0}, 8e9, 5_000)
+def test_table_is_of_the_devices():
+    parts = {
+        "checkpoint": Part(flops16=3e16, memory=12e9),
+        "teachers": Part(flops32=1e13, memory=3e9),
+        "ridge sums": Part(),
+        "moments": Part(memory=5e8, disk=5_000),
+    }
+    work = Work("10 images x 2 passes", 20, parts, sharded=8e9)
     lines = Plan({"steps": "4"}, work).lines(Devices(2, tflops16=100, tflops32=10))
     assert lines == [
         "steps: 4",
-        "work: 10 images x 2 passes x 4 PFLOP = 80 PFLOP, 25% in 32 bits",
-        "time: 0.361 h on 2 devices, at 100 TFLOP/s in 16 bits and 10 in 32 bits (assumed; see --tflops)",
+        "",
+        "           per sample all samples      time   memory  disk",
+        "checkpoint   30 PFLOP   600 PFLOP    50 min    12 GB",
+        "teachers     10 TFLOP   200 TFLOP   < 1 min     3 GB",
+        "moments                                       500 MB  5 kB",
+        "total        30 PFLOP   600 PFLOP  50.2 min  15.5 GB  5 kB",
+        "",
+        "samples: 10 images x 2 passes, 0% of the FLOPs in 32 bits",
+        "time: on 2 devices, at 100 TFLOP/s in 16 bits and 10 in 32 bits (assumed; see --tflops)",
         "reading: 1 images a second need 1 CPU cores, at 20 a core (assumed)",
-        "memory: 12 GB per device (checkpoint 12 GB); FSDP shards 8 GB of it to 4 GB",
-        "disk: 5 kB at most",
+        "memory: per device; FSDP shards 8 GB to 4 GB",
     ]
-    assert "time: less than a minute on 1 device" in "\n".join(Plan({}, work).lines(Devices(1, 1e6, 1e6)))
+    one = Plan({}, work).lines(Devices(1, tflops16=50, tflops32=10))
+    assert "3.33 h" in one[2] and "FSDP" not in "".join(one)
 
 
 def test_cores_feed_the_images_of_the_planned_time():
-    work = Work("7,200,000 conversations", 7_200_000, 1e12, 0, {}, 0, 0, images=0.5)  # 2 h on 10 devices, 500 a second
+    work = Work("7,200,000 conversations", 7_200_000, {"model": Part(1e12)}, images=0.5)  # 2 h, 500 a second
     assert f"reading: 500 images a second need {math.ceil(500 / IMAGES_PER_CORE)} CPU cores, at" in "\n".join(
         Plan({}, work).lines(Devices(10, tflops16=100))
     )

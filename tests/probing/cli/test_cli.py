@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -54,12 +55,40 @@ def finished(models, coco, tmp_path_factory):
 
 
 def test_help_lists_verbs_in_pipeline_order_with_short_lines():
-    lines = probing("--help").stdout.split("Commands:\n")[1].splitlines()
+    lines = probing("--help").stdout.split("Commands:\n")[1].split("\n\n")[0].splitlines()
     verbs = (
         "demo inspect teachers plan assemble distill train evaluate erase compare report align bench import push pull"
     )
     assert [line.split()[0] for line in lines] == verbs.split()
     assert all(len(line.split(maxsplit=1)[1]) < 60 and line.endswith(".") for line in lines)
+
+
+def test_no_command_says_what_to_do_first():
+    said, listed = probing().stdout, probing("--help").stdout
+    assert said.endswith(listed) and said.startswith("Start here")
+    shown = [shlex.split(line) for line in said.removesuffix(listed).splitlines() if line.startswith("  probing")]
+    assert [words[1] for words in shown] == ["demo", "inspect", "train", "evaluate", "report"]
+    for _, verb, *words in shown:  # as typed
+        cli.commands[verb].make_context(verb, words)
+
+
+def test_completion_line_of_the_help_works_in_bash(tmp_path):
+    (tmp_path / "probing").write_text(f'#!/bin/sh\nexec {sys.executable} -m probing "$@"\n')
+    (tmp_path / "probing").chmod(0o755)
+    (line,) = re.findall(r"eval .*", probing("--help").stdout)
+    script = f'{line}; COMP_WORDS=(probing tra); COMP_CWORD=1; _probing_completion probing; echo "${{COMPREPLY[@]}}"'
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.stdout.split() == ["train"], done.stderr
+
+
+@pytest.mark.parametrize("show", [[], ["--open"]])
+def test_report_opens_its_page_on_request(finished, monkeypatch, show):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or True)
+    monkeypatch.setattr("reports.page.write_report", lambda runs, out, style: out / "index.html")
+    assert f"report: {finished / 'report' / 'index.html'}" in probing("report", finished, *show).stdout
+    assert opened == [(finished / "report" / "index.html").as_uri()] * len(show)
 
 
 def test_options_come_from_fields_with_help_and_defaults():
@@ -163,7 +192,8 @@ def test_plan_of_a_recipe_and_of_a_run(finished, tmp_path):
     file.write_text(yaml.safe_dump(yaml.safe_load((finished / "recipe.yaml").read_text()) | {"layers": "0,3"}))
     text = probing("plan", file, "--metric", "fid", "--images", 4, "--steps", 10, "fit.epochs=1000000000").stdout
     # Two layers, two seeds, the mean target and the true feature; ten steps, each twice for guidance.
-    assert "work: " in text and "6 sets x 4 images = 24 images x 20 calls" in text and "= 480 calls" in text
+    assert re.search(r"^total .* [EPT]?FLOP ", text, re.MULTILINE)
+    assert "6 sets x 4 images = 24 images x 20 calls" in text and "= 480 calls" in text
     assert str(finished / "scores" / "cosine-val2017.safetensors") in probing("plan", finished).stdout
     assert probing("plan", finished).stdout == probing("evaluate", finished, "--dry-run").stdout
     assert "--tflops" in error_line("plan", file, "--tflops", "nan")

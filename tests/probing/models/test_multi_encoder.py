@@ -138,7 +138,7 @@ def test_probes_train_on_it(trained, models, coco, tmp_path):
     meta = load_backbone(recipe.backbone, torch.device("meta")).core
     image = Image.new("RGB", (64, 64))
     teachers = [trace(one.target, pixels=one.prepare([image])).flops for one in meta.teachers.values()]
-    own, bare = (sum((plan.work.flops16, plan.work.flops32)) for plan in (planned, plain))
+    own, bare = (sum((plan.work.total.flops16, plan.work.total.flops32)) for plan in (planned, plain))
     assert own - bare > 0.99 * sum(teachers)
     run = train(recipe, tmp_path / "run")
     assert run.manifest["checkpoint"]["family"] == "llava_multi_encoder"
