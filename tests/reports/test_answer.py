@@ -136,10 +136,14 @@ def test_a_score_at_the_mean_target_is_nothing(tmp_path):
 
 def test_erasure_and_positions_are_columns_where_they_have_rows(tmp_path):
     path = make_run(tmp_path / "run", layers=2, final=False)
-    assert not {USED_BY, BITS_BY} & {*answer_table(answers(load_runs([path])))["head"]}
+    assert not {USED_BY, BITS_BY} & {*answer_table(answers(load_runs([path])))}
     rows = [(layer, "leace", "none", 0.2 + 0.1 * int(layer), 0.01) for layer in "012"]
     add_rows(path, "erased_excess", "strict", "depth", rows, variant="text")
     table = answer_table(answers(load_runs([path])))
-    cells = {row[0]: row[table["head"].index(USED_BY)] for row in table["rows"]}
     yes = "yes: text, layer 2, +0.400 [+0.390, +0.410] nats"
-    assert cells == {"Depth": yes, "Segmentation": "", "Generation": ""} and BITS_BY not in table["head"]
+    assert dict(zip(table["teacher"], table[USED_BY], strict=True)) == {
+        "Depth": yes,
+        "Segmentation": "",
+        "Generation": "",
+    }
+    assert BITS_BY not in table
