@@ -27,9 +27,8 @@ from reports.figures import (
     write_curves,
     write_differences,
 )
-from reports.grids import grid_figure, read_grids
+from reports.pictures import grid_figure, read_grids, viewers
 from reports.results import MEASURE, Results, RunResults, load_runs, metric_label, sort_measures
-from reports.strips import viewers
 from reports.tables import decoded_notes, decoded_table, difference_table, headline_rows, is_answer
 from reports.theme import REFERENCES, palette, vega_config
 from reports.use import sections as use_sections

@@ -106,15 +106,6 @@
     const row = (cells) => `${cells.map(tex).join(" & ")} \\\\`;
     return [`\\begin{tabular}{${columns}}`, "\\toprule", row(head), "\\midrule", ...rows.map(row), "\\bottomrule", "\\end{tabular}", ""].join("\n");
   };
-  const copy = async (content) => {
-    try { await navigator.clipboard.writeText(content); return true; } catch (error) { /* fall back to execCommand */ }
-    const area = make("textarea", { value: content, className: "heard" });
-    document.body.append(area);
-    area.select();
-    const done = document.execCommand("copy");
-    area.remove();
-    return done;
-  };
   function equip(table) {
     const heads = all("thead th", table);
     const body = table.tBodies[0];
@@ -145,7 +136,10 @@
     const tools = make("div", { className: "tools" });
     for (const [name, form] of [["CSV", csv], ["LaTeX", latex]]) {
       const button = make("button", { type: "button", ariaLabel: `Copy as ${name}: ${caption}` }, `Copy as ${name}`);
-      button.addEventListener("click", async () => { said.textContent = await copy(form(table)) ? `copied as ${name}` : "the browser does not allow copying"; });
+      button.addEventListener("click", async () => {
+        try { await navigator.clipboard.writeText(form(table)); said.textContent = `copied as ${name}`; }
+        catch (error) { said.textContent = "the browser does not allow copying"; }
+      });
       tools.append(button);
     }
     tools.append(said);

@@ -3,6 +3,7 @@
 import json
 import re
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,8 +12,8 @@ from probing.utils.errors import UserError
 from reports.answer import convergence
 from reports.charts import bundle
 from reports.figures import heat_map, layer_plot
-from reports.grids import grid_figure, read_grids
 from reports.page import write_report
+from reports.pictures import grid_figure, read_grids
 from reports.results import load_runs
 from reports.tables import decoded_notes, decoded_table
 from reports.theme import CEILING, LIGHT
@@ -167,8 +168,9 @@ def test_grids_have_a_row_per_layer(tmp_path):
     labels = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
     assert labels == ["photograph", "teacher", "layer 0", "layer 2", "layer 10", "final"]
     drawn = figure.axes[2 * 2 + 1].images[0]  # layer 0, second column, on the teacher's scale
-    np.testing.assert_array_equal(drawn.get_array(), depth.layers["0"][1].astype(np.float32))
-    assert drawn.get_clim() == (depth.teacher_pictures[1].min(), depth.teacher_pictures[1].max())
+    low, high = depth.teacher_pictures[1].min(), depth.teacher_pictures[1].max()
+    scaled = ((depth.layers["0"][1].astype(np.float32) - low) / (high - low)).clip(0, 1)
+    np.testing.assert_allclose(drawn.get_array() / 255, mpl.colormaps["magma"](scaled)[..., :3], atol=0.02)
     texts = [text.get_text() for text in grid_figure(seg).legends[0].get_texts()]
     assert texts == ["cat", "dog", "<tree>", "class 3", "class 4"]
     page = write_report([run], tmp_path / "report", style="screen").read_text()
