@@ -90,14 +90,15 @@ class Answer:
     def cells(self) -> dict[str, str]:
         """Returns the row of the table: title of the column → text."""
         digits = describe(*self.measure).digits
+        score, minus = interval_text(self.best, digits), interval_text(self.difference, digits, "+")
         return {
             "teacher": teacher_title(self.teacher),
             "checkpoint": self.run.label,
             "verdict": self.verdict,
             USED_BY: used(self.run, self.teacher),
             "best layer": str(self.best["layer"]),
-            "score": interval_text(self.best, digits),
-            "minus random weights": interval_text(self.difference, digits, "+"),
+            "score": score.replace(" ", "\u00a0"),
+            "minus random weights": minus.replace(" ", "\u00a0"),
             "layers above random": self.above,
             "probe": PROBES[self.probe],
             BITS_BY: where(self.run, self.teacher),

@@ -93,7 +93,7 @@
   });
 
   // Tables: sorting by any column; copying as CSV or LaTeX in the displayed order.
-  const text = (cell) => cell.innerText === undefined ? cell.textContent.trim() : (cell.querySelector("button") || cell).textContent.trim();
+  const text = (cell) => (cell.querySelector("button") || cell).textContent.trim().replaceAll("\u00a0", " ");
   const number = (string) => { const found = string.replaceAll("−", "-").match(/^[+-]?\d+(\.\d+)?/); return found ? Number(found[0]) : NaN; };
   const lines = (table) => all("tr", table).map((row) => all("th, td", row).map(text));
   const quoted = (cell) => /[",\n]/.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell;

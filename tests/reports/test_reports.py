@@ -20,6 +20,8 @@ from reports.theme import CEILING, LIGHT
 from tests.helpers.charts import Parsed
 from tests.helpers.report_runs import decode, make_run, pictures
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 def keep_one_curve(run, **names):
     """Drawing is slow, and every curve is drawn in the same way."""
