@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pandas as pd
 
 from analysis.evaluation.above_random import PairedScores, verdict
 from analysis.evaluation.registry import describe
 from analysis.evaluation.scores import ScoreKey
-from reports.curves import PROBES, teachers_of, with_positions
+from reports.curves import PROBES, teachers_of, with_panels, with_positions
 from reports.results import MEASURE, RunResults, best_layer, interval_text, metric_label, sign, teacher_title
 from reports.theme import CHECKPOINT
 from reports.use import NO_EVIDENCE, used, where
@@ -18,8 +17,6 @@ CODE_LENGTH = ("code_length", "strict")
 NOTHING = "no more than the mean target"
 UNKNOWN = "not compared with random weights"
 USED_BY, BITS_BY = "used by answers", "bits by tokens"
-MORE_COLUMNS = {USED_BY: used, BITS_BY: where}
-"""Further columns, shown where there are results: title → function of run and teacher."""
 
 
 @dataclass(frozen=True)
@@ -90,26 +87,22 @@ class Answer:
             return f"{text} Erasing it costs no more than a random subspace does: no evidence that the model uses it."
         return f"{text} Is it used by answers? {found[0].upper()}{found[1:]}." if found else text
 
-    def cells(self) -> list[str]:
-        """Returns the row of the table: teacher, checkpoint, verdict, layer, score, difference, layers, probe."""
+    def cells(self) -> dict[str, str]:
+        """Returns the row of the table: title of the column → text."""
         digits = describe(*self.measure).digits
-        return [
-            teacher_title(self.teacher),
-            self.run.label,
-            self.verdict,
-            str(self.best["layer"]),
-            interval_text(self.best, digits),
-            interval_text(self.difference, digits, "+").replace("-", "−"),
-            self.above,
-            PROBES[self.probe],
-        ]
-
-
-HEAD = [
-    *("teacher", "checkpoint", "verdict", "best layer", "score"),
-    *("minus random weights", "layers above random", "probe"),
-]
-ORDER = (*HEAD[:3], USED_BY, *HEAD[3:6], "probe", "layers above random", BITS_BY)
+        score, minus = interval_text(self.best, digits), interval_text(self.difference, digits, "+")
+        return {
+            "teacher": teacher_title(self.teacher),
+            "checkpoint": self.run.label,
+            "verdict": self.verdict,
+            USED_BY: used(self.run, self.teacher),
+            "best layer": str(self.best["layer"]),
+            "score": score.replace(" ", "\u00a0"),
+            "minus random weights": minus.replace(" ", "\u00a0"),
+            "layers above random": self.above,
+            "probe": PROBES[self.probe],
+            BITS_BY: where(self.run, self.teacher),
+        }
 
 
 def answers(runs: Sequence[RunResults]) -> list[Answer]:
@@ -165,14 +158,10 @@ def _difference(own: pd.Series, random: pd.Series, key: ScoreKey, paired: Paired
     return pd.Series(layers | {"value": own["value"] - random["value"], **ends, "n": min(own["n"], random["n"])})
 
 
-def answer_table(found: Sequence[Answer]) -> dict[str, Any]:
-    """Builds the table of answers, with the further columns that have results."""
-    columns = {title: [one.cells()[index] for one in found] for index, title in enumerate(HEAD)}
-    more = {title: [cell(one.run, one.teacher) for one in found] for title, cell in MORE_COLUMNS.items()}
-    columns |= {title: cells for title, cells in more.items() if any(cells)}
-    head = [title for title in ORDER if title in columns]
-    rows = [list(row) for row in zip(*(columns[title] for title in head), strict=True)]
-    return {"head": head, "rows": rows, "sentences": [one.sentence for one in found]}
+def answer_table(found: Sequence[Answer]) -> pd.DataFrame:
+    """Builds the table of answers, with the columns that have results."""
+    table = pd.DataFrame([one.cells() for one in found])
+    return table.loc[:, (table != "").any()]
 
 
 def random_frame(found: Sequence[Answer]) -> pd.DataFrame:
@@ -184,7 +173,7 @@ def random_frame(found: Sequence[Answer]) -> pd.DataFrame:
         for answer in found
         if len(answer.layers)
     ]
-    return with_positions(pd.concat(parts, ignore_index=True)) if parts else pd.DataFrame()
+    return with_positions(with_panels(pd.concat(parts, ignore_index=True))) if parts else pd.DataFrame()
 
 
 STATES = {

@@ -1,15 +1,14 @@
 """The chapter on benchmarks: accuracies, and representation quality against accuracy, after Fig. 2 of OLA-VLM."""
 
-import math
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -21,7 +20,7 @@ from probing.utils.errors import UserError
 from probing.utils.files import RESTORE_ADVICE, read_json
 from reports.charts import legend, scatter_chart
 from reports.curves import PROBES, panel_title
-from reports.figures import arrange, png_data_uri
+from reports.figures import add_legend, draw_panels
 from reports.results import (
     MEASURE,
     Results,
@@ -29,11 +28,12 @@ from reports.results import (
     interval_text,
     load_runs,
     metric_label,
-    read_results,
+    read_run,
     run_name,
     unique_labels,
 )
-from reports.theme import palette, style
+from reports.tables import difference_table
+from reports.theme import style
 
 MIDDLE = (0.25, 0.75)
 """Range of layers over which probe quality is averaged, as fractions of the depth."""
@@ -49,16 +49,11 @@ class BenchmarkResults(Results):
         """Returns the name of the benchmark."""
         return str(self.manifest["benchmark"])
 
-    def row(self, part: str, metric: str = ACCURACY) -> pd.Series | None:
-        """Returns the row of one part of the benchmark; None if there is none."""
-        r = self.results
-        rows = r[(r["variant"] == part) & (r["metric"] == metric)]
-        return rows.iloc[0] if len(rows) else None
-
     @property
-    def parts(self) -> list[str]:
-        """Returns the parts of the benchmark that have an accuracy, the overall one first."""
-        return list(dict.fromkeys(self.results.loc[self.results["metric"] == ACCURACY, "variant"]))
+    def accuracy(self) -> pd.Series | None:
+        """Returns the row of the overall accuracy; None if there is none."""
+        rows = self.rows(metric=ACCURACY, variant="")
+        return rows.iloc[0] if len(rows) else None
 
 
 def load_benchmarks(paths: Sequence[Path]) -> list[BenchmarkResults]:
@@ -71,14 +66,11 @@ def load_benchmarks(paths: Sequence[Path]) -> list[BenchmarkResults]:
     for folder, run in ((path, run) for path in paths for run in runs_in(path) or [path]):
         if not (run / "results.csv").exists():
             raise UserError(f"{run} has no results; repeat its probing bench command")
-        manifest = read_json(run / "manifest.json", RESTORE_ADVICE)
-        name = f"{folder.resolve().name}, {run.name}" if runs_in(folder) else manifest["checkpoint"]["name"]
-        loaded.append((name, run, read_results(run / "results.csv"), manifest))
-    labels = labels_by_benchmark([(name, run, manifest["benchmark"]) for name, run, _, manifest in loaded])
-    return [
-        BenchmarkResults(label, run, results, manifest, run)
-        for label, (_, run, results, manifest) in zip(labels, loaded, strict=True)
-    ]
+        values = read_run(run)
+        name = f"{folder.resolve().name}, {run.name}" if runs_in(folder) else run_name(run, values[2])
+        loaded.append((name, values))
+    labels = labels_by_benchmark([(name, values[0], values[2]["benchmark"]) for name, values in loaded])
+    return [BenchmarkResults(label, *values) for label, (_, values) in zip(labels, loaded, strict=True)]
 
 
 def run_labels(paths: Sequence[Path]) -> list[str]:
@@ -108,52 +100,35 @@ def _title(runs: Sequence[BenchmarkResults], benchmark: str) -> str:
     return title(benchmark, {run.manifest["data"]["questions"] for run in runs if run.benchmark == benchmark})
 
 
-def accuracy_table(runs: Sequence[BenchmarkResults], benchmark: str) -> dict[str, Any]:
-    """Builds the table of accuracies: a row per part, a column per checkpoint, and a column for chance."""
-    selected = [run for run in runs if run.benchmark == benchmark]
-    parts = list(dict.fromkeys(part for run in selected for part in run.parts))
-    table = {part: [run.row(part) for run in selected] for part in parts}
-    chances = {part: next((r["chance"] for r in row if r is not None), math.nan) for part, row in table.items()}
-    has_chance = not all(map(math.isnan, chances.values()))
-    rows = []
-    for part, accuracies in table.items():
-        chance = ["" if math.isnan(chances[part]) else f"{chances[part]:.3f}"] if has_chance else []
-        cells = ["" if row is None else f"{interval_text(row)}, n = {row['n']}" for row in accuracies]
-        rows.append([part_label(part), *cells, *chance])
-    head = ["part", *(run.label for run in selected), *(["chance"] if has_chance else [])]
-    return {"title": _title(runs, benchmark), "head": head, "rows": rows, "notes": _notes(selected)}
+def accuracy_table(runs: Sequence[BenchmarkResults]) -> pd.DataFrame:
+    """Builds the table of one benchmark: a row per part, a column per checkpoint, and a column for chance."""
+    accuracies = [run.results[run.results["metric"] == ACCURACY].set_index("variant") for run in runs]
+    columns = {
+        run.label: pd.Series({part: f"{interval_text(row)}, n = {row['n']}" for part, row in rows.iterrows()})
+        for run, rows in zip(runs, accuracies, strict=True)
+    }
+    chance = pd.concat([rows["chance"].dropna() for rows in accuracies]).groupby(level=0).first()
+    table = pd.concat(columns, axis=1).fillna("")
+    if len(chance):
+        table["chance"] = [f"{chance[part]:.3f}" if part in chance else "" for part in table.index]
+    return table.rename(index=part_label).rename_axis("part").reset_index()
 
 
-def answer_differences(differences: pd.DataFrame | None, benchmark: str) -> list[list[str]]:
-    """Builds the rows of the table of paired differences: pair, part, difference, questions."""
-    if differences is None:
-        return []
-    return [
-        [
-            f"{row['checkpoint']} − {row['reference']}",
-            part_label(row["variant"]),
-            interval_text(row, sign="+").replace("-", "−") + (f" · higher in {row['higher']}" if row["higher"] else ""),
-            str(row["n"]),
-        ]
-        for _, row in differences.iterrows()
-        if row["protocol"] == benchmark
-    ]
-
-
-def _notes(runs: Sequence[BenchmarkResults]) -> list[str]:
-    published, notes = BENCHMARKS[runs[0].benchmark], []
+def notes(runs: Sequence[BenchmarkResults]) -> list[str]:
+    """Lists the caveats of one benchmark's accuracies."""
+    published, found = BENCHMARKS[runs[0].benchmark], []
     if {run.manifest["data"]["questions"] for run in runs} != {published.size}:
         title = f"{published.title} as published, which has {published.size} questions"
-        notes.append(f"Not {title}: the accuracies are not comparable with published ones.")
+        found.append(f"Not {title}: the accuracies are not comparable with published ones.")
     for run in runs:
         unparsed, questions = run.manifest["unreadable"], run.manifest["data"]["questions"]
         if skipped := run.manifest.get("skipped"):
-            notes.append(f"{run.label}: {len(skipped)} questions are skipped because their images cannot be read.")
+            found.append(f"{run.label}: {len(skipped)} questions are skipped because their images cannot be read.")
         if unparsed:
-            notes.append(f"{run.label}: {unparsed} of {questions} answers could not be parsed and count as wrong.")
+            found.append(f"{run.label}: {unparsed} of {questions} answers could not be parsed and count as wrong.")
     if len({run.manifest["data"]["digest"] for run in runs}) > 1:
-        notes.append("The checkpoints answered different questions: their accuracies cannot be compared.")
-    return notes
+        found.append("The checkpoints answered different questions: their accuracies cannot be compared.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -217,23 +192,20 @@ def panels(probed: Sequence[RunResults], benchmarks: Sequence[BenchmarkResults])
     """
     result = []
     for benchmark in dict.fromkeys(run.benchmark for run in benchmarks):
-        answers: dict[str, BenchmarkResults] = {}
-        for run in benchmarks:
-            if run.benchmark == benchmark:
-                answers.setdefault(checkpoint_key(run.manifest), run)
-        joined = [(probes, answers[key]) for probes in probed if (key := checkpoint_key(probes.manifest)) in answers]
-        for probe in PROBES:
-            for teacher in dict.fromkeys(name for run in probed for name in run.teachers):
-                rows = []
-                for probes, answered in joined:
-                    quality, row = middle_layer_quality(probes, teacher, probe), answered.row("")
-                    if quality is not None and row is not None:
-                        point = {"checkpoint": probes.label, "layers": quality[1], "quality": quality[0]}
-                        rows.append(point | {name: float(row[name]) for name in ("value", "ci_low", "ci_high")})
-                if rows:
-                    points = pd.DataFrame(rows).rename(columns={"value": "accuracy"})
-                    name = _title(benchmarks, benchmark)
-                    result.append(Panel(benchmark, name, teacher, probe, points, _correlation(points)))
+        answers = {checkpoint_key(run.manifest): run for run in reversed(benchmarks) if run.benchmark == benchmark}
+        joined = [(run, answers[key]) for run in probed if (key := checkpoint_key(run.manifest)) in answers]
+        for probe, teacher in itertools.product(PROBES, dict.fromkeys(name for run in probed for name in run.teachers)):
+            points = []
+            for run, answered in joined:
+                quality, row = middle_layer_quality(run, teacher, probe), answered.accuracy
+                if quality is not None and row is not None:
+                    place = {"checkpoint": run.label, "layers": quality[1], "quality": quality[0]}
+                    points.append(
+                        place | {"accuracy": row["value"], "ci_low": row["ci_low"], "ci_high": row["ci_high"]}
+                    )
+            if points:
+                frame, name = pd.DataFrame(points), _title(benchmarks, benchmark)
+                result.append(Panel(benchmark, name, teacher, probe, frame, _correlation(frame)))
     return result
 
 
@@ -266,97 +238,70 @@ def quality_title(panel: Panel) -> str:
     return f"{name}: ρ = {panel.correlation.rho.value:+.2f}, {len(panel.points)} checkpoints"
 
 
-def quality_frame(panels: Sequence[Panel]) -> pd.DataFrame:
-    """Returns the points of panels, with the columns of `reports.charts.scatter_chart` and `panel`."""
-    return pd.concat(
-        panel.points.assign(panel=quality_title(panel)).rename(columns={"quality": "x", "accuracy": "value"})
-        for panel in panels
-    )
-
-
 def quality_plot(panels: Sequence[Panel], colours: Mapping[str, str], paper: bool = False) -> Figure:
     """Draws probe quality against accuracy: a point per checkpoint, a panel per teacher and probe."""
-    frame = quality_frame(panels)
-    names, columns = list(dict.fromkeys(frame["checkpoint"])), min(3, len(panels))
+    points = {quality_title(panel).replace(": ", "\n"): panel.points for panel in panels}
+
+    def draw(title: str, axes: Axes) -> None:
+        rows = points[title]
+        marks = [colours[name] for name in rows["checkpoint"]]
+        axes.scatter(rows["quality"], rows["accuracy"], s=15 if paper else 30, c=marks)
+        axes.vlines(rows["quality"], rows["ci_low"], rows["ci_high"], marks)
+
     with mpl.rc_context(style(paper)):
-        grid = sns.relplot(
-            frame, x="x", y="value", hue="checkpoint", hue_order=names, palette={name: colours[name] for name in names},
-            col="panel", col_wrap=columns, legend=False, s=15 if paper else 30, facet_kws={"sharex": False},
-        )  # fmt: skip
-        plt.close(grid.figure)
-        for title, axes in grid.axes_dict.items():
-            rows = frame[frame["panel"] == title]
-            axes.vlines(rows["x"], rows["ci_low"], rows["ci_high"], [colours[name] for name in rows["checkpoint"]])
-            axes.set_title(title.replace(": ", "\n"))
-        grid.set_axis_labels(QUALITY, f"accuracy, {panels[0].name}")
+        figure = draw_panels([*points], draw, 3, QUALITY, f"accuracy, {panels[0].name}", paper)
+        names = dict.fromkeys(name for rows in points.values() for name in rows["checkpoint"])
         dots = [Line2D([], [], color=colours[name], marker="o", linestyle="", label=name) for name in names]
-        arrange(grid.figure, dots, (-(-len(panels) // columns), columns), paper)
-    return grid.figure
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """The chapter on benchmarks.
-
-    Attributes:
-        runs: runs of `probing bench`.
-        panels: panels with a correlation, by benchmark.
-        points: all points of the panels; None without.
-        sentences: descriptions of the correlations.
-        differences: paired differences of accuracy, from `probing compare`.
-    """
-
-    runs: Sequence[BenchmarkResults]
-    panels: dict[str, list[Panel]]
-    points: pd.DataFrame | None
-    sentences: list[str]
-    differences: pd.DataFrame | None = None
-
-    def template_values(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns the variables of the template; `names` are all checkpoints of the page."""
-        return {
-            "benchmark_runs": self.runs,
-            "benchmark_tables": [
-                accuracy_table(self.runs, name) | {"differences": answer_differences(self.differences, name)}
-                for name in self.panels
-            ],
-            "benchmark_charts": [
-                scatter_chart(quality_frame([panel]), quality_title(panel), names, QUALITY, f"accuracy, {panel.name}")
-                for panels in self.panels.values()
-                for panel in panels
-            ],
-            "benchmark_static": self._static(names),
-            "benchmark_legend": legend(self.points, names=names) if self.points is not None else [],
-            "benchmark_sentences": self.sentences,
-        }
-
-    def _static(self, names: Sequence[str]) -> str:
-        """Draws the charts for readers without JavaScript."""
-        panels = [panel for panels in self.panels.values() for panel in panels]
-        return png_data_uri(quality_plot(panels, palette(names))) if panels else ""
+        add_legend(figure, dots)
+    return figure
 
 
 def chapter(
-    probed: Sequence[Path], benchmarks: Sequence[BenchmarkResults], differences: pd.DataFrame | None = None
-) -> Chapter:
-    """Joins runs with probes and runs of benchmarks by checkpoint.
+    probed: Sequence[Path],
+    benchmarks: Sequence[BenchmarkResults],
+    names: Sequence[str],
+    differences: pd.DataFrame | None = None,
+) -> dict[str, Any]:
+    """Joins runs with probes and runs of benchmarks by checkpoint, for the page.
 
     Args:
         probed: runs with probes, and folders of them.
         benchmarks: runs of `probing bench`.
+        names: all checkpoints of the page, in the order of their colours.
         differences: paired differences of accuracy, from `probing compare`.
+
+    Returns:
+        `labels` of the runs, `tables` by benchmark, `quality` (charts), `sentences` on correlations, and `panels`.
     """
-    evaluated = [run for path in probed for run in runs_in(path) or [path] if (run / "results.csv").exists()]
-    runs = load_runs(evaluated)
+    runs = load_runs([run for path in probed for run in runs_in(path) or [path] if (run / "results.csv").exists()])
     joined = panels(runs, benchmarks)
-    sentences = list(dict.fromkeys(panel.sentence for panel in joined)) + (
-        comparability_warnings(runs) if joined else []
-    )
+    sentences = [*dict.fromkeys(panel.sentence for panel in joined), *(comparability_warnings(runs) if joined else ())]
     if runs and not joined:
         sentences = ["No checkpoint has both probes and answers: no two runs have the same weights."]
-    points = [p.points.assign(benchmark=p.benchmark, teacher=p.teacher, probe=p.probe) for p in joined]
-    by_benchmark = {
-        name: [panel for panel in joined if panel.benchmark == name and panel.correlation is not None]
-        for name in dict.fromkeys(run.benchmark for run in benchmarks)
-    }
-    return Chapter(benchmarks, by_benchmark, pd.concat(points) if points else None, sentences, differences)
+    tables = []
+    for name in dict.fromkeys(run.benchmark for run in benchmarks):
+        selected = [run for run in benchmarks if run.benchmark == name]
+        rows = None if differences is None else differences[differences["protocol"] == name]
+        compared = None if rows is None or rows.empty else difference_table(rows)
+        tables.append(
+            {
+                "title": _title(selected, name),
+                "table": accuracy_table(selected),
+                "differences": compared,
+                "notes": notes(selected),
+            }
+        )
+    shown = [panel for panel in joined if panel.correlation is not None]
+    frames = [panel.points.rename(columns={"quality": "x", "accuracy": "value"}) for panel in shown]
+    charts = [
+        scatter_chart(frame, quality_title(panel), names, QUALITY, f"accuracy, {panel.name}")
+        for frame, panel in zip(frames, shown, strict=True)
+    ]
+    quality = {"charts": charts, "legend": legend(pd.concat(frames), names)} if charts else {}
+    labels = list(dict.fromkeys(run.label for run in benchmarks))
+    return {"labels": labels, "tables": tables, "quality": quality, "sentences": sentences, "panels": joined}
+
+
+def joined_points(panels: Sequence[Panel]) -> pd.DataFrame:
+    """Returns the points of all panels, for `quality_accuracy.csv`."""
+    return pd.concat(p.points.assign(benchmark=p.benchmark, teacher=p.teacher, probe=p.probe) for p in panels)

@@ -11,9 +11,10 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
-from reports.curves import DENSE, LAYER, PROBES, layer_ticks, panel_title
-from reports.results import FINAL, sort_teachers
-from reports.theme import CHECKPOINT, REFERENCES, dash
+from reports.curves import DENSE, LAYER, layer_ticks
+from reports.figures import line_plot, png_data_uri
+from reports.results import FINAL
+from reports.theme import REFERENCES, dash, palette
 
 HEIGHT = 260
 DIGITS = 6
@@ -28,25 +29,47 @@ def bundle() -> Markup:
     return Markup(vl_convert.javascript_bundle(vl_version=version))  # type: ignore[call-arg]
 
 
+def chart_group(
+    frame: pd.DataFrame,
+    names: Sequence[str],
+    ylabel: str = "",
+    zero: bool = False,
+    static: pd.DataFrame | None = None,
+    **texts: Any,
+) -> dict[str, Any]:
+    """Draws a chart per panel, with one legend.
+
+    Args:
+        frame: rows of `reports.curves`.
+        names: all checkpoints of the page, in the order of their colours.
+        ylabel: label of the vertical axes.
+        zero: whether to draw a line at zero.
+        static: rows of a figure for print and for readers without JavaScript.
+        texts: further values for the template, such as `title` and `text`.
+    """
+    drawn = static is not None and len(static)
+    panels = frame.groupby("panel", sort=False)
+    return texts | {
+        "charts": [line_chart(rows, str(panel), names, ylabel, zero) for panel, rows in panels],
+        "legend": legend(frame, names),
+        "static": png_data_uri(line_plot(static, ylabel, palette(names), zero=zero)) if drawn else "",
+    }  # fmt: skip
+
+
 def line_chart(
-    frame: pd.DataFrame, title: str, names: Sequence[str], ylabel: str = "", xlabel: str = LAYER, zero: bool = False
+    frame: pd.DataFrame, title: str, names: Sequence[str], ylabel: str = "", zero: bool = False
 ) -> dict[str, Any]:
     """Draws one panel: lines with bands, values at the pointer, zoom, and names that the page's legend hides.
 
-    Args:
-        frame: rows of `reports.curves` of one panel; with a column `reference`, the page selects one.
-        title: title of the chart.
-        names: all checkpoints of the page, in the order of their colours.
-        ylabel: label of the vertical axis.
-        xlabel: label of the horizontal axis.
-        zero: whether to draw a line at zero.
+    With a column `reference`, the page selects one.
     """
     ticks, ends = tuple(layer_ticks(frame)), (int(frame["x"].min()), int(frame["x"].max()))
     columns = ["x", "layer", "checkpoint", "control", *NUMBERS, "n"] + ["reference"] * ("reference" in frame)
-    template = _lines(
-        ticks, ends, tuple(dict.fromkeys(frame["control"])), tuple(names), ylabel, xlabel, zero, "reference" in frame
+    controls = tuple(dict.fromkeys(frame["control"]))
+    template = _lines(ticks, ends, controls, tuple(names), ylabel, zero, "reference" in frame)
+    return (
+        template | _data(frame[columns]) | {"title": title, "description": f"{title}; its values are in a table below"}
     )
-    return template | _data(frame[columns]) | {"title": title, "description": describe_lines(frame, title)}
 
 
 @functools.cache
@@ -56,12 +79,11 @@ def _lines(
     controls: tuple[str, ...],
     names: tuple[str, ...],
     ylabel: str,
-    xlabel: str,
     zero: bool,
     referenced: bool,
 ) -> dict[str, Any]:
     """Specifies lines without data; cached, because Altair takes a tenth of a second and most panels are alike."""
-    axis: dict[str, Any] = {"values": [x for x, _ in ticks], "title": xlabel, "grid": False, "format": "d"}
+    axis: dict[str, Any] = {"values": [x for x, _ in ticks], "title": LAYER, "grid": False, "format": "d"}
     if named := {str(x): layer for x, layer in ticks if layer != str(x)}:
         axis["labelExpr"] = f"({json.dumps(named)})[datum.value] || datum.label"
     shown = "indexof(hidden, datum.checkpoint) < 0 && indexof(hidden, datum.control) < 0"
@@ -72,7 +94,7 @@ def _lines(
     tooltip = [
         "checkpoint:N",
         "control:N",
-        alt.Tooltip("layer:N", title="words" if xlabel == "words" else "layer"),
+        "layer:N",
         alt.Tooltip("value:Q", format=".4~f"),
         alt.Tooltip("ci_low:Q", title="95 % from", format=".4~f"),
         alt.Tooltip("ci_high:Q", title="95 % to", format=".4~f"),
@@ -108,51 +130,29 @@ def _lines(
 
 def scatter_chart(frame: pd.DataFrame, title: str, names: Sequence[str], xlabel: str, ylabel: str) -> dict[str, Any]:
     """Draws points with vertical intervals: columns checkpoint, x, value, ci_low, ci_high."""
-    colour = _colour(names)
-    x = alt.X("x:Q", title=xlabel, scale=alt.Scale(zero=False))
-    data = alt.Chart().transform_filter("indexof(hidden, datum.checkpoint) < 0")
     tooltip = ["checkpoint:N", *(alt.Tooltip(f"{name}:Q", format=".4~f") for name in ("x", *NUMBERS))]
     y = alt.Y("value:Q", title=ylabel, scale=alt.Scale(zero=False))
-    chart = alt.layer(
-        data.mark_rule().encode(x=x, y=alt.Y("ci_low:Q"), y2="ci_high:Q", color=colour),
-        data.mark_point(filled=True, size=60, opacity=1)
-        .encode(x=x, y=y, color=colour, tooltip=tooltip)
-        .add_params(_zoom()),
-        data=alt.NamedData("rows"),
-    ).add_params(alt.param("hidden", value=[]))
-    points = "; ".join(f"{r['checkpoint']}: {r['x']:.3f}, {r['value']:.3f}" for _, r in frame.iterrows())
-    text = {"title": title, "description": f"{title}. {points}"}
+    chart = (
+        alt.layer(
+            alt.Chart().mark_rule().encode(y=alt.Y("ci_low:Q"), y2="ci_high:Q"),
+            alt.Chart().mark_point(filled=True, size=60, opacity=1).encode(y=y, tooltip=tooltip).add_params(_zoom()),
+            data=alt.NamedData("rows"),
+        )
+        .encode(x=alt.X("x:Q", title=xlabel, scale=alt.Scale(zero=False)), color=_colour(names))
+        .transform_filter("indexof(hidden, datum.checkpoint) < 0")
+        .add_params(alt.param("hidden", value=[]))
+    )
+    text = {"title": title, "description": f"{title}; its values are in a table below"}
     return _specification(chart) | _data(frame[["checkpoint", "x", *NUMBERS]]) | text
 
 
-def panel_charts(frame: pd.DataFrame, names: Sequence[str], ylabel: str, zero: bool = False) -> list[dict[str, Any]]:
-    """Draws a chart per teacher and probe, the probes in rows."""
-    pairs = [(teacher, probe) for probe in PROBES for teacher in sort_teachers(frame["teacher"])]
-    parts = [(pair, frame[(frame["teacher"] == pair[0]) & (frame["probe"] == pair[1])]) for pair in pairs]
-    return [line_chart(part, panel_title(*pair), names, ylabel, zero=zero) for pair, part in parts if len(part)]
-
-
-def legend(*frames: pd.DataFrame, names: Sequence[str]) -> list[dict[str, Any]]:
+def legend(frame: pd.DataFrame, names: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the entries of a legend: name, colour index (-1 without), and dashes."""
-    order = [*names, *REFERENCES]
-    checkpoints = {name for frame in frames for name in frame["checkpoint"]}
-    controls = list(dict.fromkeys(name for frame in frames if "control" in frame for name in frame["control"]))
-    entries: list[dict[str, Any]] = [
-        {"name": name, "colour": order.index(name), "dash": ""} for name in order if name in checkpoints
-    ]
+    order, checkpoints = [*names, *REFERENCES], set(frame["checkpoint"])
+    controls = dict.fromkeys(frame["control"]) if "control" in frame else ()
+    entries = [{"name": name, "colour": rank, "dash": ""} for rank, name in enumerate(order) if name in checkpoints]
     dashed = [{"name": name, "colour": -1, "dash": " ".join(str(2 * x) for x in dash(name))} for name in controls]
     return entries + (dashed if len(controls) > 1 else [])
-
-
-def describe_lines(frame: pd.DataFrame, title: str) -> str:
-    """Describes a chart for screen readers: ends and extremes of every checkpoint's line."""
-    sentences = [f"{title}."]
-    own = frame[(frame["control"] == CHECKPOINT) & ~frame["checkpoint"].isin(REFERENCES) & frame["value"].notna()]
-    for name, line in own.groupby("checkpoint", sort=False):
-        ends = [line.iloc[0], line.iloc[-1], line.loc[line["value"].idxmin()], line.loc[line["value"].idxmax()]]
-        first, last, low, high = (f"{row['value']:.3f} at {row['layer']}" for row in ends)
-        sentences.append(f"{name}: from {first} to {last}, lowest {low}, highest {high}.")
-    return " ".join(sentences)
 
 
 def _colour(names: Sequence[str]) -> alt.Color:
@@ -168,6 +168,8 @@ def _zoom() -> alt.Parameter:
 def _data(frame: pd.DataFrame) -> dict[str, Any]:
     """Returns rows as CSV, a third of the size of JSON."""
     frame = frame.assign(**{name: frame[name].map(_rounded) for name in NUMBERS})
+    if "n" in frame:
+        frame = frame.astype({"n": "Int64"})
     types = {name: "number" if name in (*NUMBERS, "x", "n") else "string" for name in frame}
     return {"data": {"values": frame.to_csv(index=False), "format": {"type": "csv", "parse": types}}}
 
@@ -176,9 +178,9 @@ def _rounded(value: float) -> str:
     return f"{value:.{DIGITS}g}" if math.isfinite(value) else ""
 
 
-def _specification(chart: alt.LayerChart | alt.FacetChart) -> dict[str, Any]:
+def _specification(chart: alt.LayerChart) -> dict[str, Any]:
     """Returns the specification without settings, which the page has once for each theme."""
     sized = chart.properties(
         width="container", height=HEIGHT, autosize=alt.AutoSizeParams(type="fit", contains="padding")
     )
-    return {key: value for key, value in sized.to_dict().items() if key != "config"}
+    return {key: value for key, value in sized.to_dict(validate=False).items() if key != "config"}

@@ -1,15 +1,25 @@
 """Tables of what charts show: a row per point, for figures and page alike.
 
-Columns: `panel` (title of the chart) or `teacher` and `probe`; `checkpoint` and `control`, which determine colour and
-dash; `layer`, its position `x`, `value`, `ci_low`, `ci_high` and `n`.
+Columns: `panel`, the title of the chart; `checkpoint` and `control`, which determine colour and dash; `layer`, its
+position `x`, `value`, `ci_low`, `ci_high` and `n`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from analysis.evaluation.registry import describe
-from reports.results import AVERAGE, CURVE, FINAL, RunResults, layer_rank, sort_measures, sort_teachers, teacher_title
+from reports.results import (
+    AVERAGE,
+    FINAL,
+    MEASURE,
+    Results,
+    RunResults,
+    layer_rank,
+    sort_measures,
+    sort_teachers,
+    teacher_title,
+)
 from reports.theme import CEILING, CHECKPOINT, CONTROLS, MEAN
 
 PROBES = {"resampler": "Perceiver resampler", "ridge": "ridge readout"}
@@ -17,6 +27,8 @@ MOST_TICKS = 9
 DENSE = 16
 """With more layers than this, points would hide the dashes of their lines."""
 LAYER = "LLM layer (0 = projector output)"
+LEVELS = {MEAN: ("constant", "mean"), CEILING: ("target", "teacher")}
+"""Flat lines of charts: name → probe and control in `results.csv`."""
 
 
 def panel_title(teacher: str, probe: str) -> str:
@@ -30,10 +42,25 @@ def position(layer: str, deepest: int) -> int:
 
 
 def with_positions(frame: pd.DataFrame) -> pd.DataFrame:
-    """Adds the column `x`, and sorts by it."""
+    """Adds the column `x`."""
     deepest = max((int(layer) for layer in frame["layer"] if layer.isdecimal()), default=0)
-    placed = frame.assign(x=[position(layer, deepest) for layer in frame["layer"]])
-    return placed.sort_values("x", kind="stable", ignore_index=True)
+    return frame.assign(x=[position(layer, deepest) for layer in frame["layer"]])
+
+
+def with_panels(frame: pd.DataFrame) -> pd.DataFrame:
+    """Adds the column `panel`, teacher and probe, and sorts by it: the teachers of a probe after each other."""
+    order = {name: rank for rank, name in enumerate([*PROBES, *sort_teachers(frame["teacher"])])}
+    frame = frame.sort_values(["probe", "teacher"], key=lambda names: names.map(order), kind="stable")
+    return frame.assign(panel=[panel_title(*pair) for pair in zip(frame["teacher"], frame["probe"], strict=True)])
+
+
+def stack(runs: Sequence[Results], controls: Mapping[str, str], **values: str) -> pd.DataFrame:
+    """Selects rows of layers from every run, with the controls' names in charts, in their order."""
+    parts = [run.rows(**values).assign(checkpoint=run.label) for run in runs]
+    rows = pd.concat(parts, ignore_index=True)
+    rows = rows[(rows["layer"] != AVERAGE) & rows["control"].isin(controls)]
+    rows = rows.sort_values("control", key=lambda names: names.map([*controls].index), kind="stable")
+    return rows.assign(control=rows["control"].map(controls))
 
 
 def layer_ticks(frame: pd.DataFrame) -> list[tuple[int, str]]:
@@ -52,41 +79,30 @@ def teachers_of(runs: Sequence[RunResults], metric: str, protocol: str) -> list[
 
 
 def layer_frame(runs: Sequence[RunResults], metric: str, protocol: str) -> pd.DataFrame:
-    """Returns a metric by layer of every checkpoint and control, with mean target and teacher as flat lines."""
-    parts = []
-    for teacher in teachers_of(runs, metric, protocol):
-        levels = {MEAN: "mean_target_score", CEILING: "teacher_score"}
-        found = {
-            name: [getattr(run, score)(teacher, metric, protocol) for run in runs] for name, score in levels.items()
-        }
-        for probe in PROBES:
-            lines = [
-                run.curve(teacher, probe, control, metric, protocol).assign(checkpoint=run.label, control=name)
-                for control, name in CONTROLS.items()
-                for run in runs
-            ]
-            lines = [line for line in lines if len(line)]
-            layers = pd.DataFrame({"layer": list(dict.fromkeys(layer for line in lines for layer in line["layer"]))})
-            for name, values in found.items():
-                level = next((value for value in values if value is not None), None)
-                if level is not None and lines:  # of the first run that has it
-                    lines.append(layers.assign(value=level, checkpoint=name, control=CHECKPOINT))
-            parts += [line.assign(teacher=teacher, probe=probe) for line in lines]
-    return with_positions(_joined(parts))
+    """Returns a metric by layer of every checkpoint and control, with mean target and teacher as flat lines.
+
+    Layers without a finite score have an empty value.
+    """
+    rows = stack(runs, CONTROLS, metric=metric, protocol=protocol, variant="")
+    rows = rows[rows["probe"].isin(PROBES)]
+    finite = rows.groupby(["checkpoint", "teacher", "probe", "control"])["value"].transform("count")
+    parts = [rows[finite > 0]]
+    places = parts[0][["teacher", "probe", "layer"]].drop_duplicates()
+    for name, (probe, control) in LEVELS.items():
+        values = {}
+        for teacher in places["teacher"].unique():
+            found = [run.row(teacher, probe, control, metric, protocol) for run in runs]
+            values[teacher] = next((row["value"] for row in found if row is not None), None)  # of the first that has it
+        level = places.assign(value=places["teacher"].map(values), checkpoint=name, control=CHECKPOINT)
+        parts.append(level[level["value"].notna()])
+    return with_positions(with_panels(pd.concat(parts, ignore_index=True)))
 
 
 def difference_frame(differences: pd.DataFrame, metric: str, protocol: str) -> pd.DataFrame:
     """Returns paired differences by layer, with the column `reference`."""
     d = differences[(differences["metric"] == metric) & (differences["protocol"] == protocol)]
-    return with_positions(
-        d[(d["layer"] != AVERAGE) & d["probe"].isin(PROBES) & d["value"].notna()].assign(control=CHECKPOINT)
-    )
-
-
-def _joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    parts = list(parts)
-    empty = pd.DataFrame(columns=[*CURVE, "teacher", "probe", "checkpoint", "control"])
-    return pd.concat(parts, ignore_index=True) if parts else empty
+    d = d[(d["layer"] != AVERAGE) & d["probe"].isin(PROBES) & d["value"].notna()]
+    return with_positions(with_panels(d.assign(control=CHECKPOINT)))
 
 
 def direction(metric: str, text: str = ", lower is better") -> str:
@@ -118,8 +134,8 @@ def differences_from(differences: pd.DataFrame, reference: str) -> pd.DataFrame:
     return pd.concat([negated, direct], ignore_index=True)
 
 
-def compared_metrics(differences: pd.DataFrame, first: tuple[str, str]) -> list[tuple[str, str]]:
-    """Returns metric and protocol of all differences of probes, `first` before the others."""
+def compared_metrics(differences: pd.DataFrame) -> list[tuple[str, str]]:
+    """Returns metric and protocol of all differences of probes, the headline before the others."""
     probed = differences[differences["probe"] != ""]
     metrics = sort_measures(zip(probed["metric"], probed["protocol"], strict=True))
-    return sorted(metrics, key=lambda metric: metric != first)
+    return sorted(metrics, key=lambda metric: metric != MEASURE)

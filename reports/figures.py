@@ -2,12 +2,11 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -27,10 +26,9 @@ from reports.curves import (
     direction,
     layer_frame,
     layer_ticks,
-    panel_title,
     references,
 )
-from reports.results import FINAL, MEASURE, RunResults, layer_rank, metric_label, sign, sort_teachers, teacher_title
+from reports.results import FINAL, RunResults, layer_rank, metric_label, sign, sort_teachers, teacher_title
 from reports.theme import CEILING, DOUBLE, REFERENCES, SINGLE, dash, palette, style
 
 Style = Literal["screen", "paper"]
@@ -48,7 +46,7 @@ def line_plot(
     """Draws lines with confidence bands: a panel per value of the column `panel`, at most three in a row.
 
     Args:
-        frame: rows of `reports.curves`; without `panel`, a column of panels per teacher and a row per probe.
+        frame: rows of `reports.curves`; with a column `teacher`, a column of panels per teacher.
         ylabel: label of the vertical axes.
         colours: by checkpoint; by default in the order of the frame.
         paper: whether to use the sizes of a paper.
@@ -57,41 +55,52 @@ def line_plot(
     """
     checkpoints, controls = (list(dict.fromkeys(frame[name])) for name in ("checkpoint", "control"))
     colours = colours or palette([name for name in checkpoints if name not in REFERENCES])
-    if "panel" not in frame:
-        titles = [panel_title(*pair) for pair in zip(frame["teacher"], frame["probe"], strict=True)]
-        frame = frame.assign(panel=titles)
-        columns = frame["teacher"].nunique()
-        order = [panel_title(t, p) for p in PROBES for t in sort_teachers(frame["teacher"])]
-    else:
-        columns, order = 3, list(dict.fromkeys(frame["panel"]))
-    panels = [name for name in order if name in set(frame["panel"])]
-    columns = min(columns if columns > 1 else 2, len(panels))
-    ticks = layer_ticks(frame)
     frame, dot = frame.assign(segment=frame["layer"] == FINAL), "o" if frame["x"].max() <= DENSE else ""
-    with mpl.rc_context(style(paper)):
-        grid = sns.relplot(
-            frame, x="x", y="value", kind="line", errorbar=None, estimator=None, units="segment", legend=False,
+    positions, labels = zip(*layer_ticks(frame), strict=True)
+
+    def draw(panel: str, axes: Axes) -> None:
+        rows = frame[frame["panel"] == panel]
+        sns.lineplot(
+            rows, x="x", y="value", ax=axes, errorbar=None, estimator=None, units="segment", legend=False,
             hue="checkpoint", hue_order=checkpoints, palette={name: colours[name] for name in checkpoints},
             style="control", style_order=controls, dashes={name: dash(name) or "" for name in controls},
-            col="panel", col_order=panels, col_wrap=columns, facet_kws={"sharey": False},
             marker=dot, markeredgewidth=0,
         )  # fmt: skip
-        plt.close(grid.figure)  # it belongs to the caller, not to pyplot
-        for panel, axes in grid.axes_dict.items():
-            _draw_bands(axes, frame[frame["panel"] == panel], colours)
-            axes.set_title(panel)
-            if zero:
-                axes.axhline(0, color="#333333", linewidth=0.8, zorder=1)
-        positions, labels = zip(*ticks, strict=True)
-        grid.set(xticks=positions)
-        grid.set_xticklabels(labels)
-        grid.set_axis_labels(xlabel, ylabel)
+        _draw_bands(axes, rows, colours)
+        axes.set_xticks(positions, labels)
+        if zero:
+            axes.axhline(0, color="#333333", linewidth=0.8, zorder=1)
+
+    with mpl.rc_context(style(paper)):
+        columns = max(frame["teacher"].nunique(), 2) if "teacher" in frame else 3
+        figure = draw_panels(list(dict.fromkeys(frame["panel"])), draw, columns, xlabel, ylabel, paper)
         handles = [Line2D([], [], color=colours[name], marker=dot, label=name) for name in checkpoints]
         if len(controls) > 1:
             ink = REFERENCES[CEILING][0]
             handles += [Line2D([], [], color=ink, dashes=dash(name) or (None, None), label=name) for name in controls]
-        arrange(grid.figure, handles, (-(-len(panels) // columns), columns), paper)
-    return grid.figure
+        add_legend(figure, handles)
+    return figure
+
+
+def draw_panels(
+    titles: Sequence[str],
+    draw: Callable[[str, Axes], None],
+    columns: int,
+    xlabel: str,
+    ylabel: str,
+    paper: bool = False,
+) -> Figure:
+    """Draws titled panels and labels the outer axes; seaborn's grids are slow, as they compute layouts in between."""
+    columns = min(columns, len(titles))
+    rows = -(-len(titles) // columns)
+    width, height = ((SINGLE if columns == 1 else DOUBLE), 1.7) if paper else (3.4 * columns, 2.6)
+    figure = Figure(figsize=(width, height * rows + 0.1), layout="constrained")
+    for number, title in enumerate(titles):
+        axes = figure.add_subplot(rows, columns, number + 1, title=title)
+        draw(title, axes)
+        axes.set_xlabel(xlabel if number + columns >= len(titles) else "")
+        axes.set_ylabel(ylabel if number % columns == 0 else "")
+    return figure
 
 
 def _draw_bands(axes: Axes, rows: pd.DataFrame, colours: Mapping[str, str]) -> None:
@@ -106,16 +115,15 @@ def _draw_bands(axes: Axes, rows: pd.DataFrame, colours: Mapping[str, str]) -> N
             axes.fill_between(x, low, high, color=colours[checkpoint], alpha=0.15, linewidth=0)
 
 
-def arrange(figure: Figure, handles: Sequence[Line2D], shape: tuple[int, int], paper: bool) -> None:
-    """Sets the size of a grid of panels, with one legend below them."""
-    rows, columns = shape
-    width = (SINGLE if columns == 1 else DOUBLE) if paper else 3.4 * columns
+def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Adds a legend below the panels, in as many columns as fit, and the space for it."""
+    if len(handles) < 2:
+        return
+    width, height = figure.get_size_inches()
     letters = width * 72 / (0.55 * mpl.rcParams["font.size"])
     ncols = max(1, min(len(handles), int(letters / (max(len(str(x.get_label())) for x in handles) + 8))))
-    figure.set_layout_engine("constrained")
-    figure.set_size_inches(width, (1.7 if paper else 2.6) * rows + 0.2 * -(-len(handles) // ncols) + 0.1)
-    if len(handles) > 1:
-        figure.legend(handles=[*handles], loc="outside lower center", ncols=ncols, frameon=False)
+    figure.set_size_inches(width, height + 0.2 * -(-len(handles) // ncols))
+    figure.legend(handles=[*handles], loc="outside lower center", ncols=ncols, frameon=False)
 
 
 def layer_plot(
@@ -136,24 +144,25 @@ def layer_plot(
     return line_plot(frame, metric_label(metric, protocol) + direction(metric), colours, paper)
 
 
-def heat_map(run: RunResults, probe: str = "ridge", paper: bool = False) -> Figure:
-    """Draws layers × metrics for one probe: each row is scaled from its worst layer to its best."""
+def heat_map(run: RunResults, probe: str = "ridge", paper: bool = False) -> Figure | None:
+    """Draws layers × metrics for one probe, each row scaled from its worst layer to its best; None without layers."""
     rows: dict[str, pd.Series] = {}
     for metric, protocol in run.measures:
         for teacher in run.teachers_of(metric, protocol):
             curve = run.curve(teacher, probe, "none", metric, protocol).set_index("layer")["value"]
             if len(curve) > 1:
                 rows[f"{teacher_title(teacher)}: {metric_label(metric, protocol)}"] = curve * sign(metric)
+    if not rows:
+        return None
     table = pd.DataFrame(rows).T
     table = table[sorted(table.columns, key=layer_rank)]
-    span = (table.max(axis=1) - table.min(axis=1)).replace(0, 1)
+    low, span = table.min(axis=1), (table.max(axis=1) - table.min(axis=1)).replace(0, 1)
+    width, height, margin = (DOUBLE, 0.2, 0.9) if paper else (9, 0.3, 1.2)
     with mpl.rc_context(style(paper)):
-        figure = Figure(
-            figsize=(DOUBLE, 0.2 * len(table) + 0.9) if paper else (9, 0.3 * len(table) + 1.2), layout="constrained"
-        )
+        figure = Figure(figsize=(width, height * len(table) + margin), layout="constrained")
         axes = figure.subplots()
-        scaled = table.sub(table.min(axis=1), axis=0).div(span, axis=0)
         bar = {"label": "from the worst to the best layer", "ticks": [0, 1]}
+        scaled = table.sub(low, axis=0).div(span, axis=0)
         sns.heatmap(scaled, ax=axes, cmap="cividis", vmin=0, vmax=1, linewidths=0.5, cbar_kws=bar)
         axes.set(xlabel=LAYER, title=f"{run.label}, {PROBES[probe]}")
         axes.tick_params(axis="y", rotation=0)
@@ -163,33 +172,26 @@ def heat_map(run: RunResults, probe: str = "ridge", paper: bool = False) -> Figu
 
 def learning_plot(run: RunResults) -> Figure:
     """Draws the training loss of every layer's probe, smoothed over a fortieth of the steps."""
-    parts = []
-    curves = run.curves[run.curves["control"] == "none"]
-    for (teacher, layer, seed), curve in curves.groupby(["teacher", "layer", "seed"]):
-        ordered = curve.sort_values("step")
-        window = max(len(ordered) // 40, 1)
-        smooth = ordered["loss"].rolling(window, center=True, min_periods=1).mean()
-        thin = max(window, len(ordered) // 200)  # more points are invisible
-        depth = run.depth + 1 if layer == FINAL else int(layer)
-        rows = {
-            "step": ordered["step"],
-            "loss": smooth,
-            "teacher": teacher_title(teacher),
-            "layer": depth,
-            "seed": seed,
-        }
-        parts.append(pd.DataFrame(rows).iloc[::thin])
-    frame = pd.concat(parts)
+    curves = run.curves[run.curves["control"] == "none"].sort_values("step")
+    depth = curves["layer"].map(lambda layer: run.depth + 1 if layer == FINAL else int(layer))
+    groups = curves.assign(layer=depth).groupby(["teacher", "layer", "seed"])
+    steps = len(curves) // max(len(groups), 1)
+    window, thin = max(steps // 40, 1), max(steps // 40, steps // 200, 1)  # more points are invisible
+    frame = groups.rolling(window, on="step", center=True, min_periods=1)["loss"].mean().reset_index()
+    frame = frame[frame.groupby(["teacher", "layer", "seed"]).cumcount() % thin == 0]
+    frame["teacher"] = frame["teacher"].map(teacher_title)
     titles = [teacher_title(name) for name in sort_teachers(curves["teacher"])]
-    with mpl.rc_context(style() | {"lines.linewidth": 1}):
-        grid = sns.relplot(
-            frame, x="step", y="loss", hue="layer", palette="viridis", units="seed", estimator=None, kind="line",
-            col="teacher", col_order=titles, height=2.8, aspect=1.2, facet_kws={"sharey": False},
+
+    def draw(title: str, axes: Axes) -> None:
+        sns.lineplot(
+            frame[frame["teacher"] == title], x="step", y="loss", hue="layer", palette="viridis", units="seed",
+            estimator=None, ax=axes, legend="brief" if title == titles[-1] else False,
         )  # fmt: skip
-        plt.close(grid.figure)
-        grid.set_titles("{col_name}", loc="left")
-        grid.set_axis_labels("optimiser step", "training loss (smooth L1)")
-    return grid.figure
+        if title == titles[-1]:
+            sns.move_legend(axes, "center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+    with mpl.rc_context(style() | {"lines.linewidth": 1}):
+        return draw_panels(titles, draw, 3, "optimiser step", "training loss (smooth L1)")
 
 
 def slug(text: str) -> str:
@@ -222,11 +224,6 @@ def png_data_uri(figure: Figure, dpi: int = 110) -> str:
     return "data:image/png;base64," + base64.b64encode(small.getvalue()).decode()
 
 
-def runs_with_metric(runs: Sequence[RunResults], metric: str, protocol: str) -> list[RunResults]:
-    """Returns the runs that have a metric."""
-    return [run for run in runs if (metric, protocol) in run.measures]
-
-
 def write_curves(runs: Sequence[RunResults], out: Path, kind: Style, colours: Mapping[str, str]) -> None:
     """Writes the curves of every metric and a heat map of each run; for a paper also every panel, one column wide."""
     paper = kind == "paper"
@@ -239,20 +236,19 @@ def write_curves(runs: Sequence[RunResults], out: Path, kind: Style, colours: Ma
         for (teacher, probe), panel in frame.groupby(["teacher", "probe"]) if paper else ():
             save_figure(line_plot(panel, ylabel, colours, paper), out, f"{stem}_{teacher}_{probe}", kind)
     for run in runs:
-        suffix = "" if len(runs) == 1 else f"_{run.label}"
         for probe in PROBES:
-            if sum(len(run.curve(t, probe, "none", *m)) > 1 for m in run.measures for t in run.teachers_of(*m)):
-                save_figure(heat_map(run, probe, paper), out, f"heatmap_{probe}{suffix}", kind)
+            if figure := heat_map(run, probe, paper):
+                save_figure(figure, out, f"heatmap_{probe}" + (f"_{run.label}" if len(runs) > 1 else ""), kind)
 
 
 def write_differences(differences: pd.DataFrame, out: Path, kind: Style, colours: Mapping[str, str]) -> None:
     """Writes the paired differences from the first checkpoint."""
-    first = differences_from(differences, references(differences)[0]) if len(differences) else differences
-    for metric, protocol in compared_metrics(first, MEASURE):
-        frame = difference_frame(first, metric, protocol)
+    reference = references(differences)[0] if len(differences) else ""
+    for metric, protocol in compared_metrics(differences):
+        frame = difference_frame(differences_from(differences, reference), metric, protocol)
         if len(frame):
-            ylabel = f"difference from {first['reference'].iloc[0]}"
-            drawn = line_plot(
-                frame, ylabel + direction(metric).replace(" ", "\n", 1), colours, kind == "paper", zero=True
-            )
-            save_figure(drawn, out, f"differences_{metric}_{protocol}", kind)
+            ylabel = f"difference from {reference}" + direction(metric).replace(" ", "\n", 1)
+            save_figure(
+                line_plot(frame, ylabel, colours, kind == "paper", zero=True),
+                out, f"differences_{metric}_{protocol}", kind,
+            )  # fmt: skip

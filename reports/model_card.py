@@ -11,7 +11,7 @@ from probing.utils.paths import ELSEWHERE
 from reports.answer import answers, convergence
 from reports.curves import PROBES
 from reports.figures import layer_plot
-from reports.results import RunResults, best_layer, interval_text, load_runs, metric_label, teacher_title
+from reports.results import AVERAGE, RunResults, best_layer, interval_text, load_runs, metric_label, teacher_title
 
 TAGS = ("probing", "interpretability", "multimodal", "vision-language-model")
 FIGURE = "figures/layers.png"
@@ -90,7 +90,7 @@ def _rows(run: RunResults, metric: str, protocol: str) -> Iterator[list[str]]:
                 _escaped(metric_label(metric, protocol)),
                 str(best["layer"]),
                 interval_text(best, digits),
-                interval_text(run.average(teacher, probe, "none", metric, protocol), digits),
+                interval_text(run.row(teacher, probe, "none", metric, protocol, AVERAGE), digits),
                 interval_text(None if random.empty else best_layer(random, metric), digits),
                 "" if mean_target is None else f"{mean_target:.3f}",
                 str(int(best["n"])),

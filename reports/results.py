@@ -1,6 +1,6 @@
 """Reads the results, learning curves and manifest of runs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,8 @@ FINAL = "final"
 """In the column `layer`: the state after the final norm."""
 MEASURE = ("cosine_centred", "strict")
 """Metric and protocol that are shown first."""
-CURVE = ["layer", "value", "ci_low", "ci_high", "n"]
-"""Columns of one curve."""
+SERIES = ["teacher", "probe", "control", "metric", "protocol", "variant"]
+"""Columns of `results.csv` that tell one curve from another."""
 
 
 def sort_teachers(teachers: Iterable[str]) -> list[str]:
@@ -61,14 +61,14 @@ def best_layer(curve: pd.DataFrame, metric: str) -> pd.Series:
     return curve.loc[(sign(metric) * curve["value"]).idxmax()]
 
 
-def interval_text(row: pd.Series | None, digits: int = 3, sign: str = "") -> str:
+def interval_text(row: pd.Series | Mapping[str, Any] | None, digits: int = 3, sign: str = "") -> str:
     """Formats value and interval of a row; empty without a row."""
     if row is None:
         return ""
     if not row["n"]:
         return "no finite score"
     value, low, high = (f"{row[name]:{sign}.{digits}f}" for name in ("value", "ci_low", "ci_high"))
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]".replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,25 @@ class Results:
     manifest: dict[str, Any]
     source: Path
 
+    @cached_property
+    def _pooled(self) -> pd.DataFrame:
+        """The results in the order of the layers; of a curve over several seeds only the rows that pool them."""
+        r, pooled = self.results, self.results["seed"] == "all"
+        r = r[pooled | ~pooled.groupby([r[name] for name in SERIES]).transform("any")]
+        return r.iloc[r["layer"].map(layer_rank).argsort(kind="stable")]
+
+    def rows(self, **values: str) -> pd.DataFrame:
+        """Selects rows by the values of columns, in the order of the layers, pooled over seeds if there are several."""
+        rows = self._pooled
+        for name, value in values.items():
+            rows = rows[rows[name] == value]
+        return rows
+
+    def layers(self, **values: str) -> pd.DataFrame:
+        """Selects rows in the same way, of the layers alone, and with a finite score."""
+        rows = self.rows(**values)
+        return rows[(rows["layer"] != AVERAGE) & rows["value"].notna()]
+
 
 @dataclass(frozen=True)
 class RunResults(Results):
@@ -106,65 +125,32 @@ class RunResults(Results):
         """Returns L, the number of decoder blocks."""
         return int(self.manifest["checkpoint"]["layers"])
 
-    def _rows(
+    def curve(
         self, teacher: str, probe: str, control: str, metric: str, protocol: str, variant: str = ""
     ) -> pd.DataFrame:
-        rows = self._groups.get((teacher, probe, control, metric, protocol, variant))
-        return self.results[CURVE].iloc[:0] if rows is None else rows
+        """Returns the finite scores of one curve by layer, pooled over seeds if there are several."""
+        return self.layers(
+            teacher=teacher, probe=probe, control=control, metric=metric, protocol=protocol, variant=variant
+        )
 
-    @cached_property
-    def _groups(self) -> dict[Any, pd.DataFrame]:
-        """The rows of each curve, pooled over seeds if there are several."""
-        groups = {}
-        columns = ["teacher", "probe", "control", "metric", "protocol", "variant"]
-        for key, rows in self.results.groupby(columns, sort=False):
-            pooled = rows["seed"] == "all"
-            groups[key] = rows.loc[pooled if pooled.any() else slice(None), CURVE]
-        return groups
-
-    def curve(
-        self,
-        teacher: str,
-        probe: str,
-        control: str,
-        metric: str,
-        protocol: str,
-        with_empty: bool = False,
-        variant: str = "",
-    ) -> pd.DataFrame:
-        """Returns one curve in the order of the layers, pooled over seeds if there are several.
+    def row(
+        self, teacher: str, probe: str, control: str, metric: str, protocol: str, layer: str = ""
+    ) -> pd.Series | None:
+        """Returns the row of a layer: by default none, as of the mean target; `AVERAGE` for the mean over layers.
 
         Returns:
-            Columns layer, value, ci_low, ci_high, n; empty if this was not run. Layers without a finite score are
-            dropped unless `with_empty`.
+            None if this was not run or has no finite score.
         """
-        rows = self._rows(teacher, probe, control, metric, protocol, variant)
-        rows = rows[(rows["layer"] != AVERAGE) & (rows["value"].notna() | with_empty)]
-        return rows.iloc[rows["layer"].map(layer_rank).argsort(kind="stable")]
-
-    def average(self, teacher: str, probe: str, control: str, metric: str, protocol: str) -> pd.Series | None:
-        """Returns the mean over the probed layers 1 … L with its interval; None if this was not run."""
-        rows = self._rows(teacher, probe, control, metric, protocol)
-        rows = rows[(rows["layer"] == AVERAGE) & rows["value"].notna()]
-        return rows.iloc[0] if len(rows) else None
-
-    def reference(self, teacher: str, probe: str, control: str, metric: str, protocol: str) -> pd.Series | None:
-        """Returns a row that belongs to no layer, such as the mean target; None if this was not run."""
-        rows = self._rows(teacher, probe, control, metric, protocol)
-        rows = rows[rows["value"].notna()]
+        rows = self.rows(teacher=teacher, probe=probe, control=control, metric=metric, protocol=protocol, variant="")
+        rows = rows[(rows["layer"] == layer) & rows["value"].notna()]
         return rows.iloc[0] if len(rows) else None
 
     def mean_target_score(self, teacher: str, metric: str, protocol: str) -> float | None:
         """Returns the score of the mean target; None if this was not run."""
-        row = self.reference(teacher, "constant", "mean", metric, protocol)
+        row = self.row(teacher, "constant", "mean", metric, protocol)
         return None if row is None else float(row["value"])
 
-    def teacher_score(self, teacher: str, metric: str, protocol: str) -> float | None:
-        """Returns the score of the teacher's feature, decoded like a probe's output; None if nothing is decoded."""
-        row = self.reference(teacher, "target", "teacher", metric, protocol)
-        return None if row is None else float(row["value"])
-
-    @property
+    @cached_property
     def measures(self) -> list[tuple[str, str]]:
         """Returns metric and protocol of the features' scores, registered metrics first; `reports.use` has the rest."""
         scores = self.results[(self.results["variant"] == "") & (self.results["probe"] != "")]
@@ -172,9 +158,7 @@ class RunResults(Results):
 
     def teachers_of(self, metric: str, protocol: str) -> list[str]:
         """Returns the teachers for which a metric was computed."""
-        r = self.results
-        scored = set(r[(r["metric"] == metric) & (r["protocol"] == protocol)]["teacher"])
-        return [name for name in self.teachers if name in scored]
+        return sort_teachers(self.rows(metric=metric, protocol=protocol)["teacher"])
 
 
 def layer_rank(layer: str) -> float:
@@ -199,10 +183,15 @@ def load_runs(paths: Sequence[Path]) -> list[RunResults]:
                 raise UserError(f"{run} has no finished run; run: probing train --out {run}")
         if not (path / "results.csv").exists():
             raise UserError(f"{path} has no results yet; run: probing evaluate {path}")
-        results = read_results(path / "results.csv")
-        loaded.append((runs[0], results, _merged_manifest(runs), path, _learning_curves(runs)))
+        loaded.append((*read_run(path), _learning_curves(runs)))
     labels = unique_labels([run_name(path, entry[2]) for path, entry in zip(paths, loaded, strict=True)], paths)
     return [RunResults(label, *entry) for label, entry in zip(labels, loaded, strict=True)]
+
+
+def read_run(path: Path) -> tuple[Path, pd.DataFrame, dict[str, Any], Path]:
+    """Reads the fields of `Results` but for the label, of a run or a folder of runs."""
+    runs = runs_in(path) or [path]
+    return runs[0], read_results(path / "results.csv"), _merged_manifest(path, runs), path
 
 
 def run_name(path: Path, manifest: dict[str, Any]) -> str:
@@ -246,12 +235,11 @@ def _learning_curves(runs: Sequence[Path]) -> pd.DataFrame:
     return pd.concat([frame.assign(seed=number) for number, frame in enumerate(curves)])
 
 
-def _merged_manifest(runs: Sequence[Path]) -> dict[str, Any]:
+def _merged_manifest(path: Path, runs: Sequence[Path]) -> dict[str, Any]:
     """Returns the first run's manifest with the warnings of all runs."""
-    manifests = [read_json(run / "manifest.json", RESTORE_ADVICE) for run in runs]
-    if len(runs) == 1:
-        return manifests[0]
-    keys = ("convergence", "skipped", "not_finite")
-    warnings = {key: [row for manifest in manifests for row in manifest.get(key, [])] for key in keys}
-    seconds = sum(manifest["seconds"] for manifest in manifests)
-    return {**manifests[0], **warnings, "seconds": seconds, "runs": len(runs)}
+    first, *others = (read_json(run / "manifest.json", RESTORE_ADVICE) for run in runs)
+    for manifest in others:
+        for key in ("convergence", "skipped", "not_finite"):
+            first[key] = [*first.get(key, []), *manifest.get(key, [])]
+        first["seconds"] = first.get("seconds", 0) + manifest.get("seconds", 0)
+    return first | ({"runs": len(runs)} if runs_in(path) else {})

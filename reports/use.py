@@ -1,16 +1,15 @@
 """Where a feature is in the prompt, and whether the model uses it: code length by position, and erasure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 from scipy.stats import norm
 
 from analysis.evaluation.registry import describe
-from reports.charts import legend, line_chart
-from reports.curves import with_positions
-from reports.figures import line_plot, png_data_uri
-from reports.results import RunResults, best_layer, interval_text, teacher_title
+from reports.charts import chart_group
+from reports.curves import stack, with_positions
+from reports.results import RunResults, best_layer, interval_text, sort_teachers, teacher_title
 from reports.theme import CONTROLS
 
 POSITIONS = {
@@ -62,42 +61,22 @@ def used(run: RunResults, teacher: str) -> str:
     return f"yes: {place}, {interval_text(best, describe(USED).digits, '+')} nats"
 
 
-def position_frame(runs: Sequence[RunResults], metric: str, probe: str, controls: Sequence[str]) -> pd.DataFrame:
-    """Returns a metric by layer with a panel per teacher and position."""
-    parts = [
-        run.curve(teacher, probe, control, metric, "strict", variant=position).assign(
-            panel=f"{teacher_title(teacher)}, {POSITIONS[position]}", checkpoint=run.label, control=CONTROLS[control]
-        )
-        for position in dict.fromkeys(p for run in runs for p in positions_of(run, metric))
-        for teacher in dict.fromkeys(teacher for run in runs for teacher in run.teachers_of(metric, "strict"))
-        for control in controls
-        for run in runs
-    ]
-    parts = [part for part in parts if len(part)]
-    return with_positions(pd.concat(parts, ignore_index=True)) if parts else pd.DataFrame()
-
-
-def sections(runs: Sequence[RunResults], names: Sequence[str], colours: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Builds the charts of both measures, where there are results."""
+def sections(runs: Sequence[RunResults], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Builds the charts of both measures, a panel per teacher and position, where there are results."""
     found = []
     for title, metric, probe, controls in (
         ("Which tokens hold it", READ, "ridge", ("none", "random")),
         ("Does the model use it", LOSS, "leace", ("none", "subspace", "shuffled")),
     ):
-        frame = position_frame(runs, metric, probe, controls)
-        if frame.empty:
-            continue
-        info, panels = describe(metric), list(dict.fromkeys(frame["panel"]))
-        charts = [line_chart(frame[frame["panel"] == panel], panel, names, zero=True) for panel in panels]
-        static = png_data_uri(line_plot(frame, "", colours, zero=True))
-        found.append(
-            {
-                "title": title,
-                "label": info.label[0].upper() + info.label[1:],
-                "meaning": info.meaning,
-                "legend": legend(frame, names=names),
-                "charts": charts,
-                "static": static,
-            }
-        )
+        frame = stack(runs, {name: CONTROLS[name] for name in controls}, metric=metric, probe=probe, protocol="strict")
+        frame = frame[frame["variant"].isin(POSITIONS) & frame["value"].notna()]
+        if len(frame):
+            order = [*POSITIONS, *sort_teachers(frame["teacher"])]
+            frame = frame.sort_values(["variant", "teacher"], key=lambda column: column.map(order.index), kind="stable")
+            panels = frame["teacher"].map(teacher_title) + ", " + frame["variant"].map(POSITIONS)
+            label, meaning = describe(metric).label, describe(metric).meaning
+            text = f"{label[0].upper()}{label[1:]}. {meaning}"
+            found.append(
+                chart_group(with_positions(frame.assign(panel=panels)), names, zero=True, title=title, text=text)
+            )
     return found

@@ -30,21 +30,22 @@
   const reference = document.getElementById("reference");
   const charts = all(".chart").map((figure) => ({ figure, spec: JSON.parse(figure.dataset.spec), view: null }));
   const values = () => ({ hidden: [...hidden], reference: reference ? reference.selectedOptions[0].textContent : "" });
-  const update = ({ view, spec }) => {
+  const update = async ({ view, spec, tabulate }) => {
     if (!view) return;
     spec.params.filter(({ name }) => name in values()).forEach(({ name }) => view.signal(name, values()[name]));
-    view.runAsync();
+    await view.runAsync();
+    tabulate();
   };
   const draw = async (chart) => {
     const mode = dark() ? "dark" : "light";
     const spec = structuredClone(chart.spec);
     spec.params.forEach((one) => { if (one.name in values()) one.value = values()[one.name]; });
     if (chart.view) chart.view.finalize();
-    chart.view = (await vegaEmbed(chart.figure.querySelector("div"), spec, {
+    chart.view = (await vegaEmbed(chart.figure.firstElementChild, spec, {
       config: themes[mode], renderer: "svg", tooltip: { theme: mode }, downloadFileName: spec.title,
       actions: { export: true, source: false, compiled: false, editor: false },
     })).view;
-    chart.figure.querySelector("summary").setAttribute("aria-label", `Save: ${spec.title}`);
+    chart.figure.querySelector(".vega-embed summary").ariaLabel = `Save: ${spec.title}`;
   };
   const watch = new IntersectionObserver((entries) => entries.filter((one) => one.isIntersecting).forEach(({ target }) => {
     watch.unobserve(target);
@@ -92,23 +93,11 @@
   });
 
   // Tables: sorting by any column; copying as CSV or LaTeX in the displayed order.
-  const text = (cell) => cell.innerText === undefined ? cell.textContent.trim() : (cell.querySelector("button") || cell).textContent.trim();
-  const number = (string) => { const found = string.replace("−", "-").match(/^[+-]?\d+(\.\d+)?/); return found ? Number(found[0]) : NaN; };
-  const interval = /^([+−-]?[\d.]+) \[([+−-]?[\d.]+), ([+−-]?[\d.]+)\](.*)$/;
+  const text = (cell) => (cell.querySelector("button") || cell).textContent.trim().replaceAll("\u00a0", " ");
+  const number = (string) => { const found = string.replaceAll("−", "-").match(/^[+-]?\d+(\.\d+)?/); return found ? Number(found[0]) : NaN; };
   const lines = (table) => all("tr", table).map((row) => all("th, td", row).map(text));
   const quoted = (cell) => /[",\n]/.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell;
-  const csv = (table) => {
-    const [head, ...rows] = lines(table);
-    const wide = head.map((_, i) => rows.some((row) => interval.test(row[i])));
-    const extra = head.map((_, i) => rows.some((row) => (row[i].match(interval) || [])[4]));
-    const top = head.flatMap((name, i) => wide[i] ? [name, `${name} (low)`, `${name} (high)`, ...(extra[i] ? [`${name} (layer)`] : [])] : [name]);
-    const body = rows.map((row) => row.flatMap((cell, i) => {
-      if (!wide[i]) return [cell];
-      const [, value = cell, low = "", high = "", rest = ""] = cell.match(interval) || [];
-      return [value, low, high].map((one) => one.replace("−", "-").replace(/^\+/, "")).concat(extra[i] ? [rest.replace(/^\s*·?\s*/, "")] : []);
-    }));
-    return [top, ...body].map((row) => row.map(quoted).join(",")).join("\n") + "\n";
-  };
+  const csv = (table) => lines(table).map((row) => row.map(quoted).join(",") + "\n").join("");
   const signs = { "\\": "\\textbackslash{}", "{": "\\{", "}": "\\}", "&": "\\&", "%": "\\%", "$": "\\$", "#": "\\#", "_": "\\_", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$", ">": "$>$", "↑": "$\\uparrow$", "↓": "$\\downarrow$", "−": "$-$", "×": "$\\times$", "·": "$\\cdot$", "…": "\\dots{}" };
   const tex = (string) => string.replace(/[\\{}&%$#_~^<>↑↓−×·…]/g, (sign) => signs[sign]).replace(/(^|[\s[])-(?=\d)/g, "$1$-$$");
   const latex = (table) => {
@@ -116,15 +105,6 @@
     const columns = all("thead th", table).map((cell) => cell.classList.contains("name") || cell === cell.parentElement.firstElementChild ? "l" : "r").join("");
     const row = (cells) => `${cells.map(tex).join(" & ")} \\\\`;
     return [`\\begin{tabular}{${columns}}`, "\\toprule", row(head), "\\midrule", ...rows.map(row), "\\bottomrule", "\\end{tabular}", ""].join("\n");
-  };
-  const copy = async (content) => {
-    try { await navigator.clipboard.writeText(content); return true; } catch (error) { /* fall back to execCommand */ }
-    const area = make("textarea", { value: content, className: "heard" });
-    document.body.append(area);
-    area.select();
-    const done = document.execCommand("copy");
-    area.remove();
-    return done;
   };
   function equip(table) {
     const heads = all("thead th", table);
@@ -151,22 +131,59 @@
         body.append(...(order === "none" ? first : [...first].sort(compare)));
       });
     });
-    const said = make("span", { className: "soft" });
-    said.setAttribute("role", "status");
+    const said = make("span", { className: "soft", role: "status" });
+    const caption = table.caption.textContent;
     const tools = make("div", { className: "tools" });
     for (const [name, form] of [["CSV", csv], ["LaTeX", latex]]) {
-      const button = make("button", { type: "button" }, `Copy as ${name}`);
-      button.setAttribute("aria-label", `Copy as ${name}: ${table.caption ? table.caption.textContent : "table"}`);
-      button.addEventListener("click", async () => { said.textContent = await copy(form(table)) ? `copied as ${name}` : "the browser does not allow copying"; });
+      const button = make("button", { type: "button", ariaLabel: `Copy as ${name}: ${caption}` }, `Copy as ${name}`);
+      button.addEventListener("click", async () => {
+        try { await navigator.clipboard.writeText(form(table)); said.textContent = `copied as ${name}`; }
+        catch (error) { said.textContent = "the browser does not allow copying"; }
+      });
       tools.append(button);
     }
     tools.append(said);
     const scroll = table.closest(".scroll");
-    scroll.tabIndex = 0;
-    scroll.setAttribute("role", "region");
-    scroll.setAttribute("aria-label", table.caption ? table.caption.textContent : "table");
+    Object.assign(scroll, { tabIndex: 0, role: "region", ariaLabel: caption });
     scroll.before(tools);
-    table.texts = { csv: () => csv(table), latex: () => latex(table) };
   }
   all("table.sortable").forEach(equip);
+
+  // The displayed values of a chart as a table: a row per layer, a column per line. Filled when it is opened.
+  const tabular = (rows) => {
+    if (!("layer" in rows[0])) return [["checkpoint", "quality", "accuracy"], ...rows.map((row) => [row.checkpoint, String(row.x), interval(row)])];
+    const line = ({ checkpoint, control }) => control === "checkpoint" ? checkpoint : `${checkpoint}, ${control}`;
+    const [names, layers] = [line, ({ layer }) => layer].map((key) => [...new Set(rows.map(key))]);
+    const cells = new Map(rows.map((row) => [`${row.layer}\n${line(row)}`, interval(row)]));
+    return [["layer", ...names], ...layers.map((layer) => [layer, ...names.map((name) => cells.get(`${layer}\n${name}`) || "")])];
+  };
+  const interval = ({ value, ci_low: low, ci_high: high }) => {
+    if (value === null) return "no finite score";
+    const digits = Math.abs(value) < 10 ? 3 : Math.abs(value) < 1000 ? 1 : 0;
+    const [one, ...ends] = [value, low, high].map((x) => x === null ? "" : x.toFixed(digits).replace("-", "−"));
+    return ends[0] ? `${one} [${ends.join(", ")}]` : one;
+  };
+  charts.forEach((chart) => {
+    const { title } = chart.spec;
+    const details = make("details", { className: "numbers" }, make("summary", { ariaLabel: `Values: ${title}` }, "Values"));
+    chart.tabulate = async () => {
+      if (details.open && !chart.view) await draw(chart);
+      all(".sheet", details).forEach((old) => old.remove());
+      const rows = details.open ? chart.view.data("data_0") : [];
+      if (!rows.length) return;
+      const [head, ...body] = tabular(rows);
+      const cell = (kind, name, k) => Object.assign(make(k ? kind : "th", { scope: kind === "th" ? "col" : "row" }, name), k ? {} : { className: "name" });
+      const table = make("table", { className: "sortable" }, make("caption", {}, title),
+        make("thead", {}, make("tr", {}, ...head.map((name, k) => cell("th", name, k)))),
+        make("tbody", {}, ...body.map((row) => make("tr", {}, ...row.map((one, k) => {
+          const made = cell("td", one, k);
+          made.dataset.head = head[k];
+          return made;
+        })))));
+      details.append(make("div", { className: "sheet" }, make("div", { className: "scroll" }, table)));
+      equip(table);
+    };
+    details.addEventListener("toggle", chart.tabulate);
+    chart.figure.append(details);
+  });
 })();

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from probing.utils.errors import UserError
-from reports.benchmarks import accuracy_table, comparability_warnings, load_benchmarks, panels, quality_plot
+from reports.benchmarks import chapter, comparability_warnings, load_benchmarks, panels, quality_plot
 from reports.page import write_report
 from reports.results import load_runs
 from reports.theme import palette
@@ -162,10 +162,10 @@ def test_more_checkpoints_say_more(tmp_path):
 
 def test_other_questions_are_not_called_by_the_benchmarks_name(tmp_path):
     runs = load_benchmarks([make_bench(tmp_path / "b", "c", 0.5, "s", questions=587)])
-    table = accuracy_table(runs, "cvbench")
-    assert table["title"] == "CV-Bench-like (587 questions)"
-    assert "Not CV-Bench as published, which has 2638 questions" in table["notes"][0]
-    assert [row[0] for row in table["rows"]] == ["Overall", "2D", "2D, Count"]
+    (one,) = chapter([], runs, ["c"])["tables"]
+    assert one["title"] == "CV-Bench-like (587 questions)"
+    assert "Not CV-Bench as published, which has 2638 questions" in one["notes"][0]
+    assert list(one["table"]["part"]) == ["Overall", "2D", "2D, Count"]
 
 
 def test_reports_of_benchmarks_need_no_torch():

@@ -19,6 +19,8 @@ from reports.theme import CONTROLS, MEAN
 from tests.helpers.charts import Parsed
 from tests.helpers.report_runs import add_rows, make_differences, make_run, wide_pictures
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 def test_charts_have_the_numbers_of_the_table(tmp_path):
     """Of every curve, control and level: what is shown at the pointer is in results.csv, and nothing is missing."""
@@ -148,7 +150,7 @@ def named_page(root, name):
 
 
 @pytest.fixture(scope="module")
-def harmless(tmp_path_factory):
+def harmless(tmp_path_factory, without_pictures):
     return named_page(tmp_path_factory.mktemp("harmless"), "harmless")
 
 

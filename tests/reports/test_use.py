@@ -1,6 +1,7 @@
 """Where a feature is, and whether it is used: verdicts on the planted checkpoint, of which both are known."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -40,7 +41,7 @@ def test_verdicts_on_the_planted_checkpoint(tmp_path):
 @pytest.mark.parametrize(("layers", "low"), [(2, 0.001), (40, 0.001), (2, -0.001)])
 def test_use_is_sure_over_all_layers_together(tmp_path, layers, low):
     """An interval that barely excludes 0 is no evidence among many, and 5 % of runs without use are called used."""
-    run = make_run(tmp_path / "run", layers=2)
+    (loaded,) = load_runs([make_run(tmp_path / "run", layers=2)])
     columns = dict.fromkeys(COLUMNS, "")
     generator = np.random.default_rng(0)
     called = 0
@@ -54,10 +55,8 @@ def test_use_is_sure_over_all_layers_together(tmp_path, layers, low):
             }
             for k, value in enumerate(noise if trial else [1.96 + low, *[-5.0] * (layers - 1)])
         ]  # fmt: skip
-        (results,) = load_runs([run])
         table = pd.DataFrame(rows).astype({name: float for name in ("value", "ci_low", "ci_high")})
-        object.__setattr__(results, "results", pd.concat([results.results, table], ignore_index=True))
-        answer = used(results, "depth")
+        answer = used(replace(loaded, results=table), "depth")
         if trial:
             called += answer != NO_EVIDENCE
         else:

@@ -35,9 +35,9 @@ from probing.teachers import load_teacher
 from probing.toyworld.layout import write_world
 from probing.utils.errors import UserError
 from probing.utils.images import square
-from reports.alignment import difference_table
 from reports.page import write_report
 from reports.results import load_runs
+from reports.tables import difference_table, headline_rows
 from tests.analysis.alignment.metrics.test_similarity import neighbour_overlap
 from tests.helpers import tiny
 
@@ -225,10 +225,10 @@ def test_runs_of_seeds_are_pooled_and_compared(world, tmp_path):
         assert found[layer] == pytest.approx(two[layer] - one[layer], abs=1e-6)
     permuted = read(folders[1] / "results.csv").query("control == 'permuted' and metric == 'word_miou'")
     assert set(permuted["seed"]) == {"all"}
-    shown = str(difference_table(table))
+    shown = difference_table(headline_rows(table)).to_csv()
     clear = table.query("(ci_low > 0 or ci_high < 0) and layer in ('0', 'mean') and metric == 'word_cosine'")
     for _, row in clear[clear["variant"] == "centred"].iterrows():
-        assert f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]" in shown
+        assert f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}],yes".replace("-", "−") in shown
     with pytest.raises(UserError, match="differ in coverage"):
         align(recipe(model, world, layers="0,3", pictures=0, sample=3, coverage=0.9), tmp_path / "other")
         compare([folders[0] / "seed_0", tmp_path / "other"], ["a", "b"])
