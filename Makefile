@@ -17,7 +17,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/.installed  ## The whole story on the toy world, three to five minutes on two CPU cores
+demo: $(VENV)/.installed  ## The whole story on the toy world, about five minutes on two CPU cores
 	$(BIN)/probing demo
 
 test: lint  ## Style, types and all tests, on the CPU; `tests/gpu.sh` runs what needs a GPU

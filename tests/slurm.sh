@@ -91,7 +91,7 @@ submit() {
         "${options[@]}" examples/cluster/job.sh "$@"
 }
 field() { scontrol show job "$JOB" | grep -o "\b$1=[^ ]*" | cut -d= -f2; }
-train() { echo two_cpus.yaml train --recipe "$WORK/recipe.yaml" --out "$WORK/$1" fit.epochs="${EPOCHS:-8}"; }
+train() { echo two_cpus.yaml train --recipe "$WORK/recipe.yaml" --out "$WORK/$1" fit.epochs="${EPOCHS:-200}"; }
 
 JOB=$(submit stopped --time="${MINUTES:-2}" --signal=USR1@60 -- $(train stopped))
 for stop in 1 2; do

@@ -2,7 +2,7 @@
 
     python examples/toy/make_assets.py WORK_FOLDER
 
-About three quarters of an hour on two CPU cores. Finished files in WORK_FOLDER are reused; the command can be repeated.
+About an hour on two CPU cores. Finished files in WORK_FOLDER are reused; the command can be repeated.
 """
 
 import logging

@@ -1,9 +1,7 @@
 """The command line. Verbs import what they run, so that `--help` answers at once."""
 
 import logging
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -14,7 +12,7 @@ from probing.cli.checkpoints import align, assemble, bench, distill, inspect
 from probing.cli.hub import import_, pull, push
 from probing.cli.probes import compare, erase, evaluate, report, train
 from probing.cli.start import demo, plan, teachers
-from probing.utils.environment import prepare_environment
+from probing.utils.environment import log_to_stderr, prepare_environment
 from probing.utils.errors import UserError
 from probing.utils.interrupt import exit_interrupted, raise_on_signals
 
@@ -87,15 +85,8 @@ def cli(ctx: click.Context, quiet: bool) -> None:
     if ctx.invoked_subcommand is None:
         click.echo(f"{FIRST}\n{ctx.get_help()}")
         return
-    for library in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
-        os.environ.setdefault(library, "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar for every tiny model hides our own lines
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    handler = logging.StreamHandler()
-    logging.getLogger().addHandler(handler)
+    handler = log_to_stderr(logging.WARNING if quiet else logging.INFO)
     ctx.call_on_close(lambda: logging.getLogger().removeHandler(handler))
-    for package in ("probing", "analysis", "reports"):
-        logging.getLogger(package).setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 for verb in VERBS:

@@ -28,7 +28,7 @@ rate = partial(click.option, type=click.FloatRange(0, min_open=True), show_defau
     type=click.Choice(["quick", "full"]),
     default="quick",
     show_default=True,
-    help="quick: shipped tiny models, six minutes; full: trains all models first, an hour or more.",
+    help="quick: shipped tiny models, about five minutes; full: trains all models first, an hour or more.",
 )
 @click.option(
     "--out",

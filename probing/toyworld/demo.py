@@ -3,8 +3,11 @@
 import importlib.util
 import json
 import logging
+import multiprocessing
 import os
 from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +29,19 @@ from probing.toyworld.models import ASSETS, Sizes, make_models
 from probing.toyworld.scenes import generate
 from probing.toyworld.unclip import GUIDANCE, STEPS
 from probing.training.run import train
+from probing.utils.environment import log_to_stderr
+from probing.utils.interrupt import ignore_signals, raise_on_signals
 from reports.page import write_report
 
 logger = logging.getLogger(__name__)
 
 TRAIN_SCENES, VAL_SCENES, WORLD_SEED = 600, 200, 11
-EPOCHS = 4
+EPOCHS = 12
 DECODED_IMAGES, ALIGNED_IMAGES = 64, 200
 QUESTION_SCENES, QUESTION_SEED = 120, 13
 """Number and seed of the scenes of the CV-Bench questions; used for nothing else."""
-LAYERS = {"quick": "0,3,6", "full": "all"}
-DECODED_LAYERS = {"quick": "0,6", "full": "all"}
+LAYERS = {"quick": "0,2,4,8", "full": "all"}
+DECODED_LAYERS = {"quick": "0,8", "full": "all"}
 CONTROLS = {"quick": ["random"], "full": ["shuffled", "random"]}
 """Trained controls of the first checkpoint; `shuffled` adds little to the mean target."""
 QUICK = {"llava": "llava", "ola": "ola"}
@@ -54,7 +59,6 @@ def run_demo(preset: str, out: Path) -> Path:
     Returns:
         Path of the report's page.
     """
-    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
     models = ASSETS
     if preset == "full":
         models = out / "models"
@@ -63,24 +67,72 @@ def run_demo(preset: str, out: Path) -> Path:
     world = write_world(out / "world", TRAIN_SCENES, VAL_SCENES, WORLD_SEED)
     names = QUICK if preset == "quick" else FULL
     questions = write_cvbench(out / "cvbench", generate(QUESTION_SCENES, QUESTION_SEED), QUESTION_SEED)
-    runs: list[Path] = []
-    alignments: list[Path] = []
-    benchmarks: list[Path] = []
-    for name in names:
-        recipe = demo_recipe(models, world, names[name], LAYERS[preset], [] if runs else CONTROLS[preset])
-        run = train(recipe, out / "runs" / name)
-        for options in demo_options(models, world, recipe, DECODED_LAYERS[preset]):
-            evaluate(run.path, options)
-        erase(run.path, ErasureOptions(conversations=world / "conversations_val2017.json", micro_batch=16))
-        runs.append(run.path)
-        alignments.append(align(align_recipe(recipe), out / "runs" / f"{name}_words").parent)
-        benchmarks.append(bench(bench_recipe(recipe, questions), out / "runs" / f"{name}_answers").parent)
+    jobs = []
+    for name, folder in names.items():
+        recipe = demo_recipe(models, world, folder, LAYERS[preset], CONTROLS[preset])
+        scores = demo_options(models, world, recipe, DECODED_LAYERS[preset])
+        jobs.append(_Job(name, out / "runs", recipe, scores, bench_recipe(recipe, questions)))
+    runs, alignments, benchmarks = map(list, zip(*_run_jobs(jobs), strict=True))
     differences, answers = compare(runs, list(names)), compare_answers(benchmarks, list(names))
     sentences = statements(differences)
     headlines = [sentence for sentence in sentences if "cosine_centred" in sentence]
     for sentence in [*headlines, *answer_statements(answers)]:
         logger.info(sentence)
     return write_report([*runs, *alignments, *benchmarks], out / "report", pd.concat([differences, answers]), sentences)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The work on one checkpoint: its run and other results are folders of `out`."""
+
+    name: str
+    out: Path
+    recipe: ProbeRunRecipe
+    scores: list[Options]
+    questions: BenchRecipe
+
+
+def _run_jobs(jobs: Sequence[_Job]) -> list[tuple[Path, Path, Path]]:
+    """Works on checkpoints in parallel, in processes of few threads: models this small gain little from threads.
+
+    An error or a signal stops all of them; they save their state.
+
+    Returns:
+        Folders of the run, the alignment and the answers of each checkpoint.
+    """
+    cores = os.cpu_count() or 1
+    workers = min(len(jobs), cores)
+    level = logging.getLogger("probing").level
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), ignore_signals) as pool:
+        futures = [pool.submit(_run_job, job, cores // workers, level) for job in jobs]
+        try:
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()  # raises its error
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise  # after the others have saved their state
+
+
+def _run_job(job: _Job, threads: int, level: int) -> tuple[Path, Path, Path]:
+    """Probes one checkpoint, in a process of its own."""
+    torch.set_num_threads(threads)
+    handler = log_to_stderr(level, f"{job.name}: ")
+    raise_on_signals()
+    try:
+        run = train(job.recipe, job.out / job.name)
+        for options in job.scores:
+            evaluate(run.path, options)
+        questions = Path(job.recipe.data.path.removeprefix("coco:")) / "conversations_val2017.json"
+        erase(run.path, ErasureOptions(conversations=questions, micro_batch=16))
+        alignment = align(align_recipe(job.recipe), job.out / f"{job.name}_words").parent
+        return run.path, alignment, bench(job.questions, job.out / f"{job.name}_answers").parent
+    finally:
+        ignore_signals()
+        logging.getLogger().removeHandler(handler)
 
 
 def demo_options(models: Path, world: Path, recipe: ProbeRunRecipe, layers: str) -> list[Options]:
@@ -115,7 +167,7 @@ def demo_recipe(
         "teachers": {name: {"id": str(models / name)} for name in ("depth", "seg", "gen")},
         "layers": layers,
         "controls": list(controls),
-        "fit": {"epochs": EPOCHS, "batch_size": 4, "micro_batch": 4, "lr": 3e-3, "buffer": "auto", "workers": 1,
+        "fit": {"epochs": EPOCHS, "batch_size": 16, "micro_batch": 16, "lr": 3e-3, "buffer": "auto", "workers": 0,
                 "positions": ["image", "text", "last"]},
     }  # fmt: skip
     return validate(ProbeRunRecipe, values, "demo").with_absolute_paths()
@@ -128,7 +180,7 @@ def align_recipe(recipe: ProbeRunRecipe) -> AlignRecipe:
         "data": recipe.data.model_dump() | {"eval_limit": ALIGNED_IMAGES},
         "teachers": {name: teacher.model_dump() for name, teacher in recipe.teachers.items()},
         "pictures": 2,
-        "workers": 1,
+        "workers": 0,
     }
     return validate(AlignRecipe, values, "demo")
 

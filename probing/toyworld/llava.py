@@ -36,15 +36,15 @@ class Schedule:
     ift: int = 900
 
 
-def build(layers: int, width: int, seed: int) -> tuple[Any, Any]:
-    """Builds an untrained LLaVA and its processor."""
+def build(layers: int, width: int, projector: str, seed: int) -> tuple[Any, Any]:
+    """Builds an untrained LLaVA and its processor; `projector` is the activation between its two layers."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE,
+            hidden_size=48, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, image_size=SIZE,
             patch_size=PATCH,
         ),
         text_config=LlamaConfig(
@@ -54,7 +54,7 @@ def build(layers: int, width: int, seed: int) -> tuple[Any, Any]:
         ),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(SIZE // PATCH) ** 2, vision_feature_layer=-1,
+        image_seq_length=(SIZE // PATCH) ** 2, vision_feature_layer=-1, projector_hidden_act=projector,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     init_position_embeddings(model.model.vision_tower.embeddings)
@@ -71,7 +71,7 @@ def train_tower(scenes: Scenes, steps: int, seed: int = 0) -> Any:
     Captioning yields patch tokens with local information (Tschannen et al., 2023, arXiv:2306.07915); a contrastive loss
     on few scenes yields hardly any.
     """
-    model, processor = build(layers=2, width=96, seed=seed)
+    model, processor = build(layers=2, width=96, projector="gelu", seed=seed)
     tokenizer = processor.tokenizer
     n_patches = (SIZE // PATCH) ** 2
     image_token = model.config.image_token_id
@@ -99,6 +99,9 @@ def make_tower(scenes: Scenes, folder: Path, steps: int, seed: int = 0) -> Path:
 def make_base_checkpoint(world: Path, tower: Path, folder: Path, schedule: Schedule, seed: int = 0) -> Path:
     """Trains the starting point of all checkpoints: an LLM on text, with the tower and an untrained projector.
 
+    Tower (one narrow block) and projector (linear, as the first LLaVA's) leave it to the LLM to combine patches. A
+    non-linear projector, even a random one, computes functions of a patch that a linear probe then finds at layer 0.
+
     Args:
         world: folder of `write_world`, for the texts.
         tower: folder of `make_tower`.
@@ -110,7 +113,7 @@ def make_base_checkpoint(world: Path, tower: Path, folder: Path, schedule: Sched
 
     untrained = folder / "untrained"
     if not (untrained / "config.json").exists():
-        model, processor = build(layers=6, width=128, seed=seed + 1)
+        model, processor = build(layers=8, width=128, projector="linear", seed=seed + 1)
         model.model.vision_tower = CLIPVisionModel.from_pretrained(tower)
         with atomic_folder(untrained) as part:
             model.save_pretrained(part)

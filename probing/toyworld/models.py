@@ -30,7 +30,7 @@ TEACHER_SCENES_SEED, HELD_OUT_SEED = 90_001, 90_002
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of scenes and steps; the defaults take about 45 minutes on two CPU cores."""
+    """Numbers of scenes and steps; the defaults take about an hour on two CPU cores."""
 
     teacher_scenes: int = 8000
     held_out: int = 400
@@ -152,10 +152,10 @@ def checkpoint_variants(folder: Path) -> dict[str, dict[str, Any]]:
     """Returns the recipe fields that each checkpoint adds to next-token prediction in stage pt.
 
     All start from the same tower and LLM and see the same conversations for the same number of steps. OLA's layers
-    8–20 of 32 become 2–4 of 6, and a grid of 36 is pooled to 4 tokens.
+    8–20 of 32 become 2–5 of 8, and a grid of 36 is pooled to 4 tokens.
     """
     teachers = {name: {"id": str(folder / name)} for name in ("gen", "depth", "seg")}
-    layers = {"depth": "2,4", "seg": "2,3", "gen": "2,4"}
+    layers = {"depth": "2,5", "seg": "3,4", "gen": "3,5"}
     return {
         "llava": {},
         "ola": {"embedding": {"teachers": teachers, "layers": layers, "seek": 4, "dim_head": 16}},

@@ -1,7 +1,9 @@
-"""Prepares the process before libraries are imported: UTF-8, waiting of threads, home folder."""
+"""Prepares a process: UTF-8, waiting of threads, home folder, log lines."""
 
+import logging
 import os
 import sys
+import warnings
 
 from probing.utils.cache_dir import home_folder, temporary_home
 
@@ -31,3 +33,17 @@ def prepare_environment() -> None:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.environ["HOME"] = str(home)
         os.environ.setdefault("USER", home.name)
+
+
+def log_to_stderr(level: int, prefix: str = "") -> logging.Handler:
+    """Logs messages of this project from `level` on, and those of libraries from WARNING; returns the handler."""
+    for library in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(library, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar for every tiny model hides our own lines
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    logging.getLogger().addHandler(handler)
+    for package in ("probing", "analysis", "reports"):
+        logging.getLogger(package).setLevel(level)
+    return handler

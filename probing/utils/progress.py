@@ -1,6 +1,7 @@
-"""Progress of long loops: a bar on a terminal and in a notebook, log lines elsewhere."""
+"""Progress of long loops: a bar on a terminal and in a notebook, log lines elsewhere and in child processes."""
 
 import logging
+import multiprocessing
 import sys
 import time
 from types import TracebackType
@@ -20,7 +21,7 @@ class Progress:
         self.title, self.total, self.done, self.unit, self.show = title, total, done, unit, show
         self.initial = done
         self.started = self.last_log = time.monotonic()
-        watched = show and (sys.stderr.isatty() or _in_notebook())
+        watched = show and (sys.stderr.isatty() or _in_notebook()) and multiprocessing.parent_process() is None
         self.bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True) if watched else None
 
     def __enter__(self) -> "Progress":

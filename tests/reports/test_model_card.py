@@ -1,5 +1,7 @@
 """The model card: front matter of the Hub, and the numbers of `results.csv`."""
 
+import ast
+import inspect
 import json
 import re
 
@@ -7,6 +9,7 @@ import pandas as pd
 import pytest
 from huggingface_hub import ModelCard
 
+from probing.probes.bank import ProbeBank
 from reports.model_card import write_card
 from tests.helpers.report_runs import make_run
 
@@ -32,8 +35,10 @@ def test_card_front_matter_and_usage_are_valid(folder):
     assert {"probing", "depth"} <= set(card.data.tags) and card.data.base_model is None
     assert r"a\|b \[x\](y)" in card.text and "probing pull user/probes" in card.text
     code = re.search(r"```python\n(.+?)```", card.text, re.DOTALL)[1]
-    compile(code, "card", "exec")
-    assert '"user/probes", teachers=["depth"]' in code
+    (call,) = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call))
+    options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    inspect.signature(ProbeBank.from_pretrained).bind("user/probes", **options)
+    assert ast.literal_eval(call.args[0]) == "user/probes" and options["teacher"] == "depth"
     assert (folder / re.search(r"\]\((figures/[^)]+)\)", card.text)[1]).read_bytes().startswith(b"\x89PNG")
 
 

@@ -19,7 +19,7 @@ from tests.helpers.cli import probing
 
 STREAM = "probing.models.base.Backbone.stream"
 STAGES = {
-    "demo": ("probing.toyworld.demo.write_world", STREAM),
+    "demo": ("probing.toyworld.demo.write_world", "probing.toyworld.demo.wait"),
     "train": ("probing.training.run.load_teachers", STREAM, "probing.training.run.write_manifest"),
     "evaluate": ("analysis.evaluation.context.EvaluationContext.load", STREAM, "analysis.evaluation.run.write_results"),
     "align": ("analysis.alignment.run.load_backbone", STREAM, "analysis.alignment.run.write_pictures"),

@@ -1,6 +1,7 @@
 """The models that ship with the package are what they are said to be."""
 
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from probing.toyworld.layout import write_world
 from probing.toyworld.llava import Schedule, answer_accuracy
 from probing.toyworld.models import ASSETS, SHIPPED, Sizes, make_models, write_assets
 from probing.toyworld.unclip import GUIDANCE, STEPS
+from probing.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +125,21 @@ def test_open_shows_the_page_in_the_browser(tmp_path, monkeypatch, asked, browse
 
 
 @pytest.mark.slow
-def test_small_demo_ends_and_repeats_from_its_files(tmp_path, monkeypatch):
-    for name, count in {"TRAIN_SCENES": 16, "VAL_SCENES": 8, "QUESTION_SCENES": 4, "DECODED_IMAGES": 4}.items():
+def test_an_error_in_one_checkpoint_stops_the_others(tmp_path, monkeypatch):
+    for name, count in {"TRAIN_SCENES": 16, "VAL_SCENES": 8, "QUESTION_SCENES": 4, "EPOCHS": 100_000}.items():
         monkeypatch.setattr(demo, name, count)
-    monkeypatch.setattr(demo, "demo_recipe", lambda *paths: demo_recipe(*paths).model_copy(update={"layers": "0,6"}))
+    monkeypatch.setattr(demo, "QUICK", {"llava": "llava", "missing": "missing"})
+    with pytest.raises(UserError, match="missing"):
+        demo.run_demo("quick", tmp_path)
+    assert not multiprocessing.active_children()
+    assert not [*tmp_path.rglob("results.csv")]  # 100,000 epochs take hours
+
+
+@pytest.mark.slow
+def test_small_demo_ends_and_repeats_from_its_files(tmp_path, monkeypatch):
+    for name, count in {"TRAIN_SCENES": 40, "VAL_SCENES": 8, "QUESTION_SCENES": 4, "DECODED_IMAGES": 4}.items():
+        monkeypatch.setattr(demo, name, count)
+    monkeypatch.setattr(demo, "demo_recipe", lambda *paths: demo_recipe(*paths).model_copy(update={"layers": "0,8"}))
     monkeypatch.setattr(demo, "EPOCHS", 2)
     page = demo.run_demo("quick", tmp_path / "demo")
     text = page.read_text(encoding="utf-8")
