@@ -67,11 +67,6 @@ class Work:
         """Sums of all parts."""
         return Part(*(sum(getattr(part, each.name) for part in self.parts.values()) for each in fields(Part)))
 
-    @property
-    def memory(self) -> dict[str, float]:
-        """Bytes on one device, by part."""
-        return {name: part.memory for name, part in self.parts.items() if part.memory}
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -58,7 +58,7 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-FIRST = """Start here, with three to five minutes on a toy world:
+FIRST = """Start here, with about five minutes on a toy world:
   probing demo --open
 Then your own checkpoint:
   probing inspect CHECKPOINT

@@ -43,7 +43,7 @@ QUESTION_SCENES, QUESTION_SEED = 120, 13
 LAYERS = {"quick": "0,2,4,8", "full": "all"}
 DECODED_LAYERS = {"quick": "0,8", "full": "all"}
 CONTROLS = {"quick": ["random"], "full": ["shuffled", "random"]}
-"""Trained controls of the first checkpoint; `shuffled` adds little to the mean target."""
+"""Trained controls; `shuffled` adds little to the mean target."""
 QUICK = {"llava": "llava", "ola": "ola"}
 FULL = QUICK | {"multi": "multi", "text": "stages/seed_0/text"}
 """Checkpoints and their folders; `text` is the text-only language model with a random projector."""
@@ -71,7 +71,8 @@ def run_demo(preset: str, out: Path) -> Path:
     for name, folder in names.items():
         recipe = demo_recipe(models, world, folder, LAYERS[preset], CONTROLS[preset])
         scores = demo_options(models, world, recipe, DECODED_LAYERS[preset])
-        jobs.append(_Job(name, out / "runs", recipe, scores, bench_recipe(recipe, questions)))
+        erasure = ErasureOptions(conversations=world / "conversations_val2017.json", micro_batch=16)
+        jobs.append(_Job(name, out / "runs", recipe, scores, erasure, bench_recipe(recipe, questions)))
     runs, alignments, benchmarks = map(list, zip(*_run_jobs(jobs), strict=True))
     differences, answers = compare(runs, list(names)), compare_answers(benchmarks, list(names))
     sentences = statements(differences)
@@ -89,49 +90,49 @@ class _Job:
     out: Path
     recipe: ProbeRunRecipe
     scores: list[Options]
+    erasure: ErasureOptions
     questions: BenchRecipe
 
 
 def _run_jobs(jobs: Sequence[_Job]) -> list[tuple[Path, Path, Path]]:
-    """Works on checkpoints in parallel, in processes of few threads: models this small gain little from threads.
+    """Works on checkpoints in parallel, a process for each core.
 
     An error or a signal stops all of them; they save their state.
 
     Returns:
         Folders of the run, the alignment and the answers of each checkpoint.
     """
-    cores = os.cpu_count() or 1
-    workers = min(len(jobs), cores)
+    workers = min(len(jobs), os.cpu_count() or 1)
     level = logging.getLogger("probing").level
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), ignore_signals) as pool:
-        futures = [pool.submit(_run_job, job, cores // workers, level) for job in jobs]
-        try:
-            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                future.result()  # raises its error
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise  # after the others have saved their state
+    results: list[tuple[Path, Path, Path]] = []
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for start in range(0, len(jobs), workers):  # the pool would still start a job that waits when a signal comes
+            futures = [pool.submit(_run_job, job, level) for job in jobs[start : start + workers]]
+            try:
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()  # raises its error
+            except BaseException:
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise  # after the others have saved their state
+            results += [future.result() for future in futures]
+    return results
 
 
-def _run_job(job: _Job, threads: int, level: int) -> tuple[Path, Path, Path]:
-    """Probes one checkpoint, in a process of its own."""
-    torch.set_num_threads(threads)
+def _run_job(job: _Job, level: int) -> tuple[Path, Path, Path]:
+    """Probes one checkpoint, in one thread: training such small probes took longer in two."""
+    torch.set_num_threads(1)
     handler = log_to_stderr(level, f"{job.name}: ")
     raise_on_signals()
     try:
         run = train(job.recipe, job.out / job.name)
         for options in job.scores:
             evaluate(run.path, options)
-        questions = Path(job.recipe.data.path.removeprefix("coco:")) / "conversations_val2017.json"
-        erase(run.path, ErasureOptions(conversations=questions, micro_batch=16))
+        erase(run.path, job.erasure)
         alignment = align(align_recipe(job.recipe), job.out / f"{job.name}_words").parent
         return run.path, alignment, bench(job.questions, job.out / f"{job.name}_answers").parent
     finally:
-        ignore_signals()
+        ignore_signals()  # while it waits for the others
         logging.getLogger().removeHandler(handler)
 
 

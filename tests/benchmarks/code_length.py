@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.code_length
 
-Two epochs, as is the default, of the toy world's LLaVA over 300 scenes, seven layers and three teachers with cached
+Two epochs, as is the default, of the toy world's LLaVA over 300 scenes, all layers and three teachers with cached
 targets, in turns with and without; the best of each.
 """
 

@@ -196,7 +196,7 @@ def main() -> None:
             out(f"{part:12s} {1e3 * found[part]:6.0f} ms\n")
             if part == "step" and device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated() / 1e9
-                out(f"memory {peak:.1f} GB, planned {sum(cost.memory.values()) / 1e9:.1f} GB\n")
+                out(f"memory {peak:.1f} GB, planned {cost.total.memory / 1e9:.1f} GB\n")
             sys.stdout.flush()
         floor = sum(found[part] for part in ("backbone", "teachers", "probes", "optimiser"))
         out(f"step / (backbone + teachers + probes + optimiser) {found['step'] / floor:.2f}\n")

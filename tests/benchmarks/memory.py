@@ -114,8 +114,8 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
             measured = json.loads(done.stdout.splitlines()[-1])
         assert plan.work is not None
-        planned = sum(plan.work.memory.values()) / MB
-        parts = ", ".join(f"{name} {size / MB:.0f}" for name, size in plan.work.memory.items())
+        planned = plan.work.total.memory / MB
+        parts = ", ".join(f"{name} {part.memory / MB:.0f}" for name, part in plan.work.parts.items())
         out(f"{parts}\n{hidden:6d} {layers:6d} {micro_batch:5d} {planned:10.0f} {measured:10.0f}")
         out(f" {planned / measured:8.2f}\n")
 

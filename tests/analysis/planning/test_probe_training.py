@@ -73,7 +73,7 @@ def test_flops_are_within_15_percent_of_a_counted_step(recipe_values, tmp_path, 
     real, state = counted(recipe, tmp_path)
     assert work.total.flops16 + work.total.flops32 == pytest.approx(real, rel=0.15)
     parameters = sum(p.numel() for own in state.parameters for p in own)
-    assert work.memory["probes with gradients and moments"] == 16 * parameters
+    assert work.parts["probes with gradients and moments"].memory == 16 * parameters
 
 
 def test_buffer_plans_one_forward_pass(recipe_values):

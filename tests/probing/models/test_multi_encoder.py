@@ -133,7 +133,7 @@ def test_probes_train_on_it(trained, models, coco, tmp_path):
     own = [core, *(teacher.model for teacher in core.teachers.values())]
     weights = sum(4 * parameter.numel() for model in own for parameter in model.parameters())
     planned = plan_training(recipe)
-    assert planned.work.memory["checkpoint"] == pytest.approx(weights, rel=1e-4)
+    assert planned.work.parts["checkpoint"].memory == pytest.approx(weights, rel=1e-4)
     plain = plan_training(recipe.model_copy(update={"backbone": BackboneRecipe(checkpoint=str(models["llava"]))}))
     meta = load_backbone(recipe.backbone, torch.device("meta")).core
     image = Image.new("RGB", (64, 64))
