@@ -1,17 +1,23 @@
 """The truth about scenes, read from the layers of a toy checkpoint."""
 
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from examples.toy import ground_truth
 from probing.models import load_backbone
 from probing.recipe import BackboneRecipe
 from probing.toyworld.models import ASSETS
 from probing.toyworld.scenes import generate
 
+SCRIPT = Path(__file__).parents[2] / "examples" / "toy" / "ground_truth.py"
+
 
 def test_explained_variance_is_that_of_scikit_learns_ridge():
+    ground_truth = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
     recipe = BackboneRecipe(checkpoint=str(ASSETS / "llava"), dtype="float32")
     backbone, train, held_out = load_backbone(recipe, torch.device("cpu")), generate(100, 1), generate(60, 2)
     rows = {(row["truth"], row["layer"]): row for row in ground_truth.explained(backbone, train, held_out)}
