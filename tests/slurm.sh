@@ -33,6 +33,16 @@ clean() {
     rm -rf "$WORK"
 }
 trap clean EXIT
+mkdir "$WORK/bin" # accelerate imports torchvision, which beside a CPU torch needs the shim
+cat >"$WORK/bin/accelerate" <<LAUNCHER
+#!$(command -v python)
+import probing.utils.torchvision_shim
+from accelerate.commands.accelerate_cli import main
+
+main()
+LAUNCHER
+chmod +x "$WORK/bin/accelerate"
+PATH=$WORK/bin:$PATH
 cat >"$SLURM_CONF" <<CONFIGURATION
 ClusterName=test
 SlurmctldHost=$(hostname)(127.0.0.1)

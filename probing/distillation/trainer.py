@@ -145,8 +145,7 @@ class StageTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if bad := self.losses.not_finite(float(norm)):
             raise UserError(
-                f"{bad} is not finite at step {self.state.global_step + 1}, which was not taken; "
-                "lower lr, or remove these samples"
+                f"{bad} is not finite at step {self.state.global_step + 1}; lower lr, or remove these samples"
             )
         self.losses.end_step()
         return norm
@@ -372,6 +371,9 @@ def training_arguments(recipe: DistillRecipe, work: Path, conversations: int) ->
     missing = [name for name in arguments.report_to or [] if name not in get_available_reporting_integrations()]
     if missing:
         raise UserError(f"trainer.report_to names {missing[0]!r}, which is not installed; install it or write none")
+    # Stage 2 loses accumulated gradients (huggingface/accelerate#3877), and stage 3 would shard the teachers too.
+    if arguments.deepspeed_plugin and (zero := arguments.deepspeed_plugin.zero_stage) != 1:
+        raise UserError(f"ZeRO stage {zero} is not supported; set zero_optimization.stage to 1, or use FSDP")
     # One device per process: the Trainer would otherwise split the batches of a single process over all GPUs, and so
     # multiply the batch size. `accelerate launch` starts a process per GPU.
     arguments._n_gpu = min(arguments.n_gpu, 1)

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, Trainer
 from probing.distillation.recipe import DistillRecipe
 from probing.distillation.trainer import run_stage
 from probing.recipe import dump_recipe
+from probing.utils.errors import UserError
 from tests.helpers import tiny, warm
 
 pytestmark = pytest.mark.slow
@@ -35,7 +36,7 @@ def fsdp() -> dict[str, str]:
 def prepare_process(variables: dict[str, str], stop: int) -> None:
     """Sets variables, and signals the second process before a micro-batch.
 
-    FSDP2 works on CPUs; accelerate selects it for other devices only.
+    FSDP2 and DeepSpeed work on CPUs; accelerate selects them for other devices only.
     """
     os.environ.update(variables)
     init, step, calls = AcceleratorState.__init__, Trainer.training_step, []
@@ -44,7 +45,11 @@ def prepare_process(variables: dict[str, str], stop: int) -> None:
         init(self, *args, **kwargs)
         if plugin := kwargs.get("fsdp_plugin"):
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if plugin := kwargs.get("deepspeed_plugin"):
+            self.distributed_type, self.deepspeed_plugins = DistributedType.DEEPSPEED, plugin
+            plugin.set_mixed_precision("no")
+            plugin.select(_from_accelerator_state=True)
+        PartialState._shared_state["distributed_type"] = self.distributed_type
 
     def stopped(self, *args, **kwargs):
         calls.append(1)
@@ -69,19 +74,31 @@ def recipe(models, tmp_path):
     return make
 
 
+def deepspeed(stage: int) -> dict[str, dict]:
+    """Fields of a recipe for DeepSpeed with a stage of ZeRO."""
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    zero = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    return {"deepspeed": zero | dict.fromkeys(names, "auto")}
+
+
 @pytest.mark.parametrize("stage", ["vpt", "ift"])
-def test_sharded_stage_equals_one_process(recipe, models, tmp_path, stage):
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_sharded_stage_equals_one_process(recipe, models, tmp_path, stage, engine):
     """Losses and gradients of every step to 1e-4, though it was stopped in the second of four and resumed."""
+    if engine == "deepspeed":
+        pytest.importorskip("deepspeed")
     embedding = {"teachers": {"gen": {"id": str(models["gen"])}}, "layers": {"gen": "2"}, "seek": 2, "heads": 2}
     same = recipe(stage, **({"embedding": embedding} if stage == "vpt" else {}))
     run_stage(same, tmp_path / "one")
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(same))
+    variables, state = (fsdp(), "pytorch_model_fsdp_0") if engine == "fsdp" else ({}, "global_step2")
+    sharded = same.model_copy(update={"trainer": same.trainer | deepspeed(1)}) if engine == "deepspeed" else same
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(sharded))
     for stop, code in ((4, 130), (0, 0)):
         log = tmp_path / f"log{code}"
         command = ["distill", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "two")]
-        codes, said = warm.finish(warm.launch(command, log, partial(prepare_process, fsdp(), stop)), log)
+        codes, said = warm.finish(warm.launch(command, log, partial(prepare_process, variables, stop)), log)
         assert codes == [code, code], said
-        assert (tmp_path / "two.training/checkpoint-2/pytorch_model_fsdp_0").exists() == (code == 130)
+        assert (tmp_path / "two.training/checkpoint-2" / state).exists() == (code == 130)
     one, two = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two"))
     for first, second in zip(one["log"], two["log"], strict=True):
         for name in (name for name in first if name.startswith("loss") or name == "grad_norm"):
@@ -92,3 +109,10 @@ def test_sharded_stage_equals_one_process(recipe, models, tmp_path, stage):
     loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "two", output_loading_info=True)
     assert not any(report.values())
     assert torch.equal(loaded.lm_head.weight, two["language_model.lm_head.weight"])
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_other_stages_of_zero_are_refused(recipe, tmp_path, zero):
+    pytest.importorskip("deepspeed")
+    with pytest.raises(UserError, match=f"ZeRO stage {zero} .*; set zero_optimization.stage to 1, or use FSDP"):
+        run_stage(recipe("ift", trainer=deepspeed(zero)), tmp_path / "out")
