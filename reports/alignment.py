@@ -17,7 +17,7 @@ from probing.utils.errors import UserError
 from probing.utils.files import reading
 from reports.charts import chart_group
 from reports.curves import stack, with_positions
-from reports.figures import Style, line_plot, png_data_uri, save_figure
+from reports.figures import png_data_uri
 from reports.results import Results, read_run, run_name, sort_teachers, teacher_title, unique_labels
 from reports.theme import CHECKPOINT, style
 
@@ -99,16 +99,9 @@ def section_frames(runs: Sequence[Results]) -> Iterator[tuple[str, str, pd.DataF
             yield title, text, with_positions(frame.drop(columns="teacher"))
 
 
-def write_figures(runs: Sequence[Results], out: Path, kind: Style, colours: Mapping[str, str]) -> None:
-    """Writes every chart as files."""
-    for _, _, frame in section_frames(runs):
-        for name, rows in frame.groupby("name", sort=False):
-            save_figure(line_plot(rows, "", colours, kind == "paper"), out, str(name), kind)
-
-
 def chapter(runs: Sequence[Results], names: Sequence[str]) -> dict[str, Any]:
     """Returns the variables of the templates; `names` are all checkpoints of the page."""
-    sections = [chart_group(frame, names, title=title, text=text) for title, text, frame in section_frames(runs)]
+    sections = [chart_group(frame, names, "", title=title, text=text) for title, text, frame in section_frames(runs)]
     entries = [
         {"run": run, "sentences": list(sentences(run)), "pictures": list(patch_pictures(run.path))} for run in runs
     ]

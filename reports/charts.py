@@ -32,27 +32,34 @@ def bundle() -> Markup:
 def chart_group(
     frame: pd.DataFrame,
     names: Sequence[str],
+    name: str,
     ylabel: str = "",
     zero: bool = False,
-    static: pd.DataFrame | None = None,
+    headline: bool = False,
     **texts: Any,
 ) -> dict[str, Any]:
     """Draws a chart per panel, with one legend.
 
     Args:
-        frame: rows of `reports.curves`.
+        frame: rows of `reports.curves`; with a column `reference`, the page selects one, and figures show the first.
         names: all checkpoints of the page, in the order of their colours.
+        name: name of the figure's file; a column `name` has that of every panel instead.
         ylabel: label of the vertical axes.
         zero: whether to draw a line at zero.
-        static: rows of a figure for print and for readers without JavaScript.
+        headline: whether the page has a figure for print and for readers without JavaScript.
         texts: further values for the template, such as `title` and `text`.
+
+    Returns:
+        For the template: `charts`, `legend`, `static` and `headline`; `figure` has the arguments of `write_group`.
     """
-    drawn = static is not None and len(static)
     panels = frame.groupby("panel", sort=False)
+    first = frame[frame["reference"] == frame["reference"].iloc[0]] if "reference" in frame else frame
     return texts | {
         "charts": [line_chart(rows, str(panel), names, ylabel, zero) for panel, rows in panels],
         "legend": legend(frame, names),
-        "static": png_data_uri(line_plot(static, ylabel, palette(names), zero=zero)) if drawn else "",
+        "static": png_data_uri(line_plot(first, ylabel, palette(names), zero=zero)) if headline else "",
+        "headline": headline,
+        "figure": {"frame": first, "name": name, "ylabel": ylabel, "zero": zero},
     }  # fmt: skip
 
 

@@ -16,18 +16,7 @@ from PIL import Image
 
 from probing.utils.errors import UserError
 from probing.utils.files import atomic_file
-from reports.curves import (
-    DENSE,
-    LAYER,
-    PROBES,
-    compared_metrics,
-    difference_frame,
-    differences_from,
-    direction,
-    layer_frame,
-    layer_ticks,
-    references,
-)
+from reports.curves import DENSE, LAYER, PROBES, direction, layer_frame, layer_ticks
 from reports.results import FINAL, RunResults, layer_rank, metric_label, sign, sort_teachers, teacher_title
 from reports.theme import CEILING, DOUBLE, REFERENCES, SINGLE, dash, palette, style
 
@@ -224,31 +213,14 @@ def png_data_uri(figure: Figure, dpi: int = 110) -> str:
     return "data:image/png;base64," + base64.b64encode(small.getvalue()).decode()
 
 
-def write_curves(runs: Sequence[RunResults], out: Path, kind: Style, colours: Mapping[str, str]) -> None:
-    """Writes the curves of every metric and a heat map of each run; for a paper also every panel, one column wide."""
-    paper = kind == "paper"
-    for metric, protocol in dict.fromkeys(measure for run in runs for measure in run.measures):
-        frame, stem = layer_frame(runs, metric, protocol), f"layers_{metric}_{protocol}"
-        if frame.empty:
-            continue
-        ylabel = metric_label(metric, protocol) + direction(metric)
-        save_figure(line_plot(frame, ylabel, colours, paper), out, stem, kind)
-        for (teacher, probe), panel in frame.groupby(["teacher", "probe"]) if paper else ():
-            save_figure(line_plot(panel, ylabel, colours, paper), out, f"{stem}_{teacher}_{probe}", kind)
-    for run in runs:
-        for probe in PROBES:
-            if figure := heat_map(run, probe, paper):
-                save_figure(figure, out, f"heatmap_{probe}" + (f"_{run.label}" if len(runs) > 1 else ""), kind)
-
-
-def write_differences(differences: pd.DataFrame, out: Path, kind: Style, colours: Mapping[str, str]) -> None:
-    """Writes the paired differences from the first checkpoint."""
-    reference = references(differences)[0] if len(differences) else ""
-    for metric, protocol in compared_metrics(differences):
-        frame = difference_frame(differences_from(differences, reference), metric, protocol)
-        if len(frame):
-            ylabel = f"difference from {reference}" + direction(metric).replace(" ", "\n", 1)
-            save_figure(
-                line_plot(frame, ylabel, colours, kind == "paper", zero=True),
-                out, f"differences_{metric}_{protocol}", kind,
-            )  # fmt: skip
+def write_group(
+    frame: pd.DataFrame, name: str, ylabel: str, zero: bool, out: Path, kind: Style, colours: Mapping[str, str]
+) -> None:
+    """Writes the figure of a group of charts; for a paper also every panel, one column wide."""
+    parts = (
+        {name: frame} if "name" not in frame else {str(one): rows for one, rows in frame.groupby("name", sort=False)}
+    )
+    if kind == "paper" and "probe" in frame:
+        parts |= {f"{name}_{'_'.join(pair)}": rows for pair, rows in frame.groupby(["teacher", "probe"])}
+    for stem, rows in parts.items():
+        save_figure(line_plot(rows, ylabel, colours, kind == "paper", zero=zero), out, stem, kind)

@@ -16,17 +16,16 @@ from probing.utils.files import atomic_file, disk_errors, write_text
 from reports import alignment, benchmarks
 from reports.answer import answer_table, answers, convergence, random_frame
 from reports.charts import bundle, chart_group
-from reports.curves import compared_metrics, difference_frame, differences_from, direction, layer_frame, references
-from reports.figures import (
-    Style,
-    learning_plot,
-    line_plot,
-    png_data_uri,
-    save_figure,
-    slug,
-    write_curves,
-    write_differences,
+from reports.curves import (
+    PROBES,
+    compared_metrics,
+    difference_frame,
+    differences_from,
+    direction,
+    layer_frame,
+    references,
 )
+from reports.figures import Style, heat_map, learning_plot, png_data_uri, save_figure, slug, write_group
 from reports.pictures import grid_figure, read_grids, viewers
 from reports.results import MEASURE, Results, RunResults, load_runs, metric_label, sort_measures
 from reports.tables import decoded_notes, decoded_table, difference_table, headline_rows, is_answer
@@ -92,35 +91,35 @@ def _write_report(
     table = decoded_table(runs)
     if len(table):
         write_text(out / "table8.csv", table.to_csv(index_label="checkpoint"))
-    if style:
-        colours = palette(names)
-        alignment.write_figures(aligned, out, style, colours)
-        shown = [panel for panel in vqa["panels"] if panel.correlation is not None]
-        for name in dict.fromkeys(panel.benchmark for panel in shown):
-            own = [panel for panel in shown if panel.benchmark == name]
-            save_figure(benchmarks.quality_plot(own, colours, style == "paper"), out, f"quality_{name}", style)
-        if runs:
-            _write_probe_figures(runs, differences, out, style, colours)
     merged = [run.results.assign(checkpoint=run.label) for run in (*runs, *aligned, *answered)]
     write_text(out / "results.csv", pd.concat(merged).to_csv(index=False))
+    values = page_values(runs, aligned, differences, statements, vqa, names)
+    if style:
+        _write_figures(values, vqa["panels"], out, style, palette(names))
     page = out / "index.html"
-    write_text(page, render(runs, aligned, differences, statements, vqa, names))
+    write_text(page, _fill(values))
     return page
 
 
-def _write_probe_figures(
-    runs: Sequence[RunResults], differences: pd.DataFrame | None, out: Path, style: Style, colours: Mapping[str, str]
+def _write_figures(
+    values: Mapping[str, Any], panels: Sequence[benchmarks.Panel], out: Path, style: Style, colours: Mapping[str, str]
 ) -> None:
-    write_curves(runs, out, style, colours)
-    found = answers(runs)
-    minus = random_frame(found)
-    if len(minus):
-        ylabel = f"trained − random, {metric_label(*found[0].measure)}"
-        save_figure(line_plot(minus, ylabel, colours, style == "paper", zero=True), out, "minus_random", style)
-    if differences is not None:
-        write_differences(differences, out, style, colours)
+    """Writes the figures of all charts of the page, and those of runs."""
+    runs, paper = values["runs"], style == "paper"
+    random = values.get("answer", {}).get("random")
+    compared = values.get("compared", {}).get("metrics", [])
+    groups = [*values.get("sections", []), *compared, *values.get("use", []), *values["alignment_sections"]]
+    for group in groups + [random] * bool(random):
+        write_group(**group["figure"], out=out, kind=style, colours=colours)
+    shown = [panel for panel in panels if panel.correlation is not None]
+    for name in dict.fromkeys(panel.benchmark for panel in shown):
+        own = [panel for panel in shown if panel.benchmark == name]
+        save_figure(benchmarks.quality_plot(own, colours, paper), out, f"quality_{name}", style)
     for run in runs:
         suffix = "" if len(runs) == 1 else f"_{slug(run.label)}"
+        for probe in PROBES:
+            if figure := heat_map(run, probe, paper):
+                save_figure(figure, out, f"heatmap_{probe}{suffix}", style)
         if len(run.curves):
             save_figure(learning_plot(run), out, f"learning{suffix}", style)
         for grid in read_grids(run.path):
@@ -158,30 +157,43 @@ def render(
     aligned: Sequence[Results],
     differences: pd.DataFrame | None = None,
     statements: Sequence[str] = (),
-    vqa: Mapping[str, Any] | None = None,
-    names: Sequence[str] = (),
 ) -> str:
-    """Renders the page from the runs that `load` returns; see `write_report`.
+    """Renders the page from the runs that `load` returns; see `write_report`."""
+    names = checkpoint_names(runs, aligned, differences)
+    return _fill(page_values(runs, aligned, differences, statements, {}, names))
+
+
+def _fill(values: Mapping[str, Any]) -> str:
+    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    templates = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return templates.get_template("page.html").render(**values)
+
+
+def page_values(
+    runs: Sequence[RunResults],
+    aligned: Sequence[Results],
+    differences: pd.DataFrame | None,
+    statements: Sequence[str],
+    vqa: Mapping[str, Any],
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """Returns the variables of the template.
 
     `vqa` is from `reports.benchmarks.chapter`, and `names` are all checkpoints with a colour.
     """
-    names = names or checkpoint_names(runs, aligned, differences)
-    compared = difference_table(headline_rows(differences)) if differences is not None and not runs else pd.DataFrame()
-    values = {
+    alone = differences is not None and not runs
+    return {
         "names": names,
         "themes": {mode: vega_config(names, mode == "dark") for mode in ("light", "dark")},
         "colours_css": colours_css(names),
+        "bundle": bundle() if runs or aligned or vqa.get("quality") else "",
         "differences": differences is not None,
-        "vqa": vqa if vqa and "tables" in vqa else {},
+        "vqa": vqa if "tables" in vqa else {},
         "runs": runs,
-        "compared_table": compared,
+        "compared_table": difference_table(headline_rows(differences)) if alone else pd.DataFrame(),
         **alignment.chapter(aligned, names),
         **(_probe_values(runs, differences, statements, names) if runs else {}),
     }
-    drawn = runs or aligned or (vqa and vqa.get("quality"))
-    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    templates = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return templates.get_template("page.html").render(**values, bundle=bundle() if drawn else "")
 
 
 def colours_css(names: Sequence[str]) -> Markup:
@@ -211,19 +223,19 @@ def _probe_values(
         }
         if len(minus):
             ylabel = "trained − random" + direction(measure[0], " ↓")
-            answer["random"] = chart_group(minus, names, ylabel, zero=True, static=minus)
+            answer["random"] = chart_group(minus, names, "minus_random", ylabel, zero=True, headline=True)
     measures = sorted(
         sort_measures(measure for run in runs for measure in run.measures), key=lambda measure: measure != MEASURE
     )
     sections = []
     for measure in measures:
-        frame, label, headline = layer_frame(runs, *measure), metric_label(*measure), measure == MEASURE
+        frame, label, meaning = layer_frame(runs, *measure), metric_label(*measure), describe(*measure).meaning
         if len(frame):
-            ylabel, meaning = label + direction(measure[0], " ↓"), describe(*measure).meaning
+            name, ylabel = "layers_" + "_".join(measure), label + direction(measure[0], " ↓")
             group = chart_group(
-                frame, names, ylabel, static=frame if headline else None, title=_title(label), text=meaning
+                frame, names, name, ylabel, headline=measure == MEASURE, title=_title(label), text=meaning
             )
-            sections.append(group | {"headline": headline})
+            sections.append(group)
     return {
         "answer": answer,
         "sections": sections,
@@ -245,8 +257,7 @@ def _comparison(differences: pd.DataFrame, names: Sequence[str], statements: Seq
     for measure in compared_metrics(differences):
         frame, ylabel = difference_frame(pd.concat(seen), *measure), "difference" + direction(measure[0], " ↓")
         if len(frame):
-            first = frame[frame["reference"] == chosen[0]] if measure == MEASURE else None
-            title = _title(metric_label(*measure))
-            metrics.append(chart_group(frame, names, ylabel, zero=True, static=first, title=title))
+            name, title = "differences_" + "_".join(measure), _title(metric_label(*measure))
+            metrics.append(chart_group(frame, names, name, ylabel, True, measure == MEASURE, title=title))
     means = [difference_table(headline_rows(frame)) for frame in seen]
     return {"references": chosen, "metrics": metrics, "means": means, "statements": list(statements)}

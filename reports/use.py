@@ -76,7 +76,6 @@ def sections(runs: Sequence[RunResults], names: Sequence[str]) -> list[dict[str,
             panels = frame["teacher"].map(teacher_title) + ", " + frame["variant"].map(POSITIONS)
             label, meaning = describe(metric).label, describe(metric).meaning
             text = f"{label[0].upper()}{label[1:]}. {meaning}"
-            found.append(
-                chart_group(with_positions(frame.assign(panel=panels)), names, zero=True, title=title, text=text)
-            )
+            frame = with_positions(frame.assign(panel=panels)).drop(columns=["teacher", "probe"])
+            found.append(chart_group(frame, names, metric, zero=True, title=title, text=text))
     return found

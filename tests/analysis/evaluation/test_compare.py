@@ -134,7 +134,8 @@ def test_other_training_and_other_metrics_are_refused(runs, tmp_path):
 
 
 def test_command_prints_sentences_and_draws_differences(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("reports.page.write_curves", lambda *values: None)  # slow, and drawn by other tests
+    monkeypatch.setattr("reports.page.layer_frame", lambda *values: pd.DataFrame())  # slow, and drawn by other tests
+    monkeypatch.setattr("reports.page.heat_map", lambda *values: None)
     done = probing("compare", *runs, "--out", tmp_path / "out", "--figures")
     assert "depth, resampler, cosine_centred (strict): other - llava = " in done.stdout
     page = (tmp_path / "out" / "index.html").read_text()
