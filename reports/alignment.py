@@ -101,7 +101,10 @@ def section_frames(runs: Sequence[Results]) -> Iterator[tuple[str, str, pd.DataF
 
 def chapter(runs: Sequence[Results], names: Sequence[str]) -> dict[str, Any]:
     """Returns the variables of the templates; `names` are all checkpoints of the page."""
-    sections = [chart_group(frame, names, "", title=title, text=text) for title, text, frame in section_frames(runs)]
+    sections = [
+        chart_group(frame, names, "", headline=not index, title=title, text=text)
+        for index, (title, text, frame) in enumerate(section_frames(runs))
+    ]
     entries = [
         {"run": run, "sentences": list(sentences(run)), "pictures": list(patch_pictures(run.path))} for run in runs
     ]

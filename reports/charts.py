@@ -46,7 +46,7 @@ def chart_group(
         name: name of the figure's file; a column `name` has that of every panel instead.
         ylabel: label of the vertical axes.
         zero: whether to draw a line at zero.
-        headline: whether the page has a figure for print and for readers without JavaScript.
+        headline: whether the page shows it at once, and as a picture in print and to readers without JavaScript.
         texts: further values for the template, such as `title` and `text`.
 
     Returns:

@@ -227,15 +227,14 @@ def _probe_values(
     measures = sorted(
         sort_measures(measure for run in runs for measure in run.measures), key=lambda measure: measure != MEASURE
     )
-    sections = []
+    sections: list[dict[str, Any]] = []
     for measure in measures:
         frame, label, meaning = layer_frame(runs, *measure), metric_label(*measure), describe(*measure).meaning
         if len(frame):
             name, ylabel = "layers_" + "_".join(measure), label + direction(measure[0], " ↓")
-            group = chart_group(
-                frame, names, name, ylabel, headline=measure == MEASURE, title=_title(label), text=meaning
+            sections.append(
+                chart_group(frame, names, name, ylabel, headline=not sections, title=_title(label), text=meaning)
             )
-            sections.append(group)
     return {
         "answer": answer,
         "sections": sections,
@@ -253,11 +252,11 @@ def _comparison(differences: pd.DataFrame, names: Sequence[str], statements: Seq
     """Builds charts of the differences from every reference, of which the page selects one, and tables of means."""
     chosen = references(differences)
     seen = [differences_from(differences, name).reset_index(drop=True) for name in chosen]
-    metrics = []
+    metrics: list[dict[str, Any]] = []
     for measure in compared_metrics(differences):
         frame, ylabel = difference_frame(pd.concat(seen), *measure), "difference" + direction(measure[0], " ↓")
         if len(frame):
             name, title = "differences_" + "_".join(measure), _title(metric_label(*measure))
-            metrics.append(chart_group(frame, names, name, ylabel, True, measure == MEASURE, title=title))
+            metrics.append(chart_group(frame, names, name, ylabel, zero=True, headline=not metrics, title=title))
     means = [difference_table(headline_rows(frame)) for frame in seen]
     return {"references": chosen, "metrics": metrics, "means": means, "statements": list(statements)}

@@ -63,7 +63,7 @@ def used(run: RunResults, teacher: str) -> str:
 
 def sections(runs: Sequence[RunResults], names: Sequence[str]) -> list[dict[str, Any]]:
     """Builds the charts of both measures, a panel per teacher and position, where there are results."""
-    found = []
+    found: list[dict[str, Any]] = []
     for title, metric, probe, controls in (
         ("Which tokens hold it", READ, "ridge", ("none", "random")),
         ("Does the model use it", LOSS, "leace", ("none", "subspace", "shuffled")),
@@ -77,5 +77,5 @@ def sections(runs: Sequence[RunResults], names: Sequence[str]) -> list[dict[str,
             label, meaning = describe(metric).label, describe(metric).meaning
             text = f"{label[0].upper()}{label[1:]}. {meaning}"
             frame = with_positions(frame.assign(panel=panels)).drop(columns=["teacher", "probe"])
-            found.append(chart_group(frame, names, metric, zero=True, title=title, text=text))
+            found.append(chart_group(frame, names, metric, zero=True, headline=not found, title=title, text=text))
     return found
