@@ -31,7 +31,7 @@ def test_every_cell_runs(tmp_path, monkeypatch, capsys):
         exec(compile(ast.parse(cell), f"cell {number}", "exec"), space)
     assert time.process_time() - started < 120  # of all threads; two cores, a minute
     assert (tmp_path / "runs/notebook/layers.pdf").read_bytes().startswith(b"%PDF")
-    assert "layer 6: cosine" in capsys.readouterr().out
+    assert "layer 8: cosine" in capsys.readouterr().out
     for name, shown in (("model", "vision_tower"), ("tokens", "<image "), ("bank", "<td>depth</td>")):
         assert shown in space[name]._repr_html_()
     assert "evaluated" in space["runs"]["llava"]._repr_html_()
