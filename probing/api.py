@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pandas as pd
-from accelerate import PartialState
 from pydantic import BaseModel
 
 from probing.models import Backbone, load_backbone
@@ -26,6 +25,7 @@ from probing.runs.directory import is_alignment, is_benchmark
 from probing.teachers import Teacher
 from probing.teachers import load_teacher as load_teacher_recipe
 from probing.teachers.registry import CATALOGUE
+from probing.utils.distributed import default_device
 from probing.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def load_model(checkpoint: Path | str, **fields: Any) -> Backbone:
         UserError: the checkpoint does not exist, is of an unknown family, or is incomplete.
     """
     recipe = _recipe(BackboneRecipe, {"checkpoint": str(checkpoint)}, fields)
-    return load_backbone(recipe, PartialState().device)
+    return load_backbone(recipe, default_device())
 
 
 def load_teacher(name_or_id: str, **fields: Any) -> Teacher:
@@ -72,7 +72,7 @@ def load_teacher(name_or_id: str, **fields: Any) -> Teacher:
     known = CATALOGUE.get(name_or_id)
     name = name_or_id if known else re.sub(r"[^a-z0-9_-]", "-", model_name(name_or_id).rsplit("/", 1)[-1].lower())
     recipe = _recipe(TeacherRecipe, {"id": known.default_id if known else name_or_id}, fields)
-    return load_teacher_recipe(name, recipe, PartialState().device)
+    return load_teacher_recipe(name, recipe, default_device())
 
 
 def assemble(llm: str, vision_tower: str, out: Path | str, **fields: Any) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+import torch
 from PIL import Image, UnidentifiedImageError
 
 from analysis.benchmarks.accuracy import ScoredAnswer, summarise
@@ -34,6 +34,7 @@ from probing.runs.recorded_inputs import (
     vocabulary,
 )
 from probing.runs.resume import claim, holds_run
+from probing.utils.distributed import require_single_process
 from probing.utils.errors import UserError, first_line
 from probing.utils.files import RESTORE_ADVICE, disk_errors, read_json, read_json_lines, write_text
 from probing.utils.interrupt import Interrupted, Interruption
@@ -61,6 +62,7 @@ def bench(recipe: BenchRecipe, out: Path) -> Path:
         UserError: checkpoint or data cannot be used, or `out` holds another run.
         Interrupted: stopped by the user; the same call resumes, to the same answers.
     """
+    device = require_single_process("bench").device
     questions = read_questions(recipe.benchmark, local_path(recipe.data))
     known = BENCHMARKS[recipe.benchmark]
     if len(questions) != known.size:
@@ -72,7 +74,7 @@ def bench(recipe: BenchRecipe, out: Path) -> Path:
         record = to_record(_describe_inputs(recipe, checkpoint, questions))
         claim(out, recipe, record, recorded)
         if not (out / "manifest.json").exists():
-            _answer_all(recipe, out, checkpoint, questions, record)
+            _answer_all(recipe, out, checkpoint, questions, record, device)
     answers = [ScoredAnswer(**line) for line in read_json_lines(out / "answers.jsonl")]
     manifest = read_json(out / "manifest.json", RESTORE_ADVICE)
     if skipped := manifest["skipped"]:
@@ -93,11 +95,16 @@ def _describe_inputs(recipe: BenchRecipe, checkpoint: Identity, questions: Seque
 
 
 def _answer_all(
-    recipe: BenchRecipe, out: Path, checkpoint: Identity, questions: Sequence[Question], record: dict[str, Any]
+    recipe: BenchRecipe,
+    out: Path,
+    checkpoint: Identity,
+    questions: Sequence[Question],
+    record: dict[str, Any],
+    device: torch.device,
 ) -> None:
     """Writes `answers.jsonl` and the manifest."""
     known, started, state = BENCHMARKS[recipe.benchmark], time.monotonic(), out / "state" / "answers.jsonl"
-    pairs = list(zip(questions, _ask_all(recipe, questions, state), strict=True))
+    pairs = list(zip(questions, _ask_all(recipe, questions, state, device), strict=True))
     answers = [scored(recipe.benchmark, question, image, text) for question, (image, text) in pairs if image]
     skipped = [Skipped(question.name, known.split, reason) for question, (image, reason) in pairs if not image]
     if not answers:
@@ -137,7 +144,7 @@ def scored(benchmark: str, question: Question, image: str, answer: str) -> Score
     return ScoredAnswer(question.name, question.groups, image, answer, parsed, list(question.answers), score, chance)
 
 
-def _ask_all(recipe: BenchRecipe, questions: Sequence[Question], state: Path) -> Iterator[Raw]:
+def _ask_all(recipe: BenchRecipe, questions: Sequence[Question], state: Path, device: torch.device) -> Iterator[Raw]:
     """Yields the raw answer to every question.
 
     Answers are saved after each batch, and saved ones are not repeated. Batches do not depend on interruptions:
@@ -156,7 +163,7 @@ def _ask_all(recipe: BenchRecipe, questions: Sequence[Question], state: Path) ->
     batches = [questions[first : first + batch] for first in range(len(done), len(questions), batch)]
     if not batches:
         return
-    backbone, known = load_backbone(recipe.backbone, Accelerator().device, with_head=True), BENCHMARKS[recipe.benchmark]
+    backbone, known = load_backbone(recipe.backbone, device, with_head=True), BENCHMARKS[recipe.benchmark]
     suffix = known.suffix if recipe.suffix == "auto" else recipe.suffix or ""
     what = f"{known.title}, {backbone.name}"
     with Interruption().watch() as interruption, Progress(what, len(batches), unit="batches") as bar:

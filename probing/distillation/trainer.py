@@ -37,6 +37,7 @@ from probing.models.llava import LlavaInputs
 from probing.recipe import dump_recipe, validate
 from probing.runs.recorded_inputs import describe_inputs, recorded_moment, require_same, to_record, vocabulary
 from probing.runs.resume import first_difference
+from probing.utils.distributed import has_gpu
 from probing.utils.errors import UserError, first_line
 from probing.utils.files import disk_errors, read_json, remove_temporary_files, write_text
 from probing.utils.interrupt import Interrupted, Interruption
@@ -346,7 +347,7 @@ def training_arguments(recipe: DistillRecipe, work: Path, conversations: int) ->
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "bf16": recipe.bf16,
-        "use_cpu": not torch.accelerator.is_available(),  # without, it refuses bf16 on a CPU
+        "use_cpu": not has_gpu(),  # without, it refuses bf16 on a CPU
         "save_steps": recipe.save_steps,
         "save_total_limit": 1,
         "logging_steps": 10,

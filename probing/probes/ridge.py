@@ -65,8 +65,6 @@ class RidgeSums:
 
     def add(self, states: Tensor, targets: Mapping[str, Tensor], chosen: Tensor) -> None:
         """Adds the chosen images (B), bool, of a batch: states (B, N, H) and by teacher targets (B, N, D)."""
-        if states.device.type == "mps":  # no float64
-            states, targets, chosen = states.cpu(), {name: y.cpu() for name, y in targets.items()}, chosen.cpu()
         rows = chosen.repeat_interleave(states.shape[1], output_size=states[..., 0].numel())[:, None]
         n = rows.sum().double()
         precision = batch_precision(states.device)

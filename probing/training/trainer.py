@@ -229,7 +229,7 @@ class ProbeTrainer:
         """
         columns = {column: index for index, column in enumerate(state.columns)}
         batch = self._global_batch(step.micros)
-        totals = _StepSums.empty(len(columns) + len(self.teachers), self._wide, self.accelerator.device)
+        totals = _StepSums.empty(len(columns) + len(self.teachers), torch.float64, self.accelerator.device)
         state.sums_changed |= step.first
         if step.first and state.prequential.part_begins:
             self._begin_part(state)
@@ -324,7 +324,7 @@ class ProbeTrainer:
         if "shuffled" in state.banks:
             rolled = [{n: t.roll(1, dims=0) for n, t in tensors.items()} for tensors in (targets, finite)]
             by_control["shuffled"] = (rolled[0], rolled[1])
-        totals = _StepSums.empty(len(columns) + len(self.teachers), self._wide, device)
+        totals = _StepSums.empty(len(columns) + len(self.teachers), torch.float64, device)
         losses, counts = totals.sums
         weights = "random" if "random" in state.banks else "none"
         positions = self.recipe.fit.positions
@@ -335,10 +335,10 @@ class ProbeTrainer:
         unseen = state.prequential if gather and state.prequential.means else None
         indices = torch.tensor(prepared.indices).to(device, non_blocking=True)
         for index, (name, target) in enumerate(targets.items(), start=len(columns)):
-            zero = torch.zeros_like(target[0], dtype=self._wide), torch.zeros((), dtype=torch.long, device=device)
+            zero = torch.zeros_like(target[0], dtype=torch.float64), torch.zeros((), dtype=torch.long, device=device)
             total, count = state.target_sums.get(name, zero)
             if gather:
-                total, count = total + target.sum(dim=0, dtype=self._wide), count + finite[name].sum()
+                total, count = total + target.sum(dim=0, dtype=torch.float64), count + finite[name].sum()
                 state.target_sums[name] = (total, count)
             mean = (total / count.clamp(min=1)).float().expand_as(target)
             losses[index] = F.smooth_l1_loss(zero_others(mean, finite[name]), target) * weight
@@ -445,11 +445,6 @@ class ProbeTrainer:
             return torch.autocast(self.accelerator.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
-    @property
-    def _wide(self) -> torch.dtype:
-        """Dtype of sums: float64 if the device supports it."""
-        return torch.float32 if self.accelerator.device.type == "mps" else torch.float64
-
     def _agree(self, *flags: bool) -> list[bool]:
         """Returns which flags any process sets, so that all save at the same step."""
         if self.accelerator.num_processes == 1:
@@ -475,7 +470,7 @@ class ProbeTrainer:
     def _all_targets(self, state: TrainerState, teacher: str) -> tuple[Tensor, Tensor]:
         """Returns sum (N, D) and number of a teacher's targets over all processes."""
         shape, device = self.teachers[teacher].shape, self.accelerator.device
-        zero = torch.zeros(shape, dtype=self._wide, device=device), torch.zeros((), dtype=torch.long, device=device)
+        zero = torch.zeros(shape, dtype=torch.float64, device=device), torch.zeros((), dtype=torch.long, device=device)
         total, count = state.target_sums.get(teacher, zero)
         if self._rank_and_world_size[1] == 1:
             return total, count

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from probing.utils.errors import UserError
@@ -21,6 +21,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def has_gpu() -> bool:
+    """Returns whether there is an accelerator with float64, in which sums are; Apple's MPS has none."""
+    device = torch.accelerator.current_accelerator()
+    return torch.accelerator.is_available() and device is not None and device.type != "mps"
+
+
+def default_device() -> torch.device:
+    """Returns the device on which models of this process are loaded."""
+    return PartialState(cpu=not has_gpu()).device
+
+
 def init_accelerator() -> Accelerator:
     """Joins the process group of the launcher.
 
@@ -29,7 +40,7 @@ def init_accelerator() -> Accelerator:
     """
     # Accelerate joins processes without GPU only on request. Otherwise each of them would act as the only one, and all
     # would write and remove the same files.
-    accelerator = Accelerator(cpu=world_size() > 1 and not torch.accelerator.is_available())
+    accelerator = Accelerator(cpu=not has_gpu())
     if accelerator.num_processes != world_size():
         raise UserError(
             f"{world_size()} processes were started, and accelerate joins {accelerator.num_processes}; start one, or "
@@ -47,7 +58,7 @@ def require_single_process(verb: str) -> Accelerator:
         raise UserError(
             f"probing {verb} runs as one process, and {world_size()} were started; leave out accelerate launch"
         )
-    return Accelerator()
+    return Accelerator(cpu=not has_gpu())
 
 
 @contextlib.contextmanager

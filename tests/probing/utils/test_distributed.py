@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from probing.recipe import ProbeRunRecipe, dump_recipe
@@ -17,7 +18,13 @@ from probing.training.run import train
 from probing.training.schedule import plan_steps
 from probing.training.state_files import StateFiles
 from probing.training.trainer import ProbeTrainer
-from probing.utils.distributed import DEAD_RANK_MESSAGES, init_accelerator, report_dead_ranks, require_single_process
+from probing.utils.distributed import (
+    DEAD_RANK_MESSAGES,
+    has_gpu,
+    init_accelerator,
+    report_dead_ranks,
+    require_single_process,
+)
 from probing.utils.errors import UserError
 from tests.helpers import tiny, warm
 
@@ -54,6 +61,13 @@ def test_single_process_commands_refuse_more(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="probing evaluate runs as one process, and 2 were started"):
         require_single_process("evaluate")
+
+
+def test_device_without_float64_is_not_used(monkeypatch):
+    for kind, usable in (("mps", False), ("cuda", True)):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda kind=kind: torch.device(kind))
+        assert has_gpu() == usable
 
 
 @pytest.mark.parametrize("message", [f"[gloo/transport/tcp/pair.cc:547] {part}" for part in DEAD_RANK_MESSAGES])
