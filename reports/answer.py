@@ -16,7 +16,7 @@ from reports.use import NO_EVIDENCE, used, where
 CODE_LENGTH = ("code_length", "strict")
 NOTHING = "no more than the mean target"
 UNKNOWN = "not compared with random weights"
-USED_BY, BITS_BY = "used by answers", "bits by tokens"
+USED_BY, BITS_BY = "used by answers", "bits of the mean feature, by tokens"
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,18 @@ class Answer:
         """Returns the verdict as a sentence with its numbers."""
         digits = describe(*self.measure).digits
         start = (
-            f"{teacher_title(self.teacher)}, {self.run.label}: {self.verdict}. {metric_label(*self.measure)} of the "
-            f"{PROBES[self.probe]} at its best layer, {self.best['layer']}: {interval_text(self.best, digits)}"
+            f"{teacher_title(self.teacher)}, {self.run.label}: {self.verdict}. Its best layer is {self.best['layer']}, "
+            f"where the {metric_label(*self.measure)} of the {PROBES[self.probe]} is {interval_text(self.best, digits)}"
         )
         if self.difference is None:
             text = f"{start}. Add the control to know what the number means: probing train … --control random."
         else:
             minus = interval_text(self.difference, digits, "+")
-            text = f"{start}; minus random weights at their best layer, {self.difference['random_layer']}: {minus}."
+            layer = self.difference["random_layer"]
+            text = f"{start}. The best layer of random weights is {layer}; difference: {minus}."
         found = used(self.run, self.teacher)
         if found == NO_EVIDENCE:
-            return f"{text} Erasing it costs no more than a random subspace does: no evidence that the model uses it."
+            return f"{text} Erasing it costs nowhere surely more than a random subspace: no evidence that it is used."
         return f"{text} Is it used by answers? {found[0].upper()}{found[1:]}." if found else text
 
     def cells(self) -> dict[str, str]:
@@ -161,7 +162,7 @@ def _difference(own: pd.Series, random: pd.Series, key: ScoreKey, paired: Paired
 def answer_table(found: Sequence[Answer]) -> pd.DataFrame:
     """Builds the table of answers, with the columns that have results."""
     table = pd.DataFrame([one.cells() for one in found])
-    return table.loc[:, (table != "").any()]
+    return table.loc[:, (table != "").any()].replace("", "not measured")
 
 
 def random_frame(found: Sequence[Answer]) -> pd.DataFrame:

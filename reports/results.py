@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.evaluation.registry import describe, infos
 from analysis.evaluation.scores import AVERAGE, COLUMNS
-from probing.runs.directory import is_alignment, is_benchmark, runs_in
+from probing.runs.directory import Run, is_alignment, is_benchmark, runs_in
 from probing.utils.errors import UserError
 from probing.utils.files import RESTORE_ADVICE, read_json, reading
 
@@ -67,7 +67,9 @@ def interval_text(row: pd.Series | Mapping[str, Any] | None, digits: int = 3, si
         return ""
     if not row["n"]:
         return "no finite score"
-    value, low, high = (f"{row[name]:{sign}.{digits}f}" for name in ("value", "ci_low", "ci_high"))
+    # Rounded first, and 0 added: a small negative number would become -0.
+    numbers = (round(row[name], digits) + 0.0 for name in ("value", "ci_low", "ci_high"))
+    value, low, high = (f"{number:{sign}.{digits}f}" for number in numbers)
     return f"{value} [{low}, {high}]".replace("-", "−")
 
 
@@ -180,7 +182,7 @@ def load_runs(paths: Sequence[Path]) -> list[RunResults]:
                 if matches(run):
                     raise UserError(f"{run} is a run of probing {verb} and has no probes to compare; remove it")
             if not (run / "manifest.json").exists():
-                raise UserError(f"{run} has no finished run; run: probing train --out {run}")
+                Run.open(run)  # raises, and says how to finish it
         if not (path / "results.csv").exists():
             raise UserError(f"{path} has no results yet; run: probing evaluate {path}")
         loaded.append((*read_run(path), _learning_curves(runs)))

@@ -75,7 +75,8 @@ def sections(runs: Sequence[RunResults], names: Sequence[str]) -> list[dict[str,
             frame = frame.sort_values(["variant", "teacher"], key=lambda column: column.map(order.index), kind="stable")
             panels = frame["teacher"].map(teacher_title) + ", " + frame["variant"].map(POSITIONS)
             label, meaning = describe(metric).label, describe(metric).meaning
+            unit = label[label.rindex("(") + 1 : -1]
             text = f"{label[0].upper()}{label[1:]}. {meaning}"
             frame = with_positions(frame.assign(panel=panels)).drop(columns=["teacher", "probe"])
-            found.append(chart_group(frame, names, metric, zero=True, headline=not found, title=title, text=text))
+            found.append(chart_group(frame, names, metric, unit, zero=True, headline=not found, title=title, text=text))
     return found

@@ -180,7 +180,8 @@ class Metric(Recorder):
         """Raises UserError if a required option is missing."""
         for option in cls.requires:
             if getattr(options, option) is None:
-                raise UserError(f"the metric {cls.name} cannot run without it: give --{option.replace('_', '-')} DIR")
+                needed = f"--{option.replace('_', '-')} DIR"
+                raise UserError(f"the metric {cls.name} needs {needed}; give it, or drop the metric")
 
     @classmethod
     def count_images(cls, options: Options, images: ImageList) -> tuple[int, str]:

@@ -89,7 +89,10 @@ class Run:
         if is_benchmark(path):
             raise UserError(f"{path} is a run of probing bench, which has no probes; its page: probing report {path}")
         if not saved.exists():
-            raise UserError(f"no run at {path} (it has no recipe.yaml); make one with: probing train --out {path}")
+            raise UserError(
+                f"no run at {path}: it has no recipe.yaml; make one with: probing train --checkpoint … --data … "
+                f"--out {path}"
+            )
         recipe = validate(ProbeRunRecipe, read_yaml(saved), str(saved))
         run = cls(path, recipe)
         if not run.finished:

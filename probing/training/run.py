@@ -152,6 +152,8 @@ def _train(recipe: ProbeRunRecipe, out: Path, recorded: dict[str, Any] | None, a
     inputs = {name: value for name, value in provenance["inputs"].items() if name not in scoring_only}
     with accelerator.main_process_first():
         claim(out, recipe, {"rendered_at": provenance["rendered_at"], "inputs": inputs}, recorded, write=main)
+    if main and len(train_images) <= recipe.fit.batch_size:
+        logger.warning("all training images are one batch, so code_length is not measured; lower fit.batch_size")
     caches = open_target_caches(recipe, teachers, train_images, accelerator.process_index, accelerator.num_processes)
     shared = _TrainingInputs(run, teachers, caches, train_images, layers, provenance, accelerator)
     for weights in due:

@@ -145,7 +145,7 @@ def test_erasure_and_positions_are_columns_where_they_have_rows(tmp_path):
     yes = "yes: text, layer 2, +0.400 [+0.390, +0.410] nats"
     assert dict(zip(table["teacher"], table[USED_BY], strict=True)) == {
         "Depth": yes,
-        "Segmentation": "",
-        "Generation": "",
+        "Segmentation": "not measured",
+        "Generation": "not measured",
     }
     assert BITS_BY not in table

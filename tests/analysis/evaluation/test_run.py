@@ -122,9 +122,9 @@ def test_blind_decoding_of_the_mean_is_the_same_for_every_image(evaluated):
 def test_what_a_metric_needs_and_does_not_find(evaluated, tmp_path):
     run, world, _ = evaluated
     for options, message in (
-        (Options(metrics=("da2k",)), "give --da2k DIR"),
+        (Options(metrics=("da2k",)), "needs --da2k DIR"),
         (decoded(world, "da2k", protocols=("paper",)), "no requested metric has the protocol 'paper': da2k has strict"),
-        (Options(metrics=("frechet",)), "give --extractor DIR"),
+        (Options(metrics=("frechet",)), "needs --extractor DIR"),
         (Options(layers="0,3"), "no layer '3'; it has 0, 6"),
         (Options(controls=("random",)), "no control 'random'; it has none, shuffled"),
     ):

@@ -123,7 +123,7 @@ def test_dry_run_is_plan_and_says_how_far_a_run_is(recipe_values, tmp_path, monk
     text = printed("evaluate", out, "--dry-run")
     assert "cosine: 6 images x 2 forward passes" in text and f"writes: {out / 'results.csv'}" in text
     assert text == printed("plan", out)
-    assert "give --da2k DIR" in error_line("evaluate", out, "--metric", "da2k", "--dry-run")
+    assert "needs --da2k DIR" in error_line("evaluate", out, "--metric", "da2k", "--dry-run")
 
 
 def test_plan_refuses_what_training_refuses(recipe_values, tmp_path, monkeypatch):

@@ -237,7 +237,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(models, coco, tmp_path, change
         (["evaluate", "{out}"], "no run"),
         (["evaluate", "{out}", "--metric", "none"], "is not one of 'code_length', 'cosine', "),
         (["evaluate", "{out}", "--steps", "0"], "steps: Input should be greater than or equal to 1"),
-        (["report", "{out}"], "has no finished run"),
+        (["report", "{out}"], "make one with: probing train --checkpoint"),
         (["align", "x", "--out", "{out}"], "no data.path; set data.path=VALUE"),
         (["bench", "x", "--data", "{out}"], "no benchmark; set benchmark=VALUE"),
         (["inspect", "x", "template=vicuna_v1"], "write backbone.template=vicuna_v1"),

@@ -173,3 +173,11 @@ def test_errors_file_names_the_part_of_each_image(values, tmp_path):
     assert sorted(parts)[:2] == [-1, -1] and parts.max() == int(np.log2((len(parts) - 1) // 2))
     for name, values_ in stored.items():
         assert (np.isfinite(values_) == (parts >= 0)).all(), name
+
+
+def test_a_single_batch_is_announced_and_measures_nothing(values, tmp_path, caplog):
+    values["fit"] |= {"batch_size": 1000}
+    run = probing.train(values | {"controls": []}, tmp_path / "run")
+    assert "all training images are one batch, so code_length is not measured" in caplog.text
+    with pytest.raises(UserError, match="more than one batch"):
+        probing.evaluate(run, metrics=["code_length"])
