@@ -166,7 +166,7 @@ class FitRecipe(Strict):
     batch_size: int = Field(default=256, ge=2)
     """Images per optimiser step, over all processes."""
     micro_batch: int = Field(default=16, ge=2)
-    """Images per forward pass and process; gradients accumulate over the batch."""
+    """Images per forward pass and process, by default at most the batch; gradients accumulate over the batch."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
@@ -200,6 +200,15 @@ class FitRecipe(Strict):
     report_to: str = "tensorboard"
     """Experiment tracker for losses and learning rate: tensorboard (in the run's folder), wandb, mlflow or another that
     accelerate supports, or none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _small_batch(cls, values: Any) -> Any:
+        """Lowers `micro_batch` to a smaller batch, if it is not set."""
+        if isinstance(values, dict) and "micro_batch" not in values and isinstance(values.get("batch_size"), int):
+            default = cls.model_fields["micro_batch"].default
+            return values | {"micro_batch": max(2, min(default, values["batch_size"]))}
+        return values
 
     @field_validator("seeds", "positions")
     @classmethod

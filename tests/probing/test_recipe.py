@@ -21,6 +21,14 @@ def test_defaults_are_the_papers(values):
     assert recipe.backbone.prompt == "Describe the image in two lines."
 
 
+@pytest.mark.parametrize(("batch", "micro"), [(4, 4), (256, 16)])
+def test_micro_batch_is_at_most_the_batch(values, batch, micro):
+    fit = validate(ProbeRunRecipe, apply_overrides(values, [f"fit.batch_size={batch}"]), "x").fit
+    assert (fit.batch_size, fit.micro_batch) == (batch, micro)
+    fit.lr = 1e-2  # an assignment is validated, too
+    assert fit.micro_batch == micro
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
