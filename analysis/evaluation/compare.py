@@ -61,6 +61,8 @@ class Difference:
 
 
 COLUMNS = [field.name for field in fields(Difference)]
+DETAILS = ("cosine", "code_length_mean", "erased_loss", "erased_accuracy", "erased_rank")
+"""Metrics that the command line leaves to the page: parts of others, or other versions of them."""
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,10 @@ def describe_seeds(row: pd.Series) -> str:
 
 
 def _numbers(row: pd.Series) -> str:
-    return (
-        f"{row['checkpoint']} - {row['reference']} = {row['value']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}] "
-        f"over {row['n']} images{describe_seeds(row)}"
-    )
+    digits = describe(row["metric"], row["protocol"]).digits + 1
+    value, low, high = (f"{row[name]:+.{digits}f}" for name in ("value", "ci_low", "ci_high"))
+    pair = f"{row['checkpoint']} - {row['reference']}"
+    return f"{pair} = {value} [{low}, {high}] over {row['n']} images{describe_seeds(row)}"
 
 
 def _is_clear(rows: pd.DataFrame | pd.Series) -> Any:

@@ -129,17 +129,21 @@ def compare(runs: tuple[Path, ...], out: Path, figures: bool) -> None:
 
     from analysis.alignment.headlines import HEADLINE_METRICS
     from analysis.benchmarks.compare import answer_statements
-    from analysis.evaluation.compare import statements
+    from analysis.evaluation.compare import DETAILS, statements
     from probing.api import paired_differences
     from reports.page import check_report_paths, write_report
 
     check_report_paths(runs, out)
     differences, answers = paired_differences(runs)
-    sentences = [] if differences is None else statements(differences, HEADLINE_METRICS)
-    for sentence in [*sentences, *([] if answers is None else answer_statements(answers))]:
+    sentences, shown = [], []
+    if differences is not None:
+        sentences = statements(differences, HEADLINE_METRICS)
+        shown = statements(differences[~differences["metric"].isin(DETAILS)], HEADLINE_METRICS)
+    for sentence in [*shown, *([] if answers is None else answer_statements(answers))]:
         click.echo(sentence)
     both = pd.concat([differences, answers])
-    click.echo(f"report: {write_report(runs, out, both, sentences, 'screen' if figures else None)}")
+    page = write_report(runs, out, both, sentences, "screen" if figures else None)
+    click.echo(f"report, with all differences: {page}")
 
 
 @click.command()
