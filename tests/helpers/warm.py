@@ -1,5 +1,6 @@
 """Starts processes as copies of one that has imported everything: imports take most of a command's time."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -43,6 +44,7 @@ def detach(log: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)  # threads that wait for each other spin on a busy machine
+    gc.freeze()  # garbage collection skips what was imported
 
 
 def launch(arguments: list[str], log: Path, patch: Callable[[], None] | None = None) -> list[BaseProcess]:
