@@ -91,11 +91,11 @@ def _write_report(
     table = decoded_table(runs)
     if len(table):
         write_text(out / "table8.csv", table.to_csv(index_label="checkpoint"))
-    merged = [run.results.assign(checkpoint=run.label) for run in (*runs, *aligned, *answered)]
-    write_text(out / "results.csv", pd.concat(merged).to_csv(index=False))
     values = page_values(runs, aligned, differences, statements, vqa, names)
     if style:
         _write_figures(values, vqa["panels"], out, style, palette(names))
+    merged = [run.results.assign(checkpoint=run.label) for run in (*runs, *aligned, *answered)]
+    write_text(out / "results.csv", pd.concat(merged).to_csv(index=False))
     page = out / "index.html"
     write_text(page, _fill(values))
     return page
