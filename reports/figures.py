@@ -216,7 +216,11 @@ def png_data_uri(figure: Figure, dpi: int = 110) -> str:
 def write_group(
     frame: pd.DataFrame, name: str, ylabel: str, zero: bool, out: Path, kind: Style, colours: Mapping[str, str]
 ) -> None:
-    """Writes the figure of a group of charts; for a paper also every panel, one column wide."""
+    """Writes the figure of a group of charts.
+
+    With a column `name`, a figure for each name. For a paper, where there are columns `teacher` and `probe`, also every
+    panel, one column wide.
+    """
     parts = (
         {name: frame} if "name" not in frame else {str(one): rows for one, rows in frame.groupby("name", sort=False)}
     )

@@ -64,9 +64,9 @@ def used(run: RunResults, teacher: str) -> str:
 def sections(runs: Sequence[RunResults], names: Sequence[str]) -> list[dict[str, Any]]:
     """Builds the charts of both measures, a panel per teacher and position, where there are results."""
     found: list[dict[str, Any]] = []
-    for title, metric, probe, controls in (
-        ("Which tokens hold it", READ, "ridge", ("none", "random")),
-        ("Does the model use it", LOSS, "leace", ("none", "subspace", "shuffled")),
+    for title, metric, probe, controls, unit in (
+        ("Which tokens hold it", READ, "ridge", ("none", "random"), "bits per image"),
+        ("Does the model use it", LOSS, "leace", ("none", "subspace", "shuffled"), "nats per token"),
     ):
         frame = stack(runs, {name: CONTROLS[name] for name in controls}, metric=metric, probe=probe, protocol="strict")
         frame = frame[frame["variant"].isin(POSITIONS) & frame["value"].notna()]
@@ -75,7 +75,6 @@ def sections(runs: Sequence[RunResults], names: Sequence[str]) -> list[dict[str,
             frame = frame.sort_values(["variant", "teacher"], key=lambda column: column.map(order.index), kind="stable")
             panels = frame["teacher"].map(teacher_title) + ", " + frame["variant"].map(POSITIONS)
             label, meaning = describe(metric).label, describe(metric).meaning
-            unit = label[label.rindex("(") + 1 : -1]
             text = f"{label[0].upper()}{label[1:]}. {meaning}"
             frame = with_positions(frame.assign(panel=panels)).drop(columns=["teacher", "probe"])
             found.append(chart_group(frame, names, metric, unit, zero=True, headline=not found, title=title, text=text))

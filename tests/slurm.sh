@@ -33,7 +33,7 @@ clean() {
     rm -rf "$WORK"
 }
 trap clean EXIT
-mkdir "$WORK/bin" # accelerate imports torchvision, which beside a CPU torch needs the shim
+mkdir "$WORK/bin" # accelerate imports torchvision, which needs the shim with a CPU torch
 cat >"$WORK/bin/accelerate" <<LAUNCHER
 #!$(command -v python)
 import probing.utils.torchvision_shim

@@ -138,7 +138,7 @@ class StageTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Checks losses and gradient before the step; the last saved state stays.
+        """Checks losses and gradient before the step (DeepSpeed has just taken it); the last saved state stays.
 
         Raises:
             UserError: naming what is not finite, its samples and the step.
