@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from analysis.benchmarks.compare import answer_statements
 from analysis.benchmarks.rank_correlation import FEW, LEAST, RankCorrelation, rank_correlation
 from analysis.benchmarks.tasks import BENCHMARKS, part_label, title
 from analysis.evaluation.registry import ACCURACY
@@ -271,7 +272,8 @@ def chapter(
         differences: paired differences of accuracy, from `probing compare`.
 
     Returns:
-        `labels` of the runs, `tables` by benchmark, `quality` (charts), `sentences` on correlations, and `panels`.
+        `labels` of the runs, `tables` by benchmark, `statements` on differences, `quality` (charts), `sentences` on
+        correlations, and `panels`.
     """
     runs = load_runs([run for path in probed for run in runs_in(path) or [path] if (run / "results.csv").exists()])
     joined = panels(runs, benchmarks)
@@ -299,7 +301,14 @@ def chapter(
     ]
     quality = {"charts": charts, "legend": legend(pd.concat(frames), names)} if charts else {}
     labels = list(dict.fromkeys(run.label for run in benchmarks))
-    return {"labels": labels, "tables": tables, "quality": quality, "sentences": sentences, "panels": joined}
+    return {
+        "labels": labels,
+        "tables": tables,
+        "statements": [] if differences is None else answer_statements(differences),
+        "quality": quality,
+        "sentences": sentences,
+        "panels": joined,
+    }
 
 
 def joined_points(panels: Sequence[Panel]) -> pd.DataFrame:

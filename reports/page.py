@@ -14,7 +14,7 @@ from probing.runs.directory import is_alignment, is_benchmark, runs_in
 from probing.utils.errors import UserError
 from probing.utils.files import atomic_file, disk_errors, write_text
 from reports import alignment, benchmarks
-from reports.answer import answer_table, answers, convergence, random_frame
+from reports.answer import answer_table, answers, convergence, pair_sentences, random_frame
 from reports.charts import bundle, chart_group
 from reports.curves import (
     PROBES,
@@ -192,7 +192,7 @@ def page_values(
         "runs": runs,
         "compared_table": difference_table(headline_rows(differences)) if alone else pd.DataFrame(),
         **alignment.chapter(aligned, names),
-        **(_probe_values(runs, differences, statements, names) if runs else {}),
+        **(_probe_values(runs, differences, statements, names, vqa.get("statements", [])) if runs else {}),
     }
 
 
@@ -209,15 +209,20 @@ def _title(label: str) -> str:
 
 
 def _probe_values(
-    runs: Sequence[RunResults], differences: pd.DataFrame | None, statements: Sequence[str], names: Sequence[str]
+    runs: Sequence[RunResults],
+    differences: pd.DataFrame | None,
+    statements: Sequence[str],
+    names: Sequence[str],
+    answered: Sequence[str],
 ) -> dict[str, Any]:
-    """Returns the variables of the template for runs with probes."""
+    """Returns the variables of the template for runs with probes; `answered` are sentences on benchmarks."""
     answer: dict[str, Any] = {}
     if found := answers(runs):
         measure, minus = found[0].measure, random_frame(found)
         answer = {
             "table": answer_table(found),
             "sentences": [one.sentence for one in found],
+            "compared": [*pair_sentences(found, differences), *answered],
             "label": _title(metric_label(*measure)),
             "paired": all(one.difference is None or one.paired for one in found),
         }

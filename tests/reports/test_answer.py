@@ -9,7 +9,7 @@ import pytest
 
 from analysis.evaluation.above_random import AS_MUCH, LESS, MORE, PairedScores, verdict
 from analysis.evaluation.scores import ScoreFile, ScoreKey, score_file
-from reports.answer import BITS_BY, NOTHING, UNKNOWN, USED_BY, answer_table, answers, random_frame
+from reports.answer import BITS_BY, NOTHING, UNKNOWN, USED_BY, answer_table, answers, pair_sentences, random_frame
 from reports.page import write_report
 from reports.results import load_runs
 from tests.helpers.report_runs import add_rows, make_run
@@ -134,6 +134,23 @@ def test_a_score_at_the_mean_target_is_nothing(tmp_path):
     table.loc[table["probe"] != "constant", "ci_low"] = -0.01
     table.to_csv(path / "results.csv", index=False)
     assert {one.verdict for one in answers(load_runs([path]))} == {NOTHING}
+
+
+def test_a_pair_is_summarised_in_the_answers_own_measure_and_probe(tmp_path):
+    """Depth has a clear difference, segmentation the opposite one, generation none; other rows say the contrary."""
+    paths = [make_run(tmp_path / name, name=name, layers=2) for name in ("llava", "ola")]
+    found = answers(load_runs(paths))
+    assert {one.probe for one in found} == {"ridge"} and found[0].measure == ("cosine_centred", "strict")
+    own = {"layer": "mean", "probe": "ridge", "metric": "cosine_centred", "protocol": "strict", "variant": ""}
+    contrary = [{"probe": "resampler"}, {"layer": "1"}, {"metric": "cosine"}, {"variant": "text"}]
+    rows = [own | {"teacher": name, "value": x} for name, x in (("seg", -0.2), ("depth", 0.1), ("gen", 0.01))]
+    rows += [own | {"teacher": "depth", "value": -0.5} | other for other in contrary]
+    table = pd.DataFrame(rows).assign(checkpoint="ola", reference="llava", n=50)
+    table = table.assign(ci_low=table["value"] - 0.05, ci_high=table["value"] + 0.05)
+    assert pair_sentences(found, table) == [
+        "ola minus llava, centred cosine similarity averaged over layers: Depth better (+0.100 [+0.050, +0.150]), "
+        "Segmentation worse (−0.200 [−0.250, −0.150]), Generation no clear difference (+0.010 [−0.040, +0.060])."
+    ]
 
 
 def test_erasure_and_positions_are_columns_where_they_have_rows(tmp_path):
