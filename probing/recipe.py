@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from probing.utils.errors import BROKEN, UserError
 from probing.utils.paths import ELSEWHERE, local_path
@@ -19,15 +28,27 @@ tokens of the vision tower."""
 
 Position = Literal["image", "text", "last", "special"]
 TokenKind = Literal["system", "cls", "image", "tile", "newline", "gen", "depth", "seg", "text", "answer"]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A seed that torch, NumPy and transformers accept."""
 R = TypeVar("R", bound=BaseModel)
 YAML_ERRORS = (yaml.YAMLError, *BROKEN)
 """What the YAML parser raises; an invalid date is a ValueError, for instance."""
 
 
 class Strict(BaseModel):
-    """Base of all recipes: unknown fields are errors, and assignments are validated."""
+    """Base of all recipes: unknown fields are errors, assignments are validated, and numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _words(cls, value: Any, info: ValidationInfo) -> Any:
+        """Restores `on` and `off`, which YAML reads as booleans, in fields that are not boolean."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            return "on" if value else "off"
+        return value
 
 
 class BackboneRecipe(Strict):
@@ -77,7 +98,7 @@ class AssembleRecipe(Strict):
     """Side in pixels of the images of an open_clip or timm tower; by default the tower's."""
     template: str | None = None
     """Chat template in place of the LLM's: vicuna_v1, …, or Jinja text."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the projector's initialisation."""
 
 
@@ -166,7 +187,7 @@ class FitRecipe(Strict):
     batch_size: int = Field(default=256, ge=2)
     """Images per optimiser step, over all processes."""
     micro_batch: int = Field(default=16, ge=2)
-    """Images per forward pass and process, by default at most the batch; gradients accumulate over the batch."""
+    """Images per forward pass and process, at most the batch; gradients accumulate over the batch."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
@@ -175,7 +196,7 @@ class FitRecipe(Strict):
     """AdamW's weight decay."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Maximal gradient norm per probe."""
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1)
     """One probe bank per seed, all trained in the same pass. A seed sets the initialisation, the first also the order
     of the images."""
     ridge: bool = True
@@ -201,15 +222,6 @@ class FitRecipe(Strict):
     """Experiment tracker for losses and learning rate: tensorboard (in the run's folder), wandb, mlflow or another that
     accelerate supports, or none."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _small_batch(cls, values: Any) -> Any:
-        """Lowers `micro_batch` to a smaller batch, if it is not set."""
-        if isinstance(values, dict) and "micro_batch" not in values and isinstance(values.get("batch_size"), int):
-            default = cls.model_fields["micro_batch"].default
-            return values | {"micro_batch": max(2, min(default, values["batch_size"]))}
-        return values
-
     @field_validator("seeds", "positions")
     @classmethod
     def _distinct(cls, value: list[Any]) -> list[Any]:
@@ -221,6 +233,12 @@ class FitRecipe(Strict):
     def _positions_need_ridge(self) -> Self:
         if self.positions and not self.ridge:
             raise ValueError("positions need ridge: true")
+        return self
+
+    @model_validator(mode="after")
+    def _micro_batch_in_batch(self) -> Self:
+        if self.micro_batch > self.batch_size:
+            self.micro_batch = self.batch_size
         return self
 
 
@@ -245,9 +263,10 @@ class LayersRecipe(Strict):
     def with_absolute_paths(self) -> Self:
         """Copies the recipe with absolute local folders, so that the run can be used from anywhere."""
         recipe = self.model_copy(deep=True)
-        recipe.backbone.checkpoint = _absolute(recipe.backbone.checkpoint)
-        if recipe.backbone.base:
-            recipe.backbone.base = _absolute(recipe.backbone.base)
+        backbone = recipe.backbone
+        backbone.checkpoint = _absolute(backbone.checkpoint)
+        backbone.base = backbone.base and _absolute(backbone.base)
+        backbone.vision_tower = backbone.vision_tower and _absolute(backbone.vision_tower)
         recipe.data.path = "coco:" + _absolute(recipe.data.path.removeprefix("coco:"))
         for teacher in recipe.teachers.values():
             teacher.id = _absolute(teacher.id)
@@ -273,12 +292,7 @@ class ProbeRunRecipe(LayersRecipe):
         return sorted(set(value))
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.fit.micro_batch > self.fit.batch_size:
-            raise ValueError(
-                f"fit.micro_batch {self.fit.micro_batch} is larger than fit.batch_size {self.fit.batch_size}; "
-                "lower fit.micro_batch"
-            )
+    def _held_out_split(self) -> Self:
         if self.data.train_split == self.data.eval_split:
             raise ValueError(
                 f"data.train_split and data.eval_split are both {self.data.eval_split!r}; name a held-out split"
@@ -322,7 +336,7 @@ def _explain(error: ValidationError, model: type[BaseModel], source: str) -> str
     """Describes the first problem of a recipe in one line."""
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    where = ".".join(part for part in map(str, first["loc"]) if "[" not in part)  # `[key]`, and members of a union
     if first["type"] == "extra_forbidden":
         *parents, name = first["loc"]
         valid = _fields_of(model, parents)
@@ -376,17 +390,17 @@ def set_field(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def parse_scalar(text: str) -> Any:
-    """Parses one value as YAML; `1e-3` is a number, although a string in YAML 1.1."""
+    """Parses one value as YAML, except that `1e-3` is a number, and a sentence may contain `: ` and ` #`."""
     try:
         value = yaml.safe_load(text)
     except YAML_ERRORS:
         return text
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    if not isinstance(value, str | dict) or text.lstrip()[0] in "'\"{":
+        return value
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

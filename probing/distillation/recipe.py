@@ -5,7 +5,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from probing.recipe import Strict, TeacherName, TeacherRecipe
+from probing.recipe import Seed, Strict, TeacherName, TeacherRecipe
 from probing.utils.errors import UserError
 
 SPEED_ONLY = ("workers", "save_steps", "target_cache")
@@ -151,7 +151,7 @@ class DistillRecipe(Strict):
     """AdamW's weight decay."""
     max_length: int = Field(default=4096, ge=8)
     """Longer conversations are truncated and counted; one that would be truncated inside an image is skipped."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the order of the conversations."""
     bf16: bool = False
     """Compute in bfloat16 under autocast; weights are trained in float32."""

@@ -21,9 +21,17 @@ def test_defaults_are_the_papers(values):
     assert recipe.backbone.prompt == "Describe the image in two lines."
 
 
-@pytest.mark.parametrize(("batch", "micro"), [(4, 4), (256, 16)])
-def test_micro_batch_is_at_most_the_batch(values, batch, micro):
-    fit = validate(ProbeRunRecipe, apply_overrides(values, [f"fit.batch_size={batch}"]), "x").fit
+@pytest.mark.parametrize(
+    ("overrides", "batch", "micro"),
+    [
+        (["fit.batch_size=4"], 4, 4),
+        (["fit.batch_size=1e1"], 10, 10),
+        (["fit.batch_size=4", "fit.micro_batch=32"], 4, 4),
+        ([], 256, 16),
+    ],
+)
+def test_micro_batch_is_at_most_the_batch(values, overrides, batch, micro):
+    fit = validate(ProbeRunRecipe, apply_overrides(values, overrides), "x").fit
     assert (fit.batch_size, fit.micro_batch) == (batch, micro)
     fit.lr = 1e-2  # an assignment is validated, too
     assert fit.micro_batch == micro
@@ -36,9 +44,12 @@ def test_micro_batch_is_at_most_the_batch(values, batch, micro):
         ("fit.epoch=1", "'fit.epoch'; did you mean 'epochs'"),
         ("bakbone.x=1", "'bakbone'; did you mean 'backbone'"),
         ("teachers.gen.idd=1", "'teachers.gen.idd'; did you mean 'id'"),
-        ("fit.micro_batch=512", "fit.micro_batch 512 is larger than fit.batch_size 256"),
         ("data.eval_split=train2017", "both 'train2017'"),
         ("fit.lr=-1", "fit.lr: "),
+        ("fit.lr=inf", "fit.lr: Input should be a finite number"),
+        ("fit.buffer=inf", "fit.buffer: Input should be 'off' or 'auto'"),
+        ("fit.seeds=[-1]", "fit.seeds.0: "),
+        ("fit.seeds=[4294967296]", "fit.seeds.0: "),
         ("fit.seeds=[1,1]", "fit.seeds: names an entry twice"),
         ("data.path=/x", "data.path: must look like coco:DIR"),
         ("probe.keys=[pictures]", "probe.keys.0: "),
@@ -51,8 +62,39 @@ def test_wrong_field_is_named(values, override, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_overrides_parse_numbers():
+@pytest.mark.parametrize(
+    ("field", "word"),
+    [("fit.buffer", "off"), ("data.target_cache", "off"), ("backbone.special_tokens", "on")],
+)
+def test_on_and_off_are_words(values, field, word):
+    """YAML reads them as booleans, on the command line and in files."""
+    section, name = field.split(".")
+    for given in (
+        apply_overrides(values, [f"{field}={word}"]),
+        values | {section: values.get(section, {}) | {name: word == "on"}},
+    ):
+        assert getattr(getattr(validate(ProbeRunRecipe, given, "x"), section), name) == word
+    assert validate(ProbeRunRecipe, apply_overrides(values, ["fit.ridge=off"]), "x").fit.ridge is False
+
+
+def test_run_with_relative_paths_can_be_used_from_anywhere(values, tmp_path, monkeypatch):
+    for name in ("checkpoint", "base", "tower", "coco", "gen"):
+        (tmp_path / name).mkdir()
+    values["backbone"] = {"checkpoint": "checkpoint", "base": "base", "vision_tower": "tower"}
+    values |= {"data": {"path": "coco:coco"}, "teachers": {"gen": {"id": "gen"}}}
+    monkeypatch.chdir(tmp_path)
+    recipe = validate(ProbeRunRecipe, values, "x").with_absolute_paths()
+    backbone = recipe.backbone
+    paths = (backbone.checkpoint, backbone.base, backbone.vision_tower, recipe.teachers["gen"].id)
+    assert paths == tuple(str(tmp_path / name) for name in ("checkpoint", "base", "tower", "gen"))
+    assert recipe.data.path == f"coco:{tmp_path}/coco"
+
+
+def test_overrides_parse_values():
     assert parse_scalar("1e-3") == 1e-3 and parse_scalar("[0, 1]") == [0, 1] and parse_scalar("all") == "all"
+    assert parse_scalar("{a: 1}") == {"a": 1} and parse_scalar("'1'") == "1" and parse_scalar("null") is None
+    for sentence in ("Answer briefly: what is shown?", "Is it #3 or #4?", "Left: [a], right: {b}"):
+        assert parse_scalar(sentence) == sentence
     with pytest.raises(UserError, match="key=value"):
         apply_overrides({}, ["fit.lr"])
     with pytest.raises(UserError, match="not a section"):

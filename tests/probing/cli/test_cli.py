@@ -215,7 +215,6 @@ def test_plan_of_a_recipe_and_of_a_run(finished, tmp_path):
         (["--teacher=gen"], "two teachers are called 'gen'"),
         (["--data", "coco:{root}"], "has no split 'train2017'"),
         (["fit.batchsize=3"], "did you mean 'batch_size'"),
-        (["fit.micro_batch=9"], "larger than fit.batch_size"),
         (["backbone.checkpoint.x=9"], "'checkpoint' is a value, not a section"),
         (["--recipe", "/nowhere.yaml"], "no recipe at"),
         (["--control", "no_such"], "'no_such' is not one of 'shuffled', 'random'"),
