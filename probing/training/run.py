@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 
-from probing.data.coco import ImageList, list_images
+from probing.data.coco import ImageList, first_image, list_images
 from probing.data.target_cache import CacheOptions, TargetCache, build_target_caches
 from probing.models import Backbone, Identity, Layer, load_backbone, parse_layers
 from probing.models.chat_templates import rendering_at
@@ -95,6 +95,17 @@ def open_target_caches(
     return build_target_caches(teachers, images, options, rank, world_size)
 
 
+def require_tokens(recipe: ProbeRunRecipe, backbone: Backbone, images: ImageList) -> None:
+    """Raises UserError if the prompt lacks tokens that probes or ridge readouts read."""
+    tokens, keys = backbone.prepare([first_image(images, recipe.data.view)]).tokens, recipe.probe.keys
+    if not tokens.mask(*keys).any():
+        raise UserError(
+            f"the prompt has no {', '.join(keys)} tokens; choose probe.keys from {', '.join(tokens.counts())}"
+        )
+    if recipe.fit.positions:
+        tokens.mean_weights(recipe.fit.positions)
+
+
 def load_run_backbone(recipe: ProbeRunRecipe, weights: str, device: torch.device) -> Backbone:
     """Loads the checkpoint (`none`), or its architecture with random weights (`random`)."""
     return load_backbone(recipe.backbone, device, RANDOM_WEIGHTS_SEED if weights == "random" else None)
@@ -134,7 +145,9 @@ def _train(recipe: ProbeRunRecipe, out: Path, recorded: dict[str, Any] | None, a
     with disk_errors(out):
         holds_run(out, recipe)
         if not run.finished:
-            require_space(out, disk_bytes(recipe, backbone.hidden_size, teachers, layers))
+            require_tokens(recipe, backbone, train_images)
+            written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+            require_space(out, disk_bytes(recipe, backbone.hidden_size, teachers, layers) - written)
     controls = {"none": ["none", *(["shuffled"] if "shuffled" in recipe.controls else [])]}
     if "random" in recipe.controls:
         controls["random"] = ["random"]
@@ -216,6 +229,7 @@ def _train_on(weights: str, controls: list[str], backbone: Backbone, shared: _Tr
         report_not_finite(state.not_finite, images.names, len(images) - len(state.skipped), weights)
         excluded = not_finite_rows(state.not_finite, images.names, images.split, weights)
         write_text(summary_file(run, weights), json.dumps(summary(state, list(shared.teachers), excluded)))
+    trainer.files.remove()
 
 
 def provenance_of(

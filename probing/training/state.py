@@ -16,7 +16,6 @@ from probing.models.finite import NotFinite
 from probing.probes.bank import ProbeBank, ProbeKey
 from probing.probes.ridge import RidgeSource, RidgeSums
 from probing.training.prequential import PrequentialErrors
-from probing.utils.errors import UserError
 
 
 @dataclass
@@ -85,20 +84,10 @@ class TrainerState:
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Loads a saved state.
-
-        Raises:
-            UserError: the saved probes have other shapes, because checkpoint or teacher changed.
-        """
+        """Loads a saved state of the same probes."""
         for control, bank in self.banks.items():
             for key, probe in bank.probes.items():
-                try:
-                    probe.load_state_dict(saved["banks"][control][key.teacher + "/" + key.prefix])
-                except (RuntimeError, KeyError):
-                    raise UserError(
-                        f"the saved probe of teacher {key.teacher!r}, layer {key.layer} has another shape; put "
-                        "checkpoint and teacher back, or choose another --out"
-                    ) from None
+                probe.load_state_dict(saved["banks"][control][key.teacher + "/" + key.prefix])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.losses = saved["losses"].tolist()
         self._add(saved)

@@ -71,6 +71,11 @@ class StateFiles:
         """Yields the parts of all processes; a killed process may have left one of an earlier step."""
         return map(_load, sorted(self.folder.glob(f"state_*.{step}.pt")))
 
+    def remove(self) -> None:
+        """Removes the files of all processes, when the probes are saved."""
+        for file in self.folder.glob("state*.pt"):
+            file.unlink()
+
     def _file(self, step: int) -> Path:
         if not self.parts:
             return self.folder / "state.pt"

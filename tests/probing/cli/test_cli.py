@@ -215,6 +215,7 @@ def test_plan_of_a_recipe_and_of_a_run(finished, tmp_path):
         (["--teacher=gen"], "two teachers are called 'gen'"),
         (["--data", "coco:{root}"], "has no split 'train2017'"),
         (["fit.batchsize=3"], "did you mean 'batch_size'"),
+        (["probe.keys=[seg,answer]"], "has no seg, answer tokens; choose probe.keys from system, image, text"),
         (["backbone.checkpoint.x=9"], "'checkpoint' is a value, not a section"),
         (["--recipe", "/nowhere.yaml"], "no recipe at"),
         (["--control", "no_such"], "'no_such' is not one of 'shuffled', 'random'"),

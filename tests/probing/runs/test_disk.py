@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,8 +25,10 @@ from probing.recipe import ProbeRunRecipe
 from probing.runs.directory import Run
 from probing.toyworld.layout import write_world
 from probing.training.run import train
+from probing.training.trainer import ProbeTrainer
 from probing.utils import files as probing_run
 from probing.utils.errors import UserError
+from probing.utils.interrupt import Interrupted
 from reports.page import write_report
 from tests.helpers import tiny
 
@@ -176,6 +179,36 @@ def test_full_disk_during_distillation(stage, whole, tmp_path, most):
     run_stage(stage, out)
     one, two = (load_file(folder / "model.safetensors") for folder in (out, whole / "stage"))
     assert all((one[name] == two[name]).all() for name in one)
+
+
+def test_run_stays_within_the_space_it_requests(recipe, tmp_path, monkeypatch):
+    """With random weights, which are trained second; a resumed run needs less by what it has written."""
+    values = recipe.model_dump() | {"controls": ["random"], "probe": {"dim_head": 512}}  # larger than headers
+    recipe, out, sizes = ProbeRunRecipe.model_validate(values), tmp_path / "run", []
+    write, step = probing_run._sync, ProbeTrainer.take_step
+
+    def used():
+        return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+
+    def sync(path):
+        sizes.append(used())
+        write(path)
+
+    def stop(*arguments):
+        if (out / "state/random/state.pt").exists():
+            signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(probing_run, "_sync", sync)
+    requested = []
+    with monkeypatch.context() as patch:
+        patch.setattr("probing.training.run.require_space", lambda where, needed: requested.append(needed))
+        patch.setattr(ProbeTrainer, "take_step", stop)
+        with pytest.raises(Interrupted):
+            train(recipe, out)
+    monkeypatch.setattr(probing_run, "free_bytes", lambda where: requested[0] - used())
+    train(recipe, out)
+    assert max(sizes) <= requested[0]
 
 
 def test_full_disk_during_evaluation(recipe, whole, tmp_path):
