@@ -1,7 +1,7 @@
 """Recipes of the training stages."""
 
 import math
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -42,7 +42,7 @@ class EmbeddingRecipe(Strict):
     Plain encoders have no special tokens: with one, set `seek` to 0."""
     layers: dict[TeacherName, str] = Field(default={"depth": "8,20", "seg": "10,18", "gen": "12,20"})
     """Decoder blocks whose states are read (Table 3, Fig. 5)."""
-    weights: dict[TeacherName, float] = Field(default={"depth": 0.5, "seg": 0.5, "gen": 0.5})
+    weights: dict[TeacherName, Annotated[float, Field(ge=0)]] = Field(default={"depth": 0.5, "seg": 0.5, "gen": 0.5})
     """Weight of each task's losses (Table IV)."""
     contrastive: float = Field(default=0.3, ge=0)
     """Weight of InfoNCE relative to smooth L1; 0 omits it (Table V)."""
@@ -75,6 +75,8 @@ class EmbeddingRecipe(Strict):
             raise ValueError("order must name every task that has a teacher, once")
         if plain and self.seek:
             raise ValueError(f"only {', '.join(get_args(TaskName))} have special tokens, not {plain[0]}; set seek=0")
+        if self.keys == ["special"] and not self.seek:
+            raise ValueError("keys has only special tokens, and seek=0 makes none; add keys, such as image")
         for task in self.tasks:
             if task not in self.layers:
                 raise ValueError(f"layers has none for {task}; add them")

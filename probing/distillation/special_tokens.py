@@ -101,7 +101,7 @@ class SpecialTokens(nn.Module):
 
     def write(self, table: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """Returns an embedding table with the trained rows, from the unsharded state of a `DistillationModel`."""
-        # the queries of a task lie under this module, or under the predictors
+        # a task's queries are part of this module or of the predictors
         queries = [next(v for name, v in state.items() if name.endswith(f".queries.{task}")) for task in self.ids]
         table = table.clone()
         table[self.flat_ids.to(table.device)] = pool_queries(queries, self.seek).to(table)

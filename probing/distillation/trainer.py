@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import difflib
+import errno
 import glob
 import hashlib
 import json
@@ -150,6 +151,15 @@ class StageTrainer(Trainer):
             )
         self.losses.end_step()
         return norm
+
+    def _save_checkpoint(self, model: Any, *args: Any) -> None:
+        """Saves a state; a full disk is an OSError, in place of torch's error about its archive."""
+        try:
+            super()._save_checkpoint(model, *args)
+        except RuntimeError as error:
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.args.output_dir) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every named loss since the last log."""
@@ -351,6 +361,7 @@ def training_arguments(recipe: DistillRecipe, work: Path, conversations: int) ->
         "save_steps": recipe.save_steps,
         "save_total_limit": 1,
         "logging_steps": 10,
+        "logging_nan_inf_filter": False,  # it would wait for the device at every micro-batch
         "dataloader_num_workers": recipe.workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
@@ -358,7 +369,7 @@ def training_arguments(recipe: DistillRecipe, work: Path, conversations: int) ->
         "disable_tqdm": True,
         "label_names": ["labels"],
         "average_tokens_across_devices": True,
-        "ddp_find_unused_parameters": recipe.stage == "vpt",  # the tower has layers after the one that is read
+        "ddp_find_unused_parameters": False,  # `DistillationModel` freezes what has no gradient
     }
     try:
         arguments = TrainingArguments(**(values | copy.deepcopy(recipe.trainer)))  # it fills in fsdp_config in place

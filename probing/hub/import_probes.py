@@ -19,6 +19,7 @@ from torch import Tensor
 from probing.data.coco import ImageList, Skipped
 from probing.data.dataloader import MicroBatches, micro_batches
 from probing.distillation.predictors import FOLDER
+from probing.distillation.recipe import DistillRecipe
 from probing.models import FINAL, identify, layer_name, parse_layers
 from probing.models.chat_templates import rendering_at
 from probing.models.finite import finite_rows
@@ -110,13 +111,13 @@ def _predictors(source: str, config: dict[str, Any]) -> CheckpointProbes:
         raise UserError(f"{source} has no probes: neither a folder {FOLDER} nor probe_mode in config.json; train some")
     with reading(folder.parent, "use the folder as probing distill wrote it"):
         record = json.loads((folder.parent / "training.json").read_text(encoding="utf-8"))
-        stage = yaml.safe_load(record["recipe"])
+        stage = DistillRecipe.model_validate(yaml.safe_load(record["recipe"]))
         return CheckpointProbes(
             ProbeBank.load(folder, torch.device("cpu")),
             {name: {"id": c["teacher"]["id"], **_target(name, c["resampler"])} for name, c in configs.items()},
             "predictors",
             {name: (c["teacher"]["sha256"], c["teacher"]["shape"]) for name, c in configs.items()},
-            {name: stage[name] for name in ("epochs", "batch_size", "lr")} | {"steps": record["steps"]},
+            {"epochs": stage.epochs, "batch_size": stage.global_batch, "lr": stage.peak_lr, "steps": record["steps"]},
         )
 
 

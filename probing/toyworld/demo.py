@@ -75,11 +75,11 @@ def run_demo(preset: str, out: Path) -> Path:
         jobs.append(_Job(name, out / "runs", recipe, scores, erasure, bench_recipe(recipe, questions)))
     runs, alignments, benchmarks = map(list, zip(*_run_jobs(jobs), strict=True))
     differences, answers = compare(runs, list(names)), compare_answers(benchmarks, list(names))
-    sentences = statements(differences)
-    headlines = [sentence for sentence in sentences if "cosine_centred" in sentence]
-    for sentence in [*headlines, *answer_statements(answers)]:
+    main = differences[differences["metric"] == "cosine_centred"]
+    for sentence in [*statements(main), *answer_statements(answers)]:
         logger.info(sentence)
-    return write_report([*runs, *alignments, *benchmarks], out / "report", pd.concat([differences, answers]), sentences)
+    both = pd.concat([differences, answers])
+    return write_report([*runs, *alignments, *benchmarks], out / "report", both, statements(differences))
 
 
 @dataclass(frozen=True)

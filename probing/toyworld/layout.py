@@ -148,11 +148,11 @@ def _write_questions(folder: Path, split: str, scenes: Scenes, names: list[str],
     """Writes all questions, and as conversations one of each scene."""
     lines, first = list[str](), list[dict[str, Any]]()
     for index, name in enumerate(names):
-        asked = questions(scenes, index, rng)
+        chosen = questions(scenes, index, rng)
         image = f"{split}/{name}"
-        rows = [{"image": image, "kind": q.kind, "question": q.text, "answer": q.answer} for q in asked]
+        rows = [{"image": image, "kind": q.kind, "question": q.text, "answer": q.answer} for q in chosen]
         lines += map(json.dumps, rows)
-        first.append({"id": name, "image": image, "conversations": _turns((asked[0].text, asked[0].answer))})
+        first.append({"id": name, "image": image, "conversations": _turns((chosen[0].text, chosen[0].answer))})
     (folder / f"questions_{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / f"conversations_{split}.json").write_text(json.dumps(first), encoding="utf-8")
 

@@ -318,6 +318,8 @@ def test_contradictory_recipe_is_refused(recipe):
         ({"order": ["gen", "depth"]}, "order must name every task"),
         ({"layers": {"depth": "1"}}, "layers has none for gen"),
         ({"keys": []}, "at least 1"),
+        ({"keys": ["special"], "seek": 0}, "seek=0 makes none"),
+        ({"weights": {"gen": -0.5}}, "greater than or equal to 0"),
     ):
         with pytest.raises(ValueError, match=message):
             recipe(embedding)

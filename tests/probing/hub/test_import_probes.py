@@ -95,6 +95,8 @@ def test_imported_predictors_score_as_in_training(checkpoint, models, coco, tmp_
     targets = teachers["gen"].target(teachers["gen"].prepare(images_of(coco / "train2017")))
     np.testing.assert_allclose(load_file(run / "mean_targets.safetensors")["gen"], targets.mean(0), atol=1e-5)
     assert is_imported(run)
+    training = json.loads((run / "manifest.json").read_text())["fit"]
+    assert (training["epochs"], training["batch_size"], training["lr"], training["steps"]) == (1, 6, 1e-3, 2)  # of pt
 
 
 def test_unfit_checkpoint_teacher_or_layer_is_named(checkpoint, models, coco, tmp_path):

@@ -181,6 +181,14 @@ def test_full_disk_during_distillation(stage, whole, tmp_path, most):
     assert all((one[name] == two[name]).all() for name in one)
 
 
+def test_full_disk_while_torch_writes_moments(stage, tmp_path):
+    """With room for the weights, of 0.3 MB; the moments are twice as large."""
+    out, whole_model = tmp_path / "stage", stage.model_copy(update={"stage": "ift"})
+    message = in_small_space(lambda: run_stage(whole_model, out), 350_000)
+    assert message.startswith(f"UserError: no disk space left at {out}")
+    assert list(tmp_path.glob("stage.training/checkpoint-1/model.safetensors"))
+
+
 def test_run_stays_within_the_space_it_requests(recipe, tmp_path, monkeypatch):
     """With random weights, which are trained second; a resumed run needs less by what it has written."""
     values = recipe.model_dump() | {"controls": ["random"], "probe": {"dim_head": 512}}  # larger than headers
