@@ -66,13 +66,13 @@ class ActivationBuffer:
 
     def add_states(self, indices: Sequence[int], layer: Layer, states: Tensor, positions: Sequence[Tensor]) -> None:
         """Adds one layer's states (B, T, H) of new images, at each image's positions."""
-        place = self.layers.index(layer)
+        number = self.layers.index(layer)
         for row, (index, chosen) in enumerate(zip(indices, positions, strict=True)):
             own = states[row].index_select(0, chosen.to(states.device, non_blocking=True))
             stored = self.images[index]
             if not stored.states.numel():
                 stored = self.images[index] = _Stored(self._room(own, len(self.layers)), stored.targets)
-            stored.states[place].copy_(own, non_blocking=True)
+            stored.states[number].copy_(own, non_blocking=True)
 
     def prepared(self, indices: Sequence[int]) -> Prepared:
         """Returns the targets of those images that are held, as a micro-batch without inputs."""
@@ -84,8 +84,8 @@ class ActivationBuffer:
 
     def states(self, indices: Sequence[int], layer: Layer) -> tuple[Tensor, Tensor | None]:
         """Returns states (B, T, H) of one layer on the probes' device, and a mask (B, T) unless all are valid."""
-        place = self.layers.index(layer)
-        rows = [self.images[index].states[place].to(self.device, non_blocking=True) for index in indices]
+        number = self.layers.index(layer)
+        rows = [self.images[index].states[number].to(self.device, non_blocking=True) for index in indices]
         if len({len(row) for row in rows}) == 1:
             return torch.stack(rows), None
         states = pad_sequence(rows, batch_first=True)

@@ -292,7 +292,7 @@ def _report_skipped_steps(convergence: list[dict[str, Any]]) -> None:
     if affected:
         worst = max(affected, key=lambda row: row["steps_not_taken"])
         logger.warning(
-            "%d of %d probes skipped steps without a finite loss and gradient; most at %s, layer %s: %d",
+            "%d of %d probes skipped steps: too few usable images, or no finite loss; most at %s, layer %s: %d",
             len(affected), len(convergence), worst["teacher"], worst["layer"], worst["steps_not_taken"],
         )  # fmt: skip
 

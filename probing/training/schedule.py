@@ -51,7 +51,7 @@ def plan_steps(images: int, fit: FitRecipe, rank: int = 0, world_size: int = 1, 
     planned = [(batch, True) for batch in first] + [(batch, False) for epoch in later for batch in epoch]
     if 0 < window < images:
         planned = _interleave(first, images, fit, window)
-    owner = {image: place % world_size for batch in first for place, image in enumerate(batch)}
+    owner = {image: position % world_size for batch in first for position, image in enumerate(batch)}
     steps = []
     for batch, is_first in planned:
         share = [image for image in batch if owner[image] == rank] if window else batch[rank::world_size]
@@ -79,16 +79,16 @@ def _interleave(first: list[list[int]], images: int, fit: FitRecipe, window: int
     width = window // fit.batch_size - 2  # one batch is new, and one waits to be complete
     offsets = np.random.default_rng(fit.seeds[0]).random(images)
     due = sorted(
-        (place + width * (visit - offsets[image]) / (fit.epochs - 1), image)
-        for place, batch in enumerate(first)
+        (number + width * (visit - offsets[image]) / (fit.epochs - 1), image)
+        for number, batch in enumerate(first)
         for image in batch
         for visit in range(1, fit.epochs)
     )
-    planned, batch, place = list[tuple[list[int], bool]](), list[int](), 0
+    planned, batch, begun = list[tuple[list[int], bool]](), list[int](), 0
     for time, image in due:
-        while place < min(time, len(first)):
-            planned.append((first[place], True))
-            place += 1
+        while begun < min(time, len(first)):
+            planned.append((first[begun], True))
+            begun += 1
         if len(batch) == fit.batch_size or image in batch:
             planned.append((batch, False))
             batch = []

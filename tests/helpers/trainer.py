@@ -15,7 +15,7 @@ from probing.training.trainer import ProbeTrainer
 
 
 class OneProcess:
-    """An accelerator's place and processes, for devices that it cannot be asked for."""
+    """An accelerator's device and processes, for devices that accelerate does not choose."""
 
     num_processes, process_index, is_main_process = 1, 0, True
 

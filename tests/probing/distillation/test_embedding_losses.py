@@ -176,7 +176,7 @@ def test_gradients_reach_only_what_the_stage_trains(models, data, stage, embeddi
     for name, parameter in trained.named_parameters():
         if not parameter.requires_grad:
             assert parameter.grad is None, name
-        elif part(name) != "vision_tower":  # layers behind the one that is read get none
+        elif part(name) != "vision_tower":  # layers after the one that is read get none
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     if stage == "vpt":
         assert model.model.vision_tower.embeddings.patch_embedding.weight.grad.abs().sum() > 0
@@ -198,7 +198,7 @@ def test_stage_writes_llava_folder_with_predictors(recipe, models, data, tmp_pat
     pooled = saved["queries.depth"].unflatten(0, (4, -1)).mean(1)
     assert torch.allclose(states[0][0][tokens.mask("depth")[0]], pooled, atol=1e-6)
     assert torch.allclose(states[0][0][tokens.mask("gen")[0]], saved["queries.gen"], atol=1e-6)
-    # The bank predicts what the predictor does, from latents of its own.
+    # The bank predicts what the predictor does, from its own latents.
     tasks = [Task("seg", (2,), 0.5, tuple(load_teacher("seg", teacher_of(models, "seg"), CPU).shape))]
     values = {"seg": teacher_of(models, "seg")}
     embedding = EmbeddingRecipe(teachers=values, layers={"seg": "2"}, seek=4, heads=2, dim_head=8)
@@ -328,14 +328,14 @@ def test_contradictory_recipe_is_refused(recipe):
 @pytest.mark.parametrize("view", ["own", "square"])
 def test_cached_targets_give_the_same_losses(recipe, tmp_path, view):
     """A stage that began without them may resume with them."""
-    computed, kept = recipe(view=view), recipe(view=view, target_cache=str(tmp_path / "cache"))
+    computed, cached = recipe(view=view), recipe(view=view, target_cache=str(tmp_path / "cache"))
     (tmp_path / "recipe.yaml").write_text(dump_recipe(computed))
-    require_same_recipe(kept, tmp_path / "recipe.yaml")
-    logs = [log_of(run_stage(one, tmp_path / name)) for one, name in ((computed, "computed"), (kept, "kept"))]
+    require_same_recipe(cached, tmp_path / "recipe.yaml")
+    logs = [log_of(run_stage(one, tmp_path / name)) for one, name in ((computed, "computed"), (cached, "cached"))]
     for one, two in zip(*logs, strict=True):
         for name in (name for name in one if name.startswith("loss")):
             assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-5)
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("computed", "kept"))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("computed", "cached"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
     assert {folder.name.split("-")[0] for folder in (tmp_path / "cache").iterdir()} == {"depth", "seg", "gen"}

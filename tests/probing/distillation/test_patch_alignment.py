@@ -339,7 +339,7 @@ def test_loss_starts_the_same_next_to_other_losses(recipe, models, world, tmp_pa
         run_stage(recipe(data=data, batch_size=12, micro_batch=4, max_steps=1, **changes), tmp_path / name)
         log = json.loads((tmp_path / name / "training.json").read_text())["log"]
         starts.append(log[0]["loss/patches.cosine"])
-    if other == "feature":  # a projector of its own
+    if other == "feature":  # with a separate projector
         assert 0.5 < starts[1] < 1.5 and starts[1] != starts[0]
     else:
         assert starts[1] == pytest.approx(starts[0], abs=1e-5)

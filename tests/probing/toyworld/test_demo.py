@@ -50,17 +50,17 @@ def test_teachers_load_by_path_and_targets_depend_on_image(name, world):
     assert target.var(dim=0).mean() / target.square().mean() > 0.15  # not all mean
 
 
-def test_the_unclip_paints_the_scene_it_is_given(world):
-    """An image painted from an embedding is closer to its own scene than to others, in pixels and in the encoder."""
+def test_the_unclip_generates_the_scene_it_is_given(world):
+    """An image generated from an embedding is closer to its own scene than to others, in pixels and in the encoder."""
     recipe = TeacherRecipe(id=str(ASSETS / "gen"))
     teacher = load_teacher("gen", recipe, torch.device("cpu"))
     images = list_images(world, "val2017")
     embeds = teacher.target(teacher.prepare([images.read(index) for index in range(40)]))[:, 0]
-    painted = GenDecoder.load(teacher, recipe, STEPS, GUIDANCE).decode(embeds, range(40))
+    generated = GenDecoder.load(teacher, recipe, STEPS, GUIDANCE).decode(embeds, range(40))
     true = np.stack([np.asarray(images.read(index)) for index in range(40)])
-    error = ((painted[:, None].astype(float) - true[None]) ** 2).mean((2, 3, 4))
+    error = ((generated[:, None].astype(float) - true[None]) ** 2).mean((2, 3, 4))
     assert (error.argmin(1) == np.arange(40)).mean() > 0.3
-    again = teacher.target(teacher.prepare([Image.fromarray(one) for one in painted]))[:, 0]
+    again = teacher.target(teacher.prepare([Image.fromarray(one) for one in generated]))[:, 0]
     near = F.normalize(again, dim=-1) @ F.normalize(embeds, dim=-1).T
     assert (near.argmax(1) == torch.arange(40)).float().mean() > 0.3
 
@@ -115,13 +115,13 @@ def test_everything_can_be_made_from_nothing(tmp_path):
     assert again == quality == json.loads((tmp_path / "assets" / "quality.json").read_text())
 
 
-@pytest.mark.parametrize(("asked", "browser"), [([], True), (["--open"], True), (["--open"], False)])
-def test_open_shows_the_page_in_the_browser(tmp_path, monkeypatch, asked, browser):
+@pytest.mark.parametrize(("options", "browser"), [([], True), (["--open"], True), (["--open"], False)])
+def test_open_shows_the_page_in_the_browser(tmp_path, monkeypatch, options, browser):
     opened = []
     monkeypatch.setattr("probing.toyworld.demo.run_demo", lambda preset, out: out / "report" / "index.html")
     monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or browser)
-    done = CliRunner().invoke(cli, ["demo", "--out", str(tmp_path / "a b"), *asked], catch_exceptions=False)
-    assert done.exit_code == 0 and opened == [f"file://{tmp_path}/a%20b/report/index.html"] * len(asked)
+    done = CliRunner().invoke(cli, ["demo", "--out", str(tmp_path / "a b"), *options], catch_exceptions=False)
+    assert done.exit_code == 0 and opened == [f"file://{tmp_path}/a%20b/report/index.html"] * len(options)
     assert ("no browser found" in done.stderr) == (not browser)
 
 

@@ -66,7 +66,7 @@ def test_checkpoint_answers_from_the_image(world):
 def test_ridge_finds_the_box(world, tmp_path):
     """Centred cosine is above .9 inside the box and below .2 outside; code length saves bits inside alone.
 
-    That of the mean feature does so where the mean state of image or text has it, in layers of its own.
+    That of the mean feature does so where the mean state of image or text has it, in separate layers.
     """
     fit = {
         "positions": ["image", "text", "last"],

@@ -44,7 +44,7 @@ def test_depth_labels_and_descriptions_agree(scenes):
 
 
 def test_a_ray_through_a_sphere_meets_it_where_geometry_says():
-    """The nearest pixel of an unoccluded sphere lies about one radius in front of its centre."""
+    """The nearest pixel of an unoccluded sphere is about one radius in front of its centre."""
     scenes = generate(400, 5)
     gaps = []
     for index in np.flatnonzero(scenes.count == 1):
