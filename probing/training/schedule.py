@@ -111,6 +111,8 @@ def count_steps(images: int, fit: FitRecipe) -> int:
 
 
 def require_enough(images: int, fit: FitRecipe, world_size: int) -> None:
-    """Raises UserError if a process would have no image of a batch."""
-    if min(images, fit.batch_size) < world_size:
-        raise UserError(f"{world_size} processes for {images} images in batches of {fit.batch_size}; use fewer")
+    """Raises UserError if a process has fewer than two images of a batch, to pair for the shuffled control."""
+    if min(images, fit.batch_size) < 2 * world_size:
+        raise UserError(
+            f"{world_size} processes for {images} images in batches of {fit.batch_size}; use fewer, two images each"
+        )

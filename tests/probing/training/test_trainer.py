@@ -12,9 +12,10 @@ from probing.probes.resampler import ResamplerConfig
 from probing.recipe import FitRecipe, ProbeRunRecipe
 from probing.teachers import load_teachers
 from probing.training.run import load_run_backbone, training_images
-from probing.training.schedule import learning_rate, plan_steps
+from probing.training.schedule import learning_rate, plan_steps, require_enough
 from probing.training.sizes import probe_parameters
 from probing.training.trainer import ProbeTrainer
+from probing.utils.errors import UserError
 from probing.utils.images import square
 
 CPU = torch.device("cpu")
@@ -149,6 +150,16 @@ def test_each_epoch_has_all_images_in_a_new_order():
     halves = [[step.micros for step in plan_steps(21, fit, process, 2)] for process in (0, 1)]
     for whole, first, second in zip(steps, *halves, strict=True):
         assert sorted(i for m in whole for i in m) == sorted(i for m in [*first, *second] for i in m)
+
+
+def test_every_process_can_pair_images():
+    """A process with one image per batch never trains the shuffled control."""
+    fit = FitRecipe(batch_size=6)
+    require_enough(12, fit, 3)
+    assert all(len(micro) > 1 for rank in range(3) for step in plan_steps(12, fit, rank, 3) for micro in step.micros)
+    for images, processes in ((12, 4), (5, 3)):
+        with pytest.raises(UserError, match=f"{processes} processes for {images} images in batches of 6"):
+            require_enough(images, fit, processes)
 
 
 def test_learning_rate_equals_transformers_cosine_schedule():
