@@ -84,6 +84,11 @@ class BackboneRecipe(Strict):
     trust_remote_code: bool = False
     """Run code from the checkpoint."""
 
+    def with_absolute_paths(self) -> Self:
+        """Copies the recipe with absolute local folders."""
+        sources = {name: getattr(self, name) for name in ("checkpoint", "base", "vision_tower")}
+        return self.model_copy(update={name: _absolute(source) for name, source in sources.items() if source})
+
 
 class AssembleRecipe(Strict):
     """The parts of a new checkpoint."""
@@ -263,10 +268,7 @@ class LayersRecipe(Strict):
     def with_absolute_paths(self) -> Self:
         """Copies the recipe with absolute local folders, so that the run can be used from anywhere."""
         recipe = self.model_copy(deep=True)
-        backbone = recipe.backbone
-        backbone.checkpoint = _absolute(backbone.checkpoint)
-        backbone.base = backbone.base and _absolute(backbone.base)
-        backbone.vision_tower = backbone.vision_tower and _absolute(backbone.vision_tower)
+        recipe.backbone = self.backbone.with_absolute_paths()
         recipe.data.path = "coco:" + _absolute(recipe.data.path.removeprefix("coco:"))
         for teacher in recipe.teachers.values():
             teacher.id = _absolute(teacher.id)

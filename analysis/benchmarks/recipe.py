@@ -34,10 +34,5 @@ class BenchRecipe(Strict):
 
     def with_absolute_paths(self) -> Self:
         """Copies the recipe with absolute local folders, so that the run can be used from anywhere."""
-        recipe = self.model_copy(deep=True)
-        for field in ("checkpoint", "base"):
-            source = getattr(recipe.backbone, field)
-            if source and local_path(source).is_dir():
-                setattr(recipe.backbone, field, str(local_path(source).absolute()))
-        recipe.data = str(local_path(self.data).absolute())
-        return recipe
+        data = str(local_path(self.data).absolute())
+        return self.model_copy(update={"backbone": self.backbone.with_absolute_paths(), "data": data})

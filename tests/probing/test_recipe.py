@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis.benchmarks.recipe import BenchRecipe
 from probing.recipe import ProbeRunRecipe, apply_overrides, dump_recipe, load_recipe, parse_scalar, validate
 from probing.utils.errors import UserError
 
@@ -88,6 +89,9 @@ def test_run_with_relative_paths_can_be_used_from_anywhere(values, tmp_path, mon
     paths = (backbone.checkpoint, backbone.base, backbone.vision_tower, recipe.teachers["gen"].id)
     assert paths == tuple(str(tmp_path / name) for name in ("checkpoint", "base", "tower", "gen"))
     assert recipe.data.path == f"coco:{tmp_path}/coco"
+    bench = {"backbone": values["backbone"], "benchmark": "cvbench", "data": "coco"}
+    answered = validate(BenchRecipe, bench, "x").with_absolute_paths()
+    assert answered.backbone == backbone and answered.data == str(tmp_path / "coco")
 
 
 def test_overrides_parse_values():
