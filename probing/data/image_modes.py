@@ -7,12 +7,22 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 Size = tuple[int, int]
 """Width and height."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Accepted contents, whatever the file is called; Pillow hands others, such as PostScript, to other programs."""
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by EXIF orientation; `ImageOps.exif_transpose` fails if another EXIF field is broken."""
 QUARTER_TURNS = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
@@ -36,7 +46,8 @@ def read_image(path: Path | BinaryIO, upright: bool = True) -> Image.Image:
         OSError: the file is missing, not an image, corrupt, or far too large.
     """
     with open_image(path) as image:
-        return to_rgb(ImageOps.exif_transpose(image) if upright and _orientation(image) != 1 else image)
+        turn = UPRIGHT.get(_orientation(image)) if upright else None
+        return to_rgb(image) if turn is None else to_rgb(image).transpose(turn)
 
 
 def size_of_image(path: Path, upright: bool = True) -> Size:

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from probing.data.coco import read_image
 from probing.data.image_modes import size_and_orientation
@@ -180,3 +180,19 @@ def test_headers_of_jpegs_are_read_as_pillow_reads_them(tmp_path, mode, options)
     exif[ExifTags.Base.Orientation] = 6
     Image.new(mode, (300, 20)).save(tmp_path / "1.jpg", **options | ({"exif": exif} if "exif" in options else {}))
     assert size_and_orientation(tmp_path / "1.jpg") == ((300, 20), 6 if "exif" in options else 1)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_images_are_turned_upright_even_if_another_exif_field_is_broken(tmp_path, turn, broken):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    exif[ExifTags.Base.ResolutionUnit] = 2
+    content = encoded(Image.fromarray(COLOURS), "JPEG", exif=exif, quality=95).getvalue()
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+    if broken:  # a number becomes text, which Pillow's exif_transpose cannot write again
+        number, text = (struct.pack(">HH", 296, kind) for kind in (3, 2))
+        assert number in content
+        content = content.replace(number, text)
+    (tmp_path / "a.jpg").write_bytes(content)
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.jpg")), expected)
