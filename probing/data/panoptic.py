@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from probing.data.coco_annotations import Fault, Faults, Id, as_id, id_order, read_annotation_file
-from probing.data.image_modes import open_image
+from probing.data.image_modes import Size, open_image
 from probing.utils.errors import UserError
 from probing.utils.paths import path_below
 
@@ -27,13 +27,13 @@ class Panoptic:
         folder: of the PNGs.
         names: class names; a class's label is its position in the official order (by category id: things, then stuff).
         segments: by image file, the PNG's name and the label of every segment id.
-        sizes: by image file, annotated rows and columns where these are known.
+        sizes: by image file, where they are known.
     """
 
     folder: Path
     names: list[str]
     segments: dict[str, tuple[str, dict[int, int]]]
-    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    sizes: dict[str, Size] = field(default_factory=dict)
 
     @property
     def images(self) -> Collection[str]:

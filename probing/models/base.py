@@ -4,7 +4,7 @@ Layer 0 is the embedded input sequence (projector output in place), layer k the 
 final norm, layer L the state after the last block; ``final`` is the state after the final norm.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -28,16 +28,16 @@ def layer_name(layer: Layer) -> str:
     return str(layer)
 
 
-def layer_ranges(layers: Sequence[Layer]) -> str:
-    """Returns a short selection of layers that `parse_layers` reads, such as `0-32,final`."""
-    parts: list[str] = []
-    for layer in layers:
-        first, _, last = parts[-1].partition("-") if parts else ("", "", "")
-        if layer != FINAL and (last or first).isdecimal() and int(layer) == int(last or first) + 1:
-            parts[-1] = f"{first}-{layer}"
+def layer_ranges(layers: Collection[Layer]) -> str:
+    """Returns layers, or their names, as `parse_layers` reads them, e.g. `2-4,final`."""
+    ranges: list[list[int]] = []
+    for number in sorted(int(layer) for layer in layers if layer != FINAL):
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
         else:
-            parts.append(layer_name(layer))
-    return ",".join(parts)
+            ranges.append([number])
+    names = [str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in ranges]
+    return ",".join(names + [FINAL] * (FINAL in layers))
 
 
 def parse_layers(text: str, count: int) -> list[Layer]:

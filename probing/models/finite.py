@@ -2,14 +2,14 @@
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probing.models.base import FINAL
+from probing.models.base import layer_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -26,18 +26,6 @@ def finite_rows(values: Tensor) -> Tensor:
 def zero_others(values: Tensor, rows: Tensor) -> Tensor:
     """Sets to zero the rows of (B, …) that are not selected, even if they are not finite."""
     return torch.where(rows.view(-1, *[1] * (values.dim() - 1)), values, 0)
-
-
-def layer_ranges(layers: Collection[str]) -> str:
-    """Returns names of layers as `probing.models.base.parse_layers` reads them, e.g. `2-4,final`."""
-    ranges: list[list[int]] = []
-    for number in sorted(int(layer) for layer in layers if layer != FINAL):
-        if ranges and number == ranges[-1][-1] + 1:
-            ranges[-1].append(number)
-        else:
-            ranges.append([number])
-    names = [str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in ranges]
-    return ",".join(names + [FINAL] * (FINAL in layers))
 
 
 def not_finite_rows(

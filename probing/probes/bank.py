@@ -21,6 +21,7 @@ from probing.utils.errors import UserError, require_probes
 from probing.utils.files import reading
 from probing.utils.hub import download, hub_errors
 from probing.utils.notebook import table
+from probing.utils.paths import local_path
 from probing.utils.units import si
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class ProbeBank:
     keys: dict[str, list[str]]
 
     def __repr__(self) -> str:
-        teachers = {teacher: layer_ranges([*layers]) for teacher, layers in self._seeds().items()}
+        teachers = {teacher: layer_ranges(layers) for teacher, layers in self._seeds().items()}
         count = si(sum(parameter.numel() for parameter in self.parameters()), "").strip()
         listed = ", ".join(f"{teacher} at {layers}" for teacher, layers in teachers.items())
         return f"ProbeBank({len(self.probes)} probes, {count} parameters: {listed})"
@@ -214,8 +215,9 @@ class ProbeBank:
         Raises:
             UserError: there are no probes, or none of such a layer or teacher; the Hub is out of reach.
         """
-        local = Path(source).is_dir()
-        folder = Path(source) if local else download(str(source), ["probes/*/config.json"])
+        path = local_path(str(source))
+        local = path.is_dir()
+        folder = path if local else download(str(source), ["probes/*/config.json"])
         configs = {name: bank_config(folder / "probes", name) for name in bank_teachers(folder / "probes")}
         if not configs:
             raise UserError(f"{source} has no folder probes/; give a run or a folder of save_pretrained")

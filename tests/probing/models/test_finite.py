@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from probing.data.coco import list_images
 from probing.models import load_backbone
-from probing.models.base import Backbone
-from probing.models.finite import finite_rows, layer_ranges, not_finite_rows, report_not_finite
+from probing.models.base import Backbone, layer_ranges
+from probing.models.finite import finite_rows, not_finite_rows, report_not_finite
 from probing.probes.bank import ProbeBank, ProbeKey
 from probing.probes.resampler import ResamplerConfig
 from probing.recipe import BackboneRecipe, ProbeRunRecipe

@@ -16,11 +16,12 @@ def bank():
     return ProbeBank.build({"depth": config, "gen": config}, [0, 2, "final"], [0], ["image"], torch.device("cpu"))
 
 
-def test_bank_round_trip_keeps_predictions(bank, tmp_path):
+def test_bank_round_trip_keeps_predictions(bank, tmp_path, monkeypatch):
     bank.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "probes" / "depth" / "config.json").read_text())
     assert config["layers"] == ["0", "2", "final"] and (tmp_path / "probes" / "gen" / "model.safetensors").is_file()
-    loaded = ProbeBank.from_pretrained(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    loaded = ProbeBank.from_pretrained("~")
     states = torch.randn(2, 5, 16)
     assert loaded.keys == bank.keys and loaded.probes.keys() == bank.probes.keys()
     assert all(torch.equal(probe(states), bank.probes[key](states)) for key, probe in loaded.probes.items())

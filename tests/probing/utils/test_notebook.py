@@ -82,7 +82,7 @@ def test_bank_shows_layers_by_teachers():
         [HOSTILE, "1", "", "2", ""],
         ["gen", "", "1", "", "1"],
     ]
-    assert repr(bank).startswith("ProbeBank(5 probes, ") and "gen at final,1" in repr(bank)
+    assert repr(bank).startswith("ProbeBank(5 probes, ") and "gen at 1,final" in repr(bank)
 
 
 def test_run_shows_how_far_it_is(recipe_values, tmp_path):
