@@ -36,14 +36,17 @@ def load_teacher(name: str, recipe: TeacherRecipe, device: "torch.device") -> "T
     Raises:
         UserError: there is no such teacher, it is of another class, or it is incomplete.
     """
+    if recipe.grid == 1:
+        instead = "" if name in CATALOGUE else ", or features=pooled"
+        raise UserError(f"teachers.{name}.grid=1 has a single patch; give 2 or more{instead}")
     if name not in CATALOGUE:
         from probing.teachers import vision_encoder
 
         return vision_encoder.load(name, recipe, device)
     if recipe.features != "patches" or recipe.trust_remote_code:
         raise UserError(
-            f"teachers.{name} has a target of its own, without features or trust_remote_code; leave them out, or give "
-            "the teacher another name"
+            f"teachers.{name} has its own target, without features or trust_remote_code; leave them out, or give the "
+            "teacher another name"
         )
     teacher: Teacher = importlib.import_module(f"probing.teachers.{name}").load(recipe, device)
     return teacher
@@ -76,13 +79,13 @@ def describe_teacher(values: Mapping[str, dict[str, Any]], overrides: Iterable[s
     recipe = validate(TeacherRecipe, apply_overrides(dict(fields), overrides), f"teachers.{name}")
     teacher = load_teacher(name, recipe, torch.device("meta"))
     tokens, width = teacher.shape
-    places = f"{teacher.grid[0]} x {teacher.grid[1]} places" if teacher.grid else "one token"
+    layout = f"{teacher.grid[0]} x {teacher.grid[1]} patches" if teacher.grid else "one token"
     found = {
         "teacher": name,
         "id": teacher.id,
         "class": teacher.class_name,
         "pixels": list(teacher.prepare([Image.new("RGB", (64, 64))]).shape[-2:]),
-        "target": f"{tokens} x {width} ({places})",
+        "target": f"{tokens} x {width} ({layout})",
         "parameters": f"{sum(p.numel() for p in teacher.model.parameters()):,}",
         "licence": teacher.licence,
     }

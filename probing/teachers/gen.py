@@ -43,6 +43,8 @@ def load(recipe: TeacherRecipe, device: torch.device) -> Teacher:
     """Loads `CLIPVisionModelWithProjection`, alone or from an unCLIP pipeline; the target is (1, width)."""
     from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
 
+    if recipe.grid is not None:
+        raise UserError("teachers.gen has one token and no grid; leave out teachers.gen.grid")
     pipeline = _is_pipeline(locate(recipe.id, "gen teacher"), recipe.revision)
     encoder, extractor = ("image_encoder", "feature_extractor") if pipeline else ("", "")
     source = open_teacher(recipe, "gen", ["clip_vision_model", "clip"], subfolder=encoder)

@@ -31,8 +31,6 @@ def load(name: str, recipe: TeacherRecipe, device: torch.device) -> Teacher:
         UserError: it is not a vision encoder, has no image processor, is incomplete, or its patches form no square.
     """
     label = f"{name} teacher"
-    if recipe.grid == 1:
-        raise UserError(f"teachers.{name}.grid=1 has a single patch; give 2 or more, or features=pooled")
     if is_open_clip(recipe.id):
         return open_clip_encoder.load(name, recipe, device)
     location = locate(recipe.id, label)

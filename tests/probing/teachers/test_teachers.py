@@ -95,6 +95,12 @@ def test_a_folder_of_another_class_is_named(models):
         load_teacher("gen", TeacherRecipe(id=str(models["seg"])), CPU)
 
 
+@pytest.mark.parametrize(("name", "grid"), [("depth", 1), ("seg", 1), ("gen", 4)])
+def test_grids_that_a_decoder_could_not_read_are_refused(models, name, grid):
+    with pytest.raises(UserError, match=rf"teachers\.{name}.*grid"):
+        load_teacher(name, TeacherRecipe(id=str(models[name]), grid=grid), CPU)
+
+
 def test_every_teacher_has_default_id_and_licence():
     assert all(entry.default_id in entry.licences for entry in CATALOGUE.values())
     assert "CC-BY-NC" in CATALOGUE["depth"].licences[CATALOGUE["depth"].default_id]

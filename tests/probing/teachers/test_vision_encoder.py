@@ -1,4 +1,4 @@
-"""Plain encoders as teachers: their targets against the model's own output, place by place."""
+"""Plain encoders as teachers: their targets against the model's own output, patch by patch."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def own_output(name, model, picture, pixels):
 
 
 def at(name, features, row, column):
-    """One place of the model's own features."""
+    """One patch of the model's own features."""
     if name == "timm_swin":
         return features[0, row, column]
     if features.ndim == 4:
@@ -104,7 +104,7 @@ def test_targets_are_what_the_model_gives_at_each_place(folders, name):
 @pytest.mark.parametrize("name", encoders.MAKERS)
 def test_grid_place_depends_most_on_its_own_pixels(folders, name):
     teacher = load_teacher("mine", TeacherRecipe(id=str(folders[name])), CPU)
-    for key, value in teacher.model.named_parameters():  # what mixes places
+    for key, value in teacher.model.named_parameters():  # what mixes patches
         if re.search(r"(out_proj|attn\.proj)\.", key):
             value.zero_()
     side = GRIDS[name]
@@ -165,7 +165,7 @@ def test_what_a_teacher_would_be_needs_no_weights(folders, tmp_path):
     shutil.copytree(folders["siglip"], tmp_path / "siglip")
     (tmp_path / "siglip" / "model.safetensors").unlink()
     found = describe_teacher({"siglip": {"id": str(tmp_path / "siglip")}}, ["grid=3"])
-    assert found["target"] == "9 x 24 (3 x 3 places)" and found["pixels"] == [32, 32]
+    assert found["target"] == "9 x 24 (3 x 3 patches)" and found["pixels"] == [32, 32]
     assert found["class"] == "SiglipVisionModel"
     with pytest.raises(UserError, match="cannot be loaded"):
         load_teacher("siglip", TeacherRecipe(id=str(tmp_path / "siglip")), CPU)
@@ -300,7 +300,7 @@ def test_names_that_folders_or_results_could_not_bear(name):
 
 
 def test_fields_of_plain_encoders_do_not_change_other_teachers(models):
-    with pytest.raises(UserError, match=r"teachers\.depth has a target of its own"):
+    with pytest.raises(UserError, match=r"teachers\.depth has its own target"):
         load_teacher("depth", TeacherRecipe(id=str(models["depth"]), features="pooled"), CPU)
     with pytest.raises(UserError, match="pooled features have no grid"):
         validate(TeacherRecipe, {"id": "x", "features": "pooled", "grid": 4}, "test")
