@@ -155,7 +155,7 @@ def identify(recipe: BackboneRecipe) -> Identity:
         name=model_name(path),
         path=path,
         family=llava.family_name(one.config),
-        sha256=identity(one.source, one.config),
+        sha256=identity(one.source, one.config, revision=one.recipe.revision),
         layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         prompt=inputs.text,

@@ -235,7 +235,7 @@ def backbone_of(
         norm=norm,
         hidden_size=model.config.get_text_config().hidden_size,
         prepare=inputs,
-        sha256=identity(source, model.config, device),
+        sha256=identity(source, model.config, device, recipe.revision),
         words=model.get_input_embeddings(),
         projector=getattr(model.base_model, "multi_modal_projector", None),
         head=model.get_output_embeddings(),

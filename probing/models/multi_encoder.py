@@ -210,7 +210,9 @@ def load_teachers(config: Any, device: torch.device) -> dict[str, Teacher]:
     """
     teachers = {}
     for name, entry in config.teacher_entries().items():
-        teacher = load_teacher(name, TeacherRecipe(id=entry["id"], grid=entry["grid"]), device)
+        _, of_hub, commit = entry["sha256"].partition("commit:")  # of a teacher on the Hub, which may have moved on
+        recipe = TeacherRecipe(id=entry["id"], grid=entry["grid"], revision=commit if of_hub else None)
+        teacher = load_teacher(name, recipe, device)
         if device.type != "meta" and entry["sha256"] != teacher.sha256:
             raise UserError(f"the {name} teacher {entry['id']} is not the one this checkpoint was trained with")
         key, processor = f"{name} teacher's processor", describe_processor(teacher.prepare, "own")

@@ -82,12 +82,21 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """A teacher whose weights are not loaded yet; `location` is a folder or Hub id."""
+    """A teacher whose weights are not loaded yet.
+
+    Attributes:
+        name: of the teacher.
+        recipe: where it comes from.
+        location: folder or Hub id.
+        config: of the model, if it is of transformers.
+        sha256: identifies the weights, if folder or commit do not.
+    """
 
     name: str
     recipe: TeacherRecipe
     location: str
     config: Any
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -214,6 +223,6 @@ def build_teacher(
         encode=encode,
         shape=(target.shape[1], target.shape[2]),
         licence=licences.get(source.recipe.id, "see the source of the weights"),
-        sha256=identity(source.location, source.config, target.device),
+        sha256=source.sha256 or identity(source.location, source.config, target.device, source.recipe.revision),
         source=source.location,
     )

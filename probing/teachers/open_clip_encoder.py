@@ -1,8 +1,6 @@
 """Loads the image tower of any model of open_clip as a teacher without decoder: its patches, or its embedding."""
 
 import hashlib
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,6 +24,10 @@ def load(name: str, recipe: TeacherRecipe, device: torch.device) -> Teacher:
     """
     from timm.data.transforms import str_to_pil_interp
 
+    if recipe.revision:
+        raise UserError(
+            f"teachers.{name}.revision: open_clip reads no revisions; download that one, and give its folder"
+        )
     found = find_open_clip(recipe.id)
     if found is None:
         raise UserError(f"{recipe.id} has no usable open_clip_config.json; give a model of open_clip")
@@ -54,9 +56,8 @@ def load(name: str, recipe: TeacherRecipe, device: torch.device) -> Teacher:
         "resample": int(str_to_pil_interp(found.preprocessing["interpolation"])),
     }
     prepare, _ = square_processor(statistics, recipe.id, found.image_size)
-    source = TeacherSource(name, recipe, recipe.id, SimpleNamespace())
-    teacher = build_teacher(source, visual, prepare, encode, {recipe.id: found.licence} if found.licence else {})
-    return replace(teacher, sha256=_tensors_hash(visual))
+    source = TeacherSource(name, recipe, recipe.id, None, _tensors_hash(visual))
+    return build_teacher(source, visual, prepare, encode, {recipe.id: found.licence} if found.licence else {})
 
 
 def _tensors_hash(module: nn.Module) -> str:

@@ -34,6 +34,18 @@ def fetch(source: str | Path, name: str, revision: str | None = None) -> Path | 
     return Path(file) if file else None
 
 
+def commit_of(repo: str, revision: str | None) -> str:
+    """Returns the commit that a revision of a model on the Hub is at now; None is the main branch.
+
+    Raises:
+        UserError: the repository cannot be reached, or holds no model.
+    """
+    for name in ("config.json", "model_index.json"):
+        if file := fetch(repo, name, revision):
+            return file.parent.name  # …/snapshots/COMMIT/config.json
+    raise UserError(f"{repo} holds no model: it has no config.json; give another repository")
+
+
 def read_json_or_empty(source: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
     """Reads a JSON object of a folder or Hub repository; empty if there is no such file or it holds no object."""
     file = fetch(source, name, revision)

@@ -14,6 +14,7 @@ import probing.utils.torchvision_shim  # noqa: F401
 from probing.utils.adapters import ADAPTER_CONFIG, adapter_files, merge_adapter
 from probing.utils.checkpoint_files import (
     WEIGHTS,
+    commit_of,
     describe_error,
     has_weights,
     read_json_or_empty,
@@ -77,18 +78,19 @@ def checkpoint_path(source: str, config: Any) -> str:
     return getattr(config, "adapter", None) or source
 
 
-def identity(source: str, config: Any, device: torch.device | None = None) -> str:
+def identity(source: str, config: Any, device: torch.device | None = None, revision: str | None = None) -> str:
     """Identifies weights and configuration: hashes of what is loaded from folders, or the commit of a Hub repository.
 
     Args:
         source: folder or Hub id.
         config: the model's.
         device: of the model; on the meta device it has no weights.
+        revision: of a Hub repository.
     """
     if device is not None and device.type == "meta":
         return "no weights"
     if not Path(source).is_dir():
-        parts = [f"commit:{getattr(config, '_commit_hash', None)}"]
+        parts = [f"commit:{commit_of(source, revision)}"]
     else:
         parts = [f"sha256:{model_hash(Path(source))}"]
         tower = getattr(config, "tower", None)  # a separate folder, in LLaVA's original format
