@@ -273,7 +273,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     A sample with exactly one image also has `teacher_pixels`, that image as each teacher takes it, or cached
     `teacher_features`; with several images it would be ambiguous. `patch_labels` (images, patches) accompany
-    `pixel_values`. Notes: `skipped`, name and reason, stands alone for a sample whose image is unreadable or does not
+    `pixel_values`. Notes: `skipped`, name and reason, is the only key of a sample whose image is unreadable or does not
     fit; `cut` names a sample whose end was cut off; `unlabelled` images with unusable annotations, `scaled` those whose
     label map is scaled to their size.
 

@@ -88,7 +88,7 @@ AutoModel.register(OpenClipTowerConfig, OpenClipTower, exist_ok=True)
 
 
 def _build_trunk(config: Any) -> nn.Module:
-    """Builds a trunk without weights of its own, at the configured size of images."""
+    """Builds a trunk without loading weights, at the configured size of images."""
     if config.library == "timm":
         import timm
 
@@ -148,7 +148,7 @@ class TowerSource:
             if self.open_clip is None:
                 trunk: Any = timm.create_model(self.id, pretrained=True, num_classes=0)
             else:
-                # it changes the positions of its own ViT to the size as it reads them
+                # open_clip resizes the position embeddings of its ViT as it reads them
                 visual = self.open_clip.load(force_image_size=side)
                 trunk = getattr(visual, "trunk", visual)
             _resize(trunk, side)

@@ -69,7 +69,7 @@ class OpenClipSource:
 
 
 def build_visual(model: dict[str, Any]) -> Any:
-    """Builds an image tower without weights of its own, from `embed_dim`, `vision_cfg` and `quick_gelu`."""
+    """Builds an image tower without loading weights, from `embed_dim`, `vision_cfg` and `quick_gelu`."""
     import open_clip
 
     vision = dict(model["vision_cfg"])
@@ -97,9 +97,9 @@ def find_open_clip(source: str) -> OpenClipSource | None:
     folder = local_path(name)
     if not folder.is_dir() and not source.startswith(HUB):
         return None
-    place = str(folder) if folder.is_dir() else name
-    raw = read_json_or_empty(place, CONFIG)
-    if "model_cfg" not in raw or (source == name and "model_type" in read_json_or_empty(place, "config.json")):
+    location = str(folder) if folder.is_dir() else name
+    raw = read_json_or_empty(location, CONFIG)
+    if "model_cfg" not in raw or (source == name and "model_type" in read_json_or_empty(location, "config.json")):
         return None
     address = f"local-dir:{folder}" if folder.is_dir() else f"{HUB}{name}"
     return _merged(address, "", raw["model_cfg"], raw.get("preprocess_cfg", {}), str(raw.get("license", "")))

@@ -122,7 +122,7 @@ def load_config(source: str, what: str, trust: str = "backbone.trust_remote_code
         refuse_unreachable(source, error)
         if "custom code" in str(error):
             raise UserError(
-                f"{what} {source} has code of its own, which was not run; read it, then set {trust}=true"
+                f"{what} {source} has its own code, which was not run; read it, then set {trust}=true"
             ) from None
         what = what if Path(source).exists() else f"no folder, and as a Hub id {what}"
         raise UserError(

@@ -38,12 +38,9 @@ SHOWN = 60
 def loaded_weights(folder: Path) -> list[Path]:
     """Lists the weight files that are loaded from a folder; none if some are missing, which loading reports."""
     try:
-        files = weight_files(folder)
+        return weight_files(folder)
     except UserError:
-        files = []
-    if "encoders" in read_json_or_empty(folder, "config.json"):
-        files.append(folder / "encoders.safetensors")
-    return [file for file in files if file.is_file()]
+        return []
 
 
 def weights_hash(folder: Path) -> str:

@@ -186,7 +186,7 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path):
     config = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}, "architectures": ["Own"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(UserError, match=r"code of its own, which was not run; .*backbone\.trust_remote_code=true"):
+    with pytest.raises(UserError, match=r"its own code, which was not run; .*backbone\.trust_remote_code=true"):
         load_backbone(BackboneRecipe(checkpoint=str(tmp_path)), CPU)
     assert not (tmp_path / "ran").exists()
 

@@ -279,9 +279,7 @@ def test_code_of_its_own_runs_only_on_an_explicit_field(tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps({"model_type": "mine_vit", "width": 6, "auto_map": code}))
     weight, bias = torch.randn(6, 3, 8, 8), torch.randn(6)
     save_file({"patches.weight": weight, "patches.bias": bias}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        UserError, match=r"code of its own, which was not run; .* teachers\.vit\.trust_remote_code=true"
-    ):
+    with pytest.raises(UserError, match=r"its own code, which was not run; .* teachers\.vit\.trust_remote_code=true"):
         load_teacher("vit", TeacherRecipe(id=str(folder)), CPU)
     assert describe_teacher({"vit": {"id": str(folder)}}, ["trust_remote_code=true"])["target"].startswith("16 x 6 ")
     teacher = load_teacher("vit", TeacherRecipe(id=str(folder), trust_remote_code=True), CPU)
