@@ -84,7 +84,7 @@ def _record(stage: Stage, trainer: "Trainer", samples: dict[str, list[str]]) -> 
             logger.warning(WARNINGS[kind], len(names), names[0])
     return {
         "recipe": dump_recipe(recipe),
-        "started_from": identity(inputs.source, inputs.config),
+        "started_from": identity(inputs.source, inputs.config, revision=recipe.revision),
         "stage": recipe.stage,
         "steps": trainer.state.global_step,
         "final_loss": [row["loss"] for row in log if "loss" in row][-1],

@@ -258,7 +258,8 @@ def _describe(stage: Stage) -> dict[str, Any]:
     """Describes what the numbers of a stage depend on, see `probing.runs.recorded_inputs`."""
     inputs, text = stage.inputs, stage.encoder.sample_text()
     prepare = LlavaInputs(stage.processor, text, inputs.config.image_token_id, tower_grid(inputs.config))
-    checkpoint = Identity("", inputs.source, "", identity(inputs.source, inputs.config), 0, 0, text, prepare)
+    weights = identity(inputs.source, inputs.config, revision=stage.recipe.revision)
+    checkpoint = Identity("", inputs.source, "", weights, 0, 0, text, prepare)
     conversations = hashlib.sha256()
     for conversation in inputs.conversations:
         conversations.update(repr(conversation).encode(errors="surrogatepass"))
