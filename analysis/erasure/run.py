@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,6 +94,11 @@ class Images:
         answers = [self.answers[name] for name in self.held_out.names]
         digest = hashlib.sha256(json.dumps(answers).encode()).hexdigest()
         return f"{__version__} {self.fit.digest()} {self.held_out.digest()} {digest} {options.rank}"
+
+    def conditions(self, options: Options) -> dict[str, Any]:
+        """Returns what two checkpoints must share for their scores to be compared; images are paired by name."""
+        answers = hashlib.sha256(json.dumps(self.answers).encode()).hexdigest()
+        return {"--rank": options.rank, "images to fit on": self.fit.digest(), "answers": answers}
 
 
 def erase(path: Path, options: Options | None = None) -> Path:
@@ -190,12 +196,12 @@ def _erase(run: Run, options: Options, device: torch.device) -> None:
         ErasurePass(backbone, erasers, layers, options.places, fit.seeds[0]),
         resumable,
     )
-    scores = accumulator.file(images.held_out.split, settings)
+    scores = replace(accumulator.file(images.held_out.split, settings), conditions=images.conditions(options))
     if not scores.names:
         raise UserError(f"no image of {images.held_out.split} could be read; check {images.held_out.folder}")
     warn_of_chance(backbone, scores)
     if existing:
-        scores.merge(existing)
+        scores.merge(existing, images.held_out.names)
     with disk_errors(run.path):
         scores.write(file)
         resumable.file.unlink(missing_ok=True)

@@ -237,12 +237,14 @@ def _run_pass(
     report_not_finite(scores.left_out(), scores.names, len(scores.names), control)
     left_out = not_finite_rows(scores.left_out(), scores.names, scores.split, control)
     file = score_file(run.path, recorder.stem, images.split)
-    existing = read_if_fits(file, settings)
-    if existing and not scores.merge(existing):
-        logger.warning("%s: the readable images changed; the old scores are replaced", file)
+    if existing := read_if_fits(file, settings):
+        scores.merge(existing, images.names)
+    skipped = list(accumulator.skipped.values())
+    if control in SUBSTITUTES:  # the image itself may be readable
+        skipped = [replace(skip, reason=f"{skip.reason} ({control})") for skip in skipped]
     with disk_errors(run.path):
         scores.write(file)
-        _update_manifest(run, [*images.skipped, *accumulator.skipped.values()], left_out)
+        _update_manifest(run, [*images.skipped, *skipped], left_out)
         resumable.file.unlink(missing_ok=True)
 
 

@@ -98,6 +98,7 @@ class ScoreFile:
         skipped: image, split and reason of those that could not be read.
         not_finite: `layer NAME` or `teacher NAME` → rows of images left out there; their scores are NaN.
         chance: metric → value by chance, where it depends on the data.
+        conditions: what two checkpoints must share for their scores to be compared, besides what their runs share.
     """
 
     table: Table
@@ -109,6 +110,7 @@ class ScoreFile:
     skipped: list[list[str]] = field(default_factory=list)
     not_finite: dict[str, list[int]] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
+    conditions: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path) -> ScoreFile:
@@ -133,13 +135,39 @@ class ScoreFile:
         with atomic_file(file) as temporary:
             save_file(tensors, temporary, {"pass": json.dumps(rest)})
 
-    def merge(self, other: ScoreFile) -> bool:
-        """Adds the series of another file, if it has the same images and settings."""
-        if (self.names, self.split, self.settings) != (other.names, other.split, other.settings):
-            return False
-        self.table, self.sums = other.table | self.table, other.sums | self.sums
-        self.not_finite = other.not_finite | self.not_finite
-        return True
+    def merge(self, other: ScoreFile, images: Sequence[str]) -> None:
+        """Adds the series of another file with the same settings.
+
+        A control can lack an image that others have, such as one without caption; its scores are NaN there, and its
+        pictures 0.
+
+        Args:
+            other: the file.
+            images: order of the images.
+        """
+        either = {*self.names, *other.names}
+        names = [name for name in images if name in either]
+        one, two = self._over(names), other._over(names)
+        self.table, self.sums, self.names = two.table | one.table, other.sums | self.sums, names
+        self.not_finite = two.not_finite | one.not_finite
+
+    def _over(self, names: list[str]) -> ScoreFile:
+        """Returns the same with a row for each of these images."""
+        if names == self.names:
+            return self
+        row = {name: index for index, name in enumerate(names)}
+        rows = [row[name] for name in self.names]
+
+        def spread(values: NDArray[Any]) -> NDArray[Any]:
+            picture = values.dtype in (np.uint8, np.float16)
+            dtype = values.dtype if picture else np.float32
+            spread = np.full((len(names), *values.shape[1:]), 0 if picture else np.nan, dtype=dtype)
+            spread[rows] = values
+            return spread
+
+        table = {key: spread(values) for key, values in self.table.items()}
+        not_finite = {place: [rows[index] for index in own] for place, own in self.not_finite.items()}
+        return replace(self, table=table, names=names, not_finite=not_finite)
 
     def left_out(self) -> NotFinite:
         """Returns `not_finite` as masks over the images."""
@@ -175,7 +203,7 @@ class Summary:
         interval: value and interval.
         n: number of images.
         chance: value by chance; NaN if unknown.
-        images: hash of their names, where no scores name them.
+        images: hash of their names and of how they were generated, where no scores name them.
         jackknife: source of the interval, if it is no bootstrap.
     """
 

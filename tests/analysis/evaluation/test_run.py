@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -256,6 +257,41 @@ def test_a_pass_that_was_stopped_goes_on_to_the_same_numbers(evaluated, tmp_path
     shutil.rmtree(whole / "scores")
     evaluate(whole, options)
     assert (copy / "results.csv").read_text() == (whole / "results.csv").read_text()
+
+
+def test_an_image_that_a_control_lacks_counts_for_the_others(evaluated, tmp_path):
+    """One image has no caption; another is corrupt, so that the one before it has no other image."""
+    run, world, _ = evaluated
+    copy, data = tmp_path / "run", tmp_path / "world"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("scores", "results.csv"))
+    shutil.copytree(world, data)
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(world), str(data)))
+    names = list_images(data, "val2017").names
+    corrupt = data / "val2017" / names[5]
+    corrupt.write_bytes(bytes(corrupt.stat().st_size))  # of the same size, so that the images are the run's
+    file = data / "annotations" / "captions_val2017.json"
+    captions = json.loads(file.read_text())
+    first = next(image["id"] for image in captions["images"] if image["file_name"] == names[1])
+    captions["annotations"] = [entry for entry in captions["annotations"] if entry["image_id"] != first]
+    file.write_text(json.dumps(captions))
+    alone = pd.read_csv(evaluate(copy, Options(layers="6")), keep_default_na=False)
+    options = Options(layers="6", controls=("other", "caption", "none"))
+    results = pd.read_csv(evaluate(copy, options), keep_default_na=False)
+    place = ["teacher", "layer", "probe", "control", "metric", "protocol", "seed"]
+    both = results.merge(alone, on=place, suffixes=("", "_alone"))
+    assert len(both) == len(alone) and (both["value"] == both["value_alone"]).all()
+    numbers = {control: set(part["n"]) for control, part in results.groupby("control")}
+    assert numbers == {"none": {7}, "mean": {7}, "shuffled": {7}, "other": {6}, "caption": {6}}
+    scores = ScoreFile.read(score_file(copy, "scores/cosine", "val2017"))
+    assert scores.names == [name for name in names if name != names[5]]
+    missing = {key.control: np.flatnonzero(np.isnan(values)).tolist() for key, values in scores.table.items()}
+    assert missing["other"] == [4] and missing["caption"] == [1] and missing["none"] == []
+    skipped = {row["image"]: row["reason"] for row in json.loads((copy / "manifest.json").read_text())["skipped"]}
+    assert skipped[names[1]].endswith("no caption (caption)") and skipped[names[4]].endswith("(other)")
+    before = score_file(copy, "scores/cosine", "val2017").stat().st_mtime_ns
+    evaluate(copy, options)
+    assert score_file(copy, "scores/cosine", "val2017").stat().st_mtime_ns == before
 
 
 def test_what_is_shown_in_place_of_the_image(evaluated):
