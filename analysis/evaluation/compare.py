@@ -26,7 +26,7 @@ from analysis.evaluation.scores import (
     is_averaged,
     over_layers,
 )
-from analysis.evaluation.seed_group import Scored, open_runs, read_distances, read_scores, require_alike
+from analysis.evaluation.seed_group import Scored, open_runs, read_distances, read_scores, require_alike, require_same
 from probing.utils.errors import UserError
 
 
@@ -118,6 +118,10 @@ def _differences(side: Side, reference: Side) -> Iterator[Difference]:
         return Difference(side.label, reference.label, *place, *numbers, f"{len(one)}, {len(two)}", higher)
 
     for file in (file for file in theirs if file in ours):
+        mine, others = ours[file].conditions, theirs[file].conditions
+        for what in others | mine:
+            advice = "; score both in the same way"
+            require_same(reference.runs[0], side.runs[0], what, others.get(what), mine.get(what), advice)
         for key, pairs in _shared_series(ours[file], theirs[file], with_final).items():
             table, statistic = over_layers(key, [one for one, _ in pairs])
             base, _ = over_layers(key, [two for _, two in pairs])
@@ -130,23 +134,25 @@ def _differences(side: Side, reference: Side) -> Iterator[Difference]:
     own, distances = read_distances(side.runs), read_distances(reference.runs)
     for key in (key for key in distances if key in own and key.layer and key.control == "none"):
         one, two = own[key], distances[key]
-        if any(x.n != two[0].n or math.isnan(x.interval.value) for x in (*one, *two)):
+        first = two[0]
+        if any((x.n, x.images) != (first.n, first.images) or math.isnan(x.interval.value) for x in (*one, *two)):
             # One lacks images at this layer, and both jackknives must leave out the same images.
-            yield row(key, two[0].split, EMPTY, 0, [np.empty(len(one)), np.empty(len(two))])
-        elif two[0].jackknife is not None and one[0].images == two[0].images:
+            yield row(key, first.split, EMPTY, 0, [np.empty(len(one)), np.empty(len(two))])
+        elif first.jackknife is not None:
             ours_, theirs_ = (Jackknife.concatenate([x.jackknife for x in rows if x.jackknife]) for rows in (one, two))
             interval = ours_.interval_above(theirs_, seeds_paired=paired)
-            yield row(key, two[0].split, interval, two[0].n, [ours_.whole, theirs_.whole])
+            yield row(key, first.split, interval, first.n, [ours_.whole, theirs_.whole])
 
 
 def _shared_series(
     one: ScoreFile, two: ScoreFile, with_final: bool
 ) -> dict[ScoreKey, list[tuple[NDArray[Any], NDArray[Any]]]]:
     """Pairs scores (seeds, images, …) of the same images: of each layer, and of all layers for the mean over them."""
-    names = [name for name in two.names if name in set(one.names)]
+    places = [{name: row for row, name in enumerate(file.names)} for file in (one, two)]
+    names = [name for name in two.names if name in places[0]]
     if one.split != two.split or len(names) < 2:
         return {}
-    rows = [[file.names.index(name) for name in names] for file in (one, two)]
+    rows = [[place[name] for name in names] for place in places]
     series: dict[ScoreKey, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
     tables = by_seed(one.table), by_seed(two.table)
     for key in tables[1]:
@@ -222,5 +228,8 @@ def statements(table: pd.DataFrame, headlines: Iterable[tuple[str, str]] = ()) -
         )
     for (checkpoint, reference), part in empty.groupby(["checkpoint", "reference"], sort=False):
         layers = ", ".join(dict.fromkeys(part["layer"]))
-        sentences.append(f"{checkpoint} - {reference}: no image has finite numbers of both at some of: layers {layers}")
+        sentences.append(
+            f"{checkpoint} - {reference}: no image has finite numbers of both, or sets of images differ, at some of: "
+            f"layers {layers}"
+        )
     return sentences

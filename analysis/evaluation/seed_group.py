@@ -30,9 +30,14 @@ def require_alike(one: Scored, two: Scored) -> None:
     if type(one) is not type(two):
         raise UserError(f"{one.path} and {two.path} cannot be compared: only one is of probing align")
     for (what, mine), (_, others) in zip(_conditions(one, two), _conditions(two, one), strict=True):
-        if mine != others:
-            shown = "" if any(len(str(v)) > 60 for v in (mine, others)) else f" ({mine} and {others})"
-            raise UserError(f"{one.path} and {two.path} cannot be compared: they differ in {what}{shown}")
+        require_same(one, two, what, mine, others)
+
+
+def require_same(one: Scored, two: Scored, what: str, mine: Any, others: Any, advice: str = "") -> None:
+    """Raises UserError if a condition of the first run is another in the second."""
+    if mine != others:
+        shown = "" if any(len(str(v)) > 60 for v in (mine, others)) else f" ({mine} and {others})"
+        raise UserError(f"{one.path} and {two.path} cannot be compared: they differ in {what}{shown}{advice}")
 
 
 def _conditions(run: Scored, other: Scored) -> Iterator[tuple[str, Any]]:
@@ -104,16 +109,16 @@ def _merged(runs: Sequence[Scored], files: Sequence[ScoreFile]) -> ScoreFile:
     for run, file in zip(runs, files, strict=True):
         if (file.settings, file.split) != (first.settings, first.split):
             raise UserError(f"{runs[0].path} and {run.path} were scored differently; evaluate their folder")
-    names = [name for name in first.names if all(name in set(file.names) for file in files)]
+    row_of = [{name: row for row, name in enumerate(file.names)} for file in files]
+    names = [name for name in first.names if all(name in own for own in row_of)]
     shared = set.intersection(*({replace(key, seed=0) for key in file.table} for file in files))
     table = {}
-    for number, file in enumerate(files):
-        row = {name: index for index, name in enumerate(file.names)}
-        rows = [row[name] for name in names]
+    for number, (file, own) in enumerate(zip(files, row_of, strict=True)):
+        rows = [own[name] for name in names]
         for key, seeds in by_seed(file.table).items():
             for index, values in enumerate(seeds.values() if key in shared else ()):
                 table[replace(key, seed=number + index * len(files))] = values[rows]
-    return ScoreFile(table, names, first.split, first.settings)
+    return ScoreFile(table, names, first.split, first.settings, chance=first.chance, conditions=first.conditions)
 
 
 def write_pooled(folder: Path, runs: Sequence[Scored]) -> Path:

@@ -130,9 +130,10 @@ def write_distances(run: Run, embeddings: ScoreFile, images: ImageList, generato
         with reading(file, "remove it and evaluate again"):
             stored = load_file(file)["features"]
         finite = np.isfinite(embeddings.table[key]).all(axis=1)
-        features[key] = np.full((len(names), stored.shape[1]), np.nan, dtype=np.float32)
+        features[key] = np.full((len(names), real.shape[1]), np.nan, dtype=np.float32)
         features[key][finite] = stored
-    rows = summarise(run, replace(embeddings, table=features), real, generator.extractor.metrics)
+    generated = replace(embeddings, table=features, settings=folder.name)
+    rows = summarise(run, generated, real, generator.extractor.metrics)
     with disk_errors(run.path):
         file = run.path / "scores" / f"{generator.extractor.metrics[0]}-{embeddings.split}.json"
         write_summaries(file, rows)
@@ -170,7 +171,7 @@ def summarise(run: Run, features: ScoreFile, real: NDArray[np.float32], metrics:
 
     Args:
         run: the run.
-        features: of generated images, NaN where there is none.
+        features: of generated images, NaN where there is none; their settings name how they were generated.
         real: features of the real images, in the same order.
         metrics: names of the Fréchet and of the kernel distance.
     """
@@ -192,7 +193,8 @@ def summarise(run: Run, features: ScoreFile, real: NDArray[np.float32], metrics:
     series = list(seed_stacks(features.table, run.recipe.fit.seeds, averages_final(run.manifest)))  # keeps ids unique
     for key, seed, stacks in series:
         rows = finite_images(*stacks)
-        images = hashlib.sha256(repr(list(itertools.compress(features.names, rows))).encode()).hexdigest()
+        generated = (features.settings, list(itertools.compress(features.names, rows)))
+        images = hashlib.sha256(repr(generated).encode()).hexdigest()
         row = Summary(key, features.split, seed, EMPTY, int(rows.sum()), images=images)
         frechet, kernel = (replace(row, key=replace(key, metric=metric)) for metric in metrics)
         if row.n >= FEWEST:

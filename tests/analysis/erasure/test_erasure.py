@@ -394,6 +394,11 @@ def test_comparison_keeps_positions_apart(run):
     assert set(erased.variant) == {"image", "text"} and (erased.value == 0).all()
     lines = [line for line in statements(differences) if line.startswith("gen, leace, erased_loss (strict, ")]
     assert len(lines) == 2 and all("no clear difference; of 1 layers" in line for line in lines)
+    command("erase", copy, "--rank", 3, "--layers", "1")
+    with pytest.raises(UserError, match=r"they differ in --rank \(2 and 3\); score both in the same way"):
+        compare([run, copy], ["a", "b"])
+    command("erase", copy, "--rank", 2, "--layers", "1", "--images", 4)  # the images of both are paired
+    assert set(compare([run, copy], ["a", "b"]).query("probe == 'leace'").n) == {4}
 
 
 def test_interrupted_erasure_resumes_without_fitting_again(run, monkeypatch):

@@ -13,7 +13,8 @@ from analysis.evaluation.compare import compare, statements
 from analysis.evaluation.jackknife import Jackknife
 from analysis.evaluation.options import Options
 from analysis.evaluation.run import evaluate
-from analysis.evaluation.scores import ScoreFile, ScoreKey, Summary, score_file, write_summaries
+from analysis.evaluation.scores import ScoreFile, ScoreKey, Summary, score_file, summaries, write_summaries
+from analysis.evaluation.seed_group import _merged
 from probing.recipe import ProbeRunRecipe, validate
 from probing.training.run import train
 from probing.utils.errors import UserError
@@ -108,6 +109,13 @@ def test_runs_that_cannot_be_pooled(arms, tmp_path):
     (tmp_path / "base" / "seed_1" / "manifest.json").unlink()
     with pytest.raises(UserError, match="seed_1 has not finished"):
         compare([tmp_path / "base", arms / "other"], ["base", "other"])
+
+
+def test_chance_that_depends_on_the_data_is_that_of_the_runs():
+    key = ScoreKey("tower", "1", "", "none", "mutual_knn", variant="k=1")
+    files = [ScoreFile({key: np.ones(5)}, list("abcde"), "val2017", "", chance={"mutual_knn": 0.25}) for _ in "ab"]
+    rows = list(summaries(_merged([None, None], files), range(2)))
+    assert rows and all(row.chance == 0.25 and row.n == 5 for row in rows)
 
 
 def distances(value, group_spread=0.5, groups=10, seed=0):

@@ -1,6 +1,8 @@
 """From embeddings to distances, through the real unCLIP pipeline and Inception, both tiny or random."""
 
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,14 +11,17 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
+from analysis.evaluation.compare import compare, statements
+from analysis.evaluation.generated_images import generation
 from analysis.evaluation.generated_images.distances import Gaussian, frechet_distance
-from analysis.evaluation.generated_images.features import inception
+from analysis.evaluation.generated_images.features import Extractor, inception
 from analysis.evaluation.generated_images.generation import image_seeds
 from analysis.evaluation.options import Options
 from analysis.evaluation.run import evaluate
-from analysis.evaluation.scores import ScoreFile, ScoreKey, score_file
+from analysis.evaluation.scores import ScoreFile, ScoreKey, read_summaries, score_file
 from probing.data.coco import list_images
 from probing.recipe import ProbeRunRecipe, TeacherRecipe, validate
+from probing.runs.directory import Run
 from probing.teachers import load_teacher
 from probing.teachers.gen import GenDecoder
 from probing.training.run import train
@@ -102,6 +107,43 @@ def test_nothing_is_painted_twice(evaluated, inception_file, monkeypatch, tmp_pa
     assert (run / "results.csv").read_text() == before
     with pytest.raises(AssertionError, match="painted again"):
         evaluate(run, options(inception_file, steps=3))
+
+
+def test_images_that_were_generated_differently_are_not_compared(evaluated, inception_file, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated, run)
+    same = compare([evaluated, run], ["a", "b"]).query("metric == 'fid'")
+    assert set(same["n"]) == {6} and set(same["value"]) == {0}
+    evaluate(run, options(inception_file, steps=1))
+    assert results(run).query("metric == 'fid'")["value"].ne(results(evaluated).query("metric == 'fid'")["value"]).all()
+    differences = compare([evaluated, run], ["a", "b"])
+    assert set(differences["n"]) == {0} and differences["value"].isna().all()
+    assert statements(differences) == [
+        "b - a: no image has finite numbers of both, or sets of images differ, at some of: layers 0, 2"
+    ]
+
+
+def test_a_seed_without_finite_predictions_leaves_the_others(evaluated, coco, monkeypatch, tmp_path):
+    """A probe that was never trained predicts nothing, so that none of its images is generated."""
+    run = tmp_path / "run"
+    shutil.copytree(evaluated, run)
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("- 0\n", "- 0\n  - 1\n"))
+    images = list_images(coco, "val2017")
+    real = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    monkeypatch.setattr(generation, "reference_features", lambda *_: (real, True))
+    extractor = Extractor("inception", 4, lambda shown: torch.from_numpy(shown[:, 0].reshape(-1, 12)[:, :5]), "")
+    noise = np.random.default_rng(1).integers(0, 255, (6, 4, 4, 3), dtype=np.uint8)
+    decoder = SimpleNamespace(steps=1, guidance=1.0, decode=lambda embeds, seeds: noise[: len(embeds)])
+    key = ScoreKey("gen", "2", "resampler", "none", "embedding", "strict")
+    table = {replace(key, seed=seed): np.full((6, 4), value, np.float32) for seed, value in ((0, 1.0), (1, np.nan))}
+    embeddings = ScoreFile(table, images.names, "val2017", "")
+    generation.write_distances(Run.open(run), embeddings, images, generation.Generator(decoder, extractor, "", 6))
+    rows = read_summaries(run / "scores" / "fid-val2017.json")
+    found = {row.seed: row for row in rows if row.key.layer == "2" and row.key.metric == "fid"}
+    expected = frechet_distance(Gaussian.fit(noise[:, 0].reshape(-1, 12)[:, :5].astype(np.float64)), Gaussian.fit(real))
+    assert found["0"].interval.value == pytest.approx(expected)
+    assert found["1"].n == found["all"].n == 0
 
 
 def test_too_few_images_for_a_distance(evaluated, inception_file):
