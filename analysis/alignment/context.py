@@ -5,13 +5,14 @@ import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from analysis.alignment.recipe import AlignRecipe
 from probing.data.coco import ImageList
 from probing.data.dataloader import MicroBatches, Prepared, micro_batches
 from probing.data.image_modes import Size
@@ -21,9 +22,6 @@ from probing.data.patch_labels import patch_shares, plain_name, word_numbers
 from probing.models import Backbone, parse_layers
 from probing.models.word_embeddings import word_vectors
 from probing.teachers.base import Teacher
-
-if TYPE_CHECKING:
-    from analysis.alignment.run import AlignRecipe
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class AlignmentContext:
         images: ImageList,
         maps: Panoptic | Instances,
         teachers: dict[str, Teacher],
-        recipe: "AlignRecipe",
+        recipe: AlignRecipe,
     ) -> None:
         self.model, self.images, self.teachers, self.recipe = model, images, teachers, recipe
         self.layers = parse_layers(recipe.layers, model.layers)

@@ -62,14 +62,14 @@ class AnsweredInputs:
         with rendering_at(self.moment):
             for _, (question, answer) in pairs:
                 recipe = self.recipe.model_copy(update={"prompt": question})
-                asked = prompt(self.prepare.processor, recipe)
+                unanswered = prompt(self.prepare.processor, recipe)
                 texts.append(prompt(self.prepare.processor, recipe, answer))
-                if not texts[-1].startswith(asked) or texts[-1] == asked:
+                if not texts[-1].startswith(unanswered) or texts[-1] == unanswered:
                     raise UserError(
                         "the chat template does not write an answer after the prompt; set backbone.template"
                     )
                 if question not in rests:
-                    alone = self.prepare(images[:1], [asked])
+                    alone = self.prepare(images[:1], [unanswered])
                     rests[question] = alone.inputs["input_ids"][0, _end_of_image(alone.tokens.kinds[0]) :]
         batch = self.prepare(images, texts)
         ids, kinds = batch.inputs["input_ids"], batch.tokens.kinds.clone()

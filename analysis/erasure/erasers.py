@@ -25,7 +25,8 @@ from probing.probes.ridge import Grid, RidgeSums, resize_states
 from probing.teachers import Teacher
 from probing.utils.files import atomic_file
 
-CONTROLS = ("none", "subspace", "shuffled")
+SUBSPACE, SHUFFLED = "subspace", "shuffled"
+CONTROLS = ("none", SUBSPACE, SHUFFLED)
 """LEACE itself; random subspaces of the same rank and mean squared change; LEACE of other images' features."""
 SAMPLE = 256
 """Images from which the principal components are computed."""
@@ -244,8 +245,8 @@ def solve(sums: PositionSums, names: Sequence[str], seed: int = 0) -> Iterator[t
         yield (name, "none"), eraser(own)
         for number in range(DRAWS):
             draw = torch.randn(len(scales), rank, generator=generator, dtype=torch.float64).to(vectors)
-            yield (name, f"subspace{number}"), eraser(*random_subspace(draw, scales, own))
-        yield (name, "shuffled"), eraser(shuffled)
+            yield (name, f"{SUBSPACE}{number}"), eraser(*random_subspace(draw, scales, own))
+        yield (name, SHUFFLED), eraser(shuffled)
 
 
 def random_subspace(draw: Tensor, scales: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

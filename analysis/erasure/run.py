@@ -24,6 +24,7 @@ from analysis.erasure.erasers import (
     DRAWS,
     LAGS,
     SAMPLE,
+    SUBSPACE,
     Components,
     EraserFit,
     EraserKey,
@@ -180,11 +181,10 @@ def _erase(run: Run, options: Options, device: torch.device) -> None:
     pairs = [(image, (run.recipe.backbone.prompt, answer)) for answer in ("yes", "a photo of nothing")]
     answered = prepare(pairs).to(backbone.device)
     require_replay(backbone, answered, layers[0])
-    if not load_erasers(erasers_file, fitted, device):
+    if not (erasers := load_erasers(erasers_file, fitted, device)):
         erasers = fit_erasers(run, images.fit, backbone, teachers, layers, options)
         with disk_errors(run.path):
             save_erasers(erasers, erasers_file, fitted)
-    erasers = load_erasers(erasers_file, fitted, device)
     resumable = Resumable("erasing", erasers_file.with_name("scores.safetensors"), fitted, fit.save_minutes)
     shown = AddAnswer(images.held_out.names, images.answers, data.view)
     accumulator = gather(
@@ -303,7 +303,7 @@ class ErasurePass:
             row = ScoreKey(teacher, layer_name(layer), ERASED, "", "", "strict", position, self.seed)
             losses: dict[str, Tensor] = {}
             for control in CONTROLS:
-                drawn = f"subspace{draw}" if control == "subspace" else control
+                drawn = f"{SUBSPACE}{draw}" if control == SUBSPACE else control
                 erasers = {kind: self.erasers[EraserKey(kind, teacher, row.layer, drawn)] for kind in PARTS[position]}
                 rank = sum(len(one.proj_right) for one in erasers.values())
                 after, right = loss, accuracy
@@ -316,4 +316,4 @@ class ErasurePass:
                 add(own, "erased_accuracy", right - accuracy)
                 if control == "none":
                     add(own, "erased_rank", torch.full_like(loss, rank))
-            add(replace(row, control="none"), "erased_excess", losses["none"] - losses["subspace"])
+            add(replace(row, control="none"), "erased_excess", losses["none"] - losses[SUBSPACE])

@@ -20,7 +20,7 @@ MORE, AS_MUCH, LESS = "more than random weights", "random weights hold as much",
 def verdict(low: float, high: float) -> str:
     """States what the 95 % interval of "checkpoint minus random weights" shows, larger being better.
 
-    The interval lies above zero: more than random weights. It lies below zero: less. It contains zero: as much.
+    The interval is above zero: more than random weights. It is below zero: less. It contains zero: as much.
     """
     return MORE if low > 0 else LESS if high < 0 else AS_MUCH
 

@@ -38,7 +38,7 @@ Kinds = tuple[str, ...]
 """Kinds of tokens that a probe reads."""
 ProbeInputs = dict[Kinds, tuple[Tensor, Tensor | None]]
 IMAGE: Kinds = ()
-"""Stands for the image tokens in their grid, which the ridge readout reads."""
+"""Names the image tokens in their grid, which the ridge readout reads."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import functools
 import importlib
 import math
 import pkgutil
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -41,9 +41,9 @@ class MetricInfo:
     """Describes the numbers of one metric and protocol, as `results.csv` names them.
 
     Attributes:
-        metric: its name; a final `*` stands for the name of a network.
+        metric: its name; a final `*` is the name of a network.
         protocol: `strict`, `paper` or `blind`.
-        label: name in figures and tables, with the unit if there is one; `{}` stands for the name of the network.
+        label: name in figures and tables, with the unit if there is one; `{}` is the name of the network.
         meaning: definition, in a sentence or two.
         higher_is_better: the direction.
         chance: value by chance, where it is the same for any data.
@@ -113,9 +113,9 @@ class Recorder(ABC):
         """Computes once per batch what all its predictions share; it becomes `batch.extra`."""
         return None
 
-    @abstractmethod
     def update(self, teacher: str, prediction: Tensor, batch: EvaluationBatch) -> dict[Series, Tensor]:
-        """Computes values (B) or (B, …) of a predicted feature (B, N, D)."""
+        """Computes values (B) or (B, …) of a predicted feature (B, N, D); a `recorded` metric has none."""
+        raise NotImplementedError
 
     def references(self, teacher: str, batch: EvaluationBatch) -> Iterator[tuple[str, str, dict[Series, Tensor]]]:
         """Yields probe, control and values of what probes are compared with, such as the teacher's own output."""

@@ -26,7 +26,7 @@ from analysis.evaluation.generated_images.distances import (
 )
 from analysis.evaluation.generated_images.features import Extractor, reference_features
 from analysis.evaluation.jackknife import Jackknife
-from analysis.evaluation.metrics.fid import ENOUGH_IMAGES
+from analysis.evaluation.registry import describe
 from analysis.evaluation.scores import (
     EMPTY,
     ScoreFile,
@@ -123,8 +123,9 @@ def write_distances(run: Run, embeddings: ScoreFile, images: ImageList, generato
     generate_missing(embeddings, files, generator)
     real, cached = reference_features(generator.extractor, replace(images, names=names))
     logger.info("features of the %d real images: %s", len(real), "from the cache" if cached else "computed and cached")
-    if len(real) < ENOUGH_IMAGES:
-        logger.warning("%d images: below %d a Fréchet distance is biased upwards", len(real), ENOUGH_IMAGES)
+    enough = describe(generator.extractor.metrics[0]).enough_images
+    if len(real) < enough:
+        logger.warning("%d images: below %d a Fréchet distance is biased upwards", len(real), enough)
     features = {}
     for key, file in files.items():
         with reading(file, "remove it and evaluate again"):

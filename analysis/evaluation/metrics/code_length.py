@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from analysis.evaluation.registry import EvaluationBatch, Metric, MetricInfo, Series, register
+from analysis.evaluation.registry import Metric, MetricInfo, register
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from analysis.evaluation.scores import ScoreFile
 
@@ -80,10 +79,6 @@ class CodeLength(Metric):
             digits=0,
         ),
     )
-
-    def update(self, teacher: str, prediction: Tensor, batch: EvaluationBatch) -> dict[Series, Tensor]:
-        """Is never called: scores come from the training."""
-        raise NotImplementedError
 
     def read(self) -> ScoreFile:
         """Computes the scores from the errors that training recorded.

@@ -220,6 +220,6 @@ def find_upright(root: Path, pairs: dict[str, list[Pair]]) -> frozenset[str]:
         fits = [all(pair.inside(*size[::-1]) for pair in points) for size in (stored, shown)]
         upright |= fits == [False, True]
     if rotated:
-        how = "rotated by it" if upright else "read as stored: no point lies outside"
+        how = "rotated by it" if upright else "read as stored: no point is outside"
         logger.warning("da2k: %d images with an EXIF orientation are %s, first %s", len(rotated), how, rotated[0])
     return frozenset(rotated if upright else ())

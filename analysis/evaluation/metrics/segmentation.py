@@ -155,12 +155,14 @@ class Segmentation(Metric):
         truth = [self.panoptic.segments[name] for name in self.images.names]
         self.settings = hashlib.sha256(f"{self.images.digest()} {truth!r}".encode()).hexdigest()
 
-    def prepare(self, batch: EvaluationBatch) -> tuple[list[NDArray[np.uint8]], list[Tensor]]:
-        """Reads the true label maps and computes the true stages of the teacher."""
+    def prepare(self, batch: EvaluationBatch) -> tuple[list[Tensor], list[Tensor]]:
+        """Reads the true label maps and computes the true stages of the teacher, on its device."""
+        import torch
+
         truths = []
         for name in batch.names:
             try:
-                truths.append(self.panoptic.labels(name))
+                truths.append(torch.from_numpy(self.panoptic.labels(name)).to(self.context.device))
             except OSError as error:
                 raise UserError(f"cannot read the panoptic PNG of {name} ({error}); unpack it again") from None
         return truths, self.decoder.stages(batch.pixels["seg"])
@@ -182,15 +184,15 @@ class Segmentation(Metric):
         yield "target", "teacher", self.update(teacher, batch.targets[teacher], batch)
         yield "teacher", "teacher", self._counts("strict", self.decoder.predict(stages), truths)
 
-    def _counts(self, protocol: str, scores: Tensor, truths: Sequence[NDArray[np.uint8]]) -> dict[Series, Tensor]:
+    def _counts(self, protocol: str, scores: Tensor, truths: Sequence[Tensor]) -> dict[Series, Tensor]:
         import torch
 
         from probing.teachers.seg import label_map
 
         matrices = []
-        for image, labels in zip(scores, truths, strict=True):
-            truth = torch.from_numpy(labels).to(image.device)
-            matrices.append(confusion(truth, label_map(image, labels.shape), len(self.panoptic.names)))
+        for image, truth in zip(scores, truths, strict=True):
+            rows, columns = truth.shape
+            matrices.append(confusion(truth, label_map(image, (rows, columns)), len(self.panoptic.names)))
         count = paper_iou if protocol == "paper" else class_counts
         return {
             ("miou", protocol): torch.stack([count(matrix) for matrix in matrices]),

@@ -268,14 +268,14 @@ def test_erasure_hurts_exactly_where_the_planted_function_is_used(tmp_path, seed
 
 def test_plan_counts_operations_within_15_percent(run, monkeypatch):
     """If at every layer something is erased."""
-    own = erasure.load_erasers
+    own = erasure.fit_erasers
 
     def whole(*arguments):
-        """One direction of each eraser, or none if they are not fitted yet."""
+        """One direction of each eraser."""
         pairs = own(*arguments).items()
         return {key: LeaceEraser(torch.ones(32, 1), torch.ones(1, 32), e.bias) for key, e in pairs}
 
-    monkeypatch.setattr(erasure, "load_erasers", whole)
+    monkeypatch.setattr(erasure, "fit_erasers", whole)
     work = plan_erasure(run, Options(rank=2)).work
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         probing.erase(run, rank=2)
