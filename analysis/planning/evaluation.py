@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from analysis.evaluation.forward_pass import PASSES, WITHOUT_RIDGE, Selection
+from analysis.evaluation.forward_pass import PASSES, Selection
 from analysis.evaluation.generated_images.features import reference_file
 from analysis.evaluation.generated_images.generation import feature_folder
 from analysis.evaluation.metrics.fid import GeneratedImages
@@ -13,9 +13,10 @@ from analysis.evaluation.options import Options
 from analysis.evaluation.registry import metrics
 from analysis.evaluation.run import require_protocols, selection
 from analysis.evaluation.scores import score_file
+from analysis.evaluation.seed_group import open_runs
 from analysis.planning.plan import Plan
 from probing.data.coco import ImageList
-from probing.models import count_blocks, layer_name
+from probing.models import count_blocks
 from probing.recipe import ProbeRunRecipe
 from probing.runs.directory import Run, runs_in
 from probing.training.run import held_out_images
@@ -29,8 +30,8 @@ def plan_evaluation(path: Path, options: Options) -> Plan:
         UserError: as evaluating, except for faults in the weights.
     """
     facts = {}
-    runs = [Run.open(folder) for folder in runs_in(path) or [path]]
-    for run in runs:
+    runs = open_runs(path) if runs_in(path) else [Run.open(path)]
+    for run in (run for run in runs if isinstance(run, Run)):
         which = f" of {run.path.name}" if len(runs) > 1 else ""
         locate(run.recipe.backbone.checkpoint, "checkpoint")
         teachers = {name: locate(one.id, f"{name} teacher") for name, one in run.recipe.teachers.items()}
@@ -113,11 +114,5 @@ def _generation(
 
 def _curves(chosen: Selection, recipe: ProbeRunRecipe) -> list[str]:
     """Returns the prefix of each curve's file of generated images."""
-    return [
-        f"{layer_name(layer)}-{probe}-{control}-{seed}"
-        for layer in chosen.layers
-        for probe in chosen.probes
-        for control in chosen.controls
-        if probe != "ridge" or control not in WITHOUT_RIDGE
-        for seed in (recipe.fit.seeds if probe == "resampler" else recipe.fit.seeds[:1])
-    ]
+    keys = (key for layer in chosen.layers for key in chosen.keys(layer, "", recipe.fit.seeds))
+    return [f"{key.layer}-{key.probe}-{key.control}-{key.seed}" for key in keys]

@@ -35,21 +35,18 @@ class Extractor:
     """A frozen network with its preprocessing.
 
     Attributes:
-        name: `inception`, or the name that the metrics get.
+        name: of the network, in folders and files.
         side: side in pixels of its input images.
         encode: images (B, side, side, 3), uint8 → features (B, D).
         identity: hash of the weights.
+        metrics: names of the Fréchet and of the kernel distance between its features.
     """
 
     name: str
     side: int
     encode: Callable[[NDArray[np.uint8]], Tensor]
     identity: str
-
-    @property
-    def metrics(self) -> tuple[str, str]:
-        """Names of the Fréchet and of the kernel distance between its features."""
-        return ("fid", "kid") if self.name == "inception" else (f"frechet_{self.name}", f"kernel_{self.name}")
+    metrics: tuple[str, str]
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
@@ -90,7 +87,7 @@ def inception(weights: Path | None, device: torch.device) -> Extractor:
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).float() / 255
         return model(pixels)[0].flatten(1)
 
-    return Extractor("inception", INCEPTION_SIDE, encode, _identity(model))
+    return Extractor("inception", INCEPTION_SIDE, encode, _identity(model), ("fid", "kid"))
 
 
 def inception_file() -> Path | None:
@@ -139,7 +136,7 @@ def classifier(source: str, device: torch.device) -> Extractor:
             f"{source} ({type(model).__name__}) gives no pooled features of images; give an image classifier"
         ) from None
     name = "".join(c if c.isalnum() else "_" for c in Path(source).name.lower())
-    return Extractor(name, side, encode, identity(place, None))
+    return Extractor(name, side, encode, identity(place, None), (f"frechet_{name}", f"kernel_{name}"))
 
 
 def reference_features(extractor: Extractor, images: ImageList) -> tuple[NDArray[np.float32], bool]:

@@ -193,9 +193,9 @@ def test_distances_are_between_the_images_that_count():
     real, names = rng.normal(size=(9, 3)).astype(np.float32), [f"{n}.jpg" for n in range(9)]
     features = {}
     for layer, lacking in (("1", [2]), ("2", [5]), ("3", range(7))):
-        painted = rng.normal(size=(9, 3)).astype(np.float32)
-        painted[list(lacking)] = math.nan
-        features[ScoreKey("gen", layer, "resampler", "none", "embedding", "strict")] = painted
+        generated = rng.normal(size=(9, 3)).astype(np.float32)
+        generated[list(lacking)] = math.nan
+        features[ScoreKey("gen", layer, "resampler", "none", "embedding", "strict")] = generated
     run = SimpleNamespace(recipe=SimpleNamespace(fit=SimpleNamespace(seeds=[0])), manifest={})
 
     def summarised(layers):
@@ -204,8 +204,8 @@ def test_distances_are_between_the_images_that_count():
         return {row.key.layer: row for row in rows if row.key.metric == "fid"}
 
     def distance(layer, lacking):
-        painted = next(values for curve, values in features.items() if curve.layer == layer)
-        return frechet_distance(*(Gaussian.fit(np.delete(one, lacking, axis=0)) for one in (painted, real)))
+        generated = next(values for curve, values in features.items() if curve.layer == layer)
+        return frechet_distance(*(Gaussian.fit(np.delete(one, lacking, axis=0)) for one in (generated, real)))
 
     rows = summarised("12")
     assert [rows[layer].n for layer in ("1", "2", "mean")] == [8, 8, 7]

@@ -229,7 +229,7 @@ def test_scores_are_reused_and_a_layer_can_be_added(evaluated, tmp_path, caplog)
     assert (copy / "results.csv").read_text() == expected
 
 
-def test_a_pass_that_was_stopped_goes_on_to_the_same_numbers(evaluated, tmp_path, monkeypatch):
+def test_a_pass_that_was_stopped_resumes_to_the_same_numbers(evaluated, tmp_path, monkeypatch):
     run, world, _ = evaluated
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

@@ -15,6 +15,7 @@ from analysis.evaluation.options import Options
 from analysis.evaluation.run import evaluate
 from analysis.evaluation.scores import ScoreFile, ScoreKey, Summary, score_file, summaries, write_summaries
 from analysis.evaluation.seed_group import _merged
+from analysis.planning.evaluation import plan_evaluation
 from probing.recipe import ProbeRunRecipe, validate
 from probing.training.run import train
 from probing.utils.errors import UserError
@@ -102,6 +103,8 @@ def test_runs_that_cannot_be_pooled(arms, tmp_path):
     recipe.write_text(text.replace("lr: 0.001", "lr: 0.002"))
     with pytest.raises(UserError, match=r"seed_1 cannot be compared: they differ in fit.lr \(0.001 and 0.002\)"):
         evaluate(tmp_path / "base")
+    with pytest.raises(UserError, match=r"they differ in fit\.lr"):
+        plan_evaluation(tmp_path / "base", Options())
     recipe.write_text(text.replace("- 1\n", "- 1\n  - 2\n"))
     with pytest.raises(UserError, match="seed_1 has 2 seeds of its probes"):
         evaluate(tmp_path / "base")
@@ -124,8 +127,8 @@ def distances(value, group_spread=0.5, groups=10, seed=0):
     return Jackknife(np.array([value]), left_out)
 
 
-def keep_distances(run, values):
-    """Puts Fréchet distances of layer 2 where an evaluation of generated images keeps them."""
+def write_distances(run, values):
+    """Puts Fréchet distances of layer 2 where an evaluation of generated images stores them."""
     curve = ScoreKey("gen", "2", "resampler", "none", "fid", "strict")
     rows = []
     for layer in ("2", "mean"):
@@ -141,7 +144,7 @@ def test_distances_of_seeds_get_the_spread_of_both(arms, tmp_path):
     shutil.copytree(arms / "base", tmp_path / "base")
     values = [10.0, 12.0, 15.0]
     for number, value in enumerate(values):
-        keep_distances(tmp_path / "base" / f"seed_{number}", distances(value, seed=number))
+        write_distances(tmp_path / "base" / f"seed_{number}", distances(value, seed=number))
     evaluate(tmp_path / "base", Options(protocols=("strict",)))
     results = pd.read_csv(tmp_path / "base" / "results.csv", dtype={"seed": str, "layer": str})
     rows = results[(results["metric"] == "fid") & (results["layer"] == "2")].set_index("seed")["value"]
@@ -161,8 +164,8 @@ def test_differences_of_distances(arms, tmp_path):
     for number in range(SEEDS):
         shared = distances(10.0 + number, group_spread=3.0, seed=number)
         lower = Jackknife(shared.whole - 1, shared.left_out - 1 + 0.01 * np.arange(10)[:, None])
-        keep_distances(tmp_path / "base" / f"seed_{number}", shared)
-        keep_distances(tmp_path / "other" / f"seed_{number}", lower)
+        write_distances(tmp_path / "base" / f"seed_{number}", shared)
+        write_distances(tmp_path / "other" / f"seed_{number}", lower)
     table = compare([tmp_path / "base", tmp_path / "other"], ["base", "other"])
     row = table[(table["metric"] == "fid") & (table["layer"] == "2")].iloc[0]
     reach = stats.t.ppf(0.975, 2) * (81 / 10 * np.var(0.01 * np.arange(10), ddof=1)) ** 0.5

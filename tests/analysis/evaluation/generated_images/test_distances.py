@@ -104,7 +104,7 @@ def test_sub_samples_differ_even_when_there_are_few_images():
 def test_jackknife_covers_distance_and_narrows_with_images():
     """Of 60 draws from one distribution against a fixed other, about 95 % of the intervals hold what the mean draw is.
 
-    The distance of n images has a bias of its own, which an interval of that distance does not cover; so the reference
+    The distance of n images has a bias, which an interval of that distance does not cover; so the reference
     point is the mean over draws, not the limit of infinitely many images.
     """
     rng = np.random.default_rng(7)

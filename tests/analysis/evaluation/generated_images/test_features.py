@@ -58,6 +58,8 @@ def test_any_classifier_names_its_metric(images, models, tmp_path):
     extractor = classifier(str(tmp_path / "my-net"), CPU)
     assert extractor.metrics == ("frechet_my_net", "kernel_my_net") and extractor.side == 32
     assert extractor.features([images.read(0)]).shape == (1, 12)
+    (tmp_path / "my-net").rename(tmp_path / "Inception")  # its distances are no FID
+    assert classifier(str(tmp_path / "Inception"), CPU).metrics == ("frechet_inception", "kernel_inception")
     with pytest.raises(UserError, match="no such feature extractor"):
         classifier(str(tmp_path / "nowhere"), CPU)
     with pytest.raises(UserError, match="gives no pooled features of images"):

@@ -64,17 +64,17 @@ def test_every_resampler_curve_has_both_distances(evaluated):
 
 
 def test_the_teachers_own_row_is_computed_by_hand(evaluated, unclip, coco, inception_file):
-    """Target embedding, painted, seen by Inception, and the closed form, each called directly."""
+    """Target embedding, generated, seen by Inception, and the closed form, each called directly."""
     recipe = TeacherRecipe(id=str(unclip))
     teacher = load_teacher("gen", recipe, CPU)
     images = list_images(coco, "val2017")
     pictures = [square(images.read(index)) for index in range(6)]
     embeds = teacher.target(teacher.prepare(pictures))[:, 0]
     decoder, extractor = GenDecoder.load(teacher, recipe, 2, 2.0), inception(inception_file, CPU)
-    painted = np.concatenate(
+    generated = np.concatenate(
         [decoder.decode(embeds[i : i + 1], image_seeds(images.names)[i : i + 1]) for i in range(6)]
     )
-    fake = extractor.features([Image.fromarray(one) for one in painted])
+    fake = extractor.features([Image.fromarray(one) for one in generated])
     expected = frechet_distance(Gaussian.fit(fake), Gaussian.fit(extractor.features(pictures)))
     found = results(evaluated).query("metric == 'fid' and probe == 'target'")["value"].item()
     assert found == pytest.approx(expected, rel=1e-3)
@@ -94,18 +94,18 @@ def test_probe_equal_to_target_scores_as_the_teacher(evaluated, inception_file, 
     assert not table.loc[("0", "resampler")].equals(table.loc[("", "target")])
 
 
-def test_nothing_is_painted_twice(evaluated, inception_file, monkeypatch, tmp_path):
+def test_nothing_is_generated_twice(evaluated, inception_file, monkeypatch, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(evaluated, run)
     before = (run / "results.csv").read_text()
 
     def refuse(*_):
-        raise AssertionError("painted again")
+        raise AssertionError("generated again")
 
     monkeypatch.setattr(GenDecoder, "decode", refuse)
     evaluate(run, options(inception_file))
     assert (run / "results.csv").read_text() == before
-    with pytest.raises(AssertionError, match="painted again"):
+    with pytest.raises(AssertionError, match="generated again"):
         evaluate(run, options(inception_file, steps=3))
 
 
@@ -132,7 +132,11 @@ def test_a_seed_without_finite_predictions_leaves_the_others(evaluated, coco, mo
     images = list_images(coco, "val2017")
     real = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
     monkeypatch.setattr(generation, "reference_features", lambda *_: (real, True))
-    extractor = Extractor("inception", 4, lambda shown: torch.from_numpy(shown[:, 0].reshape(-1, 12)[:, :5]), "")
+
+    def encode(shown):
+        return torch.from_numpy(shown[:, 0].reshape(-1, 12)[:, :5])
+
+    extractor = Extractor("inception", 4, encode, "", ("fid", "kid"))
     noise = np.random.default_rng(1).integers(0, 255, (6, 4, 4, 3), dtype=np.uint8)
     decoder = SimpleNamespace(steps=1, guidance=1.0, decode=lambda embeds, seeds: noise[: len(embeds)])
     key = ScoreKey("gen", "2", "resampler", "none", "embedding", "strict")
@@ -141,7 +145,7 @@ def test_a_seed_without_finite_predictions_leaves_the_others(evaluated, coco, mo
     generation.write_distances(Run.open(run), embeddings, images, generation.Generator(decoder, extractor, "", 6))
     rows = read_summaries(run / "scores" / "fid-val2017.json")
     found = {row.seed: row for row in rows if row.key.layer == "2" and row.key.metric == "fid"}
-    expected = frechet_distance(Gaussian.fit(noise[:, 0].reshape(-1, 12)[:, :5].astype(np.float64)), Gaussian.fit(real))
+    expected = frechet_distance(Gaussian.fit(encode(noise)), Gaussian.fit(real))
     assert found["0"].interval.value == pytest.approx(expected)
     assert found["1"].n == found["all"].n == 0
 
@@ -160,7 +164,7 @@ def test_features_and_pictures_are_saved(evaluated):
     assert all(p.shape == (2, 32, 32, 3) and p.dtype == np.uint8 for p in pictures.table.values())
 
 
-def test_an_encoder_alone_cannot_paint(evaluated, models, unclip, coco, inception_file, tmp_path):
+def test_an_encoder_alone_cannot_generate(evaluated, models, unclip, coco, inception_file, tmp_path):
     values = {
         "backbone": {"checkpoint": str(models["llava"])},
         "data": {"path": f"coco:{coco}"},
