@@ -11,8 +11,8 @@ from analysis.benchmarks.tasks.okvqa import normalised, vqa_accuracy
 FOUR = {"A": "3", "B": "2", "C": "a dog", "D": "Apple pie"}
 
 
-def score(name, asked, answer):
-    return scored(name, asked, "image", answer).score
+def score(name, item, answer):
+    return scored(name, item, "image", answer).score
 
 
 def question(right="B", choices=None, people=()):
@@ -66,16 +66,16 @@ def test_mmstar_is_scored_as_by_its_script(said, right):
         or (predict[0:7] == "option " and answer == at.get(7))
         or (predict[0:14] == "the answer is " and answer == at.get(14))
     )
-    asked = question(right, dict.fromkeys("ABCD", ""))
-    read = BENCHMARKS["mmstar"].parse(asked, said)
-    assert score("mmstar", asked, said) == expected
+    item = question(right, dict.fromkeys("ABCD", ""))
+    read = BENCHMARKS["mmstar"].parse(item, said)
+    assert score("mmstar", item, said) == expected
     assert read is not None or not expected
 
 
 def test_mmstar_answers():
-    asked = question("A", dict.fromkeys("ABCD", ""))
+    item = question("A", dict.fromkeys("ABCD", ""))
     said = ["A", "(b", "Option C", "the answer is d.", "", "I think A", "the answer is (A)", "7"]
-    assert [BENCHMARKS["mmstar"].parse(asked, one) for one in said] == ["A", "B", "C", "D", None, None, None, None]
+    assert [BENCHMARKS["mmstar"].parse(item, one) for one in said] == ["A", "B", "C", "D", None, None, None, None]
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_mmstar_answers():
     ],
 )
 def test_realworldqa_answers(choices, right, said, worth, readable):
-    asked = question(right, choices)
-    read = BENCHMARKS["realworldqa"].parse(asked, said)
-    assert (score("realworldqa", asked, said), read is not None) == (worth, readable)
+    item = question(right, choices)
+    read = BENCHMARKS["realworldqa"].parse(item, said)
+    assert (score("realworldqa", item, said), read is not None) == (worth, readable)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_vqa_accuracy_leaves_each_person_out_in_turn(people, said):
 
 
 def test_okvqa_normalises_both_sides():
-    asked = question(choices={}, people=["A surf board"] * 3 + ["surfing"] * 7)
-    assert score("okvqa", asked, "surfboard") == 0
-    assert score("okvqa", asked, "The surf board.") == pytest.approx((7 * 1 + 3 * 2 / 3) / 10)
-    assert score("okvqa", asked, "the") == 0
+    item = question(choices={}, people=["A surf board"] * 3 + ["surfing"] * 7)
+    assert score("okvqa", item, "surfboard") == 0
+    assert score("okvqa", item, "The surf board.") == pytest.approx((7 * 1 + 3 * 2 / 3) / 10)
+    assert score("okvqa", item, "the") == 0

@@ -165,10 +165,10 @@ def test_command_prints_and_page_shows_differences(tmp_path, scores):
     runs = [write(tmp_path / name, name, row) for name, row in (("a", worse), ("b", better), ("c", scores[0]))]
     said = probing("compare", *runs, "--out", tmp_path / "out")
     assert said.exit_code == 0
-    told = (
+    expected = (
         "CV-Bench-like (80 questions), Overall: accuracy of b - a = +1.0000 [+1.0000, +1.0000] over the images of 80 "
     )
-    assert told + "questions: b answers better" in said.output
+    assert expected + "questions: b answers better" in said.output
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert "paired differences</caption>" in page and "b − a" in page and "+1.000 [+1.000, +1.000]" in page
     assert "every difference in differences.csv" in page

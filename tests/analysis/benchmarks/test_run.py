@@ -102,12 +102,12 @@ def test_formats_give_the_same_questions(tmp_path):
 
 
 def test_interrupted_run_resumes_to_the_same_answers(checkpoint, tmp_path, monkeypatch):
-    data, asked, real = as_parquet(tmp_path / "data", cvbench_rows(11)), [], bench_module.ask
+    data, posed, real = as_parquet(tmp_path / "data", cvbench_rows(11)), [], bench_module.ask
     run_bench(checkpoint, "cvbench", data, tmp_path / "whole", "micro_batch=2")
 
     def stopped(backbone, recipe, images, questions, most):
-        asked.extend(questions)
-        if len(asked) == 4:
+        posed.extend(questions)
+        if len(posed) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(backbone, recipe, images, questions, most)
 
@@ -119,11 +119,11 @@ def test_interrupted_run_resumes_to_the_same_answers(checkpoint, tmp_path, monke
     with (out / "state" / "answers.jsonl").open("a") as file:  # as a process leaves it that is killed while it writes
         file.write('["0123", "left"]\n["01')
     run_bench(checkpoint, "cvbench", data, out, "micro_batch=2")
-    assert len(asked) == 4 + 7  # what was kept was not asked again; half a batch is no batch
+    assert len(posed) == 4 + 7  # saved answers were not generated again; half a batch is no batch
     for file in ("answers.jsonl", "results.csv"):
         assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-    run_bench(checkpoint, "cvbench", data, out, "micro_batch=2")  # finished: nothing is asked
-    assert len(asked) == 11
+    run_bench(checkpoint, "cvbench", data, out, "micro_batch=2")  # finished: nothing is generated
+    assert len(posed) == 11
 
 
 def test_changed_questions_are_refused(checkpoint, tmp_path):

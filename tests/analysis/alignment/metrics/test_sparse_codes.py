@@ -138,7 +138,7 @@ def test_negative_part_stays_unexplained():
 
 
 def test_dependent_atoms_help_non_negative_sums():
-    """All lies in five of sixteen dimensions: a sixth atom is no new direction, but makes more sums possible."""
+    """All is in five of sixteen dimensions: a sixth atom is no new direction, but makes more sums possible."""
     space = torch.linalg.qr(normal(16, 16, seed=5)).Q[:5]
     vectors, atoms = normal(40, 5) @ space, normal(10, 5, seed=1) @ space
     found = pursue(vectors, atoms, 9, "non-negative")
