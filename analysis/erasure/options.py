@@ -29,8 +29,8 @@ class Options(Strict):
     images: int | None = Field(default=1000, ge=1)
     """Held-out images to measure on."""
     conversations: Path | None = None
-    """LLaVA-format conversations about held-out images; the first answer of each is predicted. Default: COCO's
-    captions, as answers to the run's prompt."""
+    """LLaVA-format conversations about held-out images; of each image the first answer of the first is predicted.
+    Default: COCO's captions, as answers to the run's prompt."""
     micro_batch: int | None = Field(default=None, ge=1)
     """Images per forward pass. Default: as in training."""
 

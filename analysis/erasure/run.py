@@ -79,8 +79,12 @@ class Images:
             captions = read_captions(held_out.folder.parent, held_out.split)
             answers = {name: (prompt, caption) for name, caption in captions.items()}
         else:
-            about_one = [one for one in read_conversations(options.conversations) if len(one.images) == 1]
-            answers = {Path(one.images[0]).name: (one.turns[0][1], one.turns[1][1]) for one in about_one}
+            answers, conversations = {}, read_conversations(options.conversations)
+            for one in conversations:
+                if len(one.images) == 1:
+                    answers.setdefault(Path(one.images[0]).name, (one.turns[0][1], one.turns[1][1]))
+            if unused := len(conversations) - len(answers):
+                logger.warning("%d conversations are not the first about an image, or not about one; not used", unused)
         names = [name for name in held_out.names if name in answers]
         if not names:
             raise UserError(f"no image of {held_out.split} has a caption or conversation; check the file")

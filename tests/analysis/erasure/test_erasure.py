@@ -6,6 +6,7 @@ import math
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from concept_erasure import LeaceEraser
@@ -337,7 +338,7 @@ def test_command_adds_to_results_and_does_nothing_twice(run, monkeypatch):
     command("erase", run, "--rank", 2, "--layers", "1", "--position", "image")
 
 
-def test_conversations_are_measured_at_the_image_alone(run, tmp_path):
+def test_conversations_are_measured_at_the_image_alone(run, tmp_path, caplog):
     names = [f"{number:012d}.jpg" for number in range(13, 16)]  # of the held-out images
     rows = [
         [{"from": "human", "value": "<image>\n" + question}, {"from": "gpt", "value": "a b c"}]
@@ -349,6 +350,10 @@ def test_conversations_are_measured_at_the_image_alone(run, tmp_path):
     table = probing.erase(run, rank=2, conversations=file)
     erased = table[table.metric == "erased_loss"]
     assert set(erased.variant) == {"image"} and set(erased.n) == {3}
+    file.write_text(json.dumps([*entries, {"image": entries[0]["image"], "conversations": rows[1]}]))
+    again = probing.erase(run, rank=2, conversations=file)
+    pd.testing.assert_frame_equal(again, table)
+    assert "1 conversations are not the first" in caplog.text
     command("erase", run, "--conversations", file, "--dry-run", "--rank", 2)
     backbone = load_backbone(BackboneRecipe(checkpoint=Run.open(run).recipe.backbone.checkpoint), CPU)
     prepare = AnsweredInputs(backbone.prepare, Run.open(run).recipe.backbone, None)
