@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, hf_api
 
 import probing.utils.torchvision_shim  # noqa: F401
 from tests.helpers import tiny
@@ -72,6 +72,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[HubServer]:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # of `list_repo_tree`, which transformers calls
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
         )

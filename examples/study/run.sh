@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # The whole study, into a folder: examples/study/run.sh runs/study
-# Every step keeps what is there; what was interrupted goes on. SEEDS="1 3" does some of the seeds; the last lines need
-# all of them.
+# Finished steps are skipped, and interrupted ones resume. SEEDS="1 3" does some of the seeds; the last lines need all.
 set -euo pipefail
 folder=${1:?folder}
 seeds=${SEEDS:-0 1 2 3 4}
@@ -17,7 +16,7 @@ for seed in $seeds; do
     probing train --recipe "$here/probe.yaml" --checkpoint "$checkpoint" --data "coco:$folder/world" \
       --teacher depth="$folder/models/depth" --teacher seg="$folder/models/seg" --teacher gen="$folder/models/gen" \
       --out "$run"
-    probing evaluate "$run"
+    probing evaluate "$run" --metric cosine --metric code_length
     probing evaluate "$run" --metric da2k --da2k "$folder/world/da2k" --metric miou --protocol blind --images 200
   done
 done

@@ -107,7 +107,7 @@ def test_unwritable_photograph_cache_is_named(coco, monkeypatch, tmp_path):
             return np.zeros((len(images), 2), dtype=np.float32)
 
     with pytest.raises(UserError, match=f"{tmp_path / 'file'}.*cannot be written.*set MLLM_PROBING_CACHE"):
-        reference_features(Constant("constant", 8, lambda images: None, "x"), images)
+        reference_features(Constant("constant", 8, lambda images: None, "x", ("fid", "kid")), images)
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
