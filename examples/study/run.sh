@@ -18,6 +18,9 @@ for seed in $seeds; do
       --out "$run"
     probing evaluate "$run" --metric cosine --metric code_length
     probing evaluate "$run" --metric da2k --da2k "$folder/world/da2k" --metric miou --protocol blind --images 200
+    if [[ $arm == llava || $arm == ola ]]; then
+      probing erase "$run" --conversations "$folder/world/conversations_test2017.json" --images 600
+    fi
   done
 done
 
@@ -26,3 +29,9 @@ for arm in llava ola multi text untrained; do
   probing evaluate "$folder/runs/$arm" # pools the seeds
 done
 probing compare "$folder"/runs/{llava,ola,multi,text,untrained} --out "$folder/report"
+
+truth=()
+for seed in $seeds; do
+  for arm in llava ola multi; do truth+=("$arm=$folder/models/stages/seed_$seed/$arm/ift"); done
+done
+python "$here/../toy/ground_truth.py" "$folder/ground_truth" "${truth[@]}"
