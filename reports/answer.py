@@ -6,19 +6,11 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from analysis.evaluation.above_random import PairedScores, verdict
+from analysis.evaluation.compare import statements
 from analysis.evaluation.registry import describe
-from analysis.evaluation.scores import AVERAGE, ScoreKey
+from analysis.evaluation.scores import ScoreKey
 from reports.curves import PROBES, teachers_of, with_panels, with_positions
-from reports.results import (
-    MEASURE,
-    RunResults,
-    best_layer,
-    interval_text,
-    metric_label,
-    sign,
-    sort_teachers,
-    teacher_title,
-)
+from reports.results import MEASURE, RunResults, best_layer, interval_text, metric_label, sign, teacher_title
 from reports.theme import CHECKPOINT
 from reports.use import NO_EVIDENCE, used, where
 
@@ -174,25 +166,11 @@ def answer_table(found: Sequence[Answer]) -> pd.DataFrame:
     return table.loc[:, (table != "").any()].replace("", "not measured")
 
 
-def pair_sentences(found: Sequence[Answer], differences: pd.DataFrame | None) -> list[str]:
-    """Returns a sentence per pair of checkpoints: the answers' measure, averaged over layers, by teacher."""
-    if differences is None or not found:
-        return []
-    measure, probes = found[0].measure, {answer.teacher: answer.probe for answer in reversed(found)}
-    d = differences[(differences["layer"] == AVERAGE) & (differences["variant"] == "") & (differences["n"] > 0)]
-    d = d[(d["metric"] == measure[0]) & (d["protocol"] == measure[1]) & (d["probe"] == d["teacher"].map(probes))]
-    sentences = []
-    for (checkpoint, reference), rows in d.groupby(["checkpoint", "reference"], sort=False):
-        parts = []
-        for teacher in sort_teachers(rows["teacher"]):
-            row = rows[rows["teacher"] == teacher].iloc[0]
-            low, high = sorted(sign(measure[0]) * row[name] for name in ("ci_low", "ci_high"))
-            word = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
-            parts.append(f"{teacher_title(teacher)} {word} ({interval_text(row, describe(*measure).digits, '+')})")
-        sentences.append(
-            f"{checkpoint} minus {reference}, {metric_label(*measure)} averaged over layers: {', '.join(parts)}."
-        )
-    return sentences
+def pair_sentences(found: Sequence[Answer], differences: pd.DataFrame) -> list[str]:
+    """Returns a sentence per pair of checkpoints and teacher, in the answers' measure and probe, mean over layers."""
+    chosen = {(answer.teacher, answer.probe, *answer.measure, "") for answer in found}
+    columns = (differences[name] for name in ("teacher", "probe", "metric", "protocol", "variant"))
+    return statements(differences[[key in chosen for key in zip(*columns, strict=True)]])
 
 
 def random_frame(found: Sequence[Answer]) -> pd.DataFrame:

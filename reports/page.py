@@ -222,7 +222,7 @@ def _probe_values(
         answer = {
             "table": answer_table(found),
             "sentences": [one.sentence for one in found],
-            "compared": [*pair_sentences(found, differences), *answered],
+            "compared": [*(() if differences is None else pair_sentences(found, differences)), *answered],
             "label": _title(metric_label(*measure)),
             "paired": all(one.difference is None or one.paired for one in found),
         }

@@ -161,9 +161,9 @@ class ScoreFile:
         def spread(values: NDArray[Any]) -> NDArray[Any]:
             picture = values.dtype in (np.uint8, np.float16)
             dtype = values.dtype if picture else np.float32
-            spread = np.full((len(names), *values.shape[1:]), 0 if picture else np.nan, dtype=dtype)
-            spread[rows] = values
-            return spread
+            more = np.full((len(names), *values.shape[1:]), 0 if picture else np.nan, dtype=dtype)
+            more[rows] = values
+            return more
 
         table = {key: spread(values) for key, values in self.table.items()}
         not_finite = {place: [rows[index] for index in own] for place, own in self.not_finite.items()}

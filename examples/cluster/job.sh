@@ -1,5 +1,5 @@
 #!/bin/bash
-# A training under SLURM that goes on after a preemption or a time limit.
+# A training under SLURM that resumes after a preemption or a time limit.
 #
 #   sbatch             examples/cluster/job.sh eight_gpus.yaml   train --recipe examples/probe/fig3_row1.yaml --out runs/fig3
 #   sbatch --nodes=2   examples/cluster/job.sh sixteen_gpus.yaml train --recipe examples/probe/fig3_row1.yaml --out runs/fig3
@@ -59,6 +59,6 @@ trap : USR1 # some sites send it here too
 srun --kill-on-bad-exit=0 bash -c "$(declare -f node); node \"\$@\"" node "$@"
 code=$?
 if [ "$code" = 130 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-    scontrol requeue "$SLURM_JOB_ID" # the same command goes on from the saved state
+    scontrol requeue "$SLURM_JOB_ID" # the same command resumes from the saved state
 fi
 exit "$code"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole study of patch-aligned training, into a folder: examples/patches/run.sh runs/study
-# Every step keeps what is there; what was interrupted goes on.
+# Finished steps are skipped, and interrupted ones resume.
 set -euo pipefail
 folder=${1:?folder}
 seeds=${SEEDS:-0 1 2}

@@ -85,7 +85,7 @@ def match_rows(states: States, metric: str, variant: str, scores: tuple[Tensor, 
 
 
 def label_sums(similarity: Tensor, patches: Patches, orders: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What each image adds to the sums behind cosine, retrieval and mIoU.
+    """What each image adds to the sums of cosine, retrieval and mIoU.
 
     Args:
         similarity: of patches and words, (B, P, K); only its order matters for all but the first metric.
