@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from huggingface_hub import close_session, constants, hf_api
+from huggingface_hub import close_session, constants
 
 import probing.utils.torchvision_shim  # noqa: F401
 from tests.helpers import tiny
@@ -72,7 +72,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[HubServer]:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # of `list_repo_tree`, which transformers calls
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made once, with an endpoint
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
