@@ -214,13 +214,14 @@ def statements(table: pd.DataFrame, headlines: Iterable[tuple[str, str]] = ()) -
         if mean.empty:
             continue
         row = mean.iloc[0]
-        better = (row["value"] > 0) == describe(metric, protocol).higher_is_better
+        info = describe(metric, protocol)
+        better = (row["value"] > 0) == info.higher_is_better
         verdict = f"{checkpoint} reads {'better' if better else 'worse'}"
         if probe == ERASED:
             verdict = f"{checkpoint} is {'higher' if row['value'] > 0 else 'lower'}"
         if not _is_clear(row):
             verdict = "no clear difference"
-        name = f"{metric} ({', '.join(filter(None, (protocol, variant)))})"
+        name = f"{info.label}, {variant}" if variant else info.label
         above, below = int((layers["ci_low"] > 0).sum()), int((layers["ci_high"] < 0).sum())
         sentences.append(
             f"{teacher}, {probe}, {name}: {_numbers(row)}: {verdict}; of {len(layers)} layers {above} clearly higher, "

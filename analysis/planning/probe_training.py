@@ -23,7 +23,7 @@ from probing.runs.directory import Run
 from probing.runs.resume import holds_run
 from probing.teachers import Teacher, load_teachers
 from probing.training.buffer import plan_window
-from probing.training.run import WEIGHTS, held_out_images, summary_file, training_images
+from probing.training.run import WEIGHTS, held_out_images, require_tokens, summary_file, training_images
 from probing.training.schedule import count_steps, require_enough
 from probing.training.sizes import disk_bytes, probe_parameters, ridge_bytes
 from probing.training.trackers import require_tracker
@@ -47,6 +47,7 @@ def plan_training(recipe: ProbeRunRecipe, out: Path | None = None, processes: in
     images, held_out = training_images(recipe.data), held_out_images(recipe.data)
     require_enough(len(images), recipe.fit, processes)
     backbone = load_backbone(recipe.backbone.model_copy(update={"device_map": None, "quantization_config": None}), META)
+    require_tokens(recipe, backbone, images)
     layers, teachers = parse_layers(recipe.layers, backbone.layers), load_teachers(recipe.teachers, META)
     steps, disk = count_steps(len(images), recipe.fit), disk_bytes(recipe, backbone.hidden_size, teachers, layers)
     window = plan_window(recipe, backbone, teachers.values(), layers, images, processes)
@@ -79,8 +80,6 @@ def _work(
     fit, layers, width = recipe.fit, parse_layers(recipe.layers, backbone.layers), backbone.hidden_size
     image = first_image(images, recipe.data.view)
     batch = backbone.prepare([image])
-    if fit.positions:
-        batch.tokens.mean_weights(fit.positions)  # or UserError
     tokens = batch.tokens.kinds.shape[1]
     keys = batch.tokens.select(torch.zeros(1, tokens, 1), recipe.probe.keys)[0].shape[1]
     deepest = backbone.layers if FINAL in layers else int(max(layers))

@@ -148,7 +148,7 @@ def test_a_pair_is_summarised_in_the_answers_own_measure_and_probe(tmp_path):
     table = pd.DataFrame(rows).assign(checkpoint="ola", reference="llava", n=50, seeds="1, 1", higher="")
     table = table.assign(ci_low=table["value"] - 0.05, ci_high=table["value"] + 0.05)
     ends = [
-        f"{teacher}, ridge, cosine_centred (strict): ola - llava = {numbers} over 50 images: {verdict}"
+        f"{teacher}, ridge, centred cosine similarity: ola - llava = {numbers} over 50 images: {verdict}"
         for teacher, numbers, verdict in (
             ("depth", "+0.1000 [+0.0500, +0.1500]", "ola reads better"),
             ("gen", "+0.0100 [-0.0400, +0.0600]", "no clear difference"),

@@ -90,7 +90,7 @@ def test_without_pairs_seeds_are_resampled_apart(arms, tmp_path):
 def test_the_commands_take_folders(arms, tmp_path):
     done = probing("compare", arms / "base", arms / "other", "--out", tmp_path)
     page = (tmp_path / "index.html").read_text()
-    assert "depth, ridge, cosine_centred (strict): other - base = " in done.stdout
+    assert "depth, ridge, centred cosine similarity: other - base = " in done.stdout
     assert ", 3 runs)" in page and "the first of 3 that differ by their seed" in page
     merged = pd.read_csv(tmp_path / "results.csv", dtype=str)
     assert set(merged["checkpoint"]) == {"base", "other"} and {"0", "1", "2", "all"} <= set(merged["seed"])
@@ -171,7 +171,7 @@ def test_differences_of_distances(arms, tmp_path):
     reach = stats.t.ppf(0.975, 2) * (81 / 10 * np.var(0.01 * np.arange(10), ddof=1)) ** 0.5
     assert (row["value"], row["higher"]) == (pytest.approx(-1), "0 of 3")
     assert row["ci_high"] - row["value"] == pytest.approx(reach)
-    (sentence,) = (s for s in statements(table) if "fid" in s)
+    (sentence,) = (s for s in statements(table) if "FID" in s)
     assert "other reads better" in sentence and "kid" not in set(table["metric"])
     # Without pairs, the seeds of each vary on their own, and nothing is clear.
     (tmp_path / "other" / "seed_2").rename(tmp_path / "other" / "seed_9")

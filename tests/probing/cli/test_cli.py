@@ -225,8 +225,9 @@ def test_plan_of_a_recipe_and_of_a_run(finished, tmp_path):
 def test_bad_input_is_one_line_and_leaves_nothing(models, coco, tmp_path, change, message):
     out = tmp_path / "run"
     arguments = train_arguments(models, coco, out, *(part.format(root=tmp_path, **models) for part in change))
-    assert message in error_line(*arguments)
-    assert not out.exists()
+    for kind in ([], ["--dry-run"]):
+        assert message in error_line(*arguments, *kind)
+        assert not out.exists()
 
 
 @pytest.mark.parametrize(
