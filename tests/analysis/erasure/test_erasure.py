@@ -397,7 +397,7 @@ def test_comparison_keeps_positions_apart(run):
     differences = compare([run, copy], ["a", "b"])
     erased = differences[differences.probe == "leace"]
     assert set(erased.variant) == {"image", "text"} and (erased.value == 0).all()
-    lines = [line for line in statements(differences) if line.startswith("gen, leace, loss of answers when erased (nats")]
+    lines = [s for s in statements(differences) if s.startswith("gen, leace, loss of answers when erased (")]
     assert len(lines) == 2 and all("no clear difference; of 1 layers" in line for line in lines)
     command("erase", copy, "--rank", 3, "--layers", "1")
     with pytest.raises(UserError, match=r"they differ in --rank \(2 and 3\); score both in the same way"):
