@@ -35,8 +35,8 @@ def main(folder: Path, seeds: tuple[int, ...]) -> None:
         if file.exists():
             continue
         stages = models / "stages" / f"seed_{seed}"
-        folders = {"text": stages / "text"} | {name: stages / name / "ift" for name in checkpoint_variants(models)}
-        found = {name: answer_accuracy(at, world, "test2017", QUESTIONS) for name, at in folders.items()}
+        names = checkpoint_variants(models)
+        found = {name: answer_accuracy(stages / name / "ift", world, "test2017", QUESTIONS) for name in names}
         write_text(file, json.dumps(found, indent=2) + "\n")
         for name, kinds in found.items():
             click.echo(f"seed {seed}, {name}: {100 * kinds['all']['accuracy']:.1f} % of {kinds['all']['n']} questions")

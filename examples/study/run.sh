@@ -7,28 +7,33 @@ seeds=${SEEDS:-0 1 2 3 4}
 here=$(dirname "$0")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+train() { # checkpoint, run, further options
+  probing train --recipe "$here/probe.yaml" --checkpoint "$1" --data "coco:$folder/world" --out "$2" "${@:3}" \
+    --teacher depth="$folder/models/depth" --teacher seg="$folder/models/seg" --teacher gen="$folder/models/gen"
+  probing evaluate "$2" --metric cosine --metric code_length
+}
+
 for seed in $seeds; do
   python "$here/make.py" "$folder" --seed "$seed"
-  for arm in llava ola multi text untrained; do
+  for arm in llava ola multi untrained; do
     checkpoint=$folder/models/stages/seed_$seed/$arm
     [[ -d $checkpoint/ift ]] && checkpoint=$checkpoint/ift
     run=$folder/runs/$arm/seed_$seed
-    probing train --recipe "$here/probe.yaml" --checkpoint "$checkpoint" --data "coco:$folder/world" \
-      --teacher depth="$folder/models/depth" --teacher seg="$folder/models/seg" --teacher gen="$folder/models/gen" \
-      --out "$run"
-    probing evaluate "$run" --metric cosine --metric code_length
+    train "$checkpoint" "$run"
     probing evaluate "$run" --metric da2k --da2k "$folder/world/da2k" --metric miou --protocol blind --images 200
     if [[ $arm == llava || $arm == ola ]]; then
       probing erase "$run" --conversations "$folder/world/conversations_test2017.json" --images 600
     fi
   done
+  # Random weights of the multi-encoder model, for ridge alone, which needs no second epoch.
+  train "$folder/models/stages/seed_$seed/multi/ift" "$folder/runs/multi_random/seed_$seed" --control random fit.epochs=1
 done
 
 [[ -n ${SEEDS:-} ]] && exit
-for arm in llava ola multi text untrained; do
+for arm in llava ola multi untrained multi_random; do
   probing evaluate "$folder/runs/$arm" # pools the seeds
 done
-probing compare "$folder"/runs/{llava,ola,multi,text,untrained} --out "$folder/report"
+probing compare "$folder"/runs/{llava,ola,multi,untrained} --out "$folder/report"
 
 truth=()
 for seed in $seeds; do
