@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.alignment
 
-Two sizes: the toy world's LLaVA over 1,000 scenes (36 patches each), and one of LLaVA-1.5's 576 patches over fewer
-images, with a sample as much smaller. Bootstrap and similarity cost seconds whatever the model, so that the toy's ratio
-is not that of a real one. The bare pass reads and prepares the same images, and stops at every layer.
-Without teachers: compression and alignment, with the lenses, sums of words, similarity to the tower and attention.
+Two sizes: the toy world's LLaVA over 1,000 scenes (36 patches each), and a LLaVA with LLaVA-1.5's 576 patches over
+fewer images, with a proportionally smaller sample. Bootstrap and similarity take seconds for any model, so the toy's
+ratio is higher than a real model's. The bare pass reads and prepares the same images, and visits every layer. Measured
+without teachers.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tests.helpers import tiny
 
 
 def bare(recipe: AlignRecipe) -> float:
-    """Seconds of reading, preparing and forwarding all images, with a stop at every layer where nothing is done."""
+    """Seconds of reading, preparing and forwarding all images, with a visit of every layer that does nothing."""
     device = torch.device("cpu")
     backbone = load_backbone(recipe.backbone, device)
     images = list_images(Path(recipe.data.path.removeprefix("coco:")), "val2017")
@@ -56,7 +56,7 @@ def compare(name: str, checkpoint: Path, root: Path, images: int, sample: int, b
     recipe = AlignRecipe.model_validate({**values, "micro_batch": batch, "sample": sample, "pictures": 0, "workers": 0})
     before = bare(recipe)
     whole = measured(recipe, root / name)
-    after = bare(recipe)  # before and after, lest something else on the machine decides
+    after = bare(recipe)  # before and after, since other work may disturb one
     least = (before + after) / 2
     sys.stdout.write(f"{name}: {images} images, bare {least:.1f} s, align {whole:.1f} s, ratio {whole / least:.2f}\n")
     sys.stdout.flush()

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.coco_size
 
-A folder in COCO's official layout names as many images, objects, segments and captions as train2017 and val2017 do; its
-files are hard links to a few pictures, so that the disk has little to do. Models are tiny. Each command runs in a
-process of its own, which ends after the first step: 16 images, or the whole of `plan`. Memory is the peak beyond that
-of the same command on a tiny COCO.
+A folder in COCO's official layout has as many images, objects, segments and captions as train2017 and val2017; its
+images are hard links to a few files, so that they need little disk. Models are tiny. Each command runs in a separate
+process, which ends after the first step (16 images), or after all of `plan`. Memory is the peak beyond that of the same
+command on a tiny COCO.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SEGMENTS = 11
 POINTS = (6, 41)
 """Fewest and most points of a polygon; with 23 on average, the file is as long as COCO's, 0.45 GB."""
 CROWDS = 100
-"""Of so many objects one is a crowd, with run lengths in place of polygons."""
+"""One in this many objects is a crowd, with run lengths instead of polygons."""
 SIZES = [(640, 480), (480, 640), (640, 427), (640, 360)]
 BATCH = 16
 MOST_SECONDS, MOST_MB = 20, 2000

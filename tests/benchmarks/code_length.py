@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.code_length
 
-Two epochs, as is the default, of the toy world's LLaVA over 300 scenes, all layers and three teachers with cached
-targets, in turns with and without; the best of each.
+Two epochs (the default) of the toy world's LLaVA over 300 scenes, all layers and three teachers with cached targets.
+Variants take turns; the best time of each counts.
 """
 
 import argparse

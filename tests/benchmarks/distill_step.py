@@ -3,7 +3,7 @@
     python -m tests.benchmarks.distill_step
 
 Both steps are forward and backward of the same LLaVA on the same conversations; one has the losses of three tasks at
-two layers each, with targets that are there already (as from a cache), the other next-token prediction alone.
+two layers each, with targets already computed (as from a cache), the other next-token prediction alone.
 """
 
 import argparse

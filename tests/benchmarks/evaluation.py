@@ -1,9 +1,9 @@
-"""What `probing evaluate` costs over what it cannot do without.
+"""What `probing evaluate` costs over its floor.
 
     python -m tests.benchmarks.evaluation
 
 The floor reads and prepares the same images, and runs checkpoint, teachers and the probes of every layer on them.
-Scored is cosine, on the toy world's LLaVA over 1,000 scenes, and on one of LLaVA-1.5's 576 patches over fewer.
+The metric is cosine, for the toy world's LLaVA over 1,000 scenes, and a LLaVA with 576 patches over fewer.
 """
 
 import argparse

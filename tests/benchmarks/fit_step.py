@@ -3,10 +3,10 @@
     python -m tests.benchmarks.fit_step
 
 Floor = the bare forward of the backbone (no lm_head) + the same probes' own forward and backward + the optimiser's
-step, each measured alone. The first ratio is that of a step whose targets are kept on disk, the second that of a step
-that runs the teachers over the floor and the teachers. Images are read in parallel; that is printed separately. Parts
-and steps are timed in turns, and the best of each counts.
-Peak memory is that of a fresh process with 4 and with 32 probed layers, above the process before its first step.
+step, each measured alone. The first ratio is for a step with cached targets; the second for a step that runs the
+teachers, whose time is added to the floor. Reading images runs in parallel, and is printed separately. Parts and steps
+are timed in turns, and the best of each counts.
+Peak memory is that of a fresh process with 4 and with 32 probed layers, minus the memory before its first step.
 """
 
 import argparse
@@ -85,9 +85,9 @@ def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
         base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
         targets = {name: prepared.target(teacher) for name, teacher in trainer.teachers.items()}
-        kept = replace(prepared, cached_targets=targets)
+        cached = replace(prepared, cached_targets=targets)
 
-        def step(batches: Prepared = kept) -> None:
+        def step(batches: Prepared = cached) -> None:
             trainer.take_step(state, replace(planned, first=False), iter([batches]), 1000)
 
         step()
@@ -127,7 +127,7 @@ def measure(size: str, layers: int | None, bf16: bool) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints tables; each row is measured in a process of its own."""
+    """Prints tables; each row is measured in a separate process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", choices=BATCH)
     parser.add_argument("--layers", type=int)

@@ -4,8 +4,8 @@
 
 Nothing is downloaded: checkpoint (CLIP ViT-L/336, Llama-3-8B) and teachers are built from their configurations on the
 device. Prints the step and its parts, the step over its floor (the sum of the parts, each alone), MFU (operations as
-`probing plan` counts them, over the time and the peak), the memory that was allocated at most, and the kernels of
-attention. Without a GPU it says so; `--small` runs it all the same, on tiny models.
+`probing plan` counts them, over the time and the peak), peak allocated memory, and the kernels of attention. It needs a
+GPU, except with `--small`, for tiny models.
 """
 
 import argparse
@@ -100,7 +100,7 @@ class Benchmark:
         return cls(trainer, trainer.initial_state(), step, prepared)
 
     def works(self) -> dict[str, Callable[[], object]]:
-        """The step, and the parts that it cannot do without, each alone."""
+        """The step, and the parts of its floor, each alone."""
         trainer, prepared, teachers = self.trainer, self.prepared, self.trainer.teachers
         assert prepared.student is not None
         batch = prepared.student.to(trainer.backbone.device)
@@ -156,7 +156,7 @@ class Benchmark:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, turns: int) -> float:
-    """Median of so many turns, the device waited for."""
+    """Median of some turns, each synchronised with the device."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     found = []
     for _ in range(turns + 2):

@@ -1,11 +1,11 @@
-"""How near the memory that `probing plan` says comes to what a training takes, of probes or of a checkpoint.
+"""Memory that `probing plan` estimates over measured memory, for training probes or a checkpoint.
 
     python -m tests.benchmarks.memory
     python -m tests.benchmarks.memory --stage ift
 
-Measured is the peak of a fresh process that trains on a CPU, above what the same process held after training something
-tiny, so that the libraries do not count. There glibc hands back at once what was freed; left to itself it keeps holes,
-which make a process up to twice as large.
+The measured value is the peak of a fresh process that trains on a CPU, minus its memory after training something tiny,
+so that libraries do not count. glibc is set to return freed memory at once; by default it leaves holes, which make a
+process up to twice as large.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def make_stage(root: Path, stage: str, hidden: int, layers: int, side: int, micr
             "embedding": {"teachers": teachers, "layers": dict.fromkeys(teachers, str(layers)), "seek": 1},
             "batch_size": 2 * micro_batch,
             "micro_batch": micro_batch,
-            "epochs": 2,  # AdamW's moments are there from the second step on
+            "epochs": 2,  # AdamW's moments exist from the second step on
             "workers": 0,
             "trainer": {"report_to": "none", "use_cpu": True},
         }
@@ -74,7 +74,7 @@ def make_stage(root: Path, stage: str, hidden: int, layers: int, side: int, micr
 
 
 def main() -> None:
-    """Prints a table; each row is measured in a process of its own."""
+    """Prints a table; each row is measured in a separate process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", nargs="+", default=["512,4,224,16", "1024,8,128,4", "1024,2,224,8"])
     parser.add_argument("--stage", choices=["pt", "vpt", "ift"])

@@ -4,10 +4,10 @@
 
 Hidden states: a loop that follows the published description of VLM-Lens (one image at a time, a whole forward pass with
 `output_hidden_states=True` for each chosen layer, the states pickled into an SQLite database) against one pass over
-micro-batches that hands over every layer. The pass stores nothing, as probes need nothing stored; each layer's states
+micro-batches that visits every layer. The pass stores nothing, since probes need nothing stored; each layer's states
 are copied to the CPU and summed. Both prepare the same images.
 
-Fréchet distance of 2,048 features: pytorch-fid's function against ours, both from the features on.
+Fréchet distance of 2,048 features: pytorch-fid's function against ours, both on given features.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Where the time of one training step goes, by PyTorch's profiler, and what stacking probes would bring.
+"""Where the time of one training step goes, by PyTorch's profiler, and what stacking probes would save.
 
     python -m tests.benchmarks.profile_step --size middle
 

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.reading
 
 Pictures of COCO's sizes, squashed to squares; image processors of the sizes of LLaVA-1.5 and the paper's teachers.
-Checkpoint and teachers share one decoding. Counted is the core's own time, whatever else runs on the machine.
+Checkpoint and teachers share one decoding. Times are CPU time, so other work on the machine does not count.
 """
 
 import argparse

@@ -2,16 +2,14 @@
 
     python -m tests.benchmarks.reference
 
-OLA-VLM's released code, as far as it costs time: one run per teacher; all hidden states kept and the logits of every
+What takes time in OLA-VLM's released code: one run per teacher; all hidden states in memory and the logits of every
 position computed; images prepared in the training process; the teacher run on one image at a time; in the depth run the
-teacher's decoder run on every layer's prediction at every step. The optimiser is ours (fused), so that no difference
-comes from there.
+teacher's decoder run on every layer's prediction at every step. Both use our (fused) optimiser.
 
-Steps are timed in turns on one batch, images read and prepared within them, and the best of each counts; the
-reference's is the sum of its three runs'. Ours: with nothing cached on disk, or with cached targets, as every later run
-of any checkpoint finds them. Later epochs read states and targets from the buffer. Without buffer they compute the
-states again, and read targets from the cache that the first epoch filled; filling is timed as what it computes and
-reads, without writing.
+Steps are timed in turns on one batch, with reading and preparing images, and the best of each counts; the reference's
+time is the sum of its three runs. Ours is timed with nothing cached on disk, and with cached targets, as in every later
+run of any checkpoint. Later epochs read states and targets from the buffer. Without buffer they compute the states
+again, and read targets from the cache that the first epoch filled; filling is timed without writing.
 """
 
 import argparse
@@ -41,7 +39,7 @@ BATCH = {"toy": 16, "middle": 4}
 
 
 def trainer_of(values: dict[str, Any], root: Path, batch: int) -> ProbeTrainer:
-    """One batch of images; all layers but 0, which the reference has not, one seed, no controls."""
+    """One batch of images; all layers but 0, which the reference lacks, one seed, no controls."""
     fit = {"epochs": 1, "batch_size": batch, "micro_batch": batch, "workers": 0, "ridge": False}
     return make_trainer(values | {"fit": fit, "controls": []}, root)
 

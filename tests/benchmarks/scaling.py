@@ -1,10 +1,10 @@
-"""How time and disk grow with the images, and what a second process brings.
+"""How time and disk grow with the number of images, and the speed-up by a second process.
 
     python -m tests.benchmarks.scaling
 
-Growth: the training of the toy world's probes on 1, 2, 4 and 8 times as many scenes, with the teachers' features kept;
-lines are fitted to the seconds of the steps and to the bytes on disk. Processes: the same run by one process of one
-thread, and by two, with the same global batch.
+Growth: trains the toy world's probes on 1, 2, 4 and 8 times as many scenes, with the teachers' features cached; lines
+are fitted to the seconds of the steps and to the bytes on disk. Processes: the same run by one process of one thread,
+and by two, with the same global batch.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def line(times: list[int], values: list[float]) -> tuple[float, float, float]:
 def growth() -> None:
     """Prints seconds and megabytes by number of scenes, and the lines through them."""
     out, seconds, disk = sys.stdout.write, [], []
-    out("scenes   seconds of the steps   MB of run and kept features\n")
+    out("scenes   seconds of the steps   MB of run and target cache\n")
     for times in TIMES:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
@@ -61,7 +61,7 @@ def growth() -> None:
 
 
 def seconds_of(processes: int, recipe: Path, out: Path) -> float:
-    """Seconds of the steps of a run by so many processes of one thread."""
+    """Seconds of the steps of a run by some processes of one thread each."""
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     command = [*(launch if processes > 1 else [sys.executable]), "-m", "probing", "-q", "train"]
     command += ["--recipe", str(recipe), "--out", str(out)]
@@ -72,7 +72,7 @@ def seconds_of(processes: int, recipe: Path, out: Path) -> float:
 
 
 def processes() -> None:
-    """Prints what a second process brings; the runs take turns, and the best of each counts."""
+    """Prints the speed-up by a second process; the runs take turns, and the best of each counts."""
     out = sys.stdout.write
     for size, images, batch in (("toy", 512, 32), ("middle", 32, 8)):
         with tempfile.TemporaryDirectory() as folder:

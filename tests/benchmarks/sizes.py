@@ -1,4 +1,4 @@
-"""The two sizes that benchmarks are run at."""
+"""The two sizes of benchmarks."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ PROMPT = "Describe this picture in words."
 
 
 def toy(root: Path, images: int) -> dict[str, Any]:
-    """The toy world: its LLaVA (6 blocks, H = 64, 36 patches) and its teachers; fields of a recipe."""
+    """The toy world: its LLaVA (8 blocks, H = 128, 36 patches) and its teachers; fields of a recipe."""
     data = write_world(root / f"world{images}", images, 2, seed=3)
     return {
         "backbone": {"checkpoint": str(ASSETS / "llava")},
@@ -31,7 +31,7 @@ def toy(root: Path, images: int) -> dict[str, Any]:
 
 
 def _grown(path: Path, model_class: Any, changes: dict[str, dict[str, Any]]) -> None:
-    """The same folder with a model of other sizes; `changes` by part of the configuration, the whole being ''."""
+    """Replaces a folder's model by one of other sizes; `changes` by part of the configuration, '' for the whole."""
     config = model_class.config_class.from_pretrained(path)
     for part, values in changes.items():
         for name, value in values.items():
@@ -44,9 +44,9 @@ def middle(root: Path, images: int) -> dict[str, Any]:
     """The paper's set-up at a quarter of its widths and half its depth, with about 300 tokens.
 
     16 Llama blocks of H = 1,024; targets of 256 x 256, 256 x 384 and 1 x 256 for 576 x 1,024, 576 x 1,536 and
-    1 x 1,024; DINOv2, DPT and the probes' heads at a quarter of their widths. What each part takes of what the blocks
-    take is as in the paper's set-up (Llama-3-8B, ConvNeXt-XXL, 630 tokens), within a tenth: tower 0.40, vocabulary
-    0.07, teachers 0.04, 0.10 and 0.04, all decoders 0.44, all probes 0.30.
+    1 x 1,024; DINOv2, DPT and the probes' heads at a quarter of their widths. Costs relative to
+    the blocks are as in the paper's set-up (Llama-3-8B, ConvNeXt-XXL, 630 tokens), within a tenth: tower 0.40,
+    vocabulary 0.07, teachers 0.04, 0.10 and 0.04, all decoders 0.44, all probes 0.30.
     """
     if not (root / "llava").exists():
         tiny.llava(root / "llava", layers=16, hidden=1024, image=128)

@@ -1,4 +1,4 @@
-"""Benchmarks are not run here; that each can be started is seen here."""
+"""Every benchmark starts, and `make bench` names it; none is run."""
 
 import importlib
 import re
@@ -21,7 +21,7 @@ def test_each_starts(name, monkeypatch, capsys):
     assert "usage" in capsys.readouterr().out
 
 
-def test_make_bench_names_all_that_are_there():
+def test_make_bench_names_every_benchmark():
     makefile = (HERE.parents[1] / "Makefile").read_text(encoding="utf-8")
     named = re.search(r"for name in ([^;]*);", makefile)[1].split()
     assert sorted(named) == [name for name in NAMES if name != "profile_step"]  # a table to read, not a figure

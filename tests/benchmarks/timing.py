@@ -1,4 +1,4 @@
-"""How short works are timed."""
+"""Timing of short functions."""
 
 import time
 from collections.abc import Callable
@@ -9,8 +9,8 @@ TURNS = 5
 def best_in_turns(works: dict[str, Callable[[], object]], seconds: float = 20) -> dict[str, float]:
     """Shortest of many timings of each, in milliseconds.
 
-    They take turns, lest something else on the machine decides: `TURNS` at least, and more where those are over before
-    so many seconds, because the best of a short work is late to come.
+    The functions take turns, so that other work on the machine disturbs all alike: at least `TURNS` times, and until
+    `seconds` have passed, because a short function needs many timings to find its best.
     """
     best = dict.fromkeys(works, float("inf"))
     turns, begun = 0, time.perf_counter()
