@@ -31,7 +31,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev  ## The figures of the README
+bench: $(VENV)/.installed-dev  ## The figures of tests/benchmarks/README.md
 	for name in fit_step reference scaling memory alignment distill_step evaluation buffer code_length coco_size reading peers gpu_step; do TQDM_DISABLE=1 $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
 
 clean:

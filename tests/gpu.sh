@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in under ten minutes: tests/gpu.sh [WHEELS]
+# All tests and figures that need a GPU, in under ten minutes: tests/gpu.sh [WHEELS]
 #
-# For a machine that has torch and transformers but no network: WHEELS is a folder of wheels of what is missing there, and
-# everything is installed into a folder of its own. Without a GPU it rehearses on the CPU, with tiny models.
+# For a machine that has torch and transformers but no network: WHEELS is a folder with the missing wheels, which are
+# installed into a temporary folder. Without a GPU it rehearses on the CPU, with tiny models.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)

@@ -20,8 +20,8 @@ class Options(Strict):
     layers: str | None = None
     """Layers to erase from, such as 0,4,8-12,final. Default: all probed layers."""
     positions: tuple[Position, ...] = ()
-    """Tokens to erase from: those of the whole image (tiles keep theirs), the text between image and answer, or all of
-    these at once; repeatable. Default: image, and then text; with conversations image alone."""
+    """Tokens to erase from: those of the whole image (not of its tiles), the text between image and answer, or both at
+    once (`all`); repeatable. Default: image, then text; with conversations, image alone."""
     rank: int = Field(default=8, ge=1)
     """Number of principal components of each teacher's feature to erase."""
     fit_images: int | None = Field(default=None, ge=2)
@@ -29,7 +29,7 @@ class Options(Strict):
     images: int | None = Field(default=1000, ge=1)
     """Held-out images to measure on."""
     conversations: Path | None = None
-    """LLaVA-format conversations about held-out images; of each image the first answer of the first is predicted.
+    """LLaVA-format conversations about held-out images; predicts the first answer of each image's first conversation.
     Default: COCO's captions, as answers to the run's prompt."""
     micro_batch: int | None = Field(default=None, ge=1)
     """Images per forward pass. Default: as in training."""

@@ -6,8 +6,8 @@
 #   sbatch --gpus-per-node=1 --cpus-per-task=12 examples/cluster/job.sh one_gpu.yaml evaluate runs/fig3
 #
 # Arguments: one of the YAML files of this folder, then those of `probing`. Submit it from the root of the repository,
-# in an environment that has `probing`. Ten minutes before the time limit, SLURM sends USR1 to all processes of the step;
-# they ignore it, but for the shell of every host, which asks the training processes once to save and stop (TERM).
+# in an environment that has `probing`. Ten minutes before the time limit, SLURM sends USR1 to all processes of the step.
+# Only the shell of each host reacts: it sends one TERM to the training processes, which save and stop.
 #SBATCH --job-name=probing
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -26,7 +26,7 @@ if [ $# -lt 2 ]; then
     exit 2
 fi
 
-# On every host: the launcher, and a shell that waits for it. 130 says that it was stopped and has saved.
+# On every host: the launcher, and a shell that waits for it. Exit code 130: stopped and saved.
 node() {
     signals=0
     (

@@ -84,7 +84,7 @@ def distill(recipe_file: Path, out: Path, dry_run: bool, overrides: tuple[str, .
 @DRY_RUN
 @OVERRIDES
 def align(checkpoint: str, out: Path, dry_run: bool, overrides: tuple[str, ...], **options: Any) -> None:
-    """Projector compression and patch-word alignment.
+    """Measure projector compression and patch alignment.
 
     Also measures, per layer, the logit lens, patches as sums of words, similarity to teachers, and attention to the
     image. Writes results.csv for probing report. KEY=VALUE sets any field of the recipe, e.g. coverage=0.8.
@@ -112,7 +112,7 @@ def align(checkpoint: str, out: Path, dry_run: bool, overrides: tuple[str, ...],
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. Default: runs/CHECKPOINT_BENCHMARK.")
 @OVERRIDES
 def bench(checkpoint: str, out: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
-    """VQA accuracy.
+    """Measure VQA accuracy.
 
     Answers greedily and scores by the benchmark's own rule; answers.jsonl has every answer. Give the run to probing
     report together with runs of probes to plot probe quality against accuracy. KEY=VALUE sets any field of the recipe,

@@ -73,9 +73,7 @@ def train(recipe_file: Path | None, out: Path, dry_run: bool, overrides: tuple[s
 def evaluate(run: Path, dry_run: bool, **options: Any) -> None:
     """Score probes on held-out images.
 
-    Writes results.csv. cosine compares predictions with the teacher's features; the other metrics decode them: accuracy
-    on depth pairs (da2k), mean IoU (miou), and distance between generated and real images (fid, with KID; frechet, with
-    the features of another network). Scores with identical settings are reused; an interrupted evaluation resumes.
+    Writes results.csv. Scores with identical settings are reused; an interrupted evaluation resumes.
     """
     from analysis.evaluation.options import Options
 
@@ -96,10 +94,10 @@ def evaluate(run: Path, dry_run: bool, **options: Any) -> None:
 def erase(run: Path, dry_run: bool, **options: Any) -> None:
     """Measure whether the model uses what probes read.
 
-    At each layer, what can be read linearly of a teacher's feature is erased (LEACE, fitted on training images), and
-    the forward pass continues: how much worse are answers about held-out images predicted, captions by default? Next to
-    it, a random subspace of the same rank and change is erased, and the features of other images. After the last layer
-    only the head follows, so that image tokens have no effect there. Adds to results.csv.
+    At each layer, LEACE (fitted on training images) erases what can be read linearly of a teacher's feature, and the
+    forward pass continues. Measures how much worse answers about held-out images, by default captions, are predicted.
+    Controls erase a random subspace of the same rank and change, and the features of other images. After the last layer
+    only the head follows, so image tokens have no effect there. Adds to results.csv.
     """
     from analysis.erasure.options import Options
 
@@ -119,7 +117,7 @@ def erase(run: Path, dry_run: bool, **options: Any) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the report.")
 @FIGURES
 def compare(runs: tuple[Path, ...], out: Path, figures: bool) -> None:
-    """Paired differences between runs.
+    """Compare runs by paired differences.
 
     RUNS are evaluated runs of probing train, runs of probing align or probing bench, or folders with one run per
     training seed; the first is the reference. Runs of probing bench are compared question by question. Writes an HTML
