@@ -41,7 +41,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory) -> Iterator[Path]:
-    """A cache folder of the tests' own."""
+    """A separate cache folder for the tests."""
     folder = tmp_path_factory.mktemp("cache")
     with mock.patch.dict(os.environ, {"MLLM_PROBING_CACHE": str(folder)}):
         yield folder

@@ -29,7 +29,7 @@ def run_cli():
 
 
 def place(monkeypatch, package, folder, name, text):
-    """A new file of a package, as if it lay there."""
+    """Adds a file in another folder to a package."""
     assert len(text.splitlines()) < 60
     (folder / f"{name}.py").write_text(text)
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])

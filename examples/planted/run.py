@@ -1,4 +1,4 @@
-"""Runs every measure on a checkpoint of which we know where the information is, and draws them.
+"""Runs every measure on a checkpoint that holds information at known layers, and draws them.
 
     python examples/planted/run.py runs/planted
 

@@ -99,7 +99,7 @@ def make_checkpoint(start: Path, talk: Path, folder: Path, **extra: Any) -> None
 
 
 def probe(checkpoint: Path, world: Path, out: Path, control: bool) -> None:
-    """Trains and scores probes at all 31 points."""
+    """Trains and scores probes at all 31 layers."""
     recipe = {
         "backbone": {"checkpoint": str(checkpoint), "dtype": "float32"},
         "data": {"path": f"coco:{world}", "train_limit": 400, "eval_limit": 150},

@@ -3,9 +3,10 @@
     python examples/toy/ground_truth.py runs/ground_truth [NAME=CHECKPOINT ...]
 
 The truth is exact: mean inverse depth and shares of the nine classes in each patch, from its own token, and the number
-of solids, from the mean of all image tokens. By ridge regression on 1,500 scenes; on 500 others, the share of the
-variance between images that it explains, with 95 % intervals over images. A NAME may be given once per seed; the figure
-shows the median of its checkpoints and a band over all their intervals, as of five random initialisations of the first.
+of solids, from the mean of all image tokens. Ridge regression is fitted on 1,500 scenes; the score is the share of the
+variance between images that it explains on 500 others, with 95 % intervals over images. A NAME may be given once per
+seed: the figure shows the median of its checkpoints and a band over their intervals, and the same for five random
+initialisations of the first.
 
 About a minute on two CPU cores for two checkpoints. Writes `ground_truth.csv` and `ground_truth.png`.
 """

@@ -1,4 +1,4 @@
-"""What lies in examples/cluster: its files are read by who will read them, and its job survives being stopped."""
+"""Files of examples/cluster: accelerate and `probing` accept them, and the job resumes after it is stopped."""
 
 import os
 import re

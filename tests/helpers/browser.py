@@ -25,7 +25,7 @@ KEYS = {"ArrowRight": 39, "ArrowLeft": 37, "End": 35, "Tab": 9, "Enter": 13}
 
 
 def executable():
-    """Where Chromium is; the test is skipped where it is not."""
+    """Returns the path of Chromium; skips the test without one."""
     found = os.environ.get("CHROME") or next((path for path in map(shutil.which, NAMES) if path), None)
     if not found:
         pytest.skip("no Chromium or Chrome here; set CHROME to its path")

@@ -143,7 +143,7 @@ def encoders(root: Path) -> None:
 
 
 def coco(root: Path, **splits: int) -> Path:
-    """Splits of so many images, links to one picture."""
+    """Writes splits with given numbers of images, all links to one picture."""
     (root / "annotations").mkdir(parents=True)
     Image.new("RGB", (640, 480), (120, 130, 140)).save(root / "picture.jpg")
     for split, number in splits.items():

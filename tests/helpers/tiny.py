@@ -267,7 +267,7 @@ def gen_teacher(path: Path, width: int = 16, projection: int = 12, size: int = 3
 
 
 def unclip(path: Path, projection: int = 12, size: int = 32, seed: int = 4) -> Path:
-    """A whole `StableUnCLIPImg2ImgPipeline`, random and tiny; paints images of 16 x 16 pixels."""
+    """A whole `StableUnCLIPImg2ImgPipeline`, random and tiny; generates images of 16 x 16 pixels."""
     import diffusers as d
     from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer

@@ -140,7 +140,7 @@ def test_annotations(world, kind, document):
     ids=str,
 )
 def test_outlines_that_no_image_can_have(world, outline):
-    """What comes after is in C, which would write where it is told to."""
+    """The rasteriser is in C and would write out of bounds."""
     entry = {"image_id": 1, "category_id": 1, "area": 9.0, "segmentation": outline}
     good = {"image_id": 1, "category_id": 7, "area": 1.0, "segmentation": [[0, 0, 4, 0, 4, 4, 0, 4]]}
     annotate(world, "instances", INSTANCES | {"annotations": [entry, good]})

@@ -60,13 +60,13 @@ def make_probed(path, name, lift, sha):
 def runs(tmp_path):
     """Five checkpoints with both, one with probes alone and one with answers alone, in another order."""
     probed = [make_probed(tmp_path / f"p{n}", f"c{n}", lift, f"sha{n}") for n, lift in enumerate([*LIFTS, 0.2])]
-    asked = [make_bench(tmp_path / f"b{n}", f"c{n}", a, f"sha{n}") for n, a in enumerate(ACCURACY)]
-    return probed, [make_bench(tmp_path / "b9", "c9", 0.9, "sha9", unread=7), *reversed(asked)]
+    bench_runs = [make_bench(tmp_path / f"b{n}", f"c{n}", a, f"sha{n}") for n, a in enumerate(ACCURACY)]
+    return probed, [make_bench(tmp_path / "b9", "c9", 0.9, "sha9", unread=7), *reversed(bench_runs)]
 
 
 def test_checkpoints_are_joined_by_their_weights(runs):
-    probed, asked = runs
-    found = panels(load_runs(probed), load_benchmarks(asked))
+    probed, bench_runs = runs
+    found = panels(load_runs(probed), load_benchmarks(bench_runs))
     assert {(p.teacher, p.probe) for p in found} == {
         (t, p) for t in ("depth", "seg", "gen") for p in ("resampler", "ridge")
     }
@@ -83,8 +83,8 @@ def test_checkpoints_are_joined_by_their_weights(runs):
 
 
 def test_points_are_drawn_where_the_tables_have_them(runs):
-    probed, asked = runs
-    found = [p for p in panels(load_runs(probed), load_benchmarks(asked)) if p.correlation]
+    probed, bench_runs = runs
+    found = [p for p in panels(load_runs(probed), load_benchmarks(bench_runs)) if p.correlation]
     colours = palette(list(found[0].points["checkpoint"]))
     figure = quality_plot(found, colours)
     for axes, panel in zip(figure.axes, found, strict=True):
@@ -97,8 +97,8 @@ def test_points_are_drawn_where_the_tables_have_them(runs):
 
 
 def test_page_has_accuracies_and_the_number_of_checkpoints(runs, tmp_path):
-    probed, asked = runs
-    page = write_report([*probed[:3], *asked], tmp_path / "report").read_text(encoding="utf-8")
+    probed, bench_runs = runs
+    page = write_report([*probed[:3], *bench_runs], tmp_path / "report").read_text(encoding="utf-8")
     assert (
         "<caption>CV-Bench</caption>" in page
         and "2D, Count" in page
@@ -116,11 +116,11 @@ def test_page_has_accuracies_and_the_number_of_checkpoints(runs, tmp_path):
 
 
 def test_no_correlation_of_two(runs):
-    probed, asked = runs
-    found = panels(load_runs(probed[:2]), load_benchmarks(asked))
+    probed, bench_runs = runs
+    found = panels(load_runs(probed[:2]), load_benchmarks(bench_runs))
     assert all(panel.correlation is None for panel in found)
     assert "2 checkpoints have both probes and answers; a rank correlation needs 3" in found[0].sentence
-    assert not panels(load_runs(probed[5:]), load_benchmarks(asked))
+    assert not panels(load_runs(probed[5:]), load_benchmarks(bench_runs))
 
 
 def test_runs_probed_on_other_images_are_named(runs):
@@ -136,27 +136,27 @@ def test_runs_probed_on_other_images_are_named(runs):
 
 
 def test_benchmarks_alone_have_a_page(runs, tmp_path):
-    _, asked = runs
-    page = write_report(asked, tmp_path / "report").read_text(encoding="utf-8")
+    _, bench_runs = runs
+    page = write_report(bench_runs, tmp_path / "report").read_text(encoding="utf-8")
     assert "How many questions are answered correctly?" in page and "<title>c9, c4" in page and "Spearman" not in page
 
 
 def test_a_run_without_results_is_named(runs, tmp_path):
-    _, asked = runs
-    (asked[0] / "results.csv").unlink()
+    _, bench_runs = runs
+    (bench_runs[0] / "results.csv").unlink()
     with pytest.raises(UserError, match="b9 has no results; repeat its probing bench command"):
-        write_report(asked, tmp_path / "report")
+        write_report(bench_runs, tmp_path / "report")
     with pytest.raises(UserError, match="is a run of probing bench"):
-        load_runs(asked[1:])
+        load_runs(bench_runs[1:])
 
 
 def test_more_checkpoints_say_more(tmp_path):
-    """Twelve in order: no warning, and an interval that lies above zero."""
+    """Twelve in order: no warning, and an interval above zero."""
     rng = np.random.default_rng(0)
     order = np.sort(rng.uniform(0, 0.3, 12))
     probed = [make_probed(tmp_path / f"p{n}", f"c{n}", x, f"s{n}") for n, x in enumerate(order)]
-    asked = [make_bench(tmp_path / f"b{n}", f"c{n}", 0.3 + x, f"s{n}") for n, x in enumerate(order)]
-    panel = panels(load_runs(probed), load_benchmarks(asked))[0]
+    bench_runs = [make_bench(tmp_path / f"b{n}", f"c{n}", 0.3 + x, f"s{n}") for n, x in enumerate(order)]
+    panel = panels(load_runs(probed), load_benchmarks(bench_runs))[0]
     assert panel.correlation.rho.low > 0.9 and "weak evidence" not in panel.sentence and "over 12" in panel.sentence
 
 

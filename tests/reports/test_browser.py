@@ -242,5 +242,5 @@ def test_what_a_screen_reader_needs(page, browser, tmp_path):
 
 
 def test_the_hostile_page_says_its_name(page):
-    """That the tests above had something to survive."""
+    """The tests above did meet hostile names."""
     assert page.count("window.hit=1") > 20 and json.dumps(HOSTILE) not in page

@@ -57,7 +57,7 @@ PIECES = st.sampled_from(
 
 @given(st.lists(PIECES, max_size=6).map("".join), st.sampled_from("ABCD"))
 def test_mmstar_is_scored_as_by_its_script(said, right):
-    """The script's four comparisons of characters at fixed places; what they stumble over is wrong."""
+    """The script's four comparisons of characters at fixed positions; answers on which they fail are wrong."""
     answer, predict = right.lower(), said.lower().strip().replace("\n", " ")
     at = dict(enumerate(predict))
     expected = (

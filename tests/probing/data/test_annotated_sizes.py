@@ -1,4 +1,4 @@
-"""Images that are rotated by EXIF or resized, and annotations of another size: labels lie where the pixels are."""
+"""Images that are rotated by EXIF or resized, and annotations of another size: labels match the pixels."""
 
 import json
 
@@ -160,7 +160,7 @@ def test_patches_in_training_follow_turned_images(tmp_path):
 
 
 def test_depth_pairs_say_how_images_are_turned(tmp_path, models, caplog):
-    """Points below the stored image lie in the upright one; those of other images of the set do, too."""
+    """Points below the stored image are inside the upright one; so are those of the set's other images."""
     for number, turn in ((1, 6), (2, 6), (3, 1), (4, 1)):
         save(tmp_path / f"{number}.jpg", upright(), turn)
     pair = {"point1": [2, 3], "point2": [9, 8], "closer_point": "point1"}

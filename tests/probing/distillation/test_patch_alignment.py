@@ -72,7 +72,7 @@ def recipe(models, world):
 
 @pytest.fixture
 def parts(models, world):
-    """A trainee of a stage, and the micro-batches that it is given."""
+    """Makes the model of a stage, its patch labels, and its micro-batches."""
 
     def make(stage="pt", loss="cosine", root=world, **settings):
         processor = AutoProcessor.from_pretrained(models["llava"])

@@ -231,11 +231,11 @@ def test_the_recipe_says_which_part_is_the_whole_image(recipes, images, name):
 def test_random_weights_keep_the_tower_alone(recipes, name):
     trained, fresh = load_backbone(recipes[name], CPU), load_backbone(recipes[name], CPU, random_seed=7)
     tower = trained.core.get_encoder("image")
-    kept = {key for key, module in trained.core.named_parameters() if any(module is p for p in tower.parameters())}
-    assert kept
+    in_tower = {key for key, module in trained.core.named_parameters() if any(module is p for p in tower.parameters())}
+    assert in_tower
     for key, parameter in trained.core.named_parameters():
         if parameter.std() > 0:
-            assert torch.equal(parameter, fresh.core.get_parameter(key)) == (key in kept), key
+            assert torch.equal(parameter, fresh.core.get_parameter(key)) == (key in in_tower), key
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -86,10 +86,10 @@ def test_selection_by_token_map_handles_padding():
     code = {kind: index for index, kind in enumerate(TOKEN_KINDS)}
     kinds = torch.tensor([[code["image"], code["text"], code["text"]], [code["image"], code["text"], code["padding"]]])
     states = torch.arange(6.0).view(2, 3, 1)
-    kept, mask = TokenMap(kinds, (1, 1)).select(states, ["image", "text"])
-    assert kept.shape == (2, 3, 1) and mask.tolist() == [[True, True, True], [True, True, False]]
-    kept, mask = TokenMap(kinds, (1, 1)).select(states, ["image"])
-    assert kept.flatten().tolist() == [0.0, 3.0] and mask is None
+    selected, mask = TokenMap(kinds, (1, 1)).select(states, ["image", "text"])
+    assert selected.shape == (2, 3, 1) and mask.tolist() == [[True, True, True], [True, True, False]]
+    selected, mask = TokenMap(kinds, (1, 1)).select(states, ["image"])
+    assert selected.flatten().tolist() == [0.0, 3.0] and mask is None
 
 
 def test_the_batch_does_not_change_the_states(backbone, images):

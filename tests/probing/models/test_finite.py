@@ -113,8 +113,8 @@ def test_shuffled_pairs_lose_the_pair_of_the_bad_image(train_probes, images, mon
     bank = ProbeBank.build({"gen": ResamplerConfig(32, 1, 12, 12)}, [1], [0], ["image"], CPU)
     predicted = bank.probes[ProbeKey("gen", 1, 0)](states[1])
     pairs = [(row, (row - 1) % 12) for row in range(12)]
-    kept = [pair for pair in pairs if order[pair[what == "target"]] != BAD]
-    losses = [F.smooth_l1_loss(predicted[row], target[other]).item() for row, other in kept]
+    finite = [pair for pair in pairs if order[pair[what == "target"]] != BAD]
+    losses = [F.smooth_l1_loss(predicted[row], target[other]).item() for row, other in finite]
     assert len(losses) == 11 and state.losses[0][0] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
@@ -151,7 +151,7 @@ def test_a_bad_gradient_never_reaches_the_optimiser(train_probes, clip):
                 handle.remove()
                 unchanged = zip(seen["before"], state.parameters[0], strict=True)
                 seen["unchanged"] = all(torch.equal(a, b) for a, b in unchanged)
-                seen["moments kept"] = torch.equal(seen["moment"], state.optimizer.state[parameter]["exp_avg"])
+                seen["moments unchanged"] = torch.equal(seen["moment"], state.optimizer.state[parameter]["exp_avg"])
             return row
 
         trainer.take_step = stepped
@@ -159,7 +159,7 @@ def test_a_bad_gradient_never_reaches_the_optimiser(train_probes, clip):
     fields = {"epochs": 2, "batch_size": 6, "micro_batch": 6, "max_grad_norm": clip}
     clean, _ = train_probes("clean", **fields)
     state, _ = train_probes("hurt", prepare=prepare, **fields)
-    assert seen["unchanged"] and seen["moments kept"]
+    assert seen["unchanged"] and seen["moments unchanged"]
     assert np.isnan(state.losses)[:, 0].tolist() == [False, True, False, False]
     assert all(p.isfinite().all() for p in state.banks["none"].probes[hurt].parameters())
     assert same(state.banks["none"].probes[ProbeKey("gen", 2, 0)], clean.banks["none"].probes[ProbeKey("gen", 2, 0)])

@@ -279,7 +279,7 @@ def test_every_layer_of_a_full_size_llm_is_handed_over():
         llm = LlamaModel(LlamaConfig(**values)).to(torch.bfloat16).eval()
         kinds = torch.zeros(2, 640, dtype=torch.long)
         embedded = torch.zeros(2, 640, 4096, dtype=torch.bfloat16)
-        mask = torch.zeros(2, 1, 640, 640, dtype=torch.bfloat16)  # whole, lest transformers looks into it
+        mask = torch.zeros(2, 1, 640, 640, dtype=torch.bfloat16)  # 4-D: of a 2-D one transformers would read values
     backbone = Backbone("llm", "", "llama", llm, llm.layers, llm.norm, 4096, lambda images: None, "")
     seen = []
     backbone.stream(

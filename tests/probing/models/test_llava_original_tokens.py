@@ -49,7 +49,7 @@ def inputs_of(path, **fields):
     ids=["plain", "no-bos-legacy", "legacy", "special", "tiles"],
 )
 def test_text_around_an_image_is_tokenized_apart(tmp_path, legacy, bos, options):
-    """Against sentencepiece itself on each piece; the line feed after the image follows a blank of its own."""
+    """Against sentencepiece itself on each piece; the line feed after the image follows a separate blank."""
     path = tmp_path / "model"
     original(path, **options)
     pieces = use_sentencepiece(path, legacy, bos)
@@ -114,7 +114,7 @@ def test_several_images_keep_their_own_tokens(tmp_path):
     ],
 )
 def test_the_class_decides_how_special_tokens_are_pooled(tmp_path, kind, form, counts):
-    """The pre-training and probe classes always pool; the fine-tuned one inserts whole rows unless told to pool."""
+    """The pre-training and probe classes always pool; the fine-tuned one inserts whole rows unless set to pool."""
     path = tmp_path / "model"
     original(path, kind, special=16, token_format=form)
     if form is None:

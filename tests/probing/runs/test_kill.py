@@ -19,7 +19,7 @@ from tests.helpers import tiny, warm
 
 KILLS = 4
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
-"""Python's audit events, besides files that are opened to be written."""
+"""Python's audit events, in addition to files opened for writing."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 

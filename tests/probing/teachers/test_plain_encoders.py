@@ -66,7 +66,7 @@ def test_results_probes_and_page_have_every_teacher(run, teachers):
 
 
 def test_the_mean_target_is_of_what_the_encoder_itself_gives(run, teachers, coco):
-    """The cosine of the mean target, by a loop over images and places."""
+    """The cosine of the mean target, by a loop over images and positions."""
     teacher = load_teacher("dino", TeacherRecipe(id=str(teachers["dino"])), torch.device("cpu"))
     splits = [list_images(coco, split, None) for split in ("train2017", "val2017")]
     train, val = (

@@ -146,7 +146,7 @@ def test_finer_encoder_is_resampled_to_any_grid(tmp_path):
     pixels = teacher.prepare([image(216)])
     with torch.no_grad():
         plane = t.ViTModel.from_pretrained(tmp_path).eval()(pixels).last_hidden_state[0, 1:].view(27, 27, 24)
-    row, column = (10.5 * 27 / 24 - 0.5, 3.5 * 27 / 24 - 0.5)  # centre of target place (10, 3) among the patches
+    row, column = (10.5 * 27 / 24 - 0.5, 3.5 * 27 / 24 - 0.5)  # centre of target position (10, 3) in units of patches
     r, c = int(row), int(column)
     a, b = row - r, column - c
     expected = (

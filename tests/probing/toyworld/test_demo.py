@@ -1,4 +1,4 @@
-"""The models that ship with the package are what they are said to be."""
+"""The shipped models reach their stated quality."""
 
 import json
 import multiprocessing
@@ -103,7 +103,7 @@ def test_checkpoints_of_another_study_are_added_to_those_there(tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_everything_can_be_made_from_nothing(tmp_path):
-    """The whole way of `--preset full` and of the shipped models, with too few steps to be any good."""
+    """All models and their shipped copies, made from nothing with too few steps to learn."""
     few = Sizes(
         teacher_scenes=16, held_out=16, train=8, val=6, depth_steps=2, seg_steps=2, gen_steps=2,
         unclip_steps=(2, 2), classifier_steps=2, llava=Schedule(2, 1, 1, 1),

@@ -28,7 +28,7 @@ def images(tmp_path_factory):
 
 
 def test_inceptions_features_are_pytorch_fids(inception_file, images, tmp_path):
-    """The reference reads images of its own size from files; it sees what ours sees."""
+    """The reference reads images from files, at the network's size, so that both get the same pixels."""
     extractor = inception(inception_file, CPU)
     pictures = [images.read(index).resize((256, 256)) for index in range(3)]
     paths = [tmp_path / f"{index}.png" for index in range(3)]
