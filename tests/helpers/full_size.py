@@ -3,8 +3,8 @@
     python -m tests.helpers.full_size FOLDER
 
 makes COCO's 118,287 training images (all of them links to one picture) and 591,753 captions, LLaVA's 558,128 captions
-and 665,298 conversations, ALLaVA's 663,000 captions, teachers and checkpoints. Then `probing plan RECIPE` says in
-FOLDER what the recipes in examples/ and examples/cluster/README.md show.
+and 665,298 conversations, ALLaVA's 663,000 captions, teachers and checkpoints. In FOLDER, `probing plan RECIPE` then
+prints the costs that the recipes in examples/ and examples/cluster/README.md state.
 """
 
 import json
