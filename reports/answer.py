@@ -1,5 +1,6 @@
 """The answer of a report: what the best layer holds, and whether random weights hold as much."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from reports.use import NO_EVIDENCE, used, where
 CODE_LENGTH = ("code_length", "strict")
 NOTHING = "no more than the mean target"
 UNKNOWN = "not compared with random weights"
+NO_INTERVAL = "no verdict without an interval"
 USED_BY, BITS_BY = "used by answers", "bits of the mean feature, by tokens"
 
 
@@ -31,9 +33,9 @@ class Answer:
         measure: metric and protocol.
         best: row of the best layer.
         floor: score of the mean target; None if unknown.
-        difference: best layer minus that of random weights, with `layer` and `random_layer`; None without the control.
+        difference: best layer minus that of random weights, with `layer`, `random_layer` and `paired`, whether scores
+            per image make it paired; None without the control.
         layers: the same layer by layer.
-        paired: whether scores per image make the differences paired.
     """
 
     run: RunResults
@@ -44,7 +46,6 @@ class Answer:
     floor: float | None
     difference: pd.Series | None
     layers: pd.DataFrame
-    paired: bool
 
     @property
     def verdict(self) -> str:
@@ -60,15 +61,15 @@ class Answer:
             return NOTHING
         if self.difference is None:
             return UNKNOWN
+        if math.isnan(self.difference["ci_low"]):
+            return NO_INTERVAL
         return verdict(*sorted(better * self.difference[name] for name in ("ci_low", "ci_high")))
 
     @property
     def above(self) -> str:
         """Returns at how many layers the checkpoint is clearly above random weights at the same layer."""
-        if self.layers.empty:
-            return ""
-        low = self.layers["ci_low"] if sign(self.measure[0]) > 0 else -self.layers["ci_high"]
-        return f"{int((low > 0).sum())} of {len(self.layers)}"
+        low = (self.layers["ci_low"] if sign(self.measure[0]) > 0 else -self.layers["ci_high"]).dropna()
+        return f"{int((low > 0).sum())} of {len(low)}" if len(low) else ""
 
     @property
     def sentence(self) -> str:
@@ -132,7 +133,7 @@ def _answer(run: RunResults, teacher: str, measure: tuple[str, str], paired: Pai
         _difference(row, at.loc[row["layer"]], key, paired) for _, row in curve.iterrows() if row["layer"] in at.index
     ]
     layers = pd.DataFrame(rows, columns=["layer", "random_layer", "value", "ci_low", "ci_high", "n"])
-    return Answer(run, teacher, probe, measure, best, floor, difference, layers, bool(paired.series))
+    return Answer(run, teacher, probe, measure, best, floor, difference, layers)
 
 
 def leading_probe(run: RunResults, teacher: str, measure: tuple[str, str]) -> str:
@@ -152,12 +153,14 @@ def leading_probe(run: RunResults, teacher: str, measure: tuple[str, str]) -> st
 
 def _difference(own: pd.Series, random: pd.Series, key: ScoreKey, paired: PairedScores) -> pd.Series:
     """Returns one difference, paired by image; without scores per image, its interval is as wide as both together."""
-    layers = {"layer": own["layer"], "random_layer": random["layer"]}
     if found := paired.minus_random(replace(key, layer=own["layer"]), random["layer"]):
         interval, n = found
-        return pd.Series(layers | {"value": interval.value, "ci_low": interval.low, "ci_high": interval.high, "n": n})
-    ends = {"ci_low": own["ci_low"] - random["ci_high"], "ci_high": own["ci_high"] - random["ci_low"]}
-    return pd.Series(layers | {"value": own["value"] - random["value"], **ends, "n": min(own["n"], random["n"])})
+        value, low, high = interval.value, interval.low, interval.high
+    else:
+        value, n = own["value"] - random["value"], min(own["n"], random["n"])
+        low, high = own["ci_low"] - random["ci_high"], own["ci_high"] - random["ci_low"]
+    layers = {"layer": own["layer"], "random_layer": random["layer"], "paired": bool(found)}
+    return pd.Series(layers | {"value": value, "ci_low": low, "ci_high": high, "n": n})
 
 
 def answer_table(found: Sequence[Answer]) -> pd.DataFrame:

@@ -170,12 +170,6 @@ class Panel:
         return f"{subject}: Spearman's ρ = {rho}, Kendall's τ = {tau} over {count} checkpoints.{few}"
 
 
-def checkpoint_key(manifest: dict[str, Any]) -> str:
-    """Returns the identity of a checkpoint: its hash, or its path if it has none."""
-    checkpoint = manifest["checkpoint"]
-    return str(checkpoint["path"] if str(checkpoint["sha256"]).endswith("None") else checkpoint["sha256"])
-
-
 def middle_layer_quality(run: RunResults, teacher: str, probe: str) -> tuple[float, str] | None:
     """Returns the mean centred cosine over the middle layers, and their names; None without scores."""
     curve = run.curve(teacher, probe, "none", *MEASURE)
@@ -193,8 +187,8 @@ def panels(probed: Sequence[RunResults], benchmarks: Sequence[BenchmarkResults])
     """
     result = []
     for benchmark in dict.fromkeys(run.benchmark for run in benchmarks):
-        answers = {checkpoint_key(run.manifest): run for run in reversed(benchmarks) if run.benchmark == benchmark}
-        joined = [(run, answers[key]) for run in probed if (key := checkpoint_key(run.manifest)) in answers]
+        answers = {run.identity: run for run in reversed(benchmarks) if run.benchmark == benchmark}
+        joined = [(run, answers[run.identity]) for run in probed if run.identity in answers]
         for probe, teacher in itertools.product(PROBES, dict.fromkeys(name for run in probed for name in run.teachers)):
             points = []
             for run, answered in joined:

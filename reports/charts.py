@@ -110,16 +110,15 @@ def _lines(
     base, scale = alt.Chart(), alt.Scale(domain=list(domain), nice=False, zero=False, padding=8)
     ends = {"y": alt.Y("ci_low:Q"), "y2": "ci_high:Q"}
     y = alt.Y("value:Q", title=ylabel or None, scale=alt.Scale(zero=False))
-    dots = alt.when(pointer).then(alt.value(90)).when("datum.segment").then(alt.value(30))
+    dots = alt.when(pointer).then(alt.value(90)).when("datum.points == 1").then(alt.value(30))
     size = dots.otherwise(alt.value(14 if domain[1] <= DENSE else 5))
     layers = [
+        base.transform_filter("datum.points == 1").mark_rule().encode(**ends),  # a single point has no band
         base.mark_area(opacity=0.15).encode(**ends),
         base.mark_line(strokeWidth=2).encode(y=y, strokeDash=alt.StrokeDash("control:N", scale=dashes, legend=None)),
         base.mark_point(filled=True, opacity=1).encode(y=y, tooltip=tooltip, size=size).add_params(pointer, _zoom()),
         base.transform_filter(pointer).mark_rule(strokeDash=[2, 2]).encode(color=alt.value("gray")),
     ]
-    if ticks[-1][1] == FINAL:  # a single point has no band
-        layers.insert(0, base.transform_filter("datum.segment").mark_rule().encode(**ends))
     if zero:
         ruler = {"x": alt.value(0), "x2": alt.value("width"), "color": alt.value("gray")}
         layers.insert(0, base.mark_rule().encode(y=alt.datum(0), **ruler))
@@ -130,6 +129,7 @@ def _lines(
         )
         .transform_filter(shown)
         .transform_calculate(segment=f"datum.layer == '{FINAL}'")
+        .transform_joinaggregate(points="count()", groupby=["segment", "checkpoint", "control"])
         .add_params(alt.param("hidden", value=[]), alt.param("reference", value=""))
     )
     return _specification(chart)

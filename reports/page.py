@@ -128,7 +128,7 @@ def _write_figures(
 
 
 def load(paths: Sequence[Path]) -> tuple[list[RunResults], list[Results]]:
-    """Reads runs with probes and runs of `probing align`; those of one checkpoint get the same label.
+    """Reads runs with probes and runs of `probing align`; only those of one checkpoint get the same label.
 
     Raises:
         UserError: a folder is not a run, or has no results.
@@ -136,11 +136,13 @@ def load(paths: Sequence[Path]) -> tuple[list[RunResults], list[Results]]:
     runs = load_runs([path for path in paths if not is_alignment(path)])
     unmatched, aligned = list(runs), []
     for one in alignment.load_alignments([path for path in paths if is_alignment(path)]):
-        checkpoint = one.manifest["checkpoint"]["sha256"]
-        match = next((run for run in unmatched if run.manifest["checkpoint"]["sha256"] == checkpoint), None)
-        if match:
+        label = one.label
+        if match := next((run for run in unmatched if run.identity == one.identity), None):
             unmatched.remove(match)
-        aligned.append(replace(one, label=match.label) if match else one)
+            label = match.label
+        elif label in {run.label for run in runs}:
+            label = f"{label} ({one.source.resolve().name})"
+        aligned.append(replace(one, label=label))
     return runs, aligned
 
 
@@ -224,7 +226,7 @@ def _probe_values(
             "sentences": [one.sentence for one in found],
             "compared": [*(() if differences is None else pair_sentences(found, differences)), *answered],
             "label": _title(metric_label(*measure)),
-            "paired": all(one.difference is None or one.paired for one in found),
+            "paired": all(one.difference is None or one.difference["paired"] for one in found),
         }
         if len(minus):
             ylabel = "trained − random" + direction(measure[0], " ↓")

@@ -1,5 +1,6 @@
 """Reads the results, learning curves and manifest of runs."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,7 +63,7 @@ def best_layer(curve: pd.DataFrame, metric: str) -> pd.Series:
 
 
 def interval_text(row: pd.Series | Mapping[str, Any] | None, digits: int = 3, sign: str = "") -> str:
-    """Formats value and interval of a row; empty without a row."""
+    """Formats value and interval of a row; empty without a row, and the value alone without an interval."""
     if row is None:
         return ""
     if not row["n"]:
@@ -70,7 +71,7 @@ def interval_text(row: pd.Series | Mapping[str, Any] | None, digits: int = 3, si
     # Rounded first, and 0 added: a small negative number would become -0.
     numbers = (round(row[name], digits) + 0.0 for name in ("value", "ci_low", "ci_high"))
     value, low, high = (f"{number:{sign}.{digits}f}" for number in numbers)
-    return f"{value} [{low}, {high}]".replace("-", "−")
+    return (value if math.isnan(row["ci_low"]) else f"{value} [{low}, {high}]").replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,12 @@ class Results:
     results: pd.DataFrame
     manifest: dict[str, Any]
     source: Path
+
+    @property
+    def identity(self) -> str:
+        """Returns what identifies the checkpoint: its hash, or its path if it has none."""
+        checkpoint = self.manifest["checkpoint"]
+        return str(checkpoint["path"] if str(checkpoint["sha256"]).endswith("None") else checkpoint["sha256"])
 
     @cached_property
     def _pooled(self) -> pd.DataFrame:
@@ -241,7 +248,9 @@ def _merged_manifest(path: Path, runs: Sequence[Path]) -> dict[str, Any]:
     """Returns the first run's manifest with the warnings of all runs."""
     first, *others = (read_json(run / "manifest.json", RESTORE_ADVICE) for run in runs)
     for manifest in others:
-        for key in ("convergence", "skipped", "not_finite"):
+        for key in ("convergence", "not_finite"):
             first[key] = [*first.get(key, []), *manifest.get(key, [])]
+        new = [one for one in manifest.get("skipped", []) if one not in first.get("skipped", [])]
+        first["skipped"] = [*first.get("skipped", []), *new]
         first["seconds"] = first.get("seconds", 0) + manifest.get("seconds", 0)
     return first | ({"runs": len(runs)} if runs_in(path) else {})

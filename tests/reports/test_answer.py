@@ -9,7 +9,17 @@ import pytest
 
 from analysis.evaluation.above_random import AS_MUCH, LESS, MORE, PairedScores, verdict
 from analysis.evaluation.scores import ScoreFile, ScoreKey, score_file
-from reports.answer import BITS_BY, NOTHING, UNKNOWN, USED_BY, answer_table, answers, pair_sentences, random_frame
+from reports.answer import (
+    BITS_BY,
+    NO_INTERVAL,
+    NOTHING,
+    UNKNOWN,
+    USED_BY,
+    answer_table,
+    answers,
+    pair_sentences,
+    random_frame,
+)
 from reports.page import write_report
 from reports.results import load_runs
 from tests.helpers.report_runs import add_rows, make_run
@@ -47,7 +57,7 @@ def test_difference_from_random_weights_is_paired_by_image(tmp_path):
     path, table = with_scores(tmp_path, shift=4, noise=10)
     (run,) = load_runs([path])
     (answer,) = [one for one in answers([run]) if one.teacher == "depth"]
-    assert answer.measure == ("code_length", "strict") and answer.paired and answer.probe == "ridge"
+    assert answer.measure == ("code_length", "strict") and answer.difference["paired"] and answer.probe == "ridge"
     curves = {c: run.curve("depth", "ridge", c, "code_length", "strict").set_index("layer") for c in ("none", "random")}
     best = {control: curve["value"].idxmax() for control, curve in curves.items()}
     assert answer.best["layer"] == best["none"] and answer.difference["random_layer"] == best["random"]
@@ -171,3 +181,13 @@ def test_erasure_and_positions_are_columns_where_they_have_rows(tmp_path):
         "Generation": "not measured",
     }
     assert BITS_BY not in table
+
+
+def test_no_verdict_without_an_interval(tmp_path):
+    """A Fréchet distance of few images has a value and no interval: nothing contains zero."""
+    path = make_run(tmp_path / "run", layers=2)
+    table = pd.read_csv(path / "results.csv", dtype={"layer": str}, keep_default_na=False)
+    table.assign(ci_low="", ci_high="").to_csv(path / "results.csv", index=False)
+    found = answers(load_runs([path]))
+    assert {(one.verdict, one.above) for one in found} == {(NO_INTERVAL, "")}
+    assert "is 0.600. The best" in found[0].sentence and "difference: +0.300." in found[0].sentence

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import vl_convert
 
-from reports.charts import bundle
+from reports.charts import bundle, line_chart
 from reports.curves import PROBES, differences_from, layer_ticks, references, with_positions
 from reports.page import load, render, write_report
 from reports.results import read_results
@@ -74,6 +74,42 @@ def test_charts_are_valid_and_drawn_by_vega(tmp_path):
     assert before > lines(["random weights"]) > lines(["random weights", "shuffled pairs"]) > lines(["tiny"])
     positions = chart["rows"].drop_duplicates("x").set_index("layer")["x"]
     assert [positions[str(k)] for k in range(7)] == [*range(7)] and positions["final"] > 6
+
+
+def test_a_single_point_has_its_interval():
+    """One probed layer, or `final` next to others: a band needs two points."""
+    for layers, rules in ((["7"], 1), (["6", "7"], 0), (["6", "7", "final"], 1)):
+        frame = pd.DataFrame({"layer": layers, "checkpoint": "a", "control": "checkpoint", "value": 0.5, "n": 9})
+        chart = line_chart(with_positions(frame.assign(ci_low=0.4, ci_high=0.6)), "depth", ["a"])
+        drawn = vl_convert.vegalite_to_svg(chart | {"width": 300})
+        assert drawn.count('aria-roledescription="rule mark"') == rules
+
+
+def test_several_runs_are_not_described_by_the_first(tmp_path):
+    """Other numbers of images are named, and what every seed skips counts once."""
+    paths = [make_run(tmp_path / "seeds" / name, layers=1) for name in ("s0", "s1")]
+    for path in paths:
+        (path / "recipe.yaml").write_text("x: 1\n")
+    shutil.copy(paths[0] / "results.csv", tmp_path / "seeds")
+    other = make_run(tmp_path / "other", "other", layers=1)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["data"] |= {"train_images": 11}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    page = write_report([tmp_path / "seeds", other], tmp_path / "report").read_text()
+    assert "9 or 11 training and 50 held-out images" in page and page.count("1 images: bad.jpg") == 2
+
+
+def test_other_weights_have_another_label(tmp_path):
+    """A run of `align` shares the label of the checkpoint it measured, not that of another one with the same name."""
+    probed = make_run(tmp_path / "probed", "llava", layers=1)
+    for folder, sha in (("same", "s"), ("fork", "t")):
+        manifest = {"kind": "alignment", "checkpoint": {"name": "llava", "path": "/models/x", "sha256": sha}}
+        aligned = make_run(tmp_path / folder, layers=1)
+        (aligned / "manifest.json").write_text(json.dumps(manifest))
+        (aligned / "recipe.yaml").write_text("coverage: 0.5\n")
+    for folder, label in (("same", "llava"), ("fork", "llava (fork)")):
+        runs, (one,) = load([probed, tmp_path / folder])
+        assert [run.label for run in runs] == ["llava"] and one.label == label
 
 
 def test_differences_can_be_seen_from_every_checkpoint():
