@@ -11,7 +11,7 @@ from analysis.evaluation.compare import statements
 from analysis.evaluation.registry import describe
 from analysis.evaluation.scores import ScoreKey
 from reports.curves import PROBES, teachers_of, with_panels, with_positions
-from reports.results import MEASURE, RunResults, best_layer, interval_text, metric_label, sign, teacher_title
+from reports.results import MEASURE, RunResults, best_layer, interval_text, sign, teacher_title
 from reports.theme import CHECKPOINT
 from reports.use import NO_EVIDENCE, used, where
 
@@ -74,15 +74,15 @@ class Answer:
     @property
     def sentence(self) -> str:
         """Returns the verdict as a sentence with its numbers."""
-        digits = describe(*self.measure).digits
+        info = describe(*self.measure)
         start = (
             f"{teacher_title(self.teacher)}, {self.run.label}: {self.verdict}. Its best layer is {self.best['layer']}, "
-            f"where the {metric_label(*self.measure)} of the {PROBES[self.probe]} is {interval_text(self.best, digits)}"
+            f"where the {info.label} of the {PROBES[self.probe]} is {interval_text(self.best, info.digits)}"
         )
         if self.difference is None:
             text = f"{start}. Add the control to know what the number means: probing train … --control random."
         else:
-            minus = interval_text(self.difference, digits, "+")
+            minus = interval_text(self.difference, info.digits, "+")
             layer = self.difference["random_layer"]
             text = f"{start}. The best layer of random weights is {layer}; difference: {minus}."
         found = used(self.run, self.teacher)

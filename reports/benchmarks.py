@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from analysis.benchmarks.compare import answer_statements
 from analysis.benchmarks.rank_correlation import FEW, LEAST, RankCorrelation, rank_correlation
 from analysis.benchmarks.tasks import BENCHMARKS, part_label, title
-from analysis.evaluation.registry import ACCURACY
+from analysis.evaluation.registry import ACCURACY, describe
 from probing.runs.directory import runs_in
 from probing.utils.errors import UserError
 from probing.utils.files import RESTORE_ADVICE, read_json
@@ -28,7 +28,6 @@ from reports.results import (
     RunResults,
     interval_text,
     load_runs,
-    metric_label,
     read_run,
     run_name,
     unique_labels,
@@ -38,7 +37,7 @@ from reports.theme import style
 
 MIDDLE = (0.25, 0.75)
 """Range of layers over which probe quality is averaged, as fractions of the depth."""
-QUALITY = f"{metric_label(*MEASURE)}, middle layers"
+QUALITY = f"{describe(*MEASURE).label}, middle layers"
 
 
 @dataclass(frozen=True)

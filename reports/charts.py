@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,6 @@ from reports.results import FINAL
 from reports.theme import REFERENCES, dash, palette
 
 HEIGHT = 260
-DIGITS = 6
-"""Significant digits of the values on the page."""
 NUMBERS = ("value", "ci_low", "ci_high")
 
 
@@ -74,9 +71,7 @@ def line_chart(
     columns = ["x", "layer", "checkpoint", "control", *NUMBERS, "n"] + ["reference"] * ("reference" in frame)
     controls = tuple(dict.fromkeys(frame["control"]))
     template = _lines(ticks, ends, controls, tuple(names), ylabel, zero, "reference" in frame)
-    return (
-        template | _data(frame[columns]) | {"title": title, "description": f"{title}; its values are in a table below"}
-    )
+    return template | _data(frame[columns], title)
 
 
 @functools.cache
@@ -149,8 +144,7 @@ def scatter_chart(frame: pd.DataFrame, title: str, names: Sequence[str], xlabel:
         .transform_filter("indexof(hidden, datum.checkpoint) < 0")
         .add_params(alt.param("hidden", value=[]))
     )
-    text = {"title": title, "description": f"{title}; its values are in a table below"}
-    return _specification(chart) | _data(frame[["checkpoint", "x", *NUMBERS]]) | text
+    return _specification(chart) | _data(frame[["checkpoint", "x", *NUMBERS]], title)
 
 
 def legend(frame: pd.DataFrame, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -172,17 +166,14 @@ def _zoom() -> alt.Parameter:
     return alt.selection_interval(name="zoom", bind="scales", zoom="wheel![event.shiftKey]")
 
 
-def _data(frame: pd.DataFrame) -> dict[str, Any]:
-    """Returns rows as CSV, a third of the size of JSON."""
-    frame = frame.assign(**{name: frame[name].map(_rounded) for name in NUMBERS})
+def _data(frame: pd.DataFrame, title: str) -> dict[str, Any]:
+    """Returns rows as CSV with six significant digits, a third of the size of JSON."""
+    frame = frame.assign(**{name: frame[name].map("{:.6g}".format, na_action="ignore") for name in NUMBERS})
     if "n" in frame:
         frame = frame.astype({"n": "Int64"})
     types = {name: "number" if name in (*NUMBERS, "x", "n") else "string" for name in frame}
-    return {"data": {"values": frame.to_csv(index=False), "format": {"type": "csv", "parse": types}}}
-
-
-def _rounded(value: float) -> str:
-    return f"{value:.{DIGITS}g}" if math.isfinite(value) else ""
+    data = {"values": frame.to_csv(index=False), "format": {"type": "csv", "parse": types}}
+    return {"data": data, "title": title, "description": f"{title}; its values are in a table below"}
 
 
 def _specification(chart: alt.LayerChart) -> dict[str, Any]:

@@ -36,15 +36,11 @@ def panel_title(teacher: str, probe: str) -> str:
     return f"{teacher_title(teacher)}, {PROBES[probe]}"
 
 
-def position(layer: str, deepest: int) -> int:
-    """Returns the place of a layer on the axis: `final` is separate from the layers, and the tower comes before 0."""
-    return deepest + max(1, round(0.13 * deepest)) if layer == FINAL else int(layer_rank(layer))
-
-
 def with_positions(frame: pd.DataFrame) -> pd.DataFrame:
-    """Adds the column `x`."""
+    """Adds the column `x`: `final` is separate from the layers, and the tower comes before 0."""
     deepest = max((int(layer) for layer in frame["layer"] if layer.isdecimal()), default=0)
-    return frame.assign(x=[position(layer, deepest) for layer in frame["layer"]])
+    apart = deepest + max(1, round(0.13 * deepest))
+    return frame.assign(x=[apart if layer == FINAL else int(layer_rank(layer)) for layer in frame["layer"]])
 
 
 def with_panels(frame: pd.DataFrame) -> pd.DataFrame:
@@ -105,9 +101,9 @@ def difference_frame(differences: pd.DataFrame, metric: str, protocol: str) -> p
     return with_positions(with_panels(d.assign(control=CHECKPOINT)))
 
 
-def direction(metric: str, text: str = ", lower is better") -> str:
+def direction(metric: str) -> str:
     """Returns what the label of an axis adds for a metric of which less is better."""
-    return "" if describe(metric).higher_is_better else text
+    return "" if describe(metric).higher_is_better else " ↓"
 
 
 def references(differences: pd.DataFrame) -> list[str]:

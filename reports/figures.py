@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from analysis.evaluation.registry import describe
 from probing.utils.errors import UserError
 from probing.utils.files import atomic_file
 from reports.curves import DENSE, LAYER, PROBES, direction, layer_frame, layer_ticks
-from reports.results import FINAL, RunResults, layer_rank, metric_label, sign, sort_teachers, teacher_title
+from reports.results import FINAL, RunResults, layer_rank, sign, sort_teachers, teacher_title
 from reports.theme import CEILING, DOUBLE, REFERENCES, SINGLE, dash, palette, style
 
 Style = Literal["screen", "paper"]
@@ -29,7 +30,6 @@ def line_plot(
     ylabel: str = "",
     colours: Mapping[str, str] | None = None,
     paper: bool = False,
-    xlabel: str = LAYER,
     zero: bool = False,
 ) -> Figure:
     """Draws lines with confidence bands: a panel per value of the column `panel`, at most three in a row.
@@ -39,7 +39,6 @@ def line_plot(
         ylabel: label of the vertical axes.
         colours: by checkpoint; by default in the order of the frame.
         paper: whether to use the sizes of a paper.
-        xlabel: label of the horizontal axes.
         zero: whether to draw a line at zero.
     """
     checkpoints, controls = (list(dict.fromkeys(frame[name])) for name in ("checkpoint", "control"))
@@ -62,7 +61,7 @@ def line_plot(
 
     with mpl.rc_context(style(paper)):
         columns = max(frame["teacher"].nunique(), 2) if "teacher" in frame else 3
-        figure = draw_panels(list(dict.fromkeys(frame["panel"])), draw, columns, xlabel, ylabel, paper)
+        figure = draw_panels(list(dict.fromkeys(frame["panel"])), draw, columns, LAYER, ylabel, paper)
         handles = [Line2D([], [], color=colours[name], marker=dot, label=name) for name in checkpoints]
         if len(controls) > 1:
             ink = REFERENCES[CEILING][0]
@@ -130,17 +129,17 @@ def layer_plot(
     frame = layer_frame(runs, metric, protocol)
     if frame.empty:
         raise UserError(f"no run has the metric {metric} ({protocol}); run: probing evaluate RUN --metric {metric}")
-    return line_plot(frame, metric_label(metric, protocol) + direction(metric), colours, paper)
+    return line_plot(frame, describe(metric, protocol).label + direction(metric), colours, paper)
 
 
-def heat_map(run: RunResults, probe: str = "ridge", paper: bool = False) -> Figure | None:
+def heat_map(run: RunResults, probe: str, paper: bool = False) -> Figure | None:
     """Draws layers × metrics for one probe, each row scaled from its worst layer to its best; None without layers."""
     rows: dict[str, pd.Series] = {}
     for metric, protocol in run.measures:
         for teacher in run.teachers_of(metric, protocol):
             curve = run.curve(teacher, probe, "none", metric, protocol).set_index("layer")["value"]
             if len(curve) > 1:
-                rows[f"{teacher_title(teacher)}: {metric_label(metric, protocol)}"] = curve * sign(metric)
+                rows[f"{teacher_title(teacher)}: {describe(metric, protocol).label}"] = curve * sign(metric)
     if not rows:
         return None
     table = pd.DataFrame(rows).T
@@ -204,10 +203,10 @@ def save_figure(figure: Figure, folder: Path, name: str, kind: Style) -> None:
                 figure.savefig(file, format=suffix, **options)
 
 
-def png_data_uri(figure: Figure, dpi: int = 110) -> str:
+def png_data_uri(figure: Figure) -> str:
     """Encodes a figure as a PNG data URI with an adaptive palette of 256 colours: a third of the size."""
     full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", dpi=dpi)
+    figure.savefig(full, format="png", dpi=110)
     with Image.open(full) as image:
         image.convert("RGB").quantize(256).save(small, format="png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(small.getvalue()).decode()

@@ -11,7 +11,7 @@ from probing.utils.paths import ELSEWHERE
 from reports.answer import answers, convergence
 from reports.curves import PROBES
 from reports.figures import layer_plot
-from reports.results import AVERAGE, RunResults, best_layer, interval_text, load_runs, metric_label, teacher_title
+from reports.results import AVERAGE, RunResults, best_layer, interval_text, load_runs, teacher_title
 
 TAGS = ("probing", "interpretability", "multimodal", "vision-language-model")
 FIGURE = "figures/layers.png"
@@ -44,7 +44,7 @@ def write_card(folder: Path, repo: str, licence: str | None = None) -> None:
         name=_escaped(checkpoint["name"]),
         properties={name: _escaped(text) for name, text in _properties(run).items()},
         figure=FIGURE if measures else "",
-        measure=metric_label(*measures[0]) if measures else "",
+        measure=describe(*measures[0]).label if measures else "",
         rows=[row for measure in measures for row in _rows(run, *measure)],
         notes=[_escaped(note) for note in [*(answer.sentence for answer in answers([run])), *convergence(run)]],
         teacher=(teacher := run.teachers[0]),
@@ -87,7 +87,7 @@ def _rows(run: RunResults, metric: str, protocol: str) -> Iterator[list[str]]:
             yield [
                 teacher_title(teacher),
                 title,
-                _escaped(metric_label(metric, protocol)),
+                _escaped(describe(metric, protocol).label),
                 str(best["layer"]),
                 interval_text(best, digits),
                 interval_text(run.row(teacher, probe, "none", metric, protocol, AVERAGE), digits),

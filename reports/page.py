@@ -27,7 +27,7 @@ from reports.curves import (
 )
 from reports.figures import Style, heat_map, learning_plot, png_data_uri, save_figure, slug, write_group
 from reports.pictures import grid_figure, read_grids, viewers
-from reports.results import MEASURE, Results, RunResults, load_runs, metric_label, sort_measures
+from reports.results import MEASURE, Results, RunResults, load_runs, sort_measures
 from reports.tables import decoded_notes, decoded_table, difference_table, headline_rows, is_answer
 from reports.theme import REFERENCES, palette, vega_config
 from reports.use import sections as use_sections
@@ -82,7 +82,8 @@ def _write_report(
         write_text(out / "differences.csv", differences.to_csv(index=False))
         answer_differences = differences[is_answer(differences)]
         differences = differences[~is_answer(differences)].reset_index(drop=True)
-    names = checkpoint_names(runs, aligned, differences)
+    compared = [] if differences is None else references(differences)
+    names = list(dict.fromkeys([*(run.label for run in (*runs, *aligned)), *compared]))
     vqa = benchmarks.chapter(probed, answered, names, answer_differences) if answered else {"panels": []}
     if vqa["panels"]:
         points = benchmarks.joined_points(vqa["panels"])
@@ -96,9 +97,10 @@ def _write_report(
         _write_figures(values, vqa["panels"], out, style, palette(names))
     merged = [run.results.assign(checkpoint=run.label) for run in (*runs, *aligned, *answered)]
     write_text(out / "results.csv", pd.concat(merged).to_csv(index=False))
-    page = out / "index.html"
-    write_text(page, _fill(values))
-    return page
+    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    templates = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    write_text(out / "index.html", templates.get_template("page.html").render(**values))
+    return out / "index.html"
 
 
 def _write_figures(
@@ -144,31 +146,6 @@ def load(paths: Sequence[Path]) -> tuple[list[RunResults], list[Results]]:
             label = f"{label} ({one.source.resolve().name})"
         aligned.append(replace(one, label=label))
     return runs, aligned
-
-
-def checkpoint_names(
-    runs: Sequence[RunResults], aligned: Sequence[Results], differences: pd.DataFrame | None
-) -> list[str]:
-    """Returns the checkpoints of charts in the order of their colours."""
-    compared = [] if differences is None else references(differences)
-    return list(dict.fromkeys([*(run.label for run in (*runs, *aligned)), *compared]))
-
-
-def render(
-    runs: Sequence[RunResults],
-    aligned: Sequence[Results],
-    differences: pd.DataFrame | None = None,
-    statements: Sequence[str] = (),
-) -> str:
-    """Renders the page from the runs that `load` returns; see `write_report`."""
-    names = checkpoint_names(runs, aligned, differences)
-    return _fill(page_values(runs, aligned, differences, statements, {}, names))
-
-
-def _fill(values: Mapping[str, Any]) -> str:
-    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    templates = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return templates.get_template("page.html").render(**values)
 
 
 def page_values(
@@ -225,20 +202,20 @@ def _probe_values(
             "table": answer_table(found),
             "sentences": [one.sentence for one in found],
             "compared": [*(() if differences is None else pair_sentences(found, differences)), *answered],
-            "label": _title(metric_label(*measure)),
+            "label": _title(describe(*measure).label),
             "paired": all(one.difference is None or one.difference["paired"] for one in found),
         }
         if len(minus):
-            ylabel = "trained − random" + direction(measure[0], " ↓")
+            ylabel = "trained − random" + direction(measure[0])
             answer["random"] = chart_group(minus, names, "minus_random", ylabel, zero=True, headline=True)
     measures = sorted(
         sort_measures(measure for run in runs for measure in run.measures), key=lambda measure: measure != MEASURE
     )
     sections: list[dict[str, Any]] = []
     for measure in measures:
-        frame, label, meaning = layer_frame(runs, *measure), metric_label(*measure), describe(*measure).meaning
+        frame, label, meaning = layer_frame(runs, *measure), describe(*measure).label, describe(*measure).meaning
         if len(frame):
-            name, ylabel = "layers_" + "_".join(measure), label + direction(measure[0], " ↓")
+            name, ylabel = "layers_" + "_".join(measure), label + direction(measure[0])
             sections.append(
                 chart_group(frame, names, name, ylabel, headline=not sections, title=_title(label), text=meaning)
             )
@@ -261,9 +238,9 @@ def _comparison(differences: pd.DataFrame, names: Sequence[str], statements: Seq
     seen = [differences_from(differences, name).reset_index(drop=True) for name in chosen]
     metrics: list[dict[str, Any]] = []
     for measure in compared_metrics(differences):
-        frame, ylabel = difference_frame(pd.concat(seen), *measure), "difference" + direction(measure[0], " ↓")
+        frame, ylabel = difference_frame(pd.concat(seen), *measure), "difference" + direction(measure[0])
         if len(frame):
-            name, title = "differences_" + "_".join(measure), _title(metric_label(*measure))
+            name, title = "differences_" + "_".join(measure), _title(describe(*measure).label)
             metrics.append(chart_group(frame, names, name, ylabel, zero=True, headline=not metrics, title=title))
     means = [difference_table(headline_rows(frame)) for frame in seen]
     return {"references": chosen, "metrics": metrics, "means": means, "statements": list(statements)}

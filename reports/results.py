@@ -36,11 +36,6 @@ def teacher_title(teacher: str) -> str:
     return TITLES.get(teacher, teacher)
 
 
-def metric_label(metric: str, protocol: str) -> str:
-    """Returns the name of a metric in figures and tables."""
-    return describe(metric, protocol).label
-
-
 def sort_measures(measures: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Sorts pairs of metric and protocol in the order of the registry; unregistered ones come last."""
     known = infos()

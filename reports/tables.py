@@ -9,7 +9,7 @@ from analysis.alignment.headlines import HEADLINE_METRICS
 from analysis.benchmarks.tasks import part_label
 from analysis.evaluation.registry import ACCURACY, MetricInfo, describe
 from reports.curves import PROBES, compared_metrics, teachers_of
-from reports.results import AVERAGE, RunResults, best_layer, interval_text, metric_label, teacher_title
+from reports.results import AVERAGE, RunResults, best_layer, interval_text, teacher_title
 
 CONTROLS = {"none": "", "random": ", random weights"}
 REFERENCES = (
@@ -110,7 +110,7 @@ def difference_table(rows: pd.DataFrame) -> pd.DataFrame:
 def _difference(row: dict[Any, Any]) -> dict[str, str]:
     probed, answered = row["probe"] != "", row["layer"] == ""
     metric = (
-        metric_label(row["metric"], row["protocol"])
+        describe(row["metric"], row["protocol"]).label
         if probed
         else HEADLINE_METRICS.get((row["metric"], row["variant"]))
     )

@@ -18,7 +18,7 @@ POSITIONS = {
 """Name in results → name on the page."""
 READ, USED, LOSS = "code_length_mean", "erased_excess", "erased_loss"
 """Metrics: bits read at a position, loss when erased beyond a random subspace, and the loss itself."""
-ABSENT, NO_EVIDENCE = "", "no evidence"
+NO_EVIDENCE = "no evidence"
 
 
 def positions_of(run: RunResults, metric: str) -> list[str]:
@@ -51,7 +51,7 @@ def used(run: RunResults, teacher: str) -> str:
     ]
     rows = pd.concat(parts) if parts else pd.DataFrame()
     if rows.empty:
-        return ABSENT
+        return ""
     wider = norm.isf(0.025 / len(rows)) / norm.isf(0.025)
     sure = rows[rows["value"] - wider * (rows["value"] - rows["ci_low"]) > 0]
     if sure.empty:

@@ -11,7 +11,6 @@
   // Theme: the system's, unless the reader chooses one.
   const root = document.documentElement;
   const dark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-  let redraw = () => {};
   const theme = make("button", { type: "button", className: "theme" });
   const named = () => { theme.textContent = dark() ? "Light colours" : "Dark colours"; };
   theme.addEventListener("click", () => {
@@ -53,7 +52,7 @@
   }), { rootMargin: "600px" });
   charts.forEach(({ figure }) => watch.observe(figure));
   Object.assign(window, { charts, drawChart: draw }); // for the console and for tests
-  redraw = () => charts.filter(({ view }) => view).forEach(draw);
+  const redraw = () => charts.filter(({ view }) => view).forEach(draw);
 
   // Legends: clicking a name hides or shows its lines in all charts.
   all(".legend li[data-name]").forEach((item) => {

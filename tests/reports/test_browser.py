@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from reports.page import load, render
+from reports.page import write_report
 from reports.theme import DARK, LIGHT, MEAN, REFERENCES
 from tests.helpers.browser import Browser, executable
 from tests.helpers.report_runs import decode, make_differences, make_run, wide_pictures
@@ -24,8 +24,7 @@ def page(tmp_path_factory):
     decode(paths[2])
     for number, path in enumerate(paths):
         wide_pictures(path, layers=3, side=48, shift=number)
-    runs, aligned = load(paths)
-    return render(runs, aligned, make_differences(names, 3), ["one <b>sentence</b>"])
+    return write_report(paths, root / "report", make_differences(names, 3), ["one <b>sentence</b>"]).read_text()
 
 
 @pytest.fixture(scope="module")

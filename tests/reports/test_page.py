@@ -4,7 +4,6 @@ import itertools
 import json
 import re
 import shutil
-from dataclasses import replace
 
 import altair as alt
 import pandas as pd
@@ -13,7 +12,7 @@ import vl_convert
 
 from reports.charts import bundle, line_chart
 from reports.curves import PROBES, differences_from, layer_ticks, references, with_positions
-from reports.page import load, render, write_report
+from reports.page import load, write_report
 from reports.results import read_results
 from reports.theme import CONTROLS, MEAN
 from tests.helpers.charts import Parsed
@@ -61,8 +60,8 @@ def test_charts_have_the_numbers_of_the_table(tmp_path):
 
 def test_charts_are_valid_and_drawn_by_vega(tmp_path):
     """Lines have a point per layer, `final` is separate, and a hidden name is not drawn."""
-    runs, _ = load([make_run(tmp_path / "run", layers=6)])
-    chart = next(one for one in Parsed(render(runs, [])).charts() if one["title"] == "Depth, Perceiver resampler")
+    page = Parsed(write_report([make_run(tmp_path / "run", layers=6)], tmp_path / "report").read_text())
+    chart = next(one for one in page.charts() if one["title"] == "Depth, Perceiver resampler")
     spec = {key: value for key, value in chart.items() if key != "rows"} | {"width": 300}
     alt.LayerChart.from_dict(spec)  # raises where the schema does not allow it
 
@@ -144,8 +143,8 @@ def test_large_page_is_under_five_megabytes(tmp_path):
             rows = [(layer, *kind, 0.4 + 0.001 * int(layer), 0.01) for layer in layers for kind in kinds]
             rows += [("", "constant", "mean", 0.08, 0.0), ("", "target", "teacher", 0.52, 0.0)]
             add_rows(path, metric, protocol, teacher, rows)
-    runs, _ = load(paths)
-    page = render(runs, [], make_differences([run.label for run in runs], 32), ["one"])
+    differences = make_differences([f"model {k}" for k in range(3)], 32)
+    page = write_report(paths, tmp_path / "report", differences, ["one"]).read_text()
     assert len(page.encode()) < 5_000_000
     assert len(re.sub(r'"data:image/webp[^"]*"', "", page).encode()) < 3_000_000
     parsed = Parsed(page)
@@ -178,11 +177,11 @@ def named_page(root, name):
     for one in (path, other):
         table = pd.read_csv(one / "results.csv", dtype=str, keep_default_na=False)
         table[table["metric"] == "cosine_centred"].to_csv(one / "results.csv", index=False)
+        pd.read_csv(one / "learning_curves.csv")[:0].to_csv(one / "learning_curves.csv", index=False)
     wide_pictures(path, layers=1, side=16, images=1)
     (path / "pictures" / "classes.json").write_text(json.dumps([name] * 10))
-    runs, _ = load([path, other])
-    runs = [replace(run, curves=run.curves.iloc[:0]) for run in runs]
-    return Parsed(render(runs, [], make_differences([name, "other"], 1), [name]))
+    page = write_report([path, other], root / "report", make_differences([name, "other"], 1), [name])
+    return Parsed(page.read_text())
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import reports
 from probing.cli import cli
 from reports.curves import difference_frame, differences_from, layer_frame
 from reports.figures import layer_plot, line_plot
-from reports.page import load, render
+from reports.page import load, write_report
 from reports.theme import DOUBLE, GROUND, REFERENCES, SINGLE, palette
 from tests.helpers.charts import Parsed
 from tests.helpers.report_runs import make_differences, make_run
@@ -101,7 +101,7 @@ def drawn(figure, names):
     return {name: colour for name, colour in looks.items() if name in names}
 
 
-def test_checkpoint_looks_the_same_in_figures_and_page(paths):
+def test_checkpoint_looks_the_same_in_figures_and_page(paths, tmp_path):
     runs, _ = load(paths)
     names = [run.label for run in runs]
     colours = palette(names)
@@ -111,7 +111,7 @@ def test_checkpoint_looks_the_same_in_figures_and_page(paths):
     for reference in names:
         frame = difference_frame(differences_from(differences, reference), "cosine", "strict")
         assert drawn(line_plot(frame, colours=colours), names) == {n: colours[n] for n in names if n != reference}
-    page = Parsed(render(runs, [], differences))
+    page = Parsed(write_report(paths, tmp_path / "report", differences).read_text())
     themes = next(json.loads(attrs["data-themes"]) for tag, attrs in page.tags if tag == "body")
     for theme in THEMES:
         scheme = [palette(names, theme == "dark")[name] for name in (*names, *REFERENCES)]
