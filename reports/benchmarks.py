@@ -211,17 +211,12 @@ def _correlation(points: pd.DataFrame) -> RankCorrelation | None:
 
 def comparability_warnings(probed: Sequence[RunResults]) -> list[str]:
     """Explains why probe quality cannot be compared between runs, one sentence per reason."""
-    warnings = []
-    for name, values in {
-        "held-out images": {run.manifest["data"]["eval_digest"] for run in probed},
-        "training images": {run.manifest["data"]["train_digest"] for run in probed},
-        "teachers": {
-            str({key: teacher["sha256"] for key, teacher in run.manifest["teachers"].items()}) for run in probed
-        },
-    }.items():
-        if len(values) > 1:
-            warnings.append(f"The runs with probes differ in their {name}: their qualities cannot be compared.")
-    return warnings
+    digests = {"held-out images": "eval_digest", "training images": "train_digest"}
+    values = {name: {run.manifest["data"][key] for run in probed} for name, key in digests.items()}
+    teachers = [{key: teacher["sha256"] for key, teacher in run.manifest["teachers"].items()} for run in probed]
+    values["teachers"] = {str(one) for one in teachers}
+    text = "The runs with probes differ in their {}: their qualities cannot be compared."
+    return [text.format(name) for name, different in values.items() if len(different) > 1]
 
 
 def quality_title(panel: Panel) -> str:
@@ -250,57 +245,52 @@ def quality_plot(panels: Sequence[Panel], colours: Mapping[str, str], paper: boo
     return figure
 
 
+def load_probed(paths: Sequence[Path]) -> list[RunResults]:
+    """Reads runs with probes one by one, those of folders too: a point is one checkpoint."""
+    return load_runs([run for path in paths for run in runs_in(path) or [path] if (run / "results.csv").exists()])
+
+
 def chapter(
-    probed: Sequence[Path],
+    runs: Sequence[RunResults],
     benchmarks: Sequence[BenchmarkResults],
+    joined: Sequence[Panel],
     names: Sequence[str],
     differences: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
-    """Joins runs with probes and runs of benchmarks by checkpoint, for the page.
+    """Returns the variables of the template.
 
     Args:
-        probed: runs with probes, and folders of them.
+        runs: runs with probes, from `load_probed`.
         benchmarks: runs of `probing bench`.
+        joined: the `panels` of both.
         names: all checkpoints of the page, in the order of their colours.
         differences: paired differences of accuracy, from `probing compare`.
 
     Returns:
-        `labels` of the runs, `tables` by benchmark, `statements` on differences, `quality` (charts), `sentences` on
-        correlations, and `panels`.
+        `labels` of the runs, `tables` by benchmark, `statements` on differences, `quality` (charts), and `sentences` on
+        correlations.
     """
-    runs = load_runs([run for path in probed for run in runs_in(path) or [path] if (run / "results.csv").exists()])
-    joined = panels(runs, benchmarks)
     sentences = [*dict.fromkeys(panel.sentence for panel in joined), *(comparability_warnings(runs) if joined else ())]
     if runs and not joined:
         sentences = ["No checkpoint has both probes and answers: no two runs have the same weights."]
     tables = []
     for name in dict.fromkeys(run.benchmark for run in benchmarks):
         selected = [run for run in benchmarks if run.benchmark == name]
-        rows = None if differences is None else differences[differences["protocol"] == name]
-        compared = None if rows is None or rows.empty else difference_table(rows)
-        tables.append(
-            {
-                "title": _title(selected, name),
-                "table": accuracy_table(selected),
-                "differences": compared,
-                "notes": notes(selected),
-            }
-        )
+        rows = pd.DataFrame() if differences is None else differences[differences["protocol"] == name]
+        table = {"title": _title(selected, name), "table": accuracy_table(selected), "notes": notes(selected)}
+        tables.append(table | {"differences": difference_table(rows) if len(rows) else None})
     shown = [panel for panel in joined if panel.correlation is not None]
     frames = [panel.points.rename(columns={"quality": "x", "accuracy": "value"}) for panel in shown]
     charts = [
         scatter_chart(frame, quality_title(panel), names, QUALITY, f"accuracy, {panel.name}")
         for frame, panel in zip(frames, shown, strict=True)
     ]
-    quality = {"charts": charts, "legend": legend(pd.concat(frames), names)} if charts else {}
-    labels = list(dict.fromkeys(run.label for run in benchmarks))
     return {
-        "labels": labels,
+        "labels": list(dict.fromkeys(run.label for run in benchmarks)),
         "tables": tables,
         "statements": [] if differences is None else answer_statements(differences),
-        "quality": quality,
+        "quality": {"charts": charts, "legend": legend(pd.concat(frames), names)} if charts else {},
         "sentences": sentences,
-        "panels": joined,
     }
 
 

@@ -84,17 +84,18 @@ def _write_report(
         differences = differences[~is_answer(differences)].reset_index(drop=True)
     compared = [] if differences is None else references(differences)
     names = list(dict.fromkeys([*(run.label for run in (*runs, *aligned)), *compared]))
-    vqa = benchmarks.chapter(probed, answered, names, answer_differences) if answered else {"panels": []}
-    if vqa["panels"]:
-        points = benchmarks.joined_points(vqa["panels"])
-        names = list(dict.fromkeys([*names, *points["checkpoint"]]))
+    singles = benchmarks.load_probed(probed) if answered else []
+    if panels := benchmarks.panels(singles, answered):
+        points = benchmarks.joined_points(panels)
+        names = list(dict.fromkeys([*names, *points["checkpoint"]]))  # those in a folder of seeds have no line
         write_text(out / "quality_accuracy.csv", points.to_csv(index=False))
+    vqa = benchmarks.chapter(singles, answered, panels, names, answer_differences) if answered else {}
     table = decoded_table(runs)
     if len(table):
         write_text(out / "table8.csv", table.to_csv(index_label="checkpoint"))
     values = page_values(runs, aligned, differences, statements, vqa, names)
     if style:
-        _write_figures(values, vqa["panels"], out, style, palette(names))
+        _write_figures(values, panels, out, style, palette(names))
     merged = [run.results.assign(checkpoint=run.label) for run in (*runs, *aligned, *answered)]
     write_text(out / "results.csv", pd.concat(merged).to_csv(index=False))
     folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
@@ -167,7 +168,7 @@ def page_values(
         "colours_css": colours_css(names),
         "bundle": bundle() if runs or aligned or vqa.get("quality") else "",
         "differences": differences is not None,
-        "vqa": vqa if "tables" in vqa else {},
+        "vqa": vqa,
         "runs": runs,
         "compared_table": difference_table(headline_rows(differences)) if alone else pd.DataFrame(),
         **alignment.chapter(aligned, names),

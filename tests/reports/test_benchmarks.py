@@ -1,6 +1,7 @@
 """The chapter on benchmarks, from made-up runs: what is joined, drawn and said must be what the tables hold."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from reports.benchmarks import chapter, comparability_warnings, load_benchmarks,
 from reports.page import write_report
 from reports.results import load_runs
 from reports.theme import palette
+from tests.helpers.charts import Parsed
 from tests.helpers.report_runs import COLUMNS, make_run
 
 ACCURACY = [0.41, 0.52, 0.5, 0.63, 0.7]
@@ -115,6 +117,18 @@ def test_page_has_accuracies_and_the_number_of_checkpoints(runs, tmp_path):
     assert (merged["metric"] == "accuracy").sum() == 6 * 3
 
 
+def test_runs_of_a_folder_of_seeds_have_their_colours_and_names(tmp_path):
+    """The folder is one line of the curves, and its checkpoints are points of their own in the chart and its legend."""
+    seeds = [make_probed(tmp_path / "seeds" / f"p{n}", f"c{n}", lift, f"sha{n}") for n, lift in enumerate(LIFTS[:3])]
+    shutil.copy(seeds[0] / "results.csv", tmp_path / "seeds")
+    asked = [make_bench(tmp_path / f"b{n}", f"c{n}", a, f"sha{n}") for n, a in enumerate(ACCURACY[:3])]
+    page = Parsed(write_report([tmp_path / "seeds", *asked], tmp_path / "report").read_text(encoding="utf-8"))
+    names = {"c0", "c1", "c2"}
+    chart = page.charts()[-1]
+    assert set(chart["rows"]["checkpoint"]) == names <= {*chart["encoding"]["color"]["scale"]["domain"]}
+    assert names <= {attrs["data-name"] for _, attrs in page.tags if "data-name" in attrs}
+
+
 def test_no_correlation_of_two(runs):
     probed, bench_runs = runs
     found = panels(load_runs(probed[:2]), load_benchmarks(bench_runs))
@@ -162,7 +176,7 @@ def test_more_checkpoints_say_more(tmp_path):
 
 def test_other_questions_are_not_called_by_the_benchmarks_name(tmp_path):
     runs = load_benchmarks([make_bench(tmp_path / "b", "c", 0.5, "s", questions=587)])
-    (one,) = chapter([], runs, ["c"])["tables"]
+    (one,) = chapter([], runs, [], ["c"])["tables"]
     assert one["title"] == "CV-Bench-like (587 questions)"
     assert "Not CV-Bench as published, which has 2638 questions" in one["notes"][0]
     assert list(one["table"]["part"]) == ["Overall", "2D", "2D, Count"]

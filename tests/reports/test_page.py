@@ -96,6 +96,10 @@ def test_several_runs_are_not_described_by_the_first(tmp_path):
     (other / "manifest.json").write_text(json.dumps(manifest))
     page = write_report([tmp_path / "seeds", other], tmp_path / "report").read_text()
     assert "9 or 11 training and 50 held-out images" in page and page.count("1 images: bad.jpg") == 2
+    page = write_report(
+        [tmp_path / "seeds", other], tmp_path / "report", make_differences(["seeds", "other"], 1)
+    ).read_text()
+    assert "For a checkpoint with one training, the intervals are over images" in page
 
 
 def test_other_weights_have_another_label(tmp_path):
