@@ -71,8 +71,8 @@ def _mean_over_seeds(values: NDArray[np.float64], seed: int) -> NDArray[np.float
     return centre + widened * ((values * share).sum(axis=1) - centre)
 
 
-def _percentiles(drawn: NDArray[np.float64]) -> tuple[float, float]:
-    if np.isnan(drawn).all():
+def _percentiles(drawn: NDArray[np.float64], images: int) -> tuple[float, float]:
+    if images < 2 or np.isnan(drawn).all():  # every resample of one image is that image
         return math.nan, math.nan
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.nanpercentile(drawn, [tail, 100 - tail])
@@ -89,14 +89,14 @@ def bootstrap(scores: NDArray[np.floating], statistic: Statistic = share_mean, r
         resamples: number of bootstrap samples.
 
     Returns:
-        The mean of the statistic over seeds, and its 95 % interval.
+        The mean of the statistic over seeds, and its 95 % interval; NaN for a single image.
 
     Raises:
         ValueError: there is no score, or one is not finite.
     """
     table = _checked(scores)
-    interval = _percentiles(_mean_over_seeds(_values(table, statistic, resamples), 1))
-    return Interval(float(statistic(table.mean(axis=1)).mean()), *interval)
+    drawn = _mean_over_seeds(_values(table, statistic, resamples), 1)
+    return Interval(float(statistic(table.mean(axis=1)).mean()), *_percentiles(drawn, table.shape[1]))
 
 
 def paired_bootstrap(
@@ -115,7 +115,7 @@ def paired_bootstrap(
             checkpoints start from), and they are resampled together; otherwise independently.
 
     Returns:
-        Scores minus reference, and the 95 % interval of that.
+        Scores minus reference, and the 95 % interval of that; NaN for a single image.
 
     Raises:
         ValueError: the numbers of images or of paired seeds differ, there is no score, or one is not finite.
@@ -131,4 +131,4 @@ def paired_bootstrap(
     else:
         drawn = _mean_over_seeds(values[0], 1) - _mean_over_seeds(values[1], 2)
     value = float(statistic(one.mean(axis=1)).mean() - statistic(two.mean(axis=1)).mean())
-    return Interval(value, *_percentiles(drawn))
+    return Interval(value, *_percentiles(drawn, one.shape[1]))

@@ -36,6 +36,13 @@ def test_the_same_scores_give_the_same_interval():
     assert bootstrap(SCORES[None]) == bootstrap(SCORES[None])
 
 
+def test_one_image_has_no_interval():
+    """Its resamples are all alike, also with several seeds."""
+    one = SCORES[:3, None]
+    for found in (bootstrap(one), paired_bootstrap(one, one - 1), paired_bootstrap(one, one - 1, seeds_paired=True)):
+        assert np.isfinite(found.value) and np.isnan([found.low, found.high]).all()
+
+
 @pytest.mark.parametrize("scores", [np.zeros((1, 0)), np.array([[1.0, np.nan]])])
 def test_what_cannot_be_bootstrapped(scores):
     with pytest.raises(ValueError, match="cannot bootstrap"):
