@@ -170,10 +170,15 @@ def answer_table(found: Sequence[Answer]) -> pd.DataFrame:
 
 
 def pair_sentences(found: Sequence[Answer], differences: pd.DataFrame) -> list[str]:
-    """Returns a sentence per pair of checkpoints and teacher, in the answers' measure and probe, mean over layers."""
-    chosen = {(answer.teacher, answer.probe, *answer.measure, "") for answer in found}
+    """Returns a sentence per teacher and checkpoint on its difference from the first one, by the mean over layers.
+
+    Measure and probe are those of the answers. Differences between the others are further down on the page.
+    """
+    chosen = list(dict.fromkeys((answer.teacher, answer.probe, *answer.measure, "") for answer in found))
     columns = (differences[name] for name in ("teacher", "probe", "metric", "protocol", "variant"))
-    return statements(differences[[key in chosen for key in zip(*columns, strict=True)]])
+    rows = differences.assign(series=list(zip(*columns, strict=True)))
+    rows = rows[rows["series"].isin(chosen) & (rows["reference"] == differences["reference"].iloc[0])]
+    return statements(rows.sort_values("series", key=lambda series: series.map(chosen.index), kind="stable"))
 
 
 def random_frame(found: Sequence[Answer]) -> pd.DataFrame:
