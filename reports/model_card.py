@@ -92,7 +92,7 @@ def _rows(run: RunResults, metric: str, protocol: str) -> Iterator[list[str]]:
                 interval_text(best, digits),
                 interval_text(run.row(teacher, probe, "none", metric, protocol, AVERAGE), digits),
                 interval_text(None if random.empty else best_layer(random, metric), digits),
-                "" if mean_target is None else f"{mean_target:.3f}",
+                "" if mean_target is None else f"{mean_target:.{digits}f}",
                 str(int(best["n"])),
             ]
 
