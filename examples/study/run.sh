@@ -25,18 +25,19 @@ for seed in $seeds; do
       probing erase "$run" --conversations "$folder/world/conversations_test2017.json" --images 600
     fi
   done
-  # Random weights of the multi-encoder model, for ridge alone, which needs no second epoch.
-  train "$folder/models/stages/seed_$seed/multi/ift" "$folder/runs/multi_random/seed_$seed" --control random fit.epochs=1
 done
 
 [[ -n ${SEEDS:-} ]] && exit
-for arm in llava ola multi untrained multi_random; do
+# The multi-encoder model with random weights, which are the same for all seeds; for ridge, which needs one epoch.
+train "$folder/models/stages/seed_0/multi/ift" "$folder/runs/multi_random" --control random fit.epochs=1
+for arm in llava ola multi untrained; do
   probing evaluate "$folder/runs/$arm" # pools the seeds
 done
 probing compare "$folder"/runs/{llava,ola,multi,untrained} --out "$folder/report"
 
 truth=()
 for seed in $seeds; do
-  for arm in llava ola multi; do truth+=("$arm=$folder/models/stages/seed_$seed/$arm/ift"); done
+  stages=$folder/models/stages/seed_$seed
+  truth+=("LLaVA=$stages/llava/ift" "OLA=$stages/ola/ift" "multi-encoder=$stages/multi/ift")
 done
 python "$here/../toy/ground_truth.py" "$folder/ground_truth" "${truth[@]}"
