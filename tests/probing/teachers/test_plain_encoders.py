@@ -92,7 +92,7 @@ def test_runs_with_plain_encoders_are_compared_and_drawn(run, models, coco, teac
     probing("train", "--recipe", run / "recipe.yaml", "--out", other, "fit.seeds=[1]")
     probing("evaluate", other)
     said = probing("compare", run, other, "--out", tmp_path / "page")
-    assert all(f"{name}, ridge, cosine" in said for name in teachers)
+    assert all(f"{name}, ridge, centred cosine" in said for name in teachers)
     page = (tmp_path / "page" / "index.html").read_text()
     assert all(name in page for name in teachers)
     another = tmp_path / "another"
