@@ -43,8 +43,8 @@ STYLE = click.option(
 def train(recipe_file: Path | None, out: Path, dry_run: bool, overrides: tuple[str, ...], **options: Any) -> None:
     """Train probes on every LLM layer.
 
-    KEY=VALUE sets any field of the recipe, e.g. fit.lr=3e-3 fit.batch_size=64 fit.seeds=[0,1,2]. --control adds to the
-    recipe's controls; the teachers default to the paper's three. An unfinished run resumes.
+    KEY=VALUE sets any field of the recipe, e.g. data.train_limit=10000 fit.lr=3e-3 fit.seeds=[0,1,2]. --control adds to
+    the recipe's controls; the teachers default to the paper's three. An unfinished run resumes.
     """
     from probing.recipe import ProbeRunRecipe, read_yaml
 
