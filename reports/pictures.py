@@ -35,9 +35,9 @@ OTHER_COLOUR = "#808080"
 DEPTH_COLOURS = "magma"
 """Perceptually uniform colour map, ordered by lightness for grey print."""
 SIDES = (160, 128, 112, 96, 80, 64, 48)
-"""Sides of the page's images in pixels; the largest at which all images are expected to fit is used."""
+"""Sides of the page's images in pixels; the largest at which all images fit is used."""
 MAX_BYTES = 3_000_000
-"""Size of all images of a page that is aimed at."""
+"""Maximal size of all images of a page."""
 COARSE = 100
 """Images with a smaller side are shown without interpolation, and stored without loss."""
 
@@ -157,16 +157,21 @@ def viewers(runs: Sequence[tuple[RunResults, Sequence[Grid]]]) -> list[dict[str,
             images = hashlib.sha256(grid.photographs.tobytes() + grid.teacher_pictures.tobytes()).hexdigest()
             groups.setdefault((grid.probe, grid.teacher, images), []).append((run.label, grid))
     ordered = sorted(groups.values(), key=lambda group: list(PROBES).index(group[0][1].probe))
-    fit = (side for side in SIDES if sum(_estimated_bytes(group, side) for group in ordered) <= MAX_BYTES)
-    side = next(fit, SIDES[-1])
-    return [_viewer(group, side) for group in ordered]
+    for side in SIDES:
+        samples = [_strip(group[0][1], _middle(group[0][1]), class_colours([group[0][1]]), side) for group in ordered]
+        counts = [2 + sum(len(grid.layers) for _, grid in group) for group in ordered]
+        estimate = sum(len(sample) * count for sample, count in zip(samples, counts, strict=True))
+        if side != SIDES[-1] and estimate > MAX_BYTES:
+            continue
+        found = [_viewer(group, side) for group in ordered]
+        strips = [strip for viewer in found for _, row in viewer["rows"] for strip in row.values()]
+        if sum(map(len, strips)) <= MAX_BYTES:
+            break
+    return found
 
 
-def _estimated_bytes(group: Sequence[tuple[str, Grid]], side: int) -> int:
-    """Estimates the size of a viewer's images by the middle layer of its first checkpoint."""
-    first = group[0][1]
-    middle = list(first.layers.values())[len(first.layers) // 2]
-    return len(_strip(first, middle, class_colours([first]), side)) * (2 + sum(len(grid.layers) for _, grid in group))
+def _middle(grid: Grid) -> NDArray[Any]:
+    return list(grid.layers.values())[len(grid.layers) // 2]
 
 
 def _viewer(group: Sequence[tuple[str, Grid]], side: int) -> dict[str, Any]:
