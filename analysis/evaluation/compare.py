@@ -224,8 +224,8 @@ def statements(table: pd.DataFrame, headlines: Iterable[tuple[str, str]] = ()) -
         name = f"{info.label}, {variant}" if variant else info.label
         above, below = int((layers["ci_low"] > 0).sum()), int((layers["ci_high"] < 0).sum())
         sentences.append(
-            f"{teacher}, {probe}, {name}: {_numbers(row)}: {verdict}; of {len(layers)} layers {above} clearly higher, "
-            f"{below} clearly lower"
+            f"{teacher}, {probe}, {name}, mean over layers: {_numbers(row)}: {verdict}; "
+            f"of {len(layers)} layers {above} clearly higher, {below} clearly lower"
         )
     for (checkpoint, reference), part in empty.groupby(["checkpoint", "reference"], sort=False):
         layers = ", ".join(dict.fromkeys(part["layer"]))

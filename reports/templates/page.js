@@ -29,13 +29,16 @@
   const reference = document.getElementById("reference");
   const charts = all(".chart").map((figure) => ({ figure, spec: JSON.parse(figure.dataset.spec), view: null }));
   const values = () => ({ hidden: [...hidden], reference: reference ? reference.selectedOptions[0].textContent : "" });
-  const update = async ({ view, spec, tabulate }) => {
+  const update = async (chart) => {
+    await chart.drawing; // else a chart that is being drawn would miss the change
+    const { view, spec, tabulate } = chart;
     if (!view) return;
     spec.params.filter(({ name }) => name in values()).forEach(({ name }) => view.signal(name, values()[name]));
     await view.runAsync();
     tabulate();
   };
-  const draw = async (chart) => {
+  const draw = (chart) => (chart.drawing = embed(chart));
+  const embed = async (chart) => {
     const mode = dark() ? "dark" : "light";
     const spec = structuredClone(chart.spec);
     spec.params.forEach((one) => { if (one.name in values()) one.value = values()[one.name]; });
@@ -52,7 +55,7 @@
   }), { rootMargin: "600px" });
   charts.forEach(({ figure }) => watch.observe(figure));
   Object.assign(window, { charts, drawChart: draw }); // for the console and for tests
-  const redraw = () => charts.filter(({ view }) => view).forEach(draw);
+  const redraw = () => charts.filter(({ drawing }) => drawing).forEach((chart) => chart.drawing.then(() => draw(chart)));
 
   // Legends: clicking a name hides or shows its lines in all charts.
   all(".legend li[data-name]").forEach((item) => {
@@ -166,7 +169,7 @@
     const { title } = chart.spec;
     const details = make("details", { className: "numbers" }, make("summary", { ariaLabel: `Values: ${title}` }, "Values"));
     chart.tabulate = async () => {
-      if (details.open && !chart.view) await draw(chart);
+      if (details.open) await (chart.drawing || draw(chart));
       all(".sheet", details).forEach((old) => old.remove());
       const rows = details.open ? chart.view.data("data_0") : [];
       if (!rows.length) return;

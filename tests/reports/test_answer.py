@@ -159,7 +159,8 @@ def test_a_pair_is_summarised_in_the_answers_own_measure_and_probe(tmp_path):
     table = pd.concat([table, table.assign(checkpoint="multi", reference="ola")])  # not from the first checkpoint
     table = table.assign(ci_low=table["value"] - 0.05, ci_high=table["value"] + 0.05)
     ends = [
-        f"{teacher}, ridge, centred cosine similarity: ola - llava = {numbers} over 50 images: {verdict}"
+        f"{teacher}, ridge, centred cosine similarity, mean over layers: ola - llava = {numbers} over 50 images: "
+        f"{verdict}"
         for teacher, numbers, verdict in (
             ("depth", "+0.1000 [+0.0500, +0.1500]", "ola reads better"),
             ("seg", "-0.2000 [-0.2500, -0.1500]", "ola reads worse"),

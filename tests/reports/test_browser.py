@@ -88,6 +88,8 @@ def test_the_slider_the_reference_the_legend_and_the_theme(page, browser, tmp_pa
     const key = document.querySelector("#curves .legend button"); key.click(); await wait();
     found.lines.push(controls()); found.pressed = key.getAttribute("aria-pressed");
     key.click(); await wait(); found.lines.push(controls());
+    const drawing = drawChart(charts[0]); key.click(); await drawing; await wait();  // while a chart is drawn
+    found.late = charts[0].view.signal("hidden"); key.click(); await wait();
     const ground = () => getComputedStyle(document.body).backgroundColor;
     const strokes = () => all("#curves .chart .mark-line path").map((one) => one.getAttribute("stroke"));
     const colour = () => [...new Set(strokes())].sort().join();
@@ -109,6 +111,7 @@ def test_the_slider_the_reference_the_legend_and_the_theme(page, browser, tmp_pa
         assert (mine, own_low, own_high) == (-value, -high, -low)
     assert found["title"] == "Paired differences from ola" and found["options"] == ["llava", "ola", HOSTILE]
     assert found["lines"] == [10, 7, 10] and found["pressed"] == "false"  # three of each checkpoint, and the mean
+    assert found["late"] == ["llava"]
     shown = [[*LIGHT[:3], REFERENCES[MEAN][0]], [*DARK[:3], REFERENCES[MEAN][1]]]
     strokes = [",".join(sorted(colours)) for colours in shown]
     assert found["light"] == ["rgb(255, 255, 255)", strokes[0]] and found["theme"] == "dark"

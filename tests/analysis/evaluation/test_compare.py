@@ -150,9 +150,9 @@ def test_command_prints_sentences_and_draws_differences(runs, tmp_path, monkeypa
     monkeypatch.setattr("reports.page.layer_frame", lambda *values: pd.DataFrame())  # slow, and drawn by other tests
     monkeypatch.setattr("reports.page.heat_map", lambda *values: None)
     done = probing("compare", *runs, "--out", tmp_path / "out", "--figures")
-    assert "depth, resampler, centred cosine similarity: other - llava = " in done.stdout
+    assert "depth, resampler, centred cosine similarity, mean over layers: other - llava = " in done.stdout
     page = (tmp_path / "out" / "index.html").read_text()
-    assert (name := ", cosine similarity per token: ") in page and name not in done.stdout
+    assert (name := ", cosine similarity per token, mean over layers: ") in page and name not in done.stdout
     assert "Paired differences from <span data-chosen>llava</span>" in page and "probing.compare" not in page
     assert len(pd.read_csv(tmp_path / "out" / "differences.csv")) == 2 * 5 * 2 * 2
     assert (tmp_path / "out" / "figures" / "differences_cosine_centred_strict.svg").exists()

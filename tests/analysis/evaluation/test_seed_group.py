@@ -90,7 +90,7 @@ def test_without_pairs_seeds_are_resampled_apart(arms, tmp_path):
 def test_the_commands_take_folders(arms, tmp_path):
     done = probing("compare", arms / "base", arms / "other", "--out", tmp_path)
     page = (tmp_path / "index.html").read_text()
-    assert "depth, ridge, centred cosine similarity: other - base = " in done.stdout
+    assert "depth, ridge, centred cosine similarity, mean over layers: other - base = " in done.stdout
     assert ", 3 runs)" in page and "the first of 3 that differ by their seed" in page
     merged = pd.read_csv(tmp_path / "results.csv", dtype=str)
     assert set(merged["checkpoint"]) == {"base", "other"} and {"0", "1", "2", "all"} <= set(merged["seed"])
