@@ -52,7 +52,7 @@ def assemble(out: Path, dry_run: bool, **options: Any) -> None:
     click.echo(f"checkpoint: {assemble(recipe, out)}; next: probing distill RECIPE --out FOLDER checkpoint={out}")
 
 
-@click.command()
+@click.command(cls=FieldCommand, model="probing.distillation.recipe:DistillRecipe", fields={}, keys=True)
 @click.argument("recipe_file", type=click.Path(path_type=Path), metavar="RECIPE")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the new checkpoint.")
 @DRY_RUN
@@ -78,7 +78,7 @@ def distill(recipe_file: Path, out: Path, dry_run: bool, overrides: tuple[str, .
     click.echo(f"checkpoint: {folder}; next: probing inspect {folder}")
 
 
-@click.command(cls=FieldCommand, model="analysis.alignment.recipe:AlignRecipe", fields=ALIGN_FIELDS)
+@click.command(cls=FieldCommand, model="analysis.alignment.recipe:AlignRecipe", fields=ALIGN_FIELDS, keys=True)
 @click.argument("checkpoint")
 @OUT
 @DRY_RUN
@@ -107,6 +107,7 @@ def align(checkpoint: str, out: Path, dry_run: bool, overrides: tuple[str, ...],
     cls=FieldCommand,
     model="analysis.benchmarks.recipe:BenchRecipe",
     fields={"benchmark": "benchmark", "data": "data"},
+    keys=True,
 )
 @click.argument("checkpoint")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. Default: runs/CHECKPOINT_BENCHMARK.")

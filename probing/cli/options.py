@@ -2,9 +2,9 @@
 
 import importlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 import click
@@ -13,6 +13,7 @@ from probing.utils.errors import UserError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
 
     from analysis.planning.plan import Devices, Plan
 
@@ -31,18 +32,59 @@ class FieldCommand(click.Command):
     Args:
         model: `module:Class`; importing it on demand keeps `probing --help` fast.
         fields: option name → field; sections are separated by `__`. By default every field is an option.
+        keys: whether KEY=VALUE sets any field; --help lists those that are no options.
     """
 
-    def __init__(self, *args: Any, model: str, fields: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, model: str, fields: Mapping[str, str] | None = None, keys: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.model, self.fields = model, fields
+        self.model, self.fields, self.keys = model, fields, keys
+
+    def _load_model(self) -> type["BaseModel"]:
+        module, name = self.model.split(":")
+        return getattr(importlib.import_module(module), name)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Adds the options of fields to those declared on the function."""
-        module, name = self.model.split(":")
-        model = getattr(importlib.import_module(module), name)
-        fields = self.fields or {field: field for field in model.model_fields}
+        model = self._load_model()
+        fields = {field: field for field in model.model_fields} if self.fields is None else self.fields
         return [*(field_option(model, *pair) for pair in fields.items()), *super().get_params(ctx)]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Adds the fields that KEY=VALUE sets, with their defaults, below the options."""
+        super().format_options(ctx, formatter)
+        options = {key.replace("__", ".") for key in (self.fields or {}).values()}
+        if self.keys:
+            with formatter.section("Fields (KEY=VALUE)"):
+                formatter.write_dl([(key, text) for key, text in recipe_keys(self._load_model()) if key not in options])
+
+
+def recipe_keys(model: type["BaseModel"], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields every field of a recipe with its sections, and its description and default."""
+    from pydantic import BaseModel
+
+    for name, field in model.model_fields.items():
+        key, kind = f"{prefix}{name}", _without_none(field.annotation)
+        by_name = get_origin(kind) is dict
+        if by_name:
+            kind = get_args(kind)[1]
+        section = isinstance(kind, type) and issubclass(kind, BaseModel)
+        if by_name or not section or (not field.is_required() and field.default is None):
+            yield key, _help(field)
+        if section:
+            yield from recipe_keys(kind, f"{key}.NAME." if by_name else f"{key}.")
+
+
+def _without_none(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is UnionType and NoneType in get_args(kind) else kind
+
+
+def _help(field: "FieldInfo") -> str:
+    text = " ".join((field.description or "").replace("`", "").split())
+    if isinstance(field.default, (int, float, str, list)) and field.default != []:
+        text += f"  [default: {json.dumps(field.default).replace(chr(34), '')}]"  # as one would write it
+    return text
 
 
 def field_option(model: type["BaseModel"], name: str, key: str) -> click.Option:
@@ -51,17 +93,15 @@ def field_option(model: type["BaseModel"], name: str, key: str) -> click.Option:
     for section in sections:
         model = model.model_fields[section].annotation  # type: ignore[assignment]
     field = model.model_fields[last]
-    kind: Any = field.annotation
-    if get_origin(kind) is UnionType:  # with None
-        kind = get_args(kind)[0]
+    kind = _without_none(field.annotation)
     multiple = get_origin(kind) in (list, tuple, dict)
     if get_origin(kind) in (list, tuple):
         kind, name = get_args(kind)[0], name.removesuffix("s")
     extra: Any = field.json_schema_extra or {}
     choices = get_args(kind) if get_origin(kind) is Literal else extra.get("choices", tuple)()
-    text = " ".join((field.description or "").replace("`", "").split())
-    if isinstance(field.default, (int, float, str)):
-        text += f"  [default: {field.default}]"
+    text = _help(field)
+    if multiple and "epeatable" not in text:
+        text += " Repeatable."
     return click.Option(
         [f"--{name.replace('_', '-')}", key],
         type=click.Choice(list(choices)) if choices else CLICK_TYPES.get(kind, click.STRING),

@@ -35,7 +35,7 @@ STYLE = click.option(
 )
 
 
-@click.command(cls=FieldCommand, model="probing.recipe:ProbeRunRecipe", fields=RECIPE_FIELDS)
+@click.command(cls=FieldCommand, model="probing.recipe:ProbeRunRecipe", fields=RECIPE_FIELDS, keys=True)
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="Recipe to start from.")
 @DRY_RUN
 @OUT

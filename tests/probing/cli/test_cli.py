@@ -101,6 +101,27 @@ def test_options_come_from_fields_with_help_and_defaults():
     assert ProbeRunRecipe.model_fields["layers"].description.split("`")[-1] in text
 
 
+@pytest.mark.parametrize(("verb", "section"), [("train", "fit"), ("distill", "stage")])
+def test_help_lists_every_field_of_the_recipes(verb, section):
+    said = " ".join(CliRunner().invoke(cli, [verb, "--help"], terminal_width=200).output.split())
+    options = {"backbone.checkpoint", "data.path", "data.target_cache", "layers", "controls"}
+    recipes = [yaml.safe_load(file.read_text()) for file in (Path(__file__).parents[3] / "examples").rglob("*.yaml")]
+    keys = set().union(*(leaves(values) for values in recipes if section in values))
+    missing = [key for key in keys if f" {key} " not in said]
+    assert len(keys) > 10 and not set(missing) - (options if verb == "train" else set())
+
+
+def leaves(values, prefix=""):
+    """Lists the fields of a recipe as --help writes them."""
+    found = set()
+    for name, value in values.items():
+        named = prefix.endswith("teachers.")
+        key = f"{prefix}{'NAME' if named else name}"
+        free = key in ("trainer", "embedding.layers", "embedding.weights")  # values by name
+        found |= leaves(value, f"{key}.") if isinstance(value, dict) and not free else {key}
+    return found
+
+
 def test_every_option_has_a_help_text():
     for name, command in cli.commands.items():
         options = [one for one in command.get_params(click.Context(command)) if isinstance(one, click.Option)]
