@@ -169,11 +169,12 @@ def learning_plot(run: RunResults) -> Figure:
     frame = frame[frame.groupby(["teacher", "layer", "seed"]).cumcount() % thin == 0]
     frame["teacher"] = frame["teacher"].map(teacher_title)
     titles = [teacher_title(name) for name in sort_teachers(curves["teacher"])]
+    legend: Literal["brief", "full"] = "brief" if frame["layer"].nunique() > 10 else "full"  # brief: round numbers
 
     def draw(title: str, axes: Axes) -> None:
         sns.lineplot(
             frame[frame["teacher"] == title], x="step", y="loss", hue="layer", palette="viridis", units="seed",
-            estimator=None, ax=axes, legend="brief" if title == titles[-1] else False,
+            estimator=None, ax=axes, legend=legend if title == titles[-1] else False,
         )  # fmt: skip
         if title == titles[-1]:
             sns.move_legend(axes, "center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -223,7 +224,7 @@ def write_group(
     parts = (
         {name: frame} if "name" not in frame else {str(one): rows for one, rows in frame.groupby("name", sort=False)}
     )
-    if kind == "paper" and "probe" in frame:
+    if kind == "paper" and {"teacher", "probe"}.issubset(frame):
         parts |= {f"{name}_{'_'.join(pair)}": rows for pair, rows in frame.groupby(["teacher", "probe"])}
     for stem, rows in parts.items():
         save_figure(line_plot(rows, ylabel, colours, kind == "paper", zero=zero), out, stem, kind)

@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 import reports
 from probing.cli import cli
 from reports.curves import difference_frame, differences_from, layer_frame
-from reports.figures import layer_plot, line_plot
+from reports.figures import layer_plot, learning_plot, line_plot
 from reports.page import load, write_report
 from reports.theme import DOUBLE, GROUND, REFERENCES, SINGLE, palette
 from tests.helpers.charts import Parsed
@@ -118,6 +118,14 @@ def test_checkpoint_looks_the_same_in_figures_and_page(paths, tmp_path):
         assert themes[theme]["range"]["category"] == scheme
     for chart in page.charts():
         assert chart["encoding"]["color"]["scale"] == {"domain": [*names, *REFERENCES]}
+
+
+def test_legend_of_learning_curves_names_the_probed_layers(tmp_path):
+    path = make_run(tmp_path / "run", layers=8, final=False)
+    curves = pd.read_csv(path / "learning_curves.csv", dtype={"layer": str})
+    curves[curves["layer"].isin(["0", "2", "4", "8"])].to_csv(path / "learning_curves.csv", index=False)
+    legend = learning_plot(load([path])[0][0]).axes[-1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["0", "2", "4", "8"]
 
 
 def test_figures_for_a_paper(paths, tmp_path):

@@ -191,7 +191,7 @@ def test_page_shows_alignment_and_second_call_reuses_scores(checkpoint, world, t
     assert align(settings, tmp_path / "run").read_text() == before
     draw = "matplotlib.figure.Figure.savefig"  # takes long
     monkeypatch.setattr(draw, lambda figure, file, **options: Image.new("RGB", (8, 8)).save(file, "png"))
-    page = write_report([tmp_path / "run"], tmp_path / "report", style="screen").read_text()
+    page = write_report([tmp_path / "run"], tmp_path / "report", style="paper").read_text()
     assert "Patches and words" in page and "Nearest word of each patch, layer 3" in page
     assert (tmp_path / "report" / "figures" / "word_retrieval_centred.svg").exists()
     with pytest.raises(UserError, match="has no probes to compare"):
