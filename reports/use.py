@@ -40,20 +40,23 @@ def where(run: RunResults, teacher: str) -> str:
 
 
 def used(run: RunResults, teacher: str) -> str:
-    """Returns where erasing hurts most, if surely more than erasing a random subspace; else that nothing shows it.
+    """Returns where erasing hurts most, if it surely does, and more than a random subspace; else that nothing shows it.
 
-    Sure is an interval above zero at the level of 5 % over all layers and positions together (Bonferroni), which is
-    widened from the 95 % interval as one of a normal distribution.
+    The second alone would not do: erasing a random subspace can lower the loss. Sure is an interval above zero at the
+    level of 5 % over all layers and positions together (Bonferroni), which is widened from the 95 % interval as one of
+    a normal distribution.
     """
     parts = [
-        run.curve(teacher, "leace", "none", USED, "strict", variant=position).assign(position=position)
+        run.curve(teacher, "leace", "none", metric, "strict", variant=position).assign(metric=metric, position=position)
+        for metric in (USED, LOSS)
         for position in positions_of(run, USED)
     ]
     rows = pd.concat(parts) if parts else pd.DataFrame()
-    if rows.empty:
+    if rows.empty or not (excess := rows["metric"] == USED).any():
         return ""
-    wider = norm.isf(0.025 / len(rows)) / norm.isf(0.025)
-    sure = rows[rows["value"] - wider * (rows["value"] - rows["ci_low"]) > 0]
+    wider = norm.isf(0.025 / excess.sum()) / norm.isf(0.025)
+    above = rows["value"] - wider * (rows["value"] - rows["ci_low"]) > 0
+    sure = rows[excess & above.groupby([rows["layer"], rows["position"]]).transform("all")]
     if sure.empty:
         return NO_EVIDENCE
     best = sure.loc[sure["value"].idxmax()]

@@ -96,7 +96,9 @@ class Plan:
         share = total.flops32 / (total.flops16 + total.flops32)
         lines += ["", *map(str.rstrip, table.splitlines()), ""]
         lines.append(f"samples: {work.samples}, {share:.0%} of the FLOPs in 32 bits")
-        lines.append(f"time: on {count} {'devices' if count > 1 else 'device'}, at {rates} (assumed; see --tflops)")
+        lines.append(
+            f"time: on {count} {'devices' if count > 1 else 'device'}, at {rates} (assumed; see probing plan --help)"
+        )
         seconds = _seconds(total, work.count, devices)
         if work.images and seconds > 60:
             needed = work.count * work.images / seconds

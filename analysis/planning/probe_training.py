@@ -60,6 +60,8 @@ def plan_training(recipe: ProbeRunRecipe, out: Path | None = None, processes: in
         "steps": f"{steps:,} of {recipe.fit.batch_size} images"
         + (", and as many with random weights" if "random" in recipe.controls else ""),
     }
+    if len(images) <= recipe.fit.batch_size:
+        facts["code_length"] = "not measured, because all images are one batch; lower fit.batch_size"
     if window:
         facts["buffer"] = f"holds {window:,} images; every image goes through the checkpoint once"
     try:

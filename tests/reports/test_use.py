@@ -11,7 +11,7 @@ import probing
 from analysis.evaluation.scores import COLUMNS
 from probing.toyworld import planted
 from reports.results import load_runs
-from reports.use import NO_EVIDENCE, USED, used, where
+from reports.use import LOSS, NO_EVIDENCE, USED, used, where
 from tests.helpers.report_runs import make_run
 
 
@@ -62,3 +62,19 @@ def test_use_is_sure_over_all_layers_together(tmp_path, layers, low):
         else:
             assert answer == NO_EVIDENCE
     assert called <= 20
+
+
+@pytest.mark.parametrize(("low", "answer"), [(0.05, "yes: image tokens, layer 1, "), (-0.2, NO_EVIDENCE)])
+def test_nothing_is_used_whose_erasure_does_not_raise_the_loss(tmp_path, low, answer):
+    """Erasing a random subspace can lower the loss, so that the excess is high where nothing is lost."""
+    (loaded,) = load_runs([make_run(tmp_path / "run", layers=2)])
+    rows = [
+        dict.fromkeys(COLUMNS, "") | {
+            "teacher": "depth", "layer": str(layer), "probe": "leace", "control": "none", "metric": metric,
+            "protocol": "strict", "variant": "image", "split": "val2017", "seed": "0", "n": 50,
+            "value": start + 0.1, "ci_low": start, "ci_high": start + 0.2,
+        }
+        for metric, starts in ((USED, (-0.1, 0.3)), (LOSS, (0.5, low))) for layer, start in enumerate(starts)
+    ]  # fmt: skip
+    table = pd.DataFrame(rows).astype({name: float for name in ("value", "ci_low", "ci_high")})
+    assert used(replace(loaded, results=table), "depth").startswith(answer)

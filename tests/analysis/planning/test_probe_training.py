@@ -102,6 +102,8 @@ def test_dry_run_is_plan_and_says_how_far_a_run_is(recipe_values, tmp_path, monk
     assert text == f"run: {out} (new)\n" + printed("plan", file)
     assert "12 of train2017 to train on, 6 of val2017" in text and "steps: 4 of 6 images" in text
     assert "layers 0, 1, 2, 3\n" in text and not out.exists()
+    assert "code_length: not measured" not in text
+    assert "code_length: not measured" in printed(*training, "fit.batch_size=12")
 
     class Stop(Interruption):  # after one step
         def __init__(self):
@@ -168,7 +170,7 @@ def test_table_is_of_the_devices():
         "total        30 PFLOP   600 PFLOP  50.2 min  15.5 GB  5 kB",
         "",
         "samples: 10 images x 2 passes, 0% of the FLOPs in 32 bits",
-        "time: on 2 devices, at 100 TFLOP/s in 16 bits and 10 in 32 bits (assumed; see --tflops)",
+        "time: on 2 devices, at 100 TFLOP/s in 16 bits and 10 in 32 bits (assumed; see probing plan --help)",
         "reading: 1 images a second need 1 CPU cores, at 20 a core (assumed)",
         "memory: per device; FSDP shards 8 GB to 4 GB",
     ]
