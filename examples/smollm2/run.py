@@ -99,31 +99,38 @@ def make_checkpoint(start: Path, talk: Path, folder: Path, **extra: Any) -> None
 
 
 def probe(checkpoint: Path, world: Path, out: Path, control: bool) -> None:
-    """Trains and scores probes at all 31 layers."""
+    """Trains and scores probes at all 31 layers; of a trained checkpoint also erases what they read at some layers."""
     recipe = {
         "backbone": {"checkpoint": str(checkpoint), "dtype": "float32"},
         "data": {"path": f"coco:{world}", "train_limit": 400, "eval_limit": 150},
         "teachers": TEACHERS,
         "controls": ["random"] if control else [],
-        "fit": {"epochs": 3, "batch_size": 8, "micro_batch": 8, "lr": 3e-3, "buffer": "auto", "workers": 1},
-    }
-    probing.evaluate(probing.train(recipe, out), micro_batch=16)
+        "fit": {
+            "epochs": 3, "batch_size": 8, "micro_batch": 8, "lr": 3e-3, "buffer": "auto", "workers": 1,
+            "positions": ["image", "text"],
+        },
+    }  # fmt: skip
+    run = probing.train(recipe, out)
+    probing.evaluate(run, metrics=["cosine", "code_length"], micro_batch=16)
+    if not control:
+        probing.erase(run, layers="0,5,10,20", conversations=world / "conversations_val2017.json", micro_batch=16)
 
 
-def table(runs: list[Path]) -> str:
-    """Formats centred cosine by layer, with 95 % intervals over images, as Markdown."""
+def table(runs: list[Path], metric: str, variant: str = "", digits: int = 3) -> str:
+    """Formats a metric by layer, with 95 % intervals over images, as Markdown."""
     frames = [
         pd.read_csv(run / "results.csv", dtype={"layer": str}, keep_default_na=False).assign(weights=run.name)
         for run in runs
     ]
     scores = pd.concat(frames)
-    scores = scores[(scores.metric == "cosine_centred") & scores.layer.isin(LAYERS)]
+    scores = scores[(scores.metric == metric) & (scores.variant == variant) & scores.layer.isin(LAYERS)]
     scores.loc[scores.control == "random", "weights"] = "random"
     lines = [f"| teacher | probe | weights | {' | '.join(LAYERS)} |", "|---" * (3 + len(LAYERS)) + "|"]
     for (teacher, probe), rows in scores.groupby(["teacher", "probe"]):
         for weights in ("random", *(run.name for run in runs)):
-            own = rows[rows.weights == weights].set_index("layer").loc[list(LAYERS)].astype({"value": float})
-            cells = [f"{r.value:.3f} [{float(r.ci_low):.3f}, {float(r.ci_high):.3f}]" for r in own.itertuples()]
+            own = rows[rows.weights == weights].set_index("layer").loc[list(LAYERS)]
+            own = own[["value", "ci_low", "ci_high"]].astype(float).round(digits) + 0.0  # no -0
+            cells = [f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" for value, low, high in own.to_numpy()]
             lines.append(f"| {teacher} | {probe} | {weights} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -154,7 +161,8 @@ def main(folder: Path, coco: Path | None) -> None:
     runs = [folder / "runs" / name for name in checkpoints]
     differences = probing.compare(*runs)
     page = write_report(runs, folder / "report", differences, statements(differences), "screen")
-    write_text(folder / "report" / "table.md", table(runs))
+    tables = [table(runs, "cosine_centred"), table(runs, "code_length_mean", "text", digits=1)]
+    write_text(folder / "report" / "tables.md", "\n".join(tables))
     click.echo(f"report: {page}")
 
 

@@ -52,11 +52,11 @@ def test_tower_is_that_of_the_toy_world(example, tmp_path):
 def test_table_has_a_row_per_probe_and_weights(example, tmp_path):
     rows = [
         {"teacher": "depth", "layer": layer, "probe": "ridge", "control": control, "metric": "cosine_centred",
-         "value": value, "ci_low": value - 0.1, "ci_high": value + 0.1}
+         "variant": "", "value": value, "ci_low": value - 0.1, "ci_high": value + 0.1}
         for layer in example.LAYERS for control, value in (("none", 0.5), ("random", 0.25))
     ]  # fmt: skip
     (tmp_path / "llava").mkdir()
     pd.DataFrame(rows).to_csv(tmp_path / "llava" / "results.csv", index=False)
-    lines = example.table([tmp_path / "llava"]).splitlines()
+    lines = example.table([tmp_path / "llava"], "cosine_centred").splitlines()
     assert lines[2].startswith("| depth | ridge | random | 0.250 [0.150, 0.350]") and len(lines) == 4
     assert lines[3].startswith("| depth | ridge | llava | 0.500 [0.400, 0.600]")
