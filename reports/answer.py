@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from analysis.evaluation.above_random import PairedScores, verdict
-from analysis.evaluation.compare import statements
 from analysis.evaluation.registry import describe
 from analysis.evaluation.scores import ScoreKey
 from reports.curves import PROBES, teachers_of, with_panels, with_positions
-from reports.results import MEASURE, RunResults, best_layer, interval_text, sign, teacher_title
+from reports.results import AVERAGE, MEASURE, RunResults, best_layer, interval_text, sign, teacher_title
 from reports.theme import CHECKPOINT
 from reports.use import NO_EVIDENCE, used, where
 
@@ -169,16 +168,27 @@ def answer_table(found: Sequence[Answer]) -> pd.DataFrame:
     return table.loc[:, (table != "").any()].replace("", "not measured")
 
 
-def pair_sentences(found: Sequence[Answer], differences: pd.DataFrame) -> list[str]:
-    """Returns a sentence per teacher and checkpoint on its difference from the first one, by the mean over layers.
+def pair_table(found: Sequence[Answer], differences: pd.DataFrame) -> pd.DataFrame:
+    """Returns a row per teacher and probe, a column per checkpoint: its difference from the first one.
 
-    Measure and probe are those of the answers. Differences between the others are further down on the page.
+    Differences are of the mean over layers, measure and probe those of the answers. Differences between the others are
+    further down on the page.
     """
-    chosen = list(dict.fromkeys((answer.teacher, answer.probe, *answer.measure, "") for answer in found))
-    columns = (differences[name] for name in ("teacher", "probe", "metric", "protocol", "variant"))
-    rows = differences.assign(series=list(zip(*columns, strict=True)))
-    rows = rows[rows["series"].isin(chosen) & (rows["reference"] == differences["reference"].iloc[0])]
-    return statements(rows.sort_values("series", key=lambda series: series.map(chosen.index), kind="stable"))
+    first = differences["reference"].iloc[0]
+    rows = differences[(differences["layer"] == AVERAGE) & (differences["reference"] == first)]
+    columns = (rows[name] for name in ("teacher", "probe", "metric", "protocol", "variant"))
+    rows = rows.assign(series=list(zip(*columns, strict=True)))
+    table = []
+    for series in dict.fromkeys((answer.teacher, answer.probe, *answer.measure, "") for answer in found):
+        info, cells = describe(*series[2:4]), {}
+        for _, row in rows[rows["series"].isin([series])].iterrows():
+            meaning = "better" if (row["value"] > 0) == info.higher_is_better else "worse"
+            clear = row["ci_low"] > 0 or row["ci_high"] < 0
+            text = f"{interval_text(row, info.digits, '+')}: {meaning if clear else 'no clear difference'}"
+            cells[f"{row['checkpoint']} − {first}"] = text
+        if cells:
+            table.append({"teacher": teacher_title(series[0]), "probe": PROBES[series[1]]} | cells)
+    return pd.DataFrame(table).fillna("")
 
 
 def random_frame(found: Sequence[Answer]) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from probing.runs.directory import is_alignment, is_benchmark, runs_in
 from probing.utils.errors import UserError
 from probing.utils.files import atomic_file, disk_errors, write_text
 from reports import alignment, benchmarks
-from reports.answer import answer_table, answers, convergence, pair_sentences, random_frame
+from reports.answer import answer_table, answers, convergence, pair_table, random_frame
 from reports.charts import bundle, chart_group
 from reports.curves import (
     PROBES,
@@ -202,7 +202,8 @@ def _probe_values(
         answer = {
             "table": answer_table(found),
             "sentences": [one.sentence for one in found],
-            "compared": [*(() if differences is None else pair_sentences(found, differences)), *answered],
+            "pairs": pd.DataFrame() if differences is None else pair_table(found, differences),
+            "answered": answered,
             "label": _title(describe(*measure).label),
             "paired": all(one.difference is None or one.difference["paired"] for one in found),
         }

@@ -17,7 +17,7 @@ from reports.answer import (
     USED_BY,
     answer_table,
     answers,
-    pair_sentences,
+    pair_table,
     random_frame,
 )
 from reports.page import write_report
@@ -158,16 +158,16 @@ def test_a_pair_is_summarised_in_the_answers_own_measure_and_probe(tmp_path):
     table = pd.DataFrame(rows).assign(checkpoint="ola", reference="llava", n=50, seeds="1, 1", higher="")
     table = pd.concat([table, table.assign(checkpoint="multi", reference="ola")])  # not from the first checkpoint
     table = table.assign(ci_low=table["value"] - 0.05, ci_high=table["value"] + 0.05)
-    ends = [
-        f"{teacher}, ridge, centred cosine similarity, mean over layers: ola - llava = {numbers} over 50 images: "
-        f"{verdict}"
-        for teacher, numbers, verdict in (
-            ("depth", "+0.1000 [+0.0500, +0.1500]", "ola reads better"),
-            ("seg", "-0.2000 [-0.2500, -0.1500]", "ola reads worse"),
-            ("gen", "+0.0100 [-0.0400, +0.0600]", "no clear difference"),
-        )
-    ]
-    assert [sentence.partition("; of ")[0] for sentence in pair_sentences(found, table)] == ends
+    assert pair_table(found, table).to_dict("list") == {
+        "teacher": ["Depth", "Segmentation", "Generation"],
+        "probe": ["ridge readout"] * 3,
+        "ola − llava": [
+            "+0.100 [+0.050, +0.150]: better",
+            "−0.200 [−0.250, −0.150]: worse",
+            "+0.010 [−0.040, +0.060]: no clear difference",
+        ],
+    }
+    assert pair_table(found, table[table["layer"] != "mean"]).empty
 
 
 def test_erasure_and_positions_are_columns_where_they_have_rows(tmp_path):
