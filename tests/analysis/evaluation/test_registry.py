@@ -49,7 +49,10 @@ def test_new_metric_is_one_file(new_metric, models, coco, tmp_path):
     assert {"resampler", "ridge"} < set(results["probe"])
     assert results[results["control"] == "mean"]["value"].item() == 0
     differences = compare([run.path, run.path], ["a", "b"])
-    assert any(sentence.startswith("depth, ridge, explained variance, mean over layers: b - a") for sentence in statements(differences))
+    assert any(
+        sentence.startswith("depth, ridge, explained variance, mean over layers: b - a")
+        for sentence in statements(differences)
+    )
     page = write_report([run.path], tmp_path / "report").read_text()
     assert "<summary>Explained variance</summary>" in page and "the mean target scores 0" in page
     assert "explained variance ↑" in page
