@@ -175,7 +175,7 @@ def pair_table(found: Sequence[Answer], differences: pd.DataFrame) -> pd.DataFra
     further down on the page.
     """
     first = differences["reference"].iloc[0]
-    rows = differences[(differences["layer"] == AVERAGE) & (differences["reference"] == first)]
+    rows = differences[(differences["layer"] == AVERAGE) & (differences["reference"] == first) & (differences["n"] > 0)]
     columns = (rows[name] for name in ("teacher", "probe", "metric", "protocol", "variant"))
     rows = rows.assign(series=list(zip(*columns, strict=True)))
     table = []

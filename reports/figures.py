@@ -178,6 +178,10 @@ def learning_plot(run: RunResults) -> Figure:
         )  # fmt: skip
         if title == titles[-1]:
             sns.move_legend(axes, "center left", bbox_to_anchor=(1, 0.5), frameon=False)
+            box = axes.get_legend()
+            for text in box.get_texts() if box else ():
+                if text.get_text() == str(run.depth + 1):
+                    text.set_text(FINAL)
 
     with mpl.rc_context(style() | {"lines.linewidth": 1}):
         return draw_panels(titles, draw, 3, "optimiser step", "training loss (smooth L1)")

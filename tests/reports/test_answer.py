@@ -167,7 +167,7 @@ def test_a_pair_is_summarised_in_the_answers_own_measure_and_probe(tmp_path):
             "+0.010 [−0.040, +0.060]: no clear difference",
         ],
     }
-    assert pair_table(found, table[table["layer"] != "mean"]).empty
+    assert pair_table(found, table[table["layer"] != "mean"]).empty and pair_table(found, table.assign(n=0)).empty
 
 
 def test_erasure_and_positions_are_columns_where_they_have_rows(tmp_path):

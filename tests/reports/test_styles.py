@@ -121,11 +121,11 @@ def test_checkpoint_looks_the_same_in_figures_and_page(paths, tmp_path):
 
 
 def test_legend_of_learning_curves_names_the_probed_layers(tmp_path):
-    path = make_run(tmp_path / "run", layers=8, final=False)
+    path = make_run(tmp_path / "run", layers=8)
     curves = pd.read_csv(path / "learning_curves.csv", dtype={"layer": str})
-    curves[curves["layer"].isin(["0", "2", "4", "8"])].to_csv(path / "learning_curves.csv", index=False)
+    curves[curves["layer"].isin(["0", "2", "4", "8", "final"])].to_csv(path / "learning_curves.csv", index=False)
     legend = learning_plot(load([path])[0][0]).axes[-1].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == ["0", "2", "4", "8"]
+    assert [text.get_text() for text in legend.get_texts()] == ["0", "2", "4", "8", "final"]
 
 
 def test_figures_for_a_paper(paths, tmp_path):
