@@ -1,7 +1,6 @@
 """Numbers that are not finite: their images are left out of those layers, counted and named."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -20,7 +19,7 @@ NotFinite = dict[tuple[str, str], NDArray[np.bool_]]
 def finite_rows(values: Tensor) -> Tensor:
     """Returns which rows of (B, …) are all finite, (B) bool; without synchronising with the device."""
     dims = tuple(range(1, values.dim()))
-    return torch.linalg.vector_norm(values.detach(), ord=math.inf, dim=dims).isfinite()
+    return values.detach().abs().amax(dim=dims).isfinite()  # `vector_norm` takes five times as long on a CPU
 
 
 def zero_others(values: Tensor, rows: Tensor) -> Tensor:

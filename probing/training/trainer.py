@@ -256,9 +256,9 @@ class ProbeTrainer:
                 continue
             if counts[index] != batch:
                 scale = batch / counts[index]
-                norm = norm * scale
+                norm, host_norms[index] = norm * scale, host_norms[index] * scale
                 torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
-            if fit.max_grad_norm is not None:
+            if fit.max_grad_norm is not None and host_norms[index] + 1e-6 > fit.max_grad_norm:
                 torch.nn.utils.clip_grads_with_norm_(parameters, fit.max_grad_norm, norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.step, steps, fit.lr, fit.warmup)
@@ -365,9 +365,10 @@ class ProbeTrainer:
                 for key, probe in bank.at(layer):
                     with self._autocast():
                         prediction = probe(keys, mask)
-                    target = control_targets[key.teacher]
-                    compared = torch.where(valid[key.teacher][:, None, None], prediction.float(), target)
-                    loss = F.smooth_l1_loss(compared, target)
+                    prediction, target = prediction.float(), control_targets[key.teacher]
+                    # Compared with itself, an excluded image has neither loss nor gradient.
+                    compared = torch.where(valid[key.teacher][:, None, None], target, prediction.detach())
+                    loss = F.smooth_l1_loss(prediction, compared)
                     (loss * weight).backward()
                     losses[columns[control, key]] += loss.detach() * weight
                     counts[columns[control, key]] += valid_counts[key.teacher]
