@@ -8,6 +8,7 @@ COCO's annotations of train2017 are 0.45 GB of JSON, and 3 GB once they are pars
 entries, and each is parsed when it is read.
 """
 
+import gc
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -55,11 +56,17 @@ class Faults:
 
     def each(self, read: Callable[[Any], None], entries: Iterable[Any]) -> None:
         """Reads every entry, parsed or not; counts those that cannot be read."""
-        for entry in entries:
-            try:
-                read(msgspec.json.decode(entry) if isinstance(entry, msgspec.Raw) else entry)
-            except BROKEN as error:
-                self.add(error)
+        collecting = gc.isenabled()
+        gc.disable()  # it would search millions of entries, which have no cycles, again and again: a third of the time
+        try:
+            for entry in entries:
+                try:
+                    read(msgspec.json.decode(entry) if isinstance(entry, msgspec.Raw) else entry)
+                except BROKEN as error:
+                    self.add(error)
+        finally:
+            if collecting:
+                gc.enable()
 
     def require(self, usable: object) -> None:
         """Logs the faults; raises UserError if there are some and nothing is usable."""
