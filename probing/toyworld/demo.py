@@ -172,7 +172,7 @@ def demo_recipe(
         "layers": layers,
         "controls": list(controls),
         "probe": {"dim_head": 16},
-        "fit": {"epochs": EPOCHS, "batch_size": 8, "micro_batch": 8, "lr": 6e-3, "warmup": 0.3, "buffer": "auto",
+        "fit": {"epochs": EPOCHS, "batch_size": 8, "micro_batch": 8, "lr": 6e-3, "warmup": 0.1, "buffer": "auto",
                 "workers": 0, "positions": ["image", "text", "last"]},
     }  # fmt: skip
     return validate(ProbeRunRecipe, values, "demo").with_absolute_paths()
