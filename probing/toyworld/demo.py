@@ -36,7 +36,7 @@ from reports.page import write_report
 logger = logging.getLogger(__name__)
 
 TRAIN_SCENES, VAL_SCENES, WORLD_SEED = 600, 200, 11
-EPOCHS = 12
+EPOCHS = 16
 DECODED_IMAGES, ALIGNED_IMAGES = 64, 200
 QUESTION_SCENES, QUESTION_SEED = 120, 13
 """Number and seed of the scenes of the CV-Bench questions; used for nothing else."""
@@ -172,8 +172,8 @@ def demo_recipe(
         "layers": layers,
         "controls": list(controls),
         "probe": {"dim_head": 16},
-        "fit": {"epochs": EPOCHS, "batch_size": 8, "micro_batch": 8, "lr": 6e-3, "warmup": 0.1, "buffer": "auto",
-                "workers": 0, "positions": ["image", "text", "last"]},
+        "fit": {"epochs": EPOCHS, "batch_size": 8, "micro_batch": 8, "lr": 3e-3, "buffer": "auto", "workers": 0,
+                "positions": ["image", "text", "last"]},
     }  # fmt: skip
     return validate(ProbeRunRecipe, values, "demo").with_absolute_paths()
 
