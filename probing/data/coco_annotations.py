@@ -57,7 +57,7 @@ class Faults:
     def each(self, read: Callable[[Any], None], entries: Iterable[Any]) -> None:
         """Reads every entry, parsed or not; counts those that cannot be read."""
         collecting = gc.isenabled()
-        gc.disable()  # it would search millions of entries, which have no cycles, again and again: a third of the time
+        gc.disable()  # it would search millions of entries, which have no cycles, again and again
         try:
             for entry in entries:
                 try:

@@ -254,11 +254,12 @@ class ProbeTrainer:
                 for parameter in parameters:
                     parameter.grad = None  # a zero gradient would still apply weight decay and momentum
                 continue
-            if counts[index] != batch:
-                scale = batch / counts[index]
-                norm, host_norms[index] = norm * scale, host_norms[index] * scale
+            scale = batch / counts[index]
+            if scale != 1:
+                norm = norm * scale
                 torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
-            if fit.max_grad_norm is not None and host_norms[index] + 1e-6 > fit.max_grad_norm:
+            # Below the limit clipping would multiply by one; torch adds 1e-6 to the norm.
+            if fit.max_grad_norm is not None and scale * host_norms[index] + 1e-6 > fit.max_grad_norm:
                 torch.nn.utils.clip_grads_with_norm_(parameters, fit.max_grad_norm, norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.step, steps, fit.lr, fit.warmup)

@@ -78,8 +78,7 @@ def refuse_unreachable(source: str, error: BaseException | None) -> None:
         raise UserError(f"{source} is no folder and not downloaded; unset HF_HUB_OFFLINE, or give a folder") from None
     if error is not None:
         raise UserError(
-            f"the Hub cannot be reached, and {source} is not downloaded; check the network, or give a folder "
-            "(HF_HUB_OFFLINE=1 saves the wait)"
+            f"the Hub cannot be reached, and {source} is not downloaded; check the network, or give a folder"
         ) from None
 
 

@@ -30,15 +30,8 @@ WINDOWS = {"all images": None, "a quarter": TRAIN // 4, "three batches": 3 * BAT
 def scores(world: Path, out: Path, epochs: int, seed: int, window: int | None) -> dict[str, float]:
     """Trains and scores a run; returns mean centred cosine by teacher."""
     recipe = demo_recipe(ASSETS, world, "llava", "0,3,6", [])
-    fit = {
-        "epochs": epochs,
-        "batch_size": BATCH,
-        "micro_batch": BATCH,
-        "seeds": [seed],
-        "ridge": False,
-        "positions": [],
-    }
-    fit |= {"buffer": "auto", "report_to": "none"}
+    fit = {"epochs": epochs, "batch_size": BATCH, "micro_batch": BATCH, "seeds": [seed], "ridge": False}
+    fit |= {"positions": [], "buffer": "auto", "report_to": "none"}
     plan = trainer.plan_window
     if window is not None:
         trainer.plan_window = lambda *_: window
