@@ -6,9 +6,8 @@ from analysis.alignment.run import AlignRecipe, labelled_images
 from analysis.evaluation.scores import score_file
 from analysis.planning.plan import Plan
 from probing.data.panoptic import Panoptic
-from probing.models import count_blocks, layer_name, parse_layers
+from probing.models import find_models, layer_name
 from probing.runs.resume import holds_run
-from probing.utils.pretrained import locate
 
 
 def plan_alignment(recipe: AlignRecipe, out: Path) -> Plan:
@@ -17,9 +16,8 @@ def plan_alignment(recipe: AlignRecipe, out: Path) -> Plan:
     Raises:
         UserError: as `align`, except for faults in the weights.
     """
+    layers = find_models(recipe.backbone, recipe.teachers, recipe.layers)
     maps, images = labelled_images(recipe)
-    layers = parse_layers(recipe.layers, count_blocks(recipe.backbone))
-    teachers = {name: locate(one.id, f"{name} teacher") for name, one in recipe.teachers.items()}
     holds_run(out, recipe)
 
     def state(name: str) -> str:
@@ -33,7 +31,7 @@ def plan_alignment(recipe: AlignRecipe, out: Path) -> Plan:
             "run": str(out),
             "checkpoint": f"{recipe.backbone.checkpoint}, layers {', '.join(map(layer_name, layers))}",
             "images": f"{len(images):,} of {images.split} with masks ({annotations}, {len(maps.names)} classes)",
-            "teachers": ", ".join(f"{name} ({source})" for name, source in teachers.items()) or "none",
+            "teachers": ", ".join(f"{name} ({one.id})" for name, one in recipe.teachers.items()) or "none",
             "pass over a sample": f"{min(recipe.sample, len(images)):,} images ({state('sample')})",
             "pass over all": f"{len(images):,} images ({state('alignment')})",
             "writes": f"{out / 'results.csv'}, scores, pictures of {min(recipe.pictures, len(images))} images",

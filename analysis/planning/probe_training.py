@@ -16,7 +16,7 @@ from analysis.planning.model_cost import (
 )
 from analysis.planning.plan import Part, Plan, Work
 from probing.data.coco import ImageList, first_image
-from probing.models import FINAL, Backbone, layer_name, load_backbone, parse_layers
+from probing.models import FINAL, Backbone, find_models, layer_name, load_backbone, parse_layers
 from probing.probes.bank import probe_configs
 from probing.recipe import ProbeRunRecipe
 from probing.runs.directory import Run
@@ -44,11 +44,12 @@ def plan_training(recipe: ProbeRunRecipe, out: Path | None = None, processes: in
         UserError: as training, except for faults in the weights.
     """
     require_tracker(recipe.fit.report_to)
+    layers = find_models(recipe.backbone, recipe.teachers, recipe.layers)
     images, held_out = training_images(recipe.data), held_out_images(recipe.data)
     require_enough(len(images), recipe.fit, processes)
     backbone = load_backbone(recipe.backbone.model_copy(update={"device_map": None, "quantization_config": None}), META)
     require_tokens(recipe, backbone, images)
-    layers, teachers = parse_layers(recipe.layers, backbone.layers), load_teachers(recipe.teachers, META)
+    teachers = load_teachers(recipe.teachers, META)
     steps, disk = count_steps(len(images), recipe.fit), disk_bytes(recipe, backbone.hidden_size, teachers, layers)
     window = plan_window(recipe, backbone, teachers.values(), layers, images, processes)
     facts = {} if out is None else {"run": f"{out} ({_state(out, recipe, steps, disk)})"}

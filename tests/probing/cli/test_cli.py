@@ -251,6 +251,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(models, coco, tmp_path, change
         assert not out.exists()
 
 
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_models_are_looked_for_before_annotations_are_read(models, tmp_path, dry_run):
+    """Those of COCO's training images take many seconds."""
+    data, out = tmp_path / "coco", tmp_path / "run"
+    for split in ("train2017", "val2017"):
+        (data / split).mkdir(parents=True)
+        (data / split / "1.jpg").touch()
+    train = train_arguments(models, data, out, *dry_run)
+    align = ["align", models["llava"], "--data", f"coco:{data}", "--out", out, *dry_run]
+    for command in (train, align):
+        assert str(data / "annotations") in error_line(*command)
+        assert "no such checkpoint" in error_line(*command, "backbone.checkpoint=/nowhere/llava")
+        assert "no such gen teacher" in error_line(*command, "teachers.gen.id=/nowhere/clip")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
