@@ -1,6 +1,7 @@
 """`probing compare`: paired differences between checkpoints with the same probes, teachers and images."""
 
 import itertools
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -27,7 +28,10 @@ from analysis.evaluation.scores import (
     over_layers,
 )
 from analysis.evaluation.seed_group import Scored, open_runs, read_distances, read_scores, require_alike, require_same
+from probing.training.convergence import AT_THE_MEAN
 from probing.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ def compare(paths: Sequence[Path], labels: Sequence[str]) -> pd.DataFrame:
     sides = [Side(label, open_runs(path)) for path, label in zip(paths, labels, strict=True)]
     for side in sides[1:]:
         require_alike(sides[0].runs[0], side.runs[0])
+    for side in sides:
+        _warn_of_untrained(side)
     rows: list[dict[str, Any]] = []
     for (first, reference), (second, side) in itertools.combinations(enumerate(sides), 2):
         found = [asdict(row) for row in _differences(side, reference)]
@@ -102,6 +108,18 @@ def compare(paths: Sequence[Path], labels: Sequence[str]) -> pd.DataFrame:
             )
         rows += found
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _warn_of_untrained(side: Side) -> None:
+    """Warns if resamplers predict little more than the mean target, so that nothing follows from their scores."""
+    probes = [row for run in side.runs for row in run.manifest.get("convergence", []) if row["control"] == "none"]
+    untrained = [row for row in probes if row["state"] == AT_THE_MEAN]
+    if untrained:
+        teachers = ", ".join(dict.fromkeys(row["teacher"] for row in untrained))
+        logger.warning(
+            "%s: %d of %d resamplers (%s) learned little beyond the mean target; train longer",
+            side.label, len(untrained), len(probes), teachers,
+        )  # fmt: skip
 
 
 def _differences(side: Side, reference: Side) -> Iterator[Difference]:

@@ -17,6 +17,8 @@ STUCK = 0.98
 
 NOT_TRAINED = "not trained"
 """State of a probe without any finite loss."""
+AT_THE_MEAN = "stuck at the mean"
+"""State of a probe that predicts little more than the mean target."""
 
 
 @dataclass(frozen=True)
@@ -67,5 +69,5 @@ def judge(losses: NDArray[np.float64], mean_losses: NDArray[np.float64]) -> Conv
     if relative < -2 * spread and relative < -FALLING * float(ratio_before.mean()):
         state = "still falling"
     elif final > STUCK * reference:
-        state = "stuck at the mean"
+        state = AT_THE_MEAN
     return Convergence(state, final, reference, 100 * change)

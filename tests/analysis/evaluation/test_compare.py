@@ -116,6 +116,16 @@ def change_manifest(path, *keys, value):
     file.write_text(json.dumps(manifest))
 
 
+def test_probes_that_learned_nothing_are_named(runs, tmp_path, caplog):
+    copy = shutil.copytree(runs[1], tmp_path / "two")
+    rows = json.loads((copy / "manifest.json").read_text())["convergence"]
+    states = [row | {"state": "stuck at the mean" if row["teacher"] == "gen" else "flat"} for row in rows]
+    change_manifest(copy, "convergence", value=states)
+    compare([runs[0], copy], ["one", "two"])
+    (warning,) = (text for text in caplog.messages if text.startswith("two: "))
+    assert warning == "two: 8 of 16 resamplers (gen) learned little beyond the mean target; train longer"
+
+
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
