@@ -9,6 +9,7 @@ import pandas as pd
 from analysis.evaluation.above_random import PairedScores, verdict
 from analysis.evaluation.registry import describe
 from analysis.evaluation.scores import ScoreKey
+from probing.training.convergence import AT_THE_MEAN, NOT_TRAINED
 from reports.curves import PROBES, teachers_of, with_panels, with_positions
 from reports.results import AVERAGE, MEASURE, RunResults, best_layer, interval_text, sign, teacher_title
 from reports.theme import CHECKPOINT
@@ -205,8 +206,8 @@ def random_frame(found: Sequence[Answer]) -> pd.DataFrame:
 
 STATES = {
     "still falling": "more steps would raise their scores",
-    "stuck at the mean": "their score says nothing about the layer",
-    "not trained": "no image had a finite loss, so they have no score",
+    AT_THE_MEAN: "their score says nothing about the layer",
+    NOT_TRAINED: "no image had a finite loss, so they have no score",
 }
 """States of probes that did not converge → meaning."""
 

@@ -35,7 +35,7 @@ from probing.data.image_modes import size_of_image
 from probing.data.instances import Instances, keep_annotated_size, read_label_maps
 from probing.data.panoptic import Panoptic
 from probing.data.patch_labels import patch_labels
-from probing.models import Identity, find_models, identify, load_backbone
+from probing.models import Identity, check_models, identify, load_backbone
 from probing.models.chat_templates import rendering_at
 from probing.models.finite import not_finite_rows, report_not_finite
 from probing.recipe import dump_recipe
@@ -78,7 +78,7 @@ def align(recipe: AlignRecipe, out: Path) -> Path:
     holds_run(out, recipe)
     recorded = recorded_inputs(out, any((*(out / "state").glob("*.safetensors"), *(out / "scores").glob("*"))))
     with rendering_at(recorded_moment(recorded)):
-        find_models(recipe.backbone, recipe.teachers, recipe.layers)
+        check_models(recipe.backbone, recipe.teachers, recipe.layers)
         maps, images = labelled_images(recipe)
         run = Alignment(recipe, out, maps, images, device)
         claim(out, recipe, to_record(run.inputs), recorded)

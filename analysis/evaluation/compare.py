@@ -97,7 +97,7 @@ def compare(paths: Sequence[Path], labels: Sequence[str]) -> pd.DataFrame:
     for side in sides[1:]:
         require_alike(sides[0].runs[0], side.runs[0])
     for side in sides:
-        _warn_of_untrained(side)
+        _warn_of_probes_at_the_mean(side)
     rows: list[dict[str, Any]] = []
     for (first, reference), (second, side) in itertools.combinations(enumerate(sides), 2):
         found = [asdict(row) for row in _differences(side, reference)]
@@ -110,15 +110,15 @@ def compare(paths: Sequence[Path], labels: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _warn_of_untrained(side: Side) -> None:
+def _warn_of_probes_at_the_mean(side: Side) -> None:
     """Warns if resamplers predict little more than the mean target, so that nothing follows from their scores."""
     probes = [row for run in side.runs for row in run.manifest.get("convergence", []) if row["control"] == "none"]
-    untrained = [row for row in probes if row["state"] == AT_THE_MEAN]
-    if untrained:
-        teachers = ", ".join(dict.fromkeys(row["teacher"] for row in untrained))
+    affected = [row for row in probes if row["state"] == AT_THE_MEAN]
+    if affected:
+        teachers = ", ".join(dict.fromkeys(row["teacher"] for row in affected))
         logger.warning(
             "%s: %d of %d resamplers (%s) learned little beyond the mean target; train longer",
-            side.label, len(untrained), len(probes), teachers,
+            side.label, len(affected), len(probes), teachers,
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from analysis.alignment.run import AlignRecipe, labelled_images
 from analysis.evaluation.scores import score_file
 from analysis.planning.plan import Plan
 from probing.data.panoptic import Panoptic
-from probing.models import find_models, layer_name
+from probing.models import check_models, layer_name
 from probing.runs.resume import holds_run
 
 
@@ -16,7 +16,7 @@ def plan_alignment(recipe: AlignRecipe, out: Path) -> Plan:
     Raises:
         UserError: as `align`, except for faults in the weights.
     """
-    layers = find_models(recipe.backbone, recipe.teachers, recipe.layers)
+    layers = check_models(recipe.backbone, recipe.teachers, recipe.layers)
     maps, images = labelled_images(recipe)
     holds_run(out, recipe)
 

@@ -16,7 +16,7 @@ from analysis.planning.model_cost import (
 )
 from analysis.planning.plan import Part, Plan, Work
 from probing.data.coco import ImageList, first_image
-from probing.models import FINAL, Backbone, find_models, layer_name, load_backbone, parse_layers
+from probing.models import FINAL, Backbone, check_models, layer_name, load_backbone, parse_layers
 from probing.probes.bank import probe_configs
 from probing.recipe import ProbeRunRecipe
 from probing.runs.directory import Run
@@ -44,7 +44,7 @@ def plan_training(recipe: ProbeRunRecipe, out: Path | None = None, processes: in
         UserError: as training, except for faults in the weights.
     """
     require_tracker(recipe.fit.report_to)
-    layers = find_models(recipe.backbone, recipe.teachers, recipe.layers)
+    layers = check_models(recipe.backbone, recipe.teachers, recipe.layers)
     images, held_out = training_images(recipe.data), held_out_images(recipe.data)
     require_enough(len(images), recipe.fit, processes)
     backbone = load_backbone(recipe.backbone.model_copy(update={"device_map": None, "quantization_config": None}), META)

@@ -38,9 +38,9 @@ __all__ = [
     "InputProcessor",
     "Layer",
     "TokenMap",
+    "check_models",
     "count_blocks",
     "describe_checkpoint",
-    "find_models",
     "identify",
     "layer_name",
     "load_backbone",
@@ -147,8 +147,8 @@ def count_blocks(recipe: BackboneRecipe) -> int:
     return int(_open(recipe).config.get_text_config().num_hidden_layers)
 
 
-def find_models(backbone: BackboneRecipe, teachers: Mapping[str, TeacherRecipe], layers: str) -> list[Layer]:
-    """Returns the layers that a selection names, from configurations alone.
+def check_models(backbone: BackboneRecipe, teachers: Mapping[str, TeacherRecipe], layers: str) -> list[Layer]:
+    """Checks that models exist, from their configurations alone; returns the selected layers.
 
     Quick, to be called before images are listed: COCO's annotations take many seconds to read.
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from probing.data.coco import ImageList, first_image, list_images
 from probing.data.target_cache import CacheOptions, TargetCache, build_target_caches
-from probing.models import Backbone, Identity, Layer, find_models, load_backbone
+from probing.models import Backbone, Identity, Layer, check_models, load_backbone
 from probing.models.chat_templates import rendering_at
 from probing.models.finite import not_finite_rows, report_not_finite
 from probing.recipe import DataRecipe, ProbeRunRecipe
@@ -137,7 +137,7 @@ def train(recipe: ProbeRunRecipe, out: Path) -> Run:
 
 
 def _train(recipe: ProbeRunRecipe, out: Path, recorded: dict[str, Any] | None, accelerator: Accelerator) -> Run:
-    layers = find_models(recipe.backbone, recipe.teachers, recipe.layers)
+    layers = check_models(recipe.backbone, recipe.teachers, recipe.layers)
     train_images, eval_images = training_images(recipe.data), held_out_images(recipe.data)
     backbone = load_run_backbone(recipe, "none", accelerator.device)
     teachers = load_teachers(recipe.teachers, accelerator.device)
